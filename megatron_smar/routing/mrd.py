@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modality routing distribution and the distance between modalities (SMAR, equations 6 to 12)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_smar.routing.statistics import RoutingStatistics
+
+
+def modality_routing_distribution(statistics: RoutingStatistics, top_k: int, eps: float = 1e-6) -> Tensor:
+    """MRD of each modality, [M, E], rows that sum to 1.
+
+    F = counts / (K tokens) (Eq. 6), R = weights / tokens (Eq. 7), Q = F R normalised over the experts (Eq. 8, 9), then
+    smoothed, since F is exactly 0 for an expert that a modality never chose and the KL divergence would be infinite:
+    Q~ = (Q / sum Q + eps) / (1 + E eps). F is a count and has no gradient; the gradient flows through R.
+
+    A modality without tokens has no preference: its row is uniform (and `mrd_distance` leaves it out).
+
+    Args:
+        statistics: Sums over tokens; counts and weights [M, E], tokens [M].
+        top_k: K, experts per token.
+        eps: Smoothing. The distance depends on it where an expert is not used by a modality.
+    """
+    counts, weights, tokens = statistics
+    tokens = tokens.clamp(min=1).unsqueeze(1)
+    frequency = (counts / (top_k * tokens)).detach()
+    expected_weight = weights / tokens
+    mass = frequency * expected_weight
+    total = mass.sum(dim=1, keepdim=True)
+    num_experts = mass.shape[1]
+    empty = total <= 0
+    normalised = torch.where(empty, 1.0 / num_experts, mass / torch.where(empty, 1.0, total))
+    return (normalised + eps) / (1.0 + num_experts * eps)
+
+
+def mrd_distance(mrd: Tensor, present: Tensor | None = None) -> Tensor:
+    """Symmetric Kullback-Leibler distance between modalities, a scalar in nats (Eq. 10 to 12).
+
+    (KL(p||q) + KL(q||p)) / 2 = sum_e (p_e - q_e) (log p_e - log q_e) / 2. For more than two modalities, the mean over
+    the unordered pairs of those that are present; 0 where fewer than two are.
+
+    Args:
+        mrd: [M, E], strictly positive rows.
+        present: [M] bool, the modalities that have tokens; None means all.
+    """
+    log_mrd = mrd.log()
+    difference = mrd.unsqueeze(0) - mrd.unsqueeze(1)
+    pairwise = 0.5 * (difference * (log_mrd.unsqueeze(0) - log_mrd.unsqueeze(1))).sum(dim=-1)
+    pairs = torch.ones_like(pairwise, dtype=torch.bool).triu(diagonal=1)
+    if present is not None:
+        pairs = pairs & present.unsqueeze(0) & present.unsqueeze(1)
+    return torch.where(pairs, pairwise, 0.0).sum() / pairs.sum().clamp(min=1)

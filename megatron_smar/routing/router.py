@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's top-k router, extended by what the modalities need.
+
+Three things are added and nothing else changes: a bias per modality on the logits (SMAR, Eq. 1 and 2), the routing
+statistics with their one asynchronous reduction, and the auxiliary loss computed from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_smar.routing.losses import layer_distance_and_loss
+from megatron_smar.routing.statistics import PendingStatistics, RoutingStatistics, statistics_from_mask
+
+SMAR_LOSS = "smar loss"
+MRD_DISTANCE = "mrd distance"
+COMPARABLE = "mrd comparable"  # micro-batches with at least two modalities: the distance is averaged over these alone
+
+StatisticsObserver = Callable[[int, RoutingStatistics], None]
+
+
+@dataclass(frozen=True)
+class ModalityRoutingConfig:
+    """How the modalities take part in routing. The defaults are the paper's (its Table 7 and section 4.1).
+
+    Attributes:
+        strategy: `none` routes as the backbone does and only measures; `smar` adds the band loss.
+        coeff: beta of Eq. 14.
+        d_min: Lower end of the tolerance band (Eq. 13), in nats.
+        d_max: Upper end of the tolerance band.
+        eps: Smoothing of the routing distributions; see `modality_routing_distribution`.
+        scope: `global`: statistics over every token of the micro-batch step on all ranks. `local`: over this
+            data-parallel replica's micro-batch.
+        router_bias: Whether each MoE layer has the trainable bias b in R^{M x E}.
+        num_modalities: M.
+    """
+
+    strategy: Literal["none", "smar"] = "none"
+    coeff: float = 0.01
+    d_min: float = 1.5
+    d_max: float = 2.0
+    eps: float = 1e-6
+    scope: Literal["global", "local"] = "global"
+    router_bias: bool = True
+    num_modalities: int = 2
+
+    def __post_init__(self) -> None:
+        if self.strategy not in ("none", "smar"):
+            raise ValueError(f"--modality-routing is {self.strategy!r}; it must be none or smar.")
+        if self.scope not in ("global", "local"):
+            raise ValueError(f"--smar-scope is {self.scope!r}; it must be global or local.")
+        if not 0 <= self.d_min <= self.d_max:
+            raise ValueError(
+                f"--smar-d-min {self.d_min} and --smar-d-max {self.d_max} are no band: "
+                "give 0 <= d_min <= d_max (the paper's are 1.5 and 2.0)."
+            )
+        if self.coeff < 0:
+            raise ValueError(f"--smar-coeff is {self.coeff}; it must be 0 or more (the paper's is 0.01).")
+        if not self.eps > 0:
+            raise ValueError(f"--smar-eps is {self.eps}; it must be greater than 0, or the distance can be infinite.")
+        if self.num_modalities < 2:
+            raise ValueError(f"num_modalities is {self.num_modalities}; routing by modality needs at least 2.")
+
+
+class ModalityBias(nn.Module):
+    """The trainable bias b in R^{M x E} of one MoE layer (Eq. 1, 2), zero at the start, always float32.
+
+    Named `bias`, so that Megatron's optimizer gives it no weight decay.
+    """
+
+    def __init__(self, num_modalities: int, num_experts: int, trainable: bool, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(num_modalities, num_experts), requires_grad=trainable)
+        # Each tensor-parallel rank sees its own shard of the sequence; Megatron sums the gradients of such parameters.
+        self.bias.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModalityBias:
+        """Moves as every module does, but a conversion to half precision leaves it in float32."""
+        exact = self.bias.data
+        super()._apply(fn, recurse)
+        if torch.finfo(self.bias.dtype).bits < 32:
+            self.bias.data = exact.to(self.bias.device)
+        return self
+
+    def forward(self, modality_mask: Tensor) -> Tensor:
+        """The bias of each token, [..., E], from its one-hot modality [..., M]; padding gets 0."""
+        return modality_mask.to(self.bias.dtype) @ self.bias
+
+
+class ModalityAwareRouter(TopKRouter):
+    """Top-k router that knows each token's modality.
+
+    Takes Megatron's `padding_mask` argument as the one-hot modality mask [s, b, M] of `routing.modalities`. Top-K and
+    the weights that combine the experts' outputs stay the backbone's own.
+
+    The reduction of the statistics is launched here, before the tokens are dispatched; `finish` waits for it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        *,
+        modality_routing: ModalityRoutingConfig,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.modality_routing = modality_routing
+        self.modality_bias: ModalityBias | None = None
+        if modality_routing.router_bias:
+            trainable = modality_routing.strategy != "none"
+            self.modality_bias = ModalityBias(
+                modality_routing.num_modalities, self.num_experts, trainable, config.sequence_parallel
+            )
+        is_global = modality_routing.scope == "global"
+        self.statistics_group = self.tp_dp_cp_group if is_global else self.tp_cp_group
+        # Megatron averages gradients over data parallelism; a loss that every replica shares must come out whole.
+        self.loss_gradient_scale = self.statistics_group.size() / self.tp_cp_group.size()
+        self.observers: list[StatisticsObserver] = []
+        self._pending: PendingStatistics | None = None
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Routes as Megatron does, with the modality's bias on the logits, and launches the statistics' reduction.
+
+        Args:
+            logits: [s, b, E].
+            padding_mask: The modality mask, [s, b, M] bool.
+
+        Returns:
+            probs [s * b, E] and routing_map [s * b, E], as Megatron's router.
+        """
+        modality_mask = padding_mask
+        if modality_mask is None or modality_mask.dim() != 3:
+            raise ValueError(
+                "ModalityAwareRouter got no modality mask [s, b, M]; pass one as the language model's padding_mask "
+                "(see megatron_smar.routing.modalities)."
+            )
+        if self.modality_bias is not None:
+            logits = logits + self.modality_bias(modality_mask)
+        probs, routing_map = super().routing(logits, padding_mask=~modality_mask.any(dim=-1))
+        trains = self.training and torch.is_grad_enabled()
+        if trains or self.observers:
+            # Equation 5, whatever way the backbone normalises: softmax after or before top-k, sigmoid, scaled.
+            weights = probs / probs.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
+            local = statistics_from_mask(weights, routing_map, modality_mask.flatten(0, 1))
+            self._pending = PendingStatistics(local, self.statistics_group)
+        return probs, routing_map
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Counts per expert without padding: Megatron 0.19.2 combines [N, E] with [N], which needs one more axis."""
+        super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask.unsqueeze(-1))
+
+    def finish(self, output: Tensor) -> Tensor:
+        """Waits for the statistics, and hangs the layer's auxiliary loss on the layer's output.
+
+        Args:
+            output: [s, b, h], any tensor on the way to the loss.
+
+        Returns:
+            The same values; its backward pass adds the gradient of beta * SMAR loss (Eq. 14).
+        """
+        if self._pending is None:
+            return output
+        statistics, self._pending = self._pending.wait(), None
+        for observer in self.observers:
+            observer(self.layer_number, statistics)
+        if not (self.training and torch.is_grad_enabled()):
+            return output
+        smar = self.modality_routing
+        distance, loss, comparable = layer_distance_and_loss(statistics, self.topk, smar.eps, smar.d_min, smar.d_max)
+        self._record({SMAR_LOSS: loss, MRD_DISTANCE: distance, COMPARABLE: comparable})
+        if smar.strategy == "smar" and smar.coeff > 0:
+            output = MoEAuxLossAutoScaler.apply(output, loss * (smar.coeff * self.loss_gradient_scale))
+        return output
+
+    def _record(self, values: dict[str, Tensor]) -> None:
+        """Hands the layer's numbers to Megatron's tracker; global ones are the same on every rank already."""
+        tracker: Any = get_moe_metrics_tracker()
+        for name, value in values.items():
+            tracker.record(
+                name,
+                value,
+                self.layer_number,
+                self.config.num_layers + (self.config.mtp_num_layers or 0),
+                needs_dp_avg=self.modality_routing.scope == "local",
+            )
