@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Better parts for Megatron's local layer spec (`--transformer-impl local`), which runs without Transformer Engine.
+
+Megatron's own local attention materialises the scores, its local norms refuse sequence parallelism, and its experts,
+drawn on the CPU, start out equal on every expert-parallel rank. These plug into the same places of the spec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Core attention by torch's `scaled_dot_product_attention`: causal, grouped queries, no score matrix in memory."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ValueError(
+                "--context-parallel-size > 1 needs Transformer Engine's attention; "
+                "use --transformer-impl transformer_engine or --context-parallel-size 1."
+            )
+        if config.window_size is not None:
+            raise ValueError(
+                "--window-size needs Transformer Engine's attention; use --transformer-impl transformer_engine."
+            )
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+        self.attn_mask_type = attn_mask_type
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attention of one layer's heads on this tensor-parallel rank.
+
+        Args:
+            query: [s, b, n, d].
+            key: [s, b, g, d], g query groups.
+            value: [s, b, g, d].
+            attention_mask: None for the causal mask, else [b, 1, s, s] bool, True where masked (Megatron's polarity).
+            attn_mask_type: Overrides the layer's own type.
+            attention_bias: Not supported.
+            packed_seq_params: Not supported; packing needs Transformer Engine.
+
+        Returns:
+            [s, b, n * d].
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError(
+                "packed sequences and attention biases need Transformer Engine's attention; "
+                "use --transformer-impl transformer_engine."
+            )
+        causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        kept = None if causal or attention_mask is None else ~attention_mask
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        with self._dropout_generator():
+            context = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=kept,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=causal,
+                scale=self.softmax_scale,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_generator(self) -> Any:
+        """Tensor-parallel ranks hold different heads, so their dropout must differ."""
+        if self.training and self.dropout > 0 and not self.config.sequence_parallel:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
+
+
+def build_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> nn.Module:
+    """torch's RMSNorm or LayerNorm, with its parameters marked for sequence parallelism.
+
+    Megatron sums the gradients of marked parameters over the tensor-parallel ranks, each of which sees a shard of the
+    sequence: that mark is all that the local norms lacked.
+
+    Raises:
+        ValueError: For a normalization that torch has no module of.
+    """
+    norms = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
+    if config.normalization not in norms or config.layernorm_zero_centered_gamma:
+        raise ValueError(
+            f"--normalization {config.normalization} (zero-centred: {config.layernorm_zero_centered_gamma}) is not in "
+            "the local layers; use RMSNorm or LayerNorm, or --transformer-impl transformer_engine."
+        )
+    norm = norms[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm
+
+
+class LocalExperts(SequentialMLP):
+    """Megatron's experts, one after another, drawn independently of the layout.
+
+    Under CPU initialisation Megatron 0.19.2 draws every expert-parallel rank's experts from one generator state, so
+    that expert 0 of each rank starts as the same network, and a different number of ranks gives a different model. Here
+    each expert has a seed of its own, taken from the layer's place in the generator's sequence.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ) -> None:
+        seed = int(torch.randint(2**31, (1,), device="cpu"))
+        with torch.random.fork_rng(devices=[]):
+            super().__init__(num_local_experts, config, submodules, pg_collection, name)
+            if config.use_cpu_initialization and config.perform_initialization:
+                first = self.ep_group.rank() * num_local_experts
+                for index, expert in enumerate(self.local_experts, start=first):
+                    torch.manual_seed(seed + index)
+                    self._draw(expert)
+
+    def _draw(self, expert: Any) -> None:
+        place = {
+            "rank": self.tp_group.rank(),
+            "world_size": self.tp_group.size(),
+            "skip_set_tensor_parallel_attributes": True,
+        }
+        fc1, fc2 = expert.linear_fc1, expert.linear_fc2
+        for linear, dim, init in ((fc1, 0, self.config.init_method), (fc2, 1, self.config.output_layer_init_method)):
+            _initialize_affine_weight_cpu(
+                linear.weight,
+                linear.output_size,
+                linear.input_size,
+                linear.weight.shape[dim],
+                dim,
+                init,
+                params_dtype=self.config.params_dtype,
+                **place,
+            )

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision encoder: any Hugging Face vision transformer, taken whole, and pixel shuffle behind it."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+# Vision towers by model type of their own config; composite models (clip, internvl, ...) carry one as vision_config.
+SUPPORTED = ("internvl_vision", "clip_vision_model", "siglip_vision_model")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Which vision encoder, and how its features become tokens.
+
+    Attributes:
+        model: Folder of a Hugging Face model, or its name on the hub. A composite model (InternVL, CLIP, SigLIP) gives
+            its vision tower.
+        image_size: Side of a tile, in pixels.
+        pixel_shuffle: Factor of the pixel shuffle; 0.5 makes one token of 2 x 2 patches.
+        feature_layer: Whose hidden state to take, -1 the last.
+        feature_scale: Multiplies the features before the shuffle; VITA's checkpoints use 0.5.
+    """
+
+    model: str
+    image_size: int = 448
+    pixel_shuffle: float = 0.5
+    feature_layer: int = -1
+    feature_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        step = 1 / self.pixel_shuffle if self.pixel_shuffle > 0 else 0.0
+        if step < 1 or not math.isclose(step, round(step)):
+            raise ValueError(
+                f"--pixel-shuffle is {self.pixel_shuffle}; it must be 1, 0.5 or another 1/n (InternVL's is 0.5)."
+            )
+
+    @property
+    def shuffle_step(self) -> int:
+        """Patches per side that become one token."""
+        return round(1 / self.pixel_shuffle)
+
+
+def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
+    """The Hugging Face config of the vision tower, checked against the tiles.
+
+    Raises:
+        ValueError: The model is unknown, is no supported vision tower, or does not fit the tile size.
+    """
+    try:
+        config = AutoConfig.from_pretrained(vision.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--vision-model {vision.model!r} is neither a folder with a Hugging Face vision model nor a name on the "
+            f"hub that can be reached: {str(error).splitlines()[0]}"
+        ) from error
+    tower = getattr(config, "vision_config", config)
+    if tower.model_type not in SUPPORTED:
+        raise ValueError(
+            f"--vision-model {vision.model!r} has the model type {tower.model_type!r}; "
+            f"supported vision towers are {', '.join(SUPPORTED)}."
+        )
+    expected = _side(tower.image_size)
+    if vision.image_size != expected:
+        raise ValueError(
+            f"--image-size is {vision.image_size}, but --vision-model {vision.model!r} takes tiles of {expected} px; "
+            f"give --image-size {expected}."
+        )
+    grid = expected // _side(tower.patch_size)
+    if grid % vision.shuffle_step:
+        raise ValueError(
+            f"--pixel-shuffle {vision.pixel_shuffle} needs a patch grid divisible by {vision.shuffle_step}, but "
+            f"--vision-model {vision.model!r} has {grid} x {grid} patches."
+        )
+    return tower
+
+
+def tokens_per_tile(vision: VisionConfig, tower: PretrainedConfig) -> int:
+    """Vision tokens that one tile becomes (256 for InternViT-300M at 448 px)."""
+    return (_side(tower.image_size) // _side(tower.patch_size) // vision.shuffle_step) ** 2
+
+
+def _side(size: Any) -> int:
+    """A side in pixels: Hugging Face stores 448 or [448, 448]."""
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
+
+
+def pixel_shuffle(features: Tensor, step: int) -> Tensor:
+    """Folds step x step neighbouring patches into the channels, in InternVL's order.
+
+    Args:
+        features: [n, grid, grid, c].
+        step: Patches per side that become one.
+
+    Returns:
+        [n, (grid / step)^2, c * step^2].
+    """
+    n, grid, _, channels = features.shape
+    side = grid // step
+    folded = features.reshape(n, side, step, side, step, channels).permute(0, 1, 3, 2, 4, 5)
+    return folded.reshape(n, side * side, step * step * channels)
+
+
+class VisionEncoder(nn.Module):
+    """A Hugging Face vision tower and the pixel shuffle.
+
+    Frozen in both stages of the paper: it then stays in evaluation mode and keeps no activations.
+    """
+
+    def __init__(self, vision: VisionConfig, dtype: torch.dtype, trainable: bool = False) -> None:
+        super().__init__()
+        self.vision = vision
+        tower_config = load_vision_config(vision)
+        self.tower = _load_tower(vision, tower_config, dtype)
+        self.trainable = trainable
+        self.tower.requires_grad_(trainable)
+        self.num_patches = (_side(tower_config.image_size) // _side(tower_config.patch_size)) ** 2
+        self.output_size = int(tower_config.hidden_size) * vision.shuffle_step**2
+        self.train()
+
+    def train(self, mode: bool = True) -> VisionEncoder:
+        """A frozen encoder has no dropout and no stochastic depth, whatever the rest of the model does."""
+        return super().train(mode and self.trainable)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Features of tiles.
+
+        Args:
+            pixel_values: [n, 3, image_size, image_size], normalised.
+
+        Returns:
+            [n, tokens_per_tile, output_size].
+        """
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            output = self.tower(pixel_values.to(self.tower.dtype), output_hidden_states=self.vision.feature_layer != -1)
+            hidden = output.last_hidden_state
+            if self.vision.feature_layer != -1:
+                hidden = output.hidden_states[self.vision.feature_layer]
+            patches = hidden[:, -self.num_patches :]  # InternViT and CLIP put a class token in front
+            grid = math.isqrt(self.num_patches)
+            patches = patches.unflatten(1, (grid, grid)) * self.vision.feature_scale
+            return pixel_shuffle(patches, self.vision.shuffle_step)
+
+
+def _load_tower(vision: VisionConfig, tower: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    composite = AutoConfig.from_pretrained(vision.model).model_type != tower.model_type
+    has_weights = not os.path.isdir(vision.model) or any(Path(vision.model).glob("*.safetensors*"))
+    if not has_weights:
+        raise ValueError(
+            f"--vision-model {vision.model!r} has a config but no weights (*.safetensors); save the model with "
+            "save_pretrained(), or give a folder that holds it whole."
+        )
+    if not composite:
+        return AutoModel.from_pretrained(vision.model, dtype=dtype, use_safetensors=True)
+    whole = AutoModel.from_pretrained(vision.model, dtype=dtype, use_safetensors=True)
+    return whole.vision_tower if hasattr(whole, "vision_tower") else whole.vision_model

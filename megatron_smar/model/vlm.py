@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision-language model: vision encoder, connector, and Megatron's GPTModel with modality-aware MoE layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_smar.model.connector import Connector, ConnectorType
+from megatron_smar.model.layer_specs import decoder_block_spec
+from megatron_smar.model.vision import VisionConfig, VisionEncoder
+from megatron_smar.routing.modalities import modality_mask_from_ids
+from megatron_smar.routing.router import ModalityRoutingConfig
+
+PARTS = ("vision", "connector", "language")
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """What GPTModel takes beside its TransformerConfig; names as Megatron's."""
+
+    vocab_size: int
+    max_sequence_length: int
+    position_embedding_type: str = "rope"
+    rotary_percent: float = 1.0
+    rotary_base: int = 10000
+    rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
+    seq_len_interpolation_factor: float | None = None
+    share_embeddings_and_output_weights: bool = False
+    fp16_lm_cross_entropy: bool = False
+    parallel_output: bool = True
+
+
+class VisionLanguageModel(MegatronModule):
+    """One pipeline stage of the model.
+
+    The first stage encodes the tiles and puts their features where the batch has placeholder tokens. Every stage knows
+    the modality of each position and hands it to its routers with the activations.
+
+    Args:
+        config: Megatron's transformer config of the language model.
+        language: The rest of the language model's settings.
+        vision: The vision encoder's.
+        connector: Type of the connector.
+        modality_routing: The routers'.
+        freeze: Parts that do not learn: any of `vision`, `connector`, `language`.
+        pre_process: Whether this is the first stage.
+        post_process: Whether this is the last stage.
+        pg_collection: Process groups.
+        vp_stage: Virtual pipeline stage.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        language: LanguageConfig,
+        vision: VisionConfig,
+        connector: ConnectorType,
+        modality_routing: ModalityRoutingConfig,
+        freeze: frozenset[str] = frozenset({"vision"}),
+        pre_process: bool = True,
+        post_process: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.modality_routing = modality_routing
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
+        self.vision_model: VisionEncoder | None = None
+        self.connector: Connector | None = None
+        if pre_process:
+            self.vision_model = VisionEncoder(vision, config.params_dtype, trainable="vision" not in freeze)
+            self.connector = Connector(
+                connector, self.vision_model.output_size, config.hidden_size, config.params_dtype
+            ).requires_grad_("connector" not in freeze)
+        self.language_model = GPTModel(
+            config=config,
+            transformer_layer_spec=decoder_block_spec(config, modality_routing, vp_stage),
+            pre_process=pre_process,
+            post_process=post_process,
+            # The whole sequence of embeddings is needed to put the features in; it is scattered afterwards.
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+            **vars(language),
+        )
+        if "language" in freeze:
+            self.language_model.requires_grad_(False)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Takes the previous stage's activations [s, b, h] (Megatron's schedules call it)."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied embedding, for Megatron's reduction of its gradient between the first and the last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        modality_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        vision_index: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """One micro-batch through this stage.
+
+        Args:
+            input_ids: [b, s], with placeholders where vision tokens go.
+            position_ids: [b, s].
+            modality_ids: [b, s]: 0 text, 1 vision, -1 padding.
+            pixel_values: [tiles, 3, H, W], in the order of the placeholders; used on the first stage only.
+            vision_index: [b, s], for a vision position the row of its token among the features of all tiles.
+            labels: [b, s], or None.
+            attention_mask: None for causal.
+
+        Returns:
+            On the last stage the loss per token [b, s], or without labels the logits [b, s, vocabulary / tp]; on the
+            others activations [s, b, h].
+        """
+        decoder_input = None
+        if self.pre_process:
+            decoder_input = self._embed(input_ids, position_ids, modality_ids, pixel_values, vision_index)
+        return self.language_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            decoder_input=decoder_input,
+            labels=labels,
+            padding_mask=self._modality_mask(modality_ids),
+        )
+
+    def _modality_mask(self, modality_ids: Tensor) -> Tensor:
+        """This rank's shard of the modality mask, [b, s / tp, M] under sequence parallelism, else [b, s, M]."""
+        if self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            modality_ids = modality_ids.chunk(group.size(), dim=1)[group.rank()]
+        return modality_mask_from_ids(modality_ids, self.modality_routing.num_modalities)
+
+    def _embed(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        modality_ids: Tensor,
+        pixel_values: Tensor | None,
+        vision_index: Tensor | None,
+    ) -> Tensor:
+        """Embeddings with the vision features in their places, [s, b, h], scattered under sequence parallelism."""
+        assert self.vision_model is not None and self.connector is not None
+        embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=position_ids)
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            embeddings = embeddings + self._unused_vision(embeddings)
+        else:
+            if vision_index is None:
+                raise ValueError("pixel_values were given without vision_index; see megatron_smar.training.batch.")
+            features = self.connector(self.vision_model(pixel_values)).flatten(0, 1)
+            placed = features[vision_index.clamp(min=0)].transpose(0, 1).to(embeddings.dtype)
+            embeddings = torch.where((modality_ids > 0).t().unsqueeze(-1), placed, embeddings)
+        if self.config.sequence_parallel:
+            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
+        return embeddings
+
+    def _unused_vision(self, like: Tensor) -> Tensor:
+        """Zero, through encoder and connector: a batch without images keeps every parameter in the graph.
+
+        With the language model frozen the loss would otherwise have no gradient, the rank would skip its backward pass
+        and with it the collectives that the other ranks wait in.
+        """
+        assert self.vision_model is not None and self.connector is not None
+        side = self.vision_model.vision.image_size
+        tile = torch.zeros(1, 3, side, side, device=like.device, dtype=like.dtype)
+        if self.vision_model.trainable:
+            features = self.vision_model(tile)
+        else:
+            features = torch.zeros(1, 1, self.vision_model.output_size, device=like.device, dtype=like.dtype)
+        return self.connector(features).sum().to(like.dtype) * 0.0

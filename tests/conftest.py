@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several tests need."""
+
+import os
+import socket
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks and data workers share the cores
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def single_rank():
+    """Megatron's parallel state with one rank, on this machine's device."""
+    from megatron_smar import runtime
+
+    runtime.install()
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    dist.init_process_group("gloo" if runtime.device() == "cpu" else "nccl")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small real models that the tests share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def transformer_config(**changes: Any) -> Any:
+    """A Mixtral-shaped TransformerConfig: 3 layers, 4 experts, top-2, grouped queries."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    settings = dict(
+        num_layers=3,
+        hidden_size=48,
+        ffn_hidden_size=96,
+        moe_ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="none",
+        normalization="RMSNorm",
+        layernorm_epsilon=1e-5,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+    )
+    return TransformerConfig(**(settings | changes))
+
+
+def build_model(
+    vision_path: str,
+    connector: str = "mlp2x_gelu",
+    routing: dict[str, Any] | None = None,
+    freeze: frozenset[str] = frozenset({"vision"}),
+    **config: Any,
+) -> Any:
+    """A VisionLanguageModel with a vocabulary of 128 and 32 px tiles; needs initialised parallel state."""
+    from megatron_smar.model.vision import VisionConfig
+    from megatron_smar.model.vlm import LanguageConfig, VisionLanguageModel
+    from megatron_smar.routing.router import ModalityRoutingConfig
+
+    return VisionLanguageModel(
+        transformer_config(**config),
+        LanguageConfig(vocab_size=128, max_sequence_length=256),
+        VisionConfig(vision_path, image_size=32),
+        connector,  # type: ignore[arg-type]
+        ModalityRoutingConfig(**(routing or {})),
+        freeze=freeze,
+    )
+
+
+def build_hf_model(image_token_id: int) -> Any:
+    """Hugging Face's model of the same shape, randomly initialised, its norms and scales away from one."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, MixtralConfig
+
+    torch.manual_seed(0)
+    vision = InternVLVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=[32, 32],
+        patch_size=[8, 8],
+    )
+    text = MixtralConfig(
+        vocab_size=128,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    )
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=image_token_id,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    model = InternVLForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    return model
+
+
+def copy_weights(hf: Any, model: Any) -> None:
+    """Copies the connector's and the language model's weights of a Hugging Face model into ours (one rank)."""
+    theirs = dict(hf.named_parameters())
+    used = {name for name in theirs if "vision_tower" in name}
+
+    def take(name: str) -> Tensor:
+        used.add(name)
+        return theirs[name].data
+
+    def copy(target: Tensor, source: Tensor) -> None:
+        target.data.copy_(source)
+
+    projector = "model.multi_modal_projector"
+    for ours, name in (("norm", "layer_norm"), ("linear_1", "linear_1"), ("linear_2", "linear_2")):
+        for kind in ("weight", "bias"):
+            copy(getattr(getattr(model.connector, ours), kind), take(f"{projector}.{name}.{kind}"))
+    language, gpt = "model.language_model", model.language_model
+    copy(gpt.embedding.word_embeddings.weight, take(f"{language}.embed_tokens.weight"))
+    copy(gpt.decoder.final_layernorm.weight, take(f"{language}.norm.weight"))
+    copy(gpt.output_layer.weight, take("lm_head.weight"))
+    groups = gpt.config.num_query_groups
+    for index, layer in enumerate(gpt.decoder.layers):
+        prefix = f"{language}.layers.{index}"
+        copy(layer.input_layernorm.weight, take(f"{prefix}.input_layernorm.weight"))
+        copy(layer.pre_mlp_layernorm.weight, take(f"{prefix}.post_attention_layernorm.weight"))
+        # Megatron keeps each group's queries, key and value together.
+        qkv = [take(f"{prefix}.self_attn.{x}_proj.weight").unflatten(0, (groups, -1)) for x in "qkv"]
+        copy(layer.self_attention.linear_qkv.weight, torch.cat(qkv, dim=1).flatten(0, 1))
+        copy(layer.self_attention.linear_proj.weight, take(f"{prefix}.self_attn.o_proj.weight"))
+        copy(layer.mlp.router.weight, take(f"{prefix}.mlp.gate.weight"))
+        gate_up, down = take(f"{prefix}.mlp.experts.gate_up_proj"), take(f"{prefix}.mlp.experts.down_proj")
+        for number, expert in enumerate(layer.mlp.experts.local_experts):
+            copy(expert.linear_fc1.weight, gate_up[number])
+            copy(expert.linear_fc2.weight, down[number])
+    assert used == set(theirs), f"weights left behind: {sorted(set(theirs) - used)}"
+
+
+def prepare(ids: Tensor, padding: Tensor, pixels: Tensor, image_token_id: int) -> dict[str, Tensor]:
+    """The model's inputs for token ids [b, s], as the trainer makes them."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_smar.data.batch import VisionLanguageBatch
+    from megatron_smar.training.batch import prepare_batch
+
+    batch = VisionLanguageBatch(
+        __key__=[str(i) for i in range(len(ids))],
+        __restore_key__=(),
+        input_ids=ids,
+        labels=ids,
+        loss_mask=torch.ones_like(ids, dtype=torch.float32),
+        padding_mask=padding,
+        pixel_values=pixels,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    tokens = 4 if len(pixels) else 0
+    inputs = vars(prepare_batch(batch, image_token_id, tokens, True, groups))
+    return {name: value for name, value in inputs.items() if name not in ("labels", "loss_mask")}
