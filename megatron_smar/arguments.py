@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our flags, in groups beside Megatron's, and the configs that they become.
+
+Megatron parses; the dataclasses beside the code validate. Everything that a user can get wrong in a flag is refused by
+`check_arguments`, before Megatron starts anything.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from megatron_smar import runtime
+from megatron_smar.model.connector import ConnectorType
+from megatron_smar.model.vision import VisionConfig, load_vision_config
+from megatron_smar.model.vlm import PARTS, LanguageConfig
+from megatron_smar.routing.router import ModalityRoutingConfig
+
+CONNECTORS = ConnectorType.__args__  # type: ignore[attr-defined]
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Adds our groups to Megatron's parser, and the defaults that this device needs (`extra_args_provider`)."""
+    _add_routing_arguments(parser)
+    _add_vision_arguments(parser)
+    _add_stage_arguments(parser)
+    _add_conversation_arguments(parser)
+    _repair_help(parser)
+    parser.set_defaults(dataloader_type="external", **runtime.argument_defaults())
+    return parser
+
+
+def _repair_help(parser: ArgumentParser) -> None:
+    """Escapes bare percent signs: one help text of Megatron 0.19.2 has one, and its `--help` dies of it."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError):
+            action.help = action.help.replace("%", "%%") if action.help else None
+
+
+def _add_routing_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("modality-aware routing", "SMAR (arXiv 2506.06406); defaults are the paper's.")
+    paper = ModalityRoutingConfig()
+    group.add_argument(
+        "--modality-routing",
+        choices=["none", "smar"],
+        default="none",
+        help="Routing strategy. none: the backbone's own, measured; smar: with the band loss (the paper: stage 2). "
+        "Default: none.",
+    )
+    group.add_argument(
+        "--smar-coeff", type=float, default=paper.coeff, help="beta, the weight of the SMAR loss. Default: %(default)s."
+    )
+    group.add_argument(
+        "--smar-d-min",
+        type=float,
+        default=paper.d_min,
+        help="Lower end of the tolerance band on the distance between the modalities' routing distributions. "
+        "Default: %(default)s (1.0 for MoE-LLaVA).",
+    )
+    group.add_argument(
+        "--smar-d-max",
+        type=float,
+        default=paper.d_max,
+        help="Upper end of the band. Default: %(default)s (1.5 for MoE-LLaVA).",
+    )
+    group.add_argument(
+        "--smar-eps",
+        type=float,
+        default=paper.eps,
+        help="Smoothing of the distributions, which keeps the distance finite. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--smar-scope",
+        choices=["global", "local"],
+        default=paper.scope,
+        help="global: statistics over all tokens of the micro-batch step on all ranks; local: over each data-parallel "
+        "replica's own. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--no-modality-router-bias",
+        action="store_false",
+        dest="modality_router_bias",
+        help="Leave out the trainable bias per modality and expert on the router's logits.",
+    )
+
+
+def _add_vision_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("vision-language model")
+    group.add_argument(
+        "--vision-model",
+        metavar="PATH_OR_NAME",
+        help="Hugging Face vision encoder (InternViT, CLIP, SigLIP), or a model that has one. "
+        "The paper: InternViT-300M.",
+    )
+    group.add_argument(
+        "--image-size", type=int, default=448, help="Side of a tile in pixels. Default: %(default)s, the paper's."
+    )
+    group.add_argument(
+        "--max-tiles",
+        type=int,
+        default=1,
+        help="Most tiles per image; 1: every image is one tile. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--use-thumbnail", action="store_true", help="Add a thumbnail of the whole image when it has several tiles."
+    )
+    group.add_argument(
+        "--connector",
+        choices=CONNECTORS,
+        default="mlp2x_gelu",
+        help="Linear-GELU-Linear (the paper, VITA), or InternVL's with a LayerNorm first. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--pixel-shuffle",
+        type=float,
+        default=0.5,
+        help="Factor of the pixel shuffle; 0.5 folds 2 x 2 patches into one token. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--vision-feature-layer",
+        type=int,
+        default=-1,
+        help="Which hidden state of the encoder gives the features (LLaVA with CLIP: -2). Default: %(default)s.",
+    )
+    group.add_argument(
+        "--vision-feature-scale",
+        type=float,
+        default=1.0,
+        help="Multiplies the features before the shuffle; VITA's checkpoints use 0.5. Default: %(default)s.",
+    )
+
+
+def _add_stage_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("training stages")
+    group.add_argument(
+        "--freeze",
+        nargs="*",
+        choices=PARTS,
+        default=["vision"],
+        help="Parts that do not learn. Stage 1, visual alignment: vision language. Stage 2, visual instruction tuning: "
+        "vision. Language pretraining: vision connector. Default: vision.",
+    )
+
+
+def _add_conversation_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "conversations",
+        "--data-path takes one folder of shards made by tools/data/prepare.py, or an energon metadataset.",
+    )
+    group.add_argument(
+        "--conversation-template",
+        default="mistral",
+        help="How turns become text: plain (the paper's stage 1: image, then caption) or mistral. "
+        "Default: %(default)s.",
+    )
+    group.add_argument(
+        "--rejects-dir", default=None, help="Folder for the list of samples that were skipped, each with its reason."
+    )
+    group.add_argument(
+        "--shuffle-buffer-size",
+        type=int,
+        default=1000,
+        help="Samples among which each data worker shuffles. Default: %(default)s.",
+    )
+
+
+def modality_routing_config(args: Namespace) -> ModalityRoutingConfig:
+    """The routers' config."""
+    return ModalityRoutingConfig(
+        strategy=args.modality_routing,
+        coeff=args.smar_coeff,
+        d_min=args.smar_d_min,
+        d_max=args.smar_d_max,
+        eps=args.smar_eps,
+        scope=args.smar_scope,
+        router_bias=args.modality_router_bias,
+    )
+
+
+def vision_config(args: Namespace) -> VisionConfig:
+    """The vision encoder's config."""
+    return VisionConfig(
+        model=args.vision_model,
+        image_size=args.image_size,
+        pixel_shuffle=args.pixel_shuffle,
+        feature_layer=args.vision_feature_layer,
+        feature_scale=args.vision_feature_scale,
+    )
+
+
+def language_config(args: Namespace) -> LanguageConfig:
+    """What the language model takes beside Megatron's TransformerConfig."""
+    return LanguageConfig(
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+    )
+
+
+def check_arguments(args: Namespace) -> None:
+    """Refuses what cannot train, in one sentence, on every rank alike.
+
+    Raises:
+        ValueError: With the flag, its value and the mend.
+    """
+    if args.vision_model is None:
+        raise ValueError("--vision-model is missing; give the folder or the hub name of a Hugging Face vision encoder.")
+    load_vision_config(vision_config(args))
+    if set(args.freeze) == set(PARTS):
+        raise ValueError("--freeze vision connector language leaves nothing to train; leave out at least one of them.")
+    if args.max_tiles != 1 or args.use_thumbnail:
+        raise ValueError(
+            f"--max-tiles {args.max_tiles}{' --use-thumbnail' if args.use_thumbnail else ''}: dynamic tiling is not "
+            "there yet; use --max-tiles 1, which makes each image one tile."
+        )
+    _check_routing(args, modality_routing_config(args))
+    _check_parallelism(args)
+    if args.dataloader_type != "external":
+        raise ValueError(
+            f"--dataloader-type is {args.dataloader_type}; conversations come through energon: leave the flag out."
+        )
+
+
+def _check_routing(args: Namespace, routing: ModalityRoutingConfig) -> None:
+    from_checkpoint = args.use_checkpoint_args  # the model's shape is then not in the flags
+    if routing.strategy == "smar" and not args.num_experts and not from_checkpoint:
+        raise ValueError(
+            "--modality-routing smar works on the routers of MoE layers, and this model has none; "
+            "give --num-experts, or --modality-routing none."
+        )
+    if routing.strategy == "smar" and args.calculate_per_token_loss:
+        raise ValueError(
+            "--calculate-per-token-loss with --modality-routing smar is not supported yet: Megatron divides by tokens "
+            "that are not yet counted when the SMAR loss is formed; leave out --calculate-per-token-loss."
+        )
+    if args.moe_router_load_balancing_type in (["quantile_balancing"], "quantile_balancing"):
+        raise ValueError(
+            "--moe-router-load-balancing-type quantile_balancing cannot leave padding out; use aux_loss or none."
+        )
+
+
+def _check_parallelism(args: Namespace) -> None:
+    if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with MoE layers needs "
+            "--sequence-parallel: without it every tensor-parallel rank would count the same tokens again; add --sequence-parallel."
+        )
+    if getattr(args, "overlap_moe_expert_parallel_comm", False):
+        raise ValueError(
+            "--overlap-moe-expert-parallel-comm interleaves the layers of two micro-batches, which the routing "
+            "statistics do not support yet; leave it out."
+        )
+    if args.cuda_graph_impl not in (None, "none"):
+        raise ValueError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} is not supported with modality-aware routing; leave it out."
+        )
+    if args.context_parallel_size > 1 and args.transformer_impl == "local":
+        raise ValueError(
+            f"--context-parallel-size {args.context_parallel_size} needs Transformer Engine's attention; use "
+            "--transformer-impl transformer_engine, or --context-parallel-size 1."
+        )

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main loss: cross-entropy over the tokens that the loss mask keeps."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from torch import Tensor
+
+LM_LOSS = "lm loss"
+
+
+def lm_loss(loss_mask: Tensor, check_for_nan: bool, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss of one micro-batch in the form that Megatron's schedules expect.
+
+    Args:
+        loss_mask: [b, s].
+        check_for_nan: Whether a loss that is not finite stops the run, with the rank and the device named.
+        output_tensor: [b, s], cross-entropy per token.
+
+    Returns:
+        The sum over the tokens that count, their number, and what is logged: sum and number again, which Megatron adds
+        up over micro-batches and ranks before dividing.
+    """
+    mask = loss_mask.flatten().float()
+    total = (output_tensor.flatten().float() * mask).sum()
+    number = mask.sum()
+    if check_for_nan:
+        machine = get_rerun_state_machine()
+        for rejects, message in ((torch.isnan, "found NaN in the lm loss"), (torch.isinf, "found Inf in the lm loss")):
+            machine.validate_result(result=total, rejection_func=rejects, message=message, tolerance=0.0, fatal=True)
+    return total, number.detach().int(), {LM_LOSS: torch.stack([total.detach(), number.detach()])}

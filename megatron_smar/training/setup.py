@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's start, for every program that trains or evaluates: flags, checks, process groups, model."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.initialize import initialize_megatron
+from megatron.training.training import setup_model_and_optimizer
+
+from megatron_smar.arguments import add_arguments, check_arguments
+from megatron_smar.training.monitor import install_metrics
+from megatron_smar.training.providers import model_provider
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
+    """Parses Megatron's flags and ours, checks them, and builds the tokenizer and Megatron's other globals.
+
+    Args:
+        argv: Flags; None for the command line's. Megatron's parser reads sys.argv and nothing else.
+
+    Raises:
+        SystemExit: With one sentence, for flags that cannot train.
+    """
+    if argv is not None:
+        sys.argv = [sys.argv[0], *argv]
+    try:
+        check_arguments(parse_args(add_arguments))
+        args = parse_and_validate_args(add_arguments)
+    except (ValueError, AssertionError) as error:
+        sys.exit(f"{sys.argv[0]}: error: {error}")
+    install_metrics()
+    return args
+
+
+def start(argv: Sequence[str] | None = None) -> tuple[list[Any], Any, Any]:
+    """Initialises Megatron and builds (or loads) the model as `pretrain()` would, without training.
+
+    Returns:
+        (model chunks, optimizer, learning-rate scheduler); the last two are None with --skip-train.
+    """
+    parse_arguments(argv)
+    initialize_megatron()
+    return setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        model_provider_func=model_provider,
+        checkpointing_context={},
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )

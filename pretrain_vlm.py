@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a vision-language mixture-of-experts model: Megatron's flags plus ours (`--help`).
+
+On GPUs:      torchrun --nproc-per-node 8 pretrain_vlm.py --vision-model PATH --data-path PATH ...
+Without any:  the same command; Megatron then runs on the CPU with Gloo.
+"""
+
+from __future__ import annotations
+
+from megatron_smar import runtime
+
+runtime.install()
+
+from megatron.core.enums import ModelType  # noqa: E402  (the runtime comes before anything of Megatron)
+from megatron.training import pretrain  # noqa: E402
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+
+from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider  # noqa: E402
+from megatron_smar.training.setup import parse_arguments  # noqa: E402
+
+
+def main() -> None:
+    """Parses, refuses what cannot train, and hands over to Megatron's `pretrain()`."""
+    args = parse_arguments()
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        data_iterators_provider,
+        ModelType.encoder_or_decoder,
+        build_forward_step(),
+        model_provider=model_provider,
+    )
+
+
+if __name__ == "__main__":
+    main()
