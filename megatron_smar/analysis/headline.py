@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The headline numbers of a run: how they are written, and the table that the terminal and the page share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+
+QUESTIONS = "Picture questions"
+
+
+def headline_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Measure, before, after, baseline: the rows of the headline table, on the terminal and on the page."""
+    before, after = report["mrd_distance_by_layer_before"], report["mrd_distance_by_layer"]
+    d_min, d_max = report["band"]
+
+    def row(name: str, form: Any, key_before: str, key_after: str, baseline: str) -> tuple[str, str, str, str]:
+        return name, form(report[key_before]), form(report[key_after]), baseline
+
+    unigram = f"{decimal(report['unigram_perplexity'])} unigram"
+    chance = f"{percent(report['vqa_chance'])} chance"
+    return [
+        ("Retention of language", "", percent(report["retention"]), "100% nothing lost"),
+        row("Word accuracy", percent, "word_accuracy_before", "word_accuracy_after", ""),
+        row("Text perplexity", decimal, "text_perplexity_before", "text_perplexity_after", unigram),
+        row(QUESTIONS, percent, "vqa_accuracy_before", "vqa_accuracy", chance),
+        ("MRD distance, mean of layers", _mean(before), _mean(after), f"{d_min:g} to {d_max:g} band"),
+        ("Layers inside the band", _inside(before, d_min, d_max), _inside(after, d_min, d_max), ""),
+    ]
+
+
+def format_table(report: Mapping[str, Any]) -> str:
+    """The headline table of a checked report as aligned plain text."""
+    rows = [("", "before", "after", "baseline"), *headline_rows(report)]
+    kinds = [row[0] for row in rows].index(QUESTIONS) + 1
+    rows[kinds:kinds] = [
+        (f"  {kind} ({row['count']:,})", "", percent(row["accuracy"]), f"{percent(row['chance'])} chance")
+        for kind, row in report["vqa_by_kind"].items()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        f"{name:<{widths[0]}}  {before:>{widths[1]}}  {after:>{widths[2]}}  {baseline}".rstrip()
+        for name, before, after, baseline in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    steps = ", ".join(f"{stage} {count:,}" for stage, count in report["steps"].items())
+    return "\n".join([report["title"], "", *lines, "", f"steps: {steps}; time: {duration(report['seconds']['total'])}"])
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, or NaN or None for one that was not measured."""
+    return value is None or (isinstance(value, (int, float, np.number)) and not isinstance(value, bool))
+
+
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that can be shown."""
+    return value is not None and is_number(value) and math.isfinite(value)
+
+
+def percent(value: float | None) -> str:
+    """A share, such as 87.3%; "-" where there is none."""
+    return f"{value:.1%}" if is_finite(value) else "-"
+
+
+def decimal(value: float | None) -> str:
+    """A number with two decimals; "-" where there is none."""
+    return f"{value:,.2f}" if is_finite(value) else "-"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    finite = [value for value in values if is_finite(value)]
+    return decimal(sum(finite) / len(finite) if finite else None)
+
+
+def _inside(distances: Sequence[float | None], d_min: float, d_max: float) -> str:
+    return f"{sum(is_finite(d) and d_min <= d <= d_max for d in distances)} of {len(distances)}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, such as 4 min 05 s; "-" where there are none."""
+    if not is_finite(seconds):
+        return "-"
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
