@@ -10,8 +10,10 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from megatron_smar import runtime
+from megatron_smar.data.task_encoder import DataConfig
+from megatron_smar.data.tiling import ImageConfig
 from megatron_smar.model.connector import ConnectorType
-from megatron_smar.model.vision import VisionConfig, load_vision_config
+from megatron_smar.model.vision import VisionConfig, load_vision_config, normalisation, tokens_per_tile
 from megatron_smar.model.vlm import PARTS, LanguageConfig
 from megatron_smar.routing.router import ModalityRoutingConfig
 
@@ -25,7 +27,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     _add_stage_arguments(parser)
     _add_conversation_arguments(parser)
     _repair_help(parser)
-    parser.set_defaults(dataloader_type="external", **runtime.argument_defaults())
+    # Megatron 0.19.2 leaves the interval at None and then divides by it.
+    parser.set_defaults(dataloader_type="external", eval_interval=1000, **runtime.argument_defaults())
     return parser
 
 
@@ -158,6 +161,17 @@ def _add_conversation_arguments(parser: ArgumentParser) -> None:
         "--rejects-dir", default=None, help="Folder for the list of samples that were skipped, each with its reason."
     )
     group.add_argument(
+        "--dataloader-save",
+        default=None,
+        help="Folder for the data loader's state, saved with each checkpoint. Default: dataloader/ in --save.",
+    )
+    group.add_argument(
+        "--no-load-dataloader-state",
+        action="store_false",
+        dest="load_dataloader_state",
+        help="On resuming, read the data from the start instead of where the checkpoint stood.",
+    )
+    group.add_argument(
         "--shuffle-buffer-size",
         type=int,
         default=1000,
@@ -205,8 +219,41 @@ def language_config(args: Namespace) -> LanguageConfig:
     )
 
 
-def check_arguments(args: Namespace) -> None:
+def image_config(args: Namespace) -> ImageConfig:
+    """How images become tiles, normalised as the vision encoder was trained."""
+    mean, std = normalisation(vision_config(args))
+    return ImageConfig(args.image_size, args.max_tiles, args.use_thumbnail, mean, std)
+
+
+def data_config(args: Namespace) -> DataConfig:
+    """What is read, and how it is padded for this layout."""
+    # Pipelines and the all-gather dispatcher need one shape on every rank; otherwise the longest sample decides.
+    one_shape = args.pipeline_model_parallel_size > 1 or args.moe_token_dispatcher_type == "allgather"
+    shards = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    shards *= 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+    return DataConfig(
+        data_path=args.data_path[0],
+        valid_data_path=args.valid_data_path[0] if args.valid_data_path else None,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        template=args.conversation_template,
+        tokens_per_tile=tokens_per_tile(vision_config(args)),
+        image=image_config(args),
+        pad_to=args.seq_length if one_shape else None,
+        pad_to_multiple_of=shards,
+        num_workers=args.num_workers,
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        seed=args.seed,
+        rejects_dir=args.rejects_dir,
+    )
+
+
+def check_arguments(args: Namespace, needs_data: bool = True) -> None:
     """Refuses what cannot train, in one sentence, on every rank alike.
+
+    Args:
+        args: As Megatron's parser returns them, before it validates its own.
+        needs_data: Whether the program reads --data-path.
 
     Raises:
         ValueError: With the flag, its value and the mend.
@@ -214,13 +261,16 @@ def check_arguments(args: Namespace) -> None:
     if args.vision_model is None:
         raise ValueError("--vision-model is missing; give the folder or the hub name of a Hugging Face vision encoder.")
     load_vision_config(vision_config(args))
+    image_config(args)
+    if needs_data:
+        if not args.data_path or len(args.data_path) != 1 or len(args.valid_data_path or []) > 1:
+            raise ValueError(
+                "--data-path (and --valid-data-path) takes one folder of shards made by tools/data/prepare.py, or one "
+                f"energon metadataset, not {args.data_path or 'nothing'}."
+            )
+        data_config(args)
     if set(args.freeze) == set(PARTS):
         raise ValueError("--freeze vision connector language leaves nothing to train; leave out at least one of them.")
-    if args.max_tiles != 1 or args.use_thumbnail:
-        raise ValueError(
-            f"--max-tiles {args.max_tiles}{' --use-thumbnail' if args.use_thumbnail else ''}: dynamic tiling is not "
-            "there yet; use --max-tiles 1, which makes each image one tile."
-        )
     _check_routing(args, modality_routing_config(args))
     _check_parallelism(args)
     if args.dataloader_type != "external":

@@ -125,8 +125,39 @@ def build_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
     return norm
 
 
+class GroupedLinear(torch.autograd.Function):
+    """One linear layer per expert over tokens sorted by expert: a matrix product each, into one output."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, splits: list[int], *weights: Tensor) -> Tensor:
+        """Tokens [n, in], the number of each expert's, and one weight [out, in] per expert -> [n, out]."""
+        ctx.save_for_backward(tokens, *weights)
+        ctx.splits = splits
+        output = tokens.new_empty(tokens.shape[0], weights[0].shape[0])
+        for rows, weight, place in zip(tokens.split(splits), weights, output.split(splits), strict=True):
+            torch.mm(rows, weight.t(), out=place)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by tokens and weights that something wants."""
+        (gradient,) = gradients
+        tokens, *weights = ctx.saved_tensors
+        parts = gradient.split(ctx.splits)
+        by_tokens = None
+        if ctx.needs_input_grad[0]:
+            by_tokens = torch.empty_like(tokens)
+            for part, weight, place in zip(parts, weights, by_tokens.split(ctx.splits), strict=True):
+                torch.mm(part, weight, out=place)
+        by_weights = [
+            part.t() @ rows if wanted else None
+            for part, rows, wanted in zip(parts, tokens.split(ctx.splits), ctx.needs_input_grad[2:], strict=True)
+        ]
+        return by_tokens, None, *by_weights
+
+
 class LocalExperts(SequentialMLP):
-    """Megatron's experts, one after another, drawn independently of the layout.
+    """Megatron's experts with their activation computed at once, and drawn independently of the layout.
 
     Under CPU initialisation Megatron 0.19.2 draws every expert-parallel rank's experts from one generator state, so
     that expert 0 of each rank starts as the same network, and a different number of ranks gives a different model. Here
@@ -149,6 +180,33 @@ class LocalExperts(SequentialMLP):
                 for index, expert in enumerate(self.local_experts, start=first):
                     torch.manual_seed(seed + index)
                     self._draw(expert)
+        linears = [linear for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)]
+        self._gated_silu = (
+            self.config.gated_linear_unit
+            and self.config.activation_func is F.silu
+            and self.config.activation_func_clamp_value is None
+            and self.config.glu_linear_offset == 0
+            and not self.config.moe_apply_probs_on_input
+            and not (self.config.fp8 or self.config.fp4)
+            and all(linear.bias is None for linear in linears)
+        )
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's: tokens [n, h] sorted by expert, the number of each, and their weights [n] -> [n, h]."""
+        if not self._gated_silu:
+            return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
+        splits = tokens_per_expert.tolist()
+        hidden = self._grouped("linear_fc1", permuted_local_hidden_states, splits)
+        gate, up = hidden.chunk(2, dim=-1)
+        output = self._grouped("linear_fc2", F.silu(gate) * up, splits)
+        # A token's weight commutes with the second layer, whose output is narrower than its input.
+        return (output * permuted_probs.unsqueeze(-1)).to(output.dtype), None
+
+    def _grouped(self, name: str, tokens: Tensor, splits: list[int]) -> Tensor:
+        weights = [getattr(expert, name).weight for expert in self.local_experts]
+        return GroupedLinear.apply(tokens, splits, *weights)
 
     def _draw(self, expert: Any) -> None:
         place = {

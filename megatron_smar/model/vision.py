@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, image_utils
+from transformers.image_processing_base import ImageProcessingMixin
 
-# Vision towers by model type of their own config; composite models (clip, internvl, ...) carry one as vision_config.
-SUPPORTED = ("internvl_vision", "clip_vision_model", "siglip_vision_model")
+Channels = tuple[float, float, float]
+
+# Vision towers by the model type of their own config (composite models carry one as vision_config), and what each kind
+# is trained with: mean and standard deviation per colour.
+NORMALISATION: dict[str, tuple[Channels, Channels]] = {
+    "internvl_vision": (tuple(image_utils.IMAGENET_DEFAULT_MEAN), tuple(image_utils.IMAGENET_DEFAULT_STD)),
+    "clip_vision_model": (tuple(image_utils.OPENAI_CLIP_MEAN), tuple(image_utils.OPENAI_CLIP_STD)),
+    "siglip_vision_model": (tuple(image_utils.IMAGENET_STANDARD_MEAN), tuple(image_utils.IMAGENET_STANDARD_STD)),
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,10 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
             f"hub that can be reached: {str(error).splitlines()[0]}"
         ) from error
     tower = getattr(config, "vision_config", config)
-    if tower.model_type not in SUPPORTED:
+    if tower.model_type not in NORMALISATION:
         raise ValueError(
             f"--vision-model {vision.model!r} has the model type {tower.model_type!r}; "
-            f"supported vision towers are {', '.join(SUPPORTED)}."
+            f"supported vision towers are {', '.join(NORMALISATION)}."
         )
     expected = _side(tower.image_size)
     if vision.image_size != expected:
@@ -83,9 +91,22 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
     return tower
 
 
-def tokens_per_tile(vision: VisionConfig, tower: PretrainedConfig) -> int:
+def tokens_per_tile(vision: VisionConfig) -> int:
     """Vision tokens that one tile becomes (256 for InternViT-300M at 448 px)."""
+    tower = load_vision_config(vision)
     return (_side(tower.image_size) // _side(tower.patch_size) // vision.shuffle_step) ** 2
+
+
+def normalisation(vision: VisionConfig) -> tuple[Channels, Channels]:
+    """Mean and standard deviation per colour that the encoder was trained with.
+
+    From the model's own preprocessor_config.json; a folder without one gets what its kind of tower uses.
+    """
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(vision.model)
+        return tuple(settings["image_mean"]), tuple(settings["image_std"])
+    except (OSError, KeyError):
+        return NORMALISATION[load_vision_config(vision).model_type]
 
 
 def _side(size: Any) -> int:

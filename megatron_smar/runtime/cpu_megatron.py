@@ -55,4 +55,24 @@ def give_numpy_split_sizes() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = as_host
 
 
-ADAPTATIONS = (allow_no_cuda, skip_compiling_helpers, keep_one_random_state, give_numpy_split_sizes)
+@adaptation("without Transformer Engine and apex, Megatron takes torch's AdamW in its slow form, many passes over memory")
+def fuse_adamw() -> None:
+    """The optimizer that `pretrain()` makes uses AdamW's fused CPU kernel: the same update in one pass."""
+    import megatron.training.training as training
+
+    build = training.get_megatron_optimizer
+
+    @functools.wraps(build)
+    def build_fused(*args: Any, **kwargs: Any) -> Any:
+        optimizer = build(*args, **kwargs)
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            inner = getattr(part, "optimizer", None)
+            if isinstance(inner, torch.optim.Adam):
+                for group in inner.param_groups:
+                    group["fused"] = True
+        return optimizer
+
+    training.get_megatron_optimizer = build_fused
+
+
+ADAPTATIONS = (allow_no_cuda, skip_compiling_helpers, keep_one_random_state, give_numpy_split_sizes, fuse_adamw)

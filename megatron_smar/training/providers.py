@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -11,14 +13,16 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.checkpointing import get_checkpoint_name
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
 
 from megatron_smar.arguments import data_config, language_config, modality_routing_config, vision_config
 from megatron_smar.data.batch import VisionLanguageBatch
-from megatron_smar.data.loader import EnergonIterator, build_train_iterator, build_valid_iterator
+from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
+from megatron_smar.data.state import load_loader_state
 from megatron_smar.data.tokens import ImageTokens
-from megatron_smar.model.vision import load_vision_config, tokens_per_tile
+from megatron_smar.model.vision import tokens_per_tile
 from megatron_smar.model.vlm import VisionLanguageModel
 from megatron_smar.training.batch import next_batch
 from megatron_smar.training.loss import lm_loss
@@ -36,6 +40,8 @@ def model_provider(
 ) -> VisionLanguageModel:
     """Builds one pipeline stage of the model from the parsed arguments."""
     args = get_args()
+    if args.save and args.dataloader_save is None:
+        args.dataloader_save = dataloader_state_folder(args.save)
     if args.padded_vocab_size is None:
         args.padded_vocab_size = calculate_padded_vocab_size(
             get_tokenizer().vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
@@ -66,16 +72,48 @@ def data_iterators_provider(
     """
     args = get_args()
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    config = data_config(args, tokens_per_tile=_tokens_per_tile(), decode_images=_decodes_images(groups, vp_stage))
+    config = data_config(args)
     place = (groups.dp.rank(), groups.dp.size())
-    train = None if args.skip_train else build_train_iterator(config, get_tokenizer(), *place)
-    if train is not None and args.load and args.iteration > 0:
-        train.restore(args.dataloader_save or args.load, args.iteration)
-    valid = build_valid_iterator(config, get_tokenizer(), *place) if num_samples[1] > 0 else None
+    settings = {
+        "decode_images": _decodes_images(groups, vp_stage),
+        "announce_rejects": groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0 and not vp_stage,
+    }
+    train = valid = None
+    if not args.skip_train:
+        train = EnergonIterator(build_train_loader(config, get_tokenizer(), *place, **settings), config)
+        _restore(train, place[0])
+    if num_samples[1] > 0:
+        batches = args.eval_iters * args.eval_global_batch_size // (args.eval_micro_batch_size * place[1])
+        config = dataclasses.replace(config, micro_batch_size=args.eval_micro_batch_size)
+        loader = build_valid_loader(config, get_tokenizer(), *place, num_batches=batches, **settings)
+        valid = EnergonIterator(loader, config, batches_per_pass=batches)
     return train, valid, None
 
 
 data_iterators_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank builds its own
+
+
+def _restore(iterator: EnergonIterator, data_parallel_rank: int) -> None:
+    """Goes on in the data where the checkpoint that was loaded stood."""
+    args = get_args()
+    if not args.iteration or not args.load_dataloader_state:
+        return
+    path = get_checkpoint_name(
+        dataloader_state_folder(args.load),
+        args.iteration,
+        pipeline_parallel=args.pipeline_model_parallel_size > 1,
+        tensor_rank=0,
+        pipeline_rank=0,
+        expert_parallel=False,
+        expert_rank=0,
+        basename=f"train_dataloader_dprank{data_parallel_rank:03d}.pt",
+    )
+    iterator.restore_state(load_loader_state(path))
+
+
+def dataloader_state_folder(checkpoint: str) -> str:
+    """Where the loader's state lies: beside the iterations, whose own folders Megatron wants to find empty."""
+    return os.path.join(checkpoint, "dataloader")
 
 
 def _decodes_images(groups: ProcessGroupCollection, vp_stage: int | None) -> bool:
@@ -85,12 +123,8 @@ def _decodes_images(groups: ProcessGroupCollection, vp_stage: int | None) -> boo
 
 def build_forward_step() -> ForwardStep:
     """The forward step for the parsed arguments."""
-    return make_forward_step(ImageTokens.from_tokenizer(get_tokenizer()).context_id, _tokens_per_tile())
-
-
-def _tokens_per_tile() -> int:
-    vision = vision_config(get_args())
-    return tokens_per_tile(vision, load_vision_config(vision))
+    image_token_id = ImageTokens.from_tokenizer(get_tokenizer()).context_id
+    return make_forward_step(image_token_id, tokens_per_tile(vision_config(get_args())))
 
 
 def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:

@@ -19,11 +19,12 @@ from megatron_smar.training.monitor import install_metrics
 from megatron_smar.training.providers import model_provider
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
+def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) -> Namespace:
     """Parses Megatron's flags and ours, checks them, and builds the tokenizer and Megatron's other globals.
 
     Args:
         argv: Flags; None for the command line's. Megatron's parser reads sys.argv and nothing else.
+        needs_data: Whether the program reads --data-path.
 
     Raises:
         SystemExit: With one sentence, for flags that cannot train.
@@ -31,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
     try:
-        check_arguments(parse_args(add_arguments))
+        check_arguments(parse_args(add_arguments), needs_data)
         args = parse_and_validate_args(add_arguments)
     except (ValueError, AssertionError) as error:
         sys.exit(f"{sys.argv[0]}: error: {error}")
@@ -45,7 +46,7 @@ def start(argv: Sequence[str] | None = None) -> tuple[list[Any], Any, Any]:
     Returns:
         (model chunks, optimizer, learning-rate scheduler); the last two are None with --skip-train.
     """
-    parse_arguments(argv)
+    parse_arguments(argv, needs_data=False)
     initialize_megatron()
     return setup_model_and_optimizer(
         ModelType.encoder_or_decoder,

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loaders for training and validation, and the iterator that Megatron is handed.
+
+All ranks of one data-parallel index build the same loader and so read the same samples; nothing is broadcast. The
+order of samples depends on the total number of workers alone: one rank with two workers reads the micro-batches of two
+ranks with one worker each, by turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from megatron.energon import (
+    SavableDataLoader,
+    WorkerConfig,
+    get_loader,
+    get_savable_loader,
+    get_train_dataset,
+    get_val_dataset,
+)
+from megatron.energon.savable_loader import BasicDataLoader
+
+from megatron_smar.data.batch import VisionLanguageBatch
+from megatron_smar.data.rejects import DataError, RejectLog
+from megatron_smar.data.state import pack, unpack
+from megatron_smar.data.task_encoder import ConversationTaskEncoder, DataConfig, check_data_path
+from megatron_smar.data.tokens import TextEncoder
+
+
+def build_train_loader(
+    config: DataConfig,
+    tokenizer: Any,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    *,
+    decode_images: bool = True,
+    announce_rejects: bool = True,
+) -> SavableDataLoader[VisionLanguageBatch]:
+    """Build the endless, shuffled loader of this data-parallel rank.
+
+    Args:
+        config: Data configuration.
+        tokenizer: Megatron's tokenizer.
+        data_parallel_rank: This rank's index among those that read different samples.
+        data_parallel_size: Their number.
+        decode_images: False on pipeline stages that need no pixels.
+        announce_rejects: False on all but one of the ranks that read the same samples, so that rejects show once.
+
+    Raises:
+        DataError: The split is not there, or too small for so many workers.
+        ValueError: The tokenizer lacks tokens.
+    """
+    workers = _worker_config(config, data_parallel_rank, data_parallel_size)
+    rejects = _reject_log(config, config.data_path, "train", data_parallel_rank, announce_rejects)
+    try:
+        dataset = get_train_dataset(
+            config.data_path,
+            worker_config=workers,
+            batch_size=config.micro_batch_size,
+            shuffle_buffer_size=config.shuffle_buffer_size,
+            max_samples_per_sequence=config.max_samples_per_sequence,
+            task_encoder=ConversationTaskEncoder(config, TextEncoder(tokenizer), rejects, decode_images=decode_images),
+        )
+    except (AssertionError, KeyError, OSError) as error:
+        raise DataError(f"--data-path {config.data_path} cannot be read as a training set ({error}).") from error
+    if not all(dataset.len_worker(worker) for worker in range(max(1, workers.num_workers))):
+        raise DataError(
+            f"--data-path {config.data_path} has fewer training samples than there are workers "
+            f"({data_parallel_size} data-parallel ranks x {max(1, workers.num_workers)}): lower --num-workers."
+        )
+    return get_savable_loader(dataset)
+
+
+def build_valid_loader(
+    config: DataConfig,
+    tokenizer: Any,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    *,
+    num_batches: int,
+    decode_images: bool = True,
+    announce_rejects: bool = True,
+) -> BasicDataLoader[VisionLanguageBatch]:
+    """Build the loader of this data-parallel rank's validation micro-batches: each pass is the same, not shuffled.
+
+    A micro-batch that the data does not fill has rows of padding.
+
+    Args:
+        config: Data configuration.
+        tokenizer: Megatron's tokenizer.
+        data_parallel_rank: This rank's index among those that read different samples.
+        data_parallel_size: Their number.
+        num_batches: Most micro-batches of a pass on this rank.
+        decode_images: False on pipeline stages that need no pixels.
+        announce_rejects: False on all but one of the ranks that read the same samples, so that rejects show once.
+
+    Raises:
+        DataError: The split is not there, or has no sample for this rank.
+        ValueError: The tokenizer lacks tokens, or `num_batches` is below 1.
+    """
+    if num_batches < 1:
+        raise ValueError(f"Validation needs at least one micro-batch, not {num_batches}: see --eval-iters.")
+    path, flag = config.valid_data_path or config.data_path, "--valid-data-path"
+    check_data_path(path, flag)
+    workers = _worker_config(config, data_parallel_rank, data_parallel_size)
+    rejects = _reject_log(config, path, "valid", data_parallel_rank, announce_rejects)
+    try:
+        dataset = get_val_dataset(
+            path,
+            worker_config=workers,
+            batch_size=config.micro_batch_size,
+            limit=num_batches,
+            task_encoder=ConversationTaskEncoder(config, TextEncoder(tokenizer), rejects, decode_images=decode_images),
+        )
+    except (AssertionError, KeyError, OSError) as error:
+        raise DataError(
+            f"{flag} {path} cannot be read as a validation set, a split called `val` ({error}): prepare the data "
+            "with --valid FILE, or run without validation (--eval-iters 0)."
+        ) from error
+    if len(dataset) == 0:
+        raise DataError(
+            f"{flag} {path} has no validation sample for data-parallel rank {data_parallel_rank} of "
+            f"{data_parallel_size}: it needs at least {data_parallel_size * max(1, workers.num_workers)}."
+        )
+    return get_loader(dataset)
+
+
+class EnergonIterator:
+    """The iterator that Megatron is handed as its ``external`` dataloader.
+
+    Args:
+        loader: From `build_train_loader` or `build_valid_loader`.
+        config: The configuration it was built with.
+        batches_per_pass: Begin again at the first sample after so many micro-batches, so that each evaluation sees the
+            same ones; a pass that is shorter than that begins again early. None for training.
+    """
+
+    def __init__(
+        self,
+        loader: SavableDataLoader[VisionLanguageBatch] | BasicDataLoader[VisionLanguageBatch],
+        config: DataConfig,
+        *,
+        batches_per_pass: int | None = None,
+    ) -> None:
+        """Keep the parts; nothing is read before the first ``next``."""
+        self.loader = loader
+        is_train = isinstance(loader, SavableDataLoader)
+        self.source = config.data_path if is_train else config.valid_data_path or config.data_path
+        self.batches_per_pass = batches_per_pass
+        workers = loader.worker_config
+        # The state continues the order of samples, which all of these decide.
+        self._layout = {
+            "data-parallel size": workers.world_size,
+            "--num-workers": workers.num_workers,
+            "--micro-batch-size": config.micro_batch_size,
+            "seed": config.seed,
+            "size of the shuffle buffer": config.shuffle_buffer_size,
+            "longest run of samples": config.max_samples_per_sequence,
+            "number of micro-batches in the data": len(loader),
+        }
+        self._iterator: Generator[VisionLanguageBatch] | None = None
+        self._batches_left = batches_per_pass
+
+    def __iter__(self) -> EnergonIterator:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> VisionLanguageBatch:
+        """Return the next micro-batch.
+
+        Raises:
+            DataError: The data cannot be used.
+        """
+        if self._batches_left == 0:
+            self._finish_pass()
+        batch = self._read()
+        if batch is None:
+            batch = self._read()
+        if batch is None:
+            raise DataError(f"{self.source} has been read to its end, and none of its samples could be used.")
+        if self._batches_left is not None:
+            self._batches_left -= 1
+        return batch
+
+    def save_state(self) -> dict[str, Any]:
+        """Return where this rank stands, for ``torch.save``; Megatron calls it when it saves a checkpoint."""
+        if not isinstance(self.loader, SavableDataLoader):
+            raise TypeError("Only the training loader has a state; validation begins anew each time.")
+        return {"layout": self._layout, "loader": pack(self.loader.save_state_rank())}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Go on where `save_state` stood; to be called before the first ``next``.
+
+        Raises:
+            DataError: The state belongs to another data-parallel layout or other data.
+        """
+        changed = [
+            f"{name} was {state['layout'].get(name)} and is {value}"
+            for name, value in self._layout.items()
+            if state["layout"].get(name) != value
+        ]
+        if changed:
+            raise DataError(
+                f"The data loader's state in the checkpoint does not fit this run ({'; '.join(changed)}): resume with "
+                "what it was saved with."
+            )
+        assert isinstance(self.loader, SavableDataLoader)
+        self.loader.restore_state_rank(unpack(state["loader"]))
+
+    def close(self) -> None:
+        """End the worker processes, after which nothing can be read.
+
+        The garbage collector takes the loader's cycle of references apart in an order that leaves workers without
+        their sign to end, and torch then waits 5 s for each.
+        """
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+        persistent = getattr(self.loader, "_iterator", None)  # torch has no public way to end persistent workers
+        if persistent is not None:
+            persistent._shutdown_workers()
+        del self.loader
+
+    def _read(self) -> VisionLanguageBatch | None:
+        """Return the next micro-batch, None at the end of a pass."""
+        if self._iterator is None:
+            self._iterator = iter(self.loader)
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            self._iterator = None
+            return None
+        except DataError as error:
+            # A worker's error arrives with its traceback as text in front of the sentence.
+            raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from None
+        except Exception as error:
+            what = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise DataError(f"Reading the data from {self.source} failed ({what}).") from error
+
+    def _finish_pass(self) -> None:
+        """Read what is left of a pass: only behind its end does energon begin at the first sample."""
+        self._batches_left = self.batches_per_pass
+        while self._iterator is not None:
+            self._read()
+
+
+def _worker_config(config: DataConfig, rank: int, size: int) -> WorkerConfig:
+    return WorkerConfig(
+        rank=rank,
+        world_size=size,
+        num_workers=config.num_workers,
+        seed_offset=config.seed,
+        global_error_handler=_raise_data_error,
+        restore_error_handler=_raise_data_error,
+    )
+
+
+def _raise_data_error(error: Exception, sample: Any, sources: Any = None) -> None:
+    """End the run with one sentence, where energon would print and go on: rejected samples never come here."""
+    if isinstance(error, DataError):
+        raise error
+    places = ", ".join(f"{source.shard_name}[{source.index}] of {source.dataset_path}" for source in sources or [])
+    what = f"{type(error).__name__}: {error}"
+    raise DataError(f"Reading the data from {places or 'an unknown place'} failed ({what}).") from error
+
+
+def _reject_log(config: DataConfig, source: str, split: str, rank: int, announce: bool) -> RejectLog:
+    return RejectLog(
+        name=f"{split}-rank{rank:03d}",
+        source=source,
+        directory=Path(config.rejects_dir) if config.rejects_dir else None,
+        limit=config.max_consecutive_rejects,
+        announce=announce,
+    )

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image tokens of the vocabulary, and text to ids through Megatron's tokenizers.
+
+``python -m megatron_smar.data.tokens IN.model OUT.model`` adds the image tokens to a SentencePiece model behind its
+last id, so that every existing id stays what it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_smar.data.rejects import SampleError
+
+IMAGE_START = "<img>"
+IMAGE_END = "</img>"
+IMAGE_CONTEXT = "<IMG_CONTEXT>"
+IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Ids of InternVL's image tokens.
+
+    Args:
+        start_id: ``<img>``, before an image's placeholders.
+        end_id: ``</img>``, behind them.
+        context_id: ``<IMG_CONTEXT>``, the placeholder of one vision token.
+    """
+
+    start_id: int
+    end_id: int
+    context_id: int
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> ImageTokens:
+        """Look the ids up in a Megatron text tokenizer.
+
+        Raises:
+            ValueError: A token is missing from the vocabulary.
+        """
+        ids = [_token_id(tokenizer, token) for token in IMAGE_TOKENS]
+        missing = [token for token, token_id in zip(IMAGE_TOKENS, ids, strict=True) if token_id is None]
+        if missing:
+            raise ValueError(
+                f"The tokenizer {getattr(tokenizer, 'path', None)} has no token {' '.join(missing)}: add them to a "
+                "SentencePiece model with `python -m megatron_smar.data.tokens IN OUT` and give OUT as "
+                "--tokenizer-model, or name them to a HuggingFaceTokenizer with --tokenizer-special-tokens "
+                + " ".join(f"'{token}'" for token in IMAGE_TOKENS)
+                + "."
+            )
+        return cls(*[int(token_id) for token_id in ids if token_id is not None])
+
+    def block(self, num_vision_tokens: int) -> list[int]:
+        """Return the ids of one image: start, its placeholders, end."""
+        return [self.start_id, *[self.context_id] * num_vision_tokens, self.end_id]
+
+
+class TextEncoder:
+    """Pieces of one text to ids, such that they join to the ids of the whole text.
+
+    A tokenizer treats the beginning and the end of what it is given as those of a text: SentencePiece puts its dummy
+    space in front. Pieces of a conversation are neither, so each is encoded between two image tokens, which no
+    tokenizer merges with text, and the ids between the two are taken.
+
+    Args:
+        tokenizer: Megatron text tokenizer (``get_tokenizer()``).
+
+    Raises:
+        ValueError: The tokenizer lacks an image token or an end-of-sentence token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Look up the special ids."""
+        self.tokenizer = tokenizer
+        self.image_tokens = ImageTokens.from_tokenizer(tokenizer)
+        self.bos_id = _special_id(tokenizer, "bos")
+        eos_id = _special_id(tokenizer, "eos")
+        if eos_id is None:
+            raise ValueError(
+                f"The tokenizer {getattr(tokenizer, 'path', None)} has no end-of-sentence token, which ends every "
+                "answer: take a --tokenizer-model that has one (and leave --tokenizer-sentencepiece-legacy out)."
+            )
+        self.eos_id = eos_id
+        pad_id = _special_id(tokenizer, "pad")
+        # Padding is masked everywhere, so that any id will do where the tokenizer has none for it.
+        self.pad_id = eos_id if pad_id is None else pad_id
+        self._never_in_text = {self.bos_id, self.eos_id, *self.image_tokens.block(1)}
+
+    def encode(self, text: str, *, begins_text: bool = False) -> list[int]:
+        """Encode one piece of text.
+
+        Args:
+            text: The piece.
+            begins_text: It is the first one, so that what the tokenizer puts in front of a text belongs to it.
+
+        Returns:
+            Its ids, without beginning- and end-of-sentence tokens.
+
+        Raises:
+            SampleError: The text spells out a special token.
+        """
+        end_id = self.image_tokens.end_id
+        if begins_text:
+            ids = self.tokenizer.tokenize(text + IMAGE_END)
+            first = 1 if self.bos_id is not None and ids[0] == self.bos_id else 0
+        else:
+            ids = self.tokenizer.tokenize(IMAGE_END + text + IMAGE_END)
+            first = ids.index(end_id) + 1
+        last = len(ids) - 1 - ids[::-1].index(end_id)
+        ids = list(ids[first:last])
+        if not self._never_in_text.isdisjoint(ids):
+            raise SampleError("special_token_in_text", "the text spells out one of the tokenizer's special tokens")
+        return ids
+
+
+def add_image_tokens(source: str | Path, destination: str | Path) -> None:
+    """Write a SentencePiece model with the image tokens behind its last id; those it has already stay where they are.
+
+    Raises:
+        ValueError: `source` is not a SentencePiece model.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        model.ParseFromString(Path(source).read_bytes())
+    except (OSError, DecodeError) as error:
+        raise ValueError(f"{source} cannot be read as a SentencePiece model ({error}).") from error
+    present = {piece.piece for piece in model.pieces}
+    for token in IMAGE_TOKENS:
+        if token not in present:
+            # A user-defined symbol is always one piece, and nothing merges across it.
+            model.pieces.add(piece=token, score=0.0, type=model.SentencePiece.USER_DEFINED)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    Path(destination).write_bytes(model.SerializeToString())
+
+
+def _token_id(tokenizer: Any, token: str) -> int | None:
+    """Return the id of a token that is one piece in any text, None if there is none."""
+    ids = {i for i in tokenizer.tokenize(token) if tokenizer.detokenize([i], skip_special_tokens=False) == token}
+    return ids.pop() if len(ids) == 1 else None
+
+
+def _special_id(tokenizer: Any, name: str) -> int | None:
+    """Return a tokenizer's special id; libraries say that there is none by -1, None or an error."""
+    try:
+        token_id = getattr(tokenizer, name)
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if token_id is None or token_id < 0 else int(token_id)
+
+
+def main() -> None:
+    """Run `add_image_tokens` as a program."""
+    parser = argparse.ArgumentParser(description="Add the image tokens to a SentencePiece model; existing ids stay.")
+    parser.add_argument("source", help="SentencePiece model to read, e.g. Mixtral's tokenizer.model")
+    parser.add_argument("destination", help="file to write, to be given as --tokenizer-model")
+    args = parser.parse_args()
+    try:
+        add_image_tokens(args.source, args.destination)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

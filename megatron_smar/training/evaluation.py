@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Likelihood, exact answers and greedy decoding on held-out samples, over all data-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_smar.data.batch import EncodedSample, collate
+from megatron_smar.model.vlm import VisionLanguageModel
+from megatron_smar.training.batch import prepare_batch
+
+
+@dataclass(frozen=True)
+class Score:
+    """How the model does on one sample's target tokens.
+
+    Attributes:
+        loss: Sum of the cross-entropy, in nats.
+        tokens: Number of target tokens.
+        exact: Whether each target token is the most likely one, that is, whether greedy decoding gives them exactly.
+    """
+
+    loss: float
+    tokens: int
+    exact: bool
+
+
+class Evaluator:
+    """Runs a whole model (no pipeline) on encoded samples.
+
+    Args:
+        model: Without wrappers; it is put into evaluation mode.
+        image_token_id: The placeholder of one vision token.
+        tokens_per_tile: Vision tokens per tile.
+        pad_id: Fills rows.
+        multiple_of: The sequence length is rounded up to a multiple of it (sequence parallelism).
+        batch_size: Samples per forward pass.
+
+    Raises:
+        ValueError: The model is only a pipeline stage, or the context is split.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        image_token_id: int,
+        tokens_per_tile: int,
+        pad_id: int,
+        multiple_of: int = 1,
+        batch_size: int = 32,
+    ) -> None:
+        self.groups = ProcessGroupCollection.use_mpu_process_groups()
+        if self.groups.pp.size() > 1 or self.groups.cp.size() > 1:
+            raise ValueError(
+                "evaluation runs without pipeline and context parallelism: leave out --pipeline-model-parallel-size "
+                "and --context-parallel-size; the checkpoint loads under any layout."
+            )
+        self.model = model.eval()
+        self.image_token_id, self.tokens_per_tile, self.pad_id = image_token_id, tokens_per_tile, pad_id
+        self.multiple_of, self.batch_size = multiple_of, batch_size
+
+    def score(self, samples: Sequence[EncodedSample], name: str) -> list[Score]:
+        """Scores every sample; each data-parallel rank takes its share, and all get all results, in order."""
+        rank, size = self.groups.dp.rank(), self.groups.dp.size()
+        share = -(-len(samples) // size)
+        # Every rank makes equally many forward passes of one size, or the experts' exchange would wait for ever.
+        mine = [samples[(rank * share + i) % len(samples)] for i in range(share)]
+        scores: list[Score] = []
+        starts = range(0, share, self.batch_size)
+        for start in tqdm(starts, desc=name, unit="batch", disable=dist.get_rank() > 0, mininterval=2):
+            scores += self._score_batch(mine[start : start + self.batch_size])
+        gathered: list[list[Score]] = [[]] * size
+        dist.all_gather_object(gathered, scores, group=self.groups.dp)
+        return [score for part in gathered for score in part][: len(samples)]
+
+    def _score_batch(self, samples: list[EncodedSample]) -> list[Score]:
+        logits, batch = self._logits(samples)
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
+        hit = logits.argmax(dim=-1) == batch.labels
+        mask = batch.loss_mask
+        return [
+            Score(float((loss * m).sum()), int(m.sum()), bool((h | (m == 0)).all()))
+            for loss, h, m in zip(losses, hit, mask, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _logits(self, samples: list[EncodedSample]) -> tuple[Tensor, object]:
+        """Logits [b, s, vocabulary] in float32, and the batch on the device."""
+        longest = max(len(sample.input_ids) for sample in samples)
+        length = -(-longest // self.multiple_of) * self.multiple_of
+        host = collate(samples, rows=len(samples), length=length, pad_id=self.pad_id)
+        batch = prepare_batch(host, self.image_token_id, self.tokens_per_tile, True, self.groups)
+        logits = self.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            modality_ids=batch.modality_ids,
+            pixel_values=batch.pixel_values,
+            vision_index=batch.vision_index,
+        )
+        logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.groups.tp)
+        return logits.float(), batch
+
+    def generate(self, prompts: Sequence[EncodedSample], max_new_tokens: int, stop_id: int) -> list[list[int]]:
+        """Greedy continuations of prompts (their `input_ids`), every rank all of them.
+
+        Returns:
+            The new ids of each, without the stop token.
+        """
+        current = [prompt.input_ids.tolist() for prompt in prompts]
+        lengths = [len(ids) for ids in current]
+        for _ in range(max_new_tokens):
+            rows = [
+                EncodedSample.derive_from(
+                    prompt,
+                    input_ids=torch.tensor(ids),
+                    labels=torch.tensor(ids),
+                    loss_mask=torch.zeros(len(ids)),
+                    pixel_values=prompt.pixel_values,
+                )
+                for prompt, ids in zip(prompts, current, strict=True)
+            ]
+            logits, _ = self._logits(rows)
+            for row, ids in enumerate(current):
+                ids.append(int(logits[row, len(ids) - 1].argmax()))
+        return [_before(ids[length:], stop_id) for ids, length in zip(current, lengths, strict=True)]
+
+
+def _before(ids: list[int], stop_id: int) -> list[int]:
+    return ids[: ids.index(stop_id)] if stop_id in ids else ids
+
+
+def perplexity(scores: Sequence[Score]) -> float:
+    """exp of the mean loss per target token."""
+    return float(torch.tensor(sum(s.loss for s in scores) / sum(s.tokens for s in scores)).exp())
+
+
+def exact_match(scores: Sequence[Score]) -> float:
+    """Share of the samples whose target greedy decoding gives exactly."""
+    return sum(s.exact for s in scores) / len(scores)

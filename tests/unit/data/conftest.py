@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real tokenizers, pictures and shards for the data tests."""
+
+import gc
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import sentencepiece
+from megatron.core.tokenizers import MegatronTokenizer
+from PIL import Image
+
+from megatron_smar.data import DataConfig, ImageConfig
+from megatron_smar.data.tokens import IMAGE_TOKENS
+
+# energon collects garbage for every loader, which takes long over all that the imports above leave.
+gc.freeze()
+
+ROOT = Path(__file__).resolve().parents[3]
+TEXT = """The quick brown fox jumps over the lazy dog, and the dog sleeps on.
+What is in the picture? A red square is in the picture. How many squares are there? There are two.
+In the morning the sun rises over the hills; in the evening it sets behind the sea.
+A cat sat on the mat, looked at the moon and said nothing at all. Describe the image in one sentence, please.
+Which colour is it? It is blue, not green. Where is the bird? The bird is in the tree near the old house.
+[INST] Say yes or no. [/INST] Yes. Numbers: 0 1 2 3 4 5 6 7 8 9."""
+
+
+def train_sentencepiece(path: Path, **options: Any) -> Path:
+    """Train a SentencePiece model with Mixtral's settings on this file's text."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines() * 4),
+        model_writer=(stream := io.BytesIO()),
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(stream.getvalue())
+    return path
+
+
+def load_tokenizer(path: Path) -> MegatronTokenizer:
+    """Load a SentencePiece model as Megatron's build_tokenizer does for --tokenizer-type SentencePieceTokenizer."""
+    return MegatronTokenizer.from_pretrained(
+        tokenizer_path=str(path),
+        metadata_path={"library": "sentencepiece"},
+        chat_template=None,
+        ignore_extra_whitespaces=True,
+        legacy=False,
+        special_tokens=None,
+    )
+
+
+@pytest.fixture(scope="session")
+def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model without image tokens and without padding, as Mixtral's."""
+    return train_sentencepiece(tmp_path_factory.mktemp("plain") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
+    """A tokenizer that was trained with the image tokens and a padding token."""
+    path = tmp_path_factory.mktemp("image") / "tokenizer.model"
+    return load_tokenizer(train_sentencepiece(path, user_defined_symbols=list(IMAGE_TOKENS), pad_id=3))
+
+
+@pytest.fixture(scope="session")
+def prepare_module() -> ModuleType:
+    """tools/data/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "tools/data/prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["prepare"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def picture(colour: Any = "red", size: tuple[int, int] = (20, 12), kind: str = "PNG", mode: str = "RGB") -> bytes:
+    """A picture file."""
+    Image.new(mode, size, colour).save(stream := io.BytesIO(), format=kind)
+    return stream.getvalue()
+
+
+def talk(*texts: str) -> list[dict[str, str]]:
+    """Turns of a conversation, the user's first."""
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def write_records(folder: Path, count: int, split: str = "train") -> Path:
+    """Records with 0, 1 and 2 pictures, and plain texts, with the pictures in folder/images."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    for i in range(count):
+        names = [f"{split}{i}-{k}.png" for k in range(i % 3)]
+        for k, name in enumerate(names):
+            (folder / "images" / name).write_bytes(picture((i % 256, 10 * k, 7)))
+        if i % 5 == 4:
+            names = []
+            records.append({"id": f"{split}{i}", "text": f"The sun rises, {i}."})
+        else:
+            tags = "<image>\n" * len(names)
+            records.append({"id": f"{split}{i}", "conversations": talk(f"{tags}Where is it? {i}", f"There, {i}.")})
+        if names:
+            records[-1]["image"] = names
+    path = folder / f"{split}.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, prepare_module: ModuleType) -> Path:
+    """Prepared shards of 50 training and 11 validation samples."""
+    folder = tmp_path_factory.mktemp("shards")
+    prepare_module.prepare(
+        folder / "out",
+        [write_records(folder, 50)],
+        [write_records(folder, 11, "val")],
+        image_root=folder / "images",
+        samples_per_shard=8,
+        progress=False,
+    )
+    return folder / "out"
+
+
+@pytest.fixture
+def make_config(shards: Path) -> Callable[..., DataConfig]:
+    """A configuration over `shards`; keyword arguments replace fields."""
+
+    def make(**changes: Any) -> DataConfig:
+        fields: dict[str, Any] = {
+            "data_path": str(shards),
+            "seq_length": 256,
+            "micro_batch_size": 2,
+            "tokens_per_tile": 4,
+            "image": ImageConfig(image_size=16),
+            "num_workers": 0,
+            "shuffle_buffer_size": 10,
+            "max_samples_per_sequence": 4,
+        }
+        return DataConfig(**(fields | changes))
+
+    return make

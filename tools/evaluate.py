@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a checkpoint: perplexity, word completion, visual question answering, and the routing of both modalities.
+
+    torchrun --nproc-per-node 2 tools/evaluate.py --load CHECKPOINT --text held_out.jsonl --completions words.json \\
+        --vqa questions.json --image-root DIR --output results.json  <the model's flags, as for pretrain_vlm.py>
+
+--text: records with a `text`. --completions: records with `prefix` and `answer` (the word that follows). --vqa: records
+with `image` (a list), `question`, `answer` and, if you like, a `kind` to group by. The routing is recorded on --vqa.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from megatron_smar import runtime
+
+runtime.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402  (the runtime comes before anything of Megatron)
+from megatron.training import get_args, get_tokenizer  # noqa: E402
+from megatron.core.utils import unwrap_model  # noqa: E402
+
+from megatron_smar.arguments import image_config, vision_config  # noqa: E402
+from megatron_smar.data.batch import EncodedSample  # noqa: E402
+from megatron_smar.data.conversations import Segment, get_template, record_segments, tokenize_segments  # noqa: E402
+from megatron_smar.data.rejects import SampleError  # noqa: E402
+from megatron_smar.data.tiling import ImageProcessor, read_size  # noqa: E402
+from megatron_smar.data.tokens import TextEncoder  # noqa: E402
+from megatron_smar.model.vision import tokens_per_tile  # noqa: E402
+from megatron_smar.training.evaluation import Evaluator, exact_match, perplexity  # noqa: E402
+from megatron_smar.training.monitor import recorded_routing  # noqa: E402
+from megatron_smar.training.setup import start  # noqa: E402
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """Our options; the rest are Megatron's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="JSON lines with `text`: held-out perplexity")
+    parser.add_argument("--completions", type=Path, help="JSON list with `prefix` and `answer`: word completion")
+    parser.add_argument("--vqa", type=Path, help="JSON list with `image`, `question`, `answer`, `kind`")
+    parser.add_argument("--image-root", type=Path, default=Path("."), help="where the paths in --vqa start")
+    parser.add_argument("--examples", type=int, default=24, help="answers decoded and shown (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples per forward pass (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    return parser.parse_known_args()
+
+
+class Encoder:
+    """Held-out records to encoded samples, as the trainer would encode them."""
+
+    def __init__(self) -> None:
+        args = get_args()
+        self.text = TextEncoder(get_tokenizer())
+        self.template = get_template(args.conversation_template)
+        self.images = ImageProcessor(image_config(args))
+        self.tokens_per_tile = tokens_per_tile(vision_config(args))
+        self.seq_length = args.seq_length
+
+    def encode(self, key: str, segments: list[Segment], files: list[bytes], full: bool = True) -> EncodedSample:
+        """One sample; without `full` a prompt, whose last token has no successor."""
+        lengths = [self.tokens_per_tile * self.images.count_tiles(*read_size(data)) for data in files]
+        ids, targets = tokenize_segments(segments, self.text, lengths)
+        if len(ids) - 1 > self.seq_length:
+            raise SampleError("too_long", f"{key} has {len(ids) - 1} positions, but --seq-length is {self.seq_length}")
+        inputs, labels, mask = (ids[:-1], ids[1:], targets[1:]) if full else (ids, ids, [False] * len(ids))
+        return EncodedSample(
+            __key__=key,
+            __restore_key__=(),
+            input_ids=torch.tensor(inputs),
+            labels=torch.tensor(labels),
+            loss_mask=torch.tensor(mask, dtype=torch.float32),
+            pixel_values=torch.cat([self.images.empty(), *map(self.images, files)]),
+        )
+
+    def completion(self, number: int, item: dict[str, str]) -> EncodedSample:
+        """A text whose last word alone counts."""
+        segments = [Segment(item["prefix"], is_target=False), Segment(" " + item["answer"], is_target=True)]
+        return self.encode(f"completion-{number}", segments, [])
+
+    def question(self, item: dict[str, Any], root: Path, answered: bool = True) -> EncodedSample:
+        """A question with its answer as target, or the prompt that asks for it."""
+        turns = [{"from": "human", "value": item["question"]}, {"from": "gpt", "value": item["answer"]}]
+        files = [(root / path).read_bytes() for path in item["image"]]
+        segments = record_segments({"conversations": turns}, self.template, len(files))
+        if not answered:
+            segments = [segment for segment in segments if not segment.is_target]
+        return self.encode(str(item.get("id", "")), segments, files, full=answered)
+
+
+def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
+    """All that was asked for."""
+    results: dict[str, Any] = {}
+    if options.text:
+        records = [json.loads(line) for line in options.text.read_text(encoding="utf-8").splitlines()]
+        samples = [
+            encoder.encode(str(r.get("id", i)), record_segments(r, encoder.template, 0), [])
+            for i, r in enumerate(records)
+        ]
+        results["text_perplexity"] = perplexity(evaluator.score(samples, "text"))
+    if options.completions:
+        items = json.loads(options.completions.read_text(encoding="utf-8"))
+        samples = [encoder.completion(i, item) for i, item in enumerate(items)]
+        results["word_accuracy"] = exact_match(evaluator.score(samples, "word completion"))
+    if options.vqa:
+        results |= measure_vqa(options, evaluator, encoder)
+    return results
+
+
+def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
+    """Accuracy by kind of question, the routing while answering, and some answers in the model's words."""
+    items = json.loads(options.vqa.read_text(encoding="utf-8"))
+    samples = [encoder.question(item, options.image_root) for item in items]
+    with recorded_routing([evaluator.model]) as recorder:
+        scores = evaluator.score(samples, "visual questions")
+    kinds = defaultdict(list)
+    for item, score in zip(items, scores, strict=True):
+        kinds[item.get("kind", "all")].append(score)
+    args = get_args()
+    shown = items[: options.examples]
+    prompts = [encoder.question(item, options.image_root, answered=False) for item in shown]
+    answers = evaluator.generate(prompts, max_new_tokens=8, stop_id=encoder.text.eos_id) if shown else []
+    texts = [get_tokenizer().detokenize(ids).strip() for ids in answers]
+    shares = recorder.expert_shares()
+    return {
+        "vqa_accuracy": exact_match(scores),
+        "vqa_by_kind": {k: {"accuracy": exact_match(v), "count": len(v)} for k, v in sorted(kinds.items())},
+        "mrd_distance_by_layer": list(recorder.distances(args.moe_router_topk, args.smar_eps).values()),
+        "expert_share": {
+            name: [share[m].tolist() for share in shares.values()] for m, name in enumerate(("text", "vision"))
+        },
+        "examples": [item | {"prediction": text} for item, text in zip(shown, texts, strict=True)],
+    }
+
+
+def main() -> None:
+    """Loads the checkpoint, measures, and writes the results."""
+    options, flags = parse()
+    model, _, _ = start([*flags, "--skip-train", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"])
+    encoder, args = Encoder(), get_args()
+    evaluator = Evaluator(
+        unwrap_model(model)[0],
+        encoder.text.image_tokens.context_id,
+        encoder.tokens_per_tile,
+        encoder.text.pad_id,
+        args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        options.batch_size,
+    )
+    results = measure(options, evaluator, encoder)
+    if dist.get_rank() == 0:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        for name, value in results.items():
+            if isinstance(value, float):
+                print(f"{name:24} {value:.4f}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
