@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real tokenizers, pictures and shards for the data tests."""
 
-import gc
 import importlib.util
 import io
 import json
@@ -18,9 +17,6 @@ from PIL import Image
 
 from megatron_smar.data import DataConfig, ImageConfig
 from megatron_smar.data.tokens import IMAGE_TOKENS
-
-# energon collects garbage for every loader, which takes long over all that the imports above leave.
-gc.freeze()
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = """The quick brown fox jumps over the lazy dog, and the dog sleeps on.
