@@ -301,7 +301,8 @@ def _check_parallelism(args: Namespace) -> None:
     if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
         raise ValueError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with MoE layers needs "
-            "--sequence-parallel: without it every tensor-parallel rank would count the same tokens again; add --sequence-parallel."
+            "--sequence-parallel: without it every tensor-parallel rank would count the same tokens again; "
+            "add --sequence-parallel."
         )
     if getattr(args, "overlap_moe_expert_parallel_comm", False):
         raise ValueError(

@@ -22,8 +22,8 @@ runtime.install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402  (the runtime comes before anything of Megatron)
-from megatron.training import get_args, get_tokenizer  # noqa: E402
 from megatron.core.utils import unwrap_model  # noqa: E402
+from megatron.training import get_args, get_tokenizer  # noqa: E402
 
 from megatron_smar.arguments import image_config, vision_config  # noqa: E402
 from megatron_smar.data.batch import EncodedSample  # noqa: E402

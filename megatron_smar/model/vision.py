@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,18 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 Channels = tuple[float, float, float]
 
+
+def _rgb(values: Sequence[float]) -> Channels:
+    red, green, blue = values
+    return red, green, blue
+
+
 # Vision towers by the model type of their own config (composite models carry one as vision_config), and what each kind
 # is trained with: mean and standard deviation per colour.
 NORMALISATION: dict[str, tuple[Channels, Channels]] = {
-    "internvl_vision": (tuple(image_utils.IMAGENET_DEFAULT_MEAN), tuple(image_utils.IMAGENET_DEFAULT_STD)),
-    "clip_vision_model": (tuple(image_utils.OPENAI_CLIP_MEAN), tuple(image_utils.OPENAI_CLIP_STD)),
-    "siglip_vision_model": (tuple(image_utils.IMAGENET_STANDARD_MEAN), tuple(image_utils.IMAGENET_STANDARD_STD)),
+    "internvl_vision": (_rgb(image_utils.IMAGENET_DEFAULT_MEAN), _rgb(image_utils.IMAGENET_DEFAULT_STD)),
+    "clip_vision_model": (_rgb(image_utils.OPENAI_CLIP_MEAN), _rgb(image_utils.OPENAI_CLIP_STD)),
+    "siglip_vision_model": (_rgb(image_utils.IMAGENET_STANDARD_MEAN), _rgb(image_utils.IMAGENET_STANDARD_STD)),
 }
 
 
@@ -104,7 +111,7 @@ def normalisation(vision: VisionConfig) -> tuple[Channels, Channels]:
     """
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(vision.model)
-        return tuple(settings["image_mean"]), tuple(settings["image_std"])
+        return _rgb(settings["image_mean"]), _rgb(settings["image_std"])
     except (OSError, KeyError):
         return NORMALISATION[load_vision_config(vision).model_type]
 

@@ -55,7 +55,7 @@ def give_numpy_split_sizes() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = as_host
 
 
-@adaptation("without Transformer Engine and apex, Megatron takes torch's AdamW in its slow form, many passes over memory")
+@adaptation("without Transformer Engine and apex, Megatron takes torch's AdamW in its slow form, pass after pass")
 def fuse_adamw() -> None:
     """The optimizer that `pretrain()` makes uses AdamW's fused CPU kernel: the same update in one pass."""
     import megatron.training.training as training

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_smar.data.batch import EncodedSample, collate
 from megatron_smar.model.vlm import VisionLanguageModel
-from megatron_smar.training.batch import prepare_batch
+from megatron_smar.training.batch import ModelBatch, prepare_batch
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Evaluator:
         ]
 
     @torch.no_grad()
-    def _logits(self, samples: list[EncodedSample]) -> tuple[Tensor, object]:
+    def _logits(self, samples: list[EncodedSample]) -> tuple[Tensor, ModelBatch]:
         """Logits [b, s, vocabulary] in float32, and the batch on the device."""
         longest = max(len(sample.input_ids) for sample in samples)
         length = -(-longest // self.multiple_of) * self.multiple_of

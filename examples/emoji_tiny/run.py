@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: a small vision-language MoE learns to read, then to see, and is measured before and after.
+
+    python examples/emoji_tiny/run.py [--output runs/demo] [--compare]
+
+Every step trains or measures with the same programs as a large run (`pretrain_vlm.py`, `tools/evaluate.py`,
+`tools/data/prepare.py`). Steps that are still valid are not done again; a stage that was interrupted goes on where its
+last checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from steps import Step, StepError, run_program, source_hash  # noqa: E402
+
+from megatron_smar.analysis.report import print_table, write_report  # noqa: E402
+from megatron_smar.analysis.scalars import read_scalars  # noqa: E402
+
+SCRIPTS = Path("examples/emoji_tiny")
+RANKS = 2
+TEXT_ONLY = 0.025  # share of pure text in stage 2, the paper's
+# Whose change makes results invalid: what makes the data, and what trains.
+DATA_CODE = [f"examples/emoji_tiny/{name}.py" for name in ("sources", "corpus", "scenes", "pretrain_vision")]
+TRAINING_PACKAGES = ("runtime", "routing", "model", "training", "data")
+TRAINING_CODE = ["pretrain_vlm.py", "megatron_smar/*.py", *(f"megatron_smar/{name}/*.py" for name in TRAINING_PACKAGES)]
+
+ARCHITECTURE = {
+    "--num-layers": 4,
+    "--hidden-size": 128,
+    "--ffn-hidden-size": 320,
+    "--num-attention-heads": 4,
+    "--group-query-attention": True,
+    "--num-query-groups": 2,
+    "--num-experts": 8,
+    "--moe-router-topk": 2,
+    "--moe-token-dispatcher-type": "alltoall",
+    "--swiglu": True,
+    "--normalization": "RMSNorm",
+    "--disable-bias-linear": True,
+    "--position-embedding-type": "rope",
+    "--untie-embeddings-and-output-weights": True,
+    "--attention-dropout": 0,
+    "--hidden-dropout": 0,
+    "--seq-length": 256,
+    "--max-position-embeddings": 256,
+    "--image-size": 64,
+    "--connector": "mlp2x_gelu",
+    "--tokenizer-type": "SentencePieceTokenizer",
+    "--expert-model-parallel-size": RANKS,
+}
+
+OPTIMIZER = {
+    "--lr-decay-style": "cosine",
+    "--adam-beta2": 0.95,
+    "--clip-grad": 1.0,
+    "--use-distributed-optimizer": True,
+    "--num-workers": 1,
+    "--seed": 1234,
+    "--eval-iters": 0,
+    "--log-interval": 10,
+    "--save-interval": 200,
+    "--tensorboard-log-interval": 5,
+}
+
+# The paper's recipe (its Table 7) with a small model's batch sizes and learning rates.
+STAGES: dict[str, dict[str, Any]] = {
+    "stage0": {
+        "--freeze": ["vision", "connector"],
+        "--conversation-template": "plain",
+        "--micro-batch-size": 8,
+        "--global-batch-size": 16,
+        "--train-iters": 340,
+        "--lr": 4e-3,
+        "--min-lr": 2e-4,
+        "--lr-warmup-iters": 30,
+        "--weight-decay": 0.1,
+        "--moe-router-load-balancing-type": "aux_loss",
+        "--moe-aux-loss-coeff": 0.01,
+    },
+    "stage1": {
+        "--freeze": ["vision", "language"],
+        "--conversation-template": "plain",
+        "--micro-batch-size": 16,
+        "--global-batch-size": 32,
+        "--train-iters": 120,
+        "--lr": 3e-3,
+        "--lr-warmup-fraction": 0.03,
+        "--weight-decay": 0,
+        "--moe-router-load-balancing-type": "none",
+    },
+    "stage2": {
+        "--freeze": ["vision"],
+        "--conversation-template": "mistral",
+        "--micro-batch-size": 8,
+        "--global-batch-size": 16,
+        "--train-iters": 400,
+        "--lr": 1e-3,
+        "--lr-warmup-fraction": 0.03,
+        "--weight-decay": 0,
+        "--moe-router-load-balancing-type": "none",
+        "--modality-routing": "smar",
+    },
+}
+
+
+@dataclass
+class Demo:
+    """The demo's folders, programs and steps.
+
+    Attributes:
+        output: Folder of all results, relative to the project's where it lies in it.
+        cache: Where downloaded sources are kept.
+    """
+
+    output: Path
+    cache: Path
+
+    def __post_init__(self) -> None:
+        self.commands: list[str] = []
+        self.steps: dict[str, Step] = {}
+        self.data_code = source_hash(ROOT, [*DATA_CODE, "tools/data/prepare.py", "megatron_smar/data/*.py"])
+        self.training_code = source_hash(ROOT, TRAINING_CODE)
+
+    def program(self, step: str, *command: object, ranks: int = 0) -> None:
+        """Runs one of the project's programs, on one process or under torchrun, and notes the command."""
+        words = [str(word) for word in command]
+        launch = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks else ["python"]
+        self.commands.append(shlex.join([*launch, *words]))
+        python = [sys.executable, "-m", "torch.distributed.run", *launch[1:]] if ranks else [sys.executable]
+        threads = max(1, (os.cpu_count() or 1) // max(ranks, 1))
+        run_program([*python, *words], self.output / "logs" / f"{step}.log", ROOT, threads)
+
+    def step(self, name: str, folder: str, *key: Any) -> Step:
+        """A step by its name; its seconds end in the report."""
+        self.steps[name] = Step(name, self.output / folder, *key)
+        return self.steps[name]
+
+    def prepare_data(self) -> None:
+        """Sources, language data, pictures, and the shards of all of them."""
+        self.step("corpus", "corpus", self.data_code).run(self._make_corpus)
+        self.step("scenes", "scenes", self.data_code).run(
+            lambda: self.program("scenes", SCRIPTS / "scenes.py", *self._places("scenes"))
+        )
+        self.step("shards", "shards", self.data_code).run(self._make_shards)
+
+    def _places(self, folder: str) -> list[str | Path]:
+        return ["--cache", self.cache, "--output", self.output / folder]
+
+    def _make_corpus(self) -> None:
+        self.program("sources", SCRIPTS / "sources.py", "--cache", self.cache)
+        self.program("corpus", SCRIPTS / "corpus.py", *self._places("corpus"))
+
+    def _make_shards(self) -> None:
+        corpus, scenes, shards = (self.output / name for name in ("corpus", "scenes", "shards"))
+        for name, records in {
+            "text": corpus / "train.jsonl",
+            "captions": scenes / "captions.json",
+            "instructions": scenes / "instructions.json",
+            "text_instructions": corpus / "text_instructions.json",
+        }.items():
+            command = ["tools/data/prepare.py", "--train", records, "--image-root", scenes, "--output", shards / name]
+            self.program(f"shards_{name}", *command, "--overwrite")
+        blend = [(1 - TEXT_ONLY, "instructions"), (TEXT_ONLY, "text_instructions")]
+        entries = "".join(f"      - weight: {weight}\n        path: ./{name}\n" for weight, name in blend)
+        header = "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n"
+        (shards / "stage2.yaml").write_text(header + entries)
+
+    def pretrain_vision(self) -> None:
+        """The vision encoder, which stands for InternViT."""
+        self.step("vision", "vision", self.steps["scenes"].key).run(
+            lambda: self.program("vision", SCRIPTS / "pretrain_vision.py", *self._places("vision"))
+        )
+
+    def model_flags(self) -> list[str]:
+        """Flags of the model, for training and for evaluation."""
+        files = {
+            "--vision-model": self.output / "vision",
+            "--tokenizer-model": self.output / "corpus" / "tokenizer.model",
+        }
+        return as_flags(ARCHITECTURE | files)
+
+    def train(self, name: str, data: str, before: Step | None, **changes: Any) -> Step:
+        """One stage: `pretrain_vlm.py` from the checkpoint of the step before."""
+        settings = STAGES[name.split("_")[0]] | {f"--{k.replace('_', '-')}": v for k, v in changes.items()}
+        flags = [*self.model_flags(), *as_flags(OPTIMIZER), *as_flags(settings)]
+        inputs = [self.steps["shards"], self.steps["vision"], *([before] if before else [])]
+        step = self.step(name, name, self.training_code, flags, [part.key for part in inputs])
+
+        def work() -> None:
+            start = ["--load", before.folder, "--finetune", "--no-load-optim", "--no-load-rng"] if before else []
+            if (step.folder / "latest_checkpointed_iteration.txt").exists():  # interrupted: go on from there
+                start = ["--load", step.folder]
+            paths = ["--data-path", self.output / "shards" / data, "--save", step.folder]
+            logs = ["--tensorboard-dir", step.folder / "tensorboard", "--rejects-dir", step.folder / "rejects"]
+            self.program(name, "pretrain_vlm.py", *flags, *paths, *logs, *start, ranks=RANKS)
+
+        return step.run(work)
+
+    def evaluate(self, trained: Step) -> dict[str, Any]:
+        """Measures a checkpoint on the held-out texts and pictures."""
+        corpus, scenes, name = self.output / "corpus", self.output / "scenes", f"evaluation_{trained.name}"
+        batch = {"--micro-batch-size": 32, "--global-batch-size": 64, "--conversation-template": "mistral"}
+        evaluator = source_hash(ROOT, ["tools/evaluate.py"])
+        step = self.step(name, name, trained.key, evaluator)
+        step.run(
+            lambda: self.program(
+                name,
+                *["tools/evaluate.py", "--load", trained.folder, *self.model_flags(), *as_flags(batch)],
+                *["--moe-router-load-balancing-type", "none", "--output", step.folder / "results.json"],
+                *["--text", corpus / "held_out.jsonl", "--completions", corpus / "word_completions.json"],
+                *["--vqa", scenes / "vqa_held_out.json", "--image-root", scenes],
+                ranks=RANKS,
+            )
+        )
+        return json.loads((step.folder / "results.json").read_text())
+
+    def run(self, compare: bool) -> dict[str, Any]:
+        """All of it; returns the report."""
+        begin = time.monotonic()
+        self.prepare_data()
+        self.pretrain_vision()
+        stage0 = self.train("stage0", "text", None)
+        stage1 = self.train("stage1", "captions", stage0)
+        before = self.evaluate(stage1)
+        after = self.evaluate(self.train("stage2", "stage2.yaml", stage1))
+        other = None
+        if compare:
+            other = self.evaluate(self.train("stage2_none", "stage2.yaml", stage1, modality_routing="none"))
+        print(f"steps done in {time.monotonic() - begin:.0f} s", flush=True)
+        return self.report(before, after, other)
+
+    def report(self, before: dict[str, Any], after: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
+        """Everything that the page shows."""
+        corpus = json.loads((self.output / "corpus" / "summary.json").read_text())
+        items = json.loads((self.output / "scenes" / "vqa_held_out.json").read_text())
+        chance = {item["kind"]: item["chance"] for item in items}
+        smar = {"d_min": 1.5, "d_max": 2.0, "coeff": 0.01, "eps": 1e-6, "scope": "global"}
+        report = {
+            "title": "megatron_smar demo: a small MoE learns to see",
+            "retention": after["word_accuracy"] / before["word_accuracy"],
+            "unigram_perplexity": corpus["unigram_perplexity"],
+            "vqa_accuracy": after["vqa_accuracy"],
+            "vqa_accuracy_before": before["vqa_accuracy"],
+            "vqa_chance": sum(item["chance"] for item in items) / len(items),
+            "vqa_by_kind": {k: v | {"chance": chance[k]} for k, v in after["vqa_by_kind"].items()},
+            "mrd_distance_by_layer": after["mrd_distance_by_layer"],
+            "mrd_distance_by_layer_before": before["mrd_distance_by_layer"],
+            "band": [smar["d_min"], smar["d_max"]],
+            "steps": {name: settings["--train-iters"] for name, settings in STAGES.items()},
+            "seconds": self._seconds(),
+            "config": {
+                "model": named(ARCHITECTURE),
+                "optimizer": named(OPTIMIZER),
+                **{name: named(settings) for name, settings in STAGES.items()},
+                "smar": smar,
+                "data": {"text_only_ratio": TEXT_ONLY, "train_tokens": corpus["train_tokens"]},
+            },
+            "commands": self.commands or ["make demo  (every step had been done before)"],
+            "history": {name: self._history(name) for name in STAGES},
+            "expert_share": {"before": before["expert_share"], "after": after["expert_share"]},
+            "examples": [self._example(item) for item in after["examples"]],
+        }
+        for name in ("text_perplexity", "word_accuracy"):
+            report |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+        if other is not None:
+            report["comparison"] = [self._comparison("none", before, other), self._comparison("smar", before, after)]
+        return report
+
+    def _seconds(self) -> dict[str, float]:
+        taken = {name: step.seconds for name, step in self.steps.items()}
+        groups = {"data": ("corpus", "scenes", "shards"), "vision": ("vision",)}
+        groups |= {name: (name,) for name in STAGES}
+        groups["evaluation"] = ("evaluation_stage1", "evaluation_stage2")
+        seconds = {name: sum(taken[step] for step in members) for name, members in groups.items()}
+        return seconds | {"total": sum(seconds.values())}
+
+    def _history(self, stage: str) -> dict[str, Any]:
+        series = read_scalars(self.output / stage / "tensorboard")
+        return {
+            name: {"steps": list(s.steps), "values": list(s.values)}
+            for name, s in series.items()
+            if name in ("lm loss", "smar loss", "mrd distance") or name.startswith("moe/mrd_distance_layer_")
+        }
+
+    def _example(self, item: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "image": self.output / "scenes" / item["image"][0],
+            "question": item["question"].replace("<image>\n", ""),
+            "answer": item["answer"],
+            "prediction": item["prediction"],
+            "correct": item["prediction"] == item["answer"],
+        }
+
+    def _comparison(self, routing: str, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        distances = after["mrd_distance_by_layer"]
+        return {
+            "routing": routing,
+            "retention": after["word_accuracy"] / before["word_accuracy"],
+            "vqa_accuracy": after["vqa_accuracy"],
+            "text_perplexity_after": after["text_perplexity"],
+            "mrd_distance": sum(distances) / len(distances),
+        }
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Command-line flags; True is a flag without a value."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        values: Sequence[Any] = value if isinstance(value, list) else [] if value is True else [value]
+        flags += [name, *map(str, values)]
+    return flags
+
+
+def named(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by names without dashes, for the report."""
+    return {name.removeprefix("--").replace("-", "_"): value for name, value in settings.items()}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="results (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=Path("runs/sources"), help="sources (default: %(default)s)")
+    parser.add_argument("--compare", action="store_true", help="also train stage 2 without SMAR, and compare")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    try:
+        report = Demo(options.output, options.cache).run(options.compare)
+    except StepError as error:
+        sys.exit(f"demo: {error}")
+    write_report(report, options.output)
+    print_table(report)
+    print(f"\nreport: {options.output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
