@@ -7,6 +7,8 @@ Without any:  the same command; Megatron then runs on the CPU with Gloo.
 
 from __future__ import annotations
 
+import sys
+
 from megatron_smar import runtime
 
 runtime.install()
@@ -15,6 +17,8 @@ from megatron.core.enums import ModelType  # noqa: E402  (the runtime comes befo
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
+from megatron_smar.checkpoint.fit import CheckpointMismatchError  # noqa: E402
+from megatron_smar.data.rejects import DataError  # noqa: E402
 from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider  # noqa: E402
 from megatron_smar.training.setup import parse_arguments  # noqa: E402
 
@@ -22,13 +26,16 @@ from megatron_smar.training.setup import parse_arguments  # noqa: E402
 def main() -> None:
     """Parses, refuses what cannot train, and hands over to Megatron's `pretrain()`."""
     args = parse_arguments()
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        data_iterators_provider,
-        ModelType.encoder_or_decoder,
-        build_forward_step(),
-        model_provider=model_provider,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            data_iterators_provider,
+            ModelType.encoder_or_decoder,
+            build_forward_step(),
+            model_provider=model_provider,
+        )
+    except (CheckpointMismatchError, DataError) as error:
+        sys.exit(f"pretrain_vlm.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from megatron.training.checkpointing import checkpoint_exists
+
 from megatron_smar import runtime
 from megatron_smar.data.task_encoder import DataConfig
 from megatron_smar.data.tiling import ImageConfig
@@ -271,6 +273,8 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
         data_config(args)
     if set(args.freeze) == set(PARTS):
         raise ValueError("--freeze vision connector language leaves nothing to train; leave out at least one of them.")
+    if args.finetune and not checkpoint_exists(args.load):
+        raise ValueError(f"--finetune starts from the checkpoint in --load, but {args.load} has none; give its folder.")
     _check_routing(args, modality_routing_config(args))
     _check_parallelism(args)
     if args.dataloader_type != "external":

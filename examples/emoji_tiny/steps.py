@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+_BAR = re.compile(r"^\s*(.*?): +\d+%\|.*\| (\d+)/(\d+) \[")
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
 _SHOWN = re.compile(r"(lm loss|smar loss|mrd distance): ([0-9.E+-]+) \|")
 
@@ -94,28 +95,48 @@ def run_program(command: Sequence[str], log: Path, root: Path, threads: int) -> 
             command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert process.stdout is not None
-        bar: tqdm[Any] | None = None
-        for line in process.stdout:
+        progress = _Progress()
+        for line in process.stdout:  # a bar's carriage returns arrive as line ends
+            if progress.show(line):
+                continue
             file.write(line)
             file.flush()
             if line.strip():
                 last.append(line.rstrip())
-            bar = _show(line, bar)
-        if bar is not None:
-            bar.close()
+        progress.close()
     if process.wait():
         errors = [line for line in last if "error" in line.lower()] or list(last)[-3:]
         print("\n".join(errors), file=sys.stderr)
         raise StepError(f"{Path(command[-1] if len(command) < 3 else log.stem).name} failed; its output is in {log}.")
 
 
-def _show(line: str, bar: tqdm[Any] | None) -> tqdm[Any] | None:
-    found = _ITERATION.search(line)
-    if not found:
-        return bar
-    done, total = int(found[1]), int(found[2])
-    if bar is None:
-        bar = tqdm(total=total, initial=done, unit="step", mininterval=2, file=sys.stdout)
-    bar.update(done - bar.n)
-    bar.set_postfix_str(", ".join(f"{name} {float(value):.3f}" for name, value in _SHOWN.findall(line)))
-    return bar
+class _Progress:
+    """One bar of our own for whatever a program shows: its bars, or Megatron's line per interval."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def show(self, line: str) -> bool:
+        """Follows a line; returns whether it was a bar, which a log need not keep."""
+        bar = _BAR.match(line)
+        if bar:
+            self._advance(bar[1].rsplit("]: ", 1)[-1], int(bar[2]), int(bar[3]))
+            return True
+        step = _ITERATION.search(line)
+        if step:
+            self._advance("", int(step[1]), int(step[2]))
+            assert self._bar is not None
+            self._bar.set_postfix_str(", ".join(f"{name} {float(value):.3f}" for name, value in _SHOWN.findall(line)))
+        return False
+
+    def _advance(self, name: str, done: int, total: int) -> None:
+        if self._bar is None or (self._bar.desc.removesuffix(": "), self._bar.total) != (name, total):
+            self.close()
+            self._bar = tqdm(total=total, initial=done, desc=name, unit="step", mininterval=2, file=sys.stdout)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None

@@ -18,6 +18,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
 
 from megatron_smar.arguments import data_config, language_config, modality_routing_config, vision_config
+from megatron_smar.checkpoint.fit import check_fit
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
 from megatron_smar.data.state import load_loader_state
@@ -47,7 +48,7 @@ def model_provider(
             get_tokenizer().vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
         )
     print_rank_0("building VisionLanguageModel ...")
-    return VisionLanguageModel(
+    model = VisionLanguageModel(
         config or core_transformer_config_from_args(args),
         language_config(args),
         vision_config(args),
@@ -59,6 +60,8 @@ def model_provider(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    check_fit(model, args.load)
+    return model
 
 
 def data_iterators_provider(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron.core.enums import ModelType
@@ -35,7 +36,7 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
         check_arguments(parse_args(add_arguments), needs_data)
         args = parse_and_validate_args(add_arguments)
     except (ValueError, AssertionError) as error:
-        sys.exit(f"{sys.argv[0]}: error: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     install_metrics()
     return args
 

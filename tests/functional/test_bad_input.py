@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's mistakes: one sentence with the flag, the value and the mend, on every rank, before training starts."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.launch import run
+
+SIZES = ["--micro-batch-size", "4", "--global-batch-size", "8", "--train-iters", "2", "--num-workers", "0"]
+DENSE = ["--num-experts", "0"]
+
+MISTAKES = {
+    "band": (
+        ["--smar-d-min", "2", "--smar-d-max", "1"],
+        ["--smar-d-min 2.0 and --smar-d-max 1.0", "0 <= d_min <= d_max"],
+    ),
+    "no experts": (["--modality-routing", "smar", *DENSE], ["--modality-routing smar", "--num-experts"]),
+    "tensor parallel without sequence parallel": (
+        ["--tensor-model-parallel-size", "2"],
+        ["--tensor-model-parallel-size 2", "--sequence-parallel"],
+    ),
+    "unknown vision model": (
+        ["--vision-model", "no/such-model"],
+        ["--vision-model 'no/such-model'", "neither a folder"],
+    ),
+    "tile size": (["--image-size", "48"], ["--image-size is 48", "give --image-size 32"]),
+    "data folder": (["--data-path", "/no/such/folder"], ["--data-path /no/such/folder", "tools/data/prepare.py"]),
+    "nothing to train": (["--freeze", "vision", "connector", "language"], ["--freeze", "nothing to train"]),
+    "start of nothing": (["--finetune", "--load", "/no/such/checkpoint"], ["--finetune", "/no/such/checkpoint"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_flag_ends_with_its_sentence_on_every_rank(world, mistake):
+    flags, said = MISTAKES[mistake]
+    done = world.train(*SIZES, *flags, ranks=2, check=False, timeout=120)
+    errors = [line for line in done.stdout.splitlines() if "error: " in line and "pretrain_vlm.py" in line]
+    assert done.returncode != 0
+    assert len(errors) == 2, f"one sentence per rank, not:\n{done.stdout[-3000:]}"
+    assert errors[0].split("error: ")[1] == errors[1].split("error: ")[1]
+    for part in said:
+        assert part in errors[0]
+
+
+def test_a_checkpoint_of_another_shape_is_refused_in_one_sentence(world, tmp_path):
+    world.train(*SIZES, "--save", tmp_path, "--save-interval", "2", ranks=2)
+    wrong = ["--load", tmp_path, "--finetune", "--ffn-hidden-size", "96"]
+    done = world.train(*SIZES, *wrong, ranks=2, check=False, timeout=120)
+    assert done.returncode != 0
+    errors = [line for line in done.stdout.splitlines() if "pretrain_vlm.py: error: " in line]
+    assert len(errors) == 2, "one sentence per rank"
+    assert "holds another model than the flags describe" in errors[0]
+    assert "linear_fc" in done.stdout
+    assert "iteration        1/" not in done.stdout
+
+
+def test_a_sample_with_a_missing_picture_is_named_skipped_and_counted(world, tmp_path):
+    """Prepared by hand, since the preparation program would leave it out."""
+    records = json.loads((world.root / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    prepared = ["--train", tmp_path / "train.json", "--image-root", world.root, "--output", tmp_path / "shards"]
+    run("tools/data/prepare.py", *prepared, "--samples-per-shard", 1000)
+    _drop_one_picture(tmp_path / "shards")
+    flags = [*SIZES, "--train-iters", "20", "--data-path", tmp_path / "shards", "--rejects-dir", tmp_path / "rejects"]
+    output = world.train(*flags, ranks=1).stdout
+    assert "image_count_mismatch" in output
+    listed = [json.loads(line) for path in (tmp_path / "rejects").glob("*") for line in path.read_text().splitlines()]
+    assert {entry["reason"] for entry in listed} == {"image_count_mismatch"}
+    assert "iteration       20/      20" in output
+
+
+def _drop_one_picture(shards) -> None:
+    """Takes the first picture out of a shard, and has the index made anew."""
+    import tarfile
+
+    from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
+
+    (shard,) = shards.rglob("*.tar")
+    kept = shard.with_suffix(".new")
+    with tarfile.open(shard) as old, tarfile.open(kept, "w") as new:
+        dropped = False
+        for member in old:
+            if member.name.endswith(".png") and not dropped:
+                dropped = True
+                continue
+            new.addfile(member, old.extractfile(member))
+    kept.rename(shard)
+    meta = shards / ".nv-meta"
+    dataset = (meta / "dataset.yaml").read_text()
+    shutil.rmtree(meta)
+    BaseWebdatasetFactory.prepare_dataset(
+        shards,
+        [str(shard.relative_to(shards))],
+        split_parts_ratio=None,
+        split_parts_patterns=[("train", ".*")],
+        workers=1,
+    )
+    (meta / "dataset.yaml").write_text(dataset)

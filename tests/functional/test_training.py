@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training program as a user runs it."""
+
+import json
+
+import pytest
+
+from megatron_smar.analysis.scalars import read_scalars
+from tests.launch import run
+
+SMAR = ["--modality-routing", "smar", "--smar-d-min", "3", "--smar-d-max", "4", "--smar-coeff", "0.1"]
+
+
+def losses(log_dir, name="lm loss") -> dict[int, float]:
+    series = read_scalars(log_dir)[name]
+    return dict(zip(series.steps, series.values, strict=True))
+
+
+def test_ten_losses_agree_between_one_rank_and_two_with_expert_parallelism(world, tmp_path):
+    """The same micro-batches reach both: one rank with two data workers, two ranks with one each."""
+    common = [*SMAR, "--smar-scope", "local", "--micro-batch-size", 4, "--global-batch-size", 8, "--train-iters", 10]
+    world.train(*common, "--num-workers", 2, "--tensorboard-dir", tmp_path / "one", ranks=1)
+    two = ["--num-workers", 1, "--expert-model-parallel-size", 2, "--tensorboard-dir", tmp_path / "two"]
+    world.train(*common, *two, ranks=2)
+    for name in ("lm loss", "smar loss", "mrd distance"):
+        one, two = losses(tmp_path / "one", name), losses(tmp_path / "two", name)
+        assert list(one) == list(range(1, 11))
+        assert one == pytest.approx(two, abs=1e-4), name
+    assert losses(tmp_path / "one")[10] < losses(tmp_path / "one")[1] - 0.5, "ten equal losses of a model that learns"
+
+
+def test_resuming_gives_bit_identical_losses(world, tmp_path):
+    common = [*SMAR, "--micro-batch-size", 4, "--global-batch-size", 8, "--num-workers", 1, "--train-iters", 8]
+    common += ["--expert-model-parallel-size", 2, "--use-distributed-optimizer", "--save-interval", 4]
+    world.train(*common, "--save", tmp_path / "a", "--tensorboard-dir", tmp_path / "whole", ranks=2)
+    stop = ["--save", tmp_path / "b", "--load", tmp_path / "b"]
+    world.train(*common, *stop, "--exit-interval", 4, "--tensorboard-dir", tmp_path / "first", ranks=2)
+    world.train(*common, *stop, "--tensorboard-dir", tmp_path / "second", ranks=2)
+    for name in ("lm loss", "smar loss", "grad-norm"):
+        whole = losses(tmp_path / "whole", name)
+        resumed = losses(tmp_path / "first", name) | losses(tmp_path / "second", name)
+        assert sorted(losses(tmp_path / "second", name)) == [5, 6, 7, 8]
+        assert resumed == whole, f"{name} differs after resuming"
+
+
+def test_losses_and_distances_are_logged_to_console_and_tensorboard(world, tmp_path):
+    flags = [*SMAR, "--micro-batch-size", 8, "--global-batch-size", 8, "--num-workers", 0, "--train-iters", 3]
+    output = world.train(*flags, "--tensorboard-dir", tmp_path, "--eval-iters", 1, "--eval-interval", 3).stdout
+    (line,) = [line for line in output.splitlines() if " iteration        3/       3 |" in line]
+    for name in ("lm loss", "smar loss", "mrd distance"):
+        assert f" {name}: " in line
+    scalars = read_scalars(tmp_path)
+    layers = [scalars[f"moe/mrd_distance_layer_{layer}"].values for layer in (1, 2)]
+    assert len(layers[0]) == 3
+    for step, distance in enumerate(scalars["mrd distance"].values):
+        assert distance == pytest.approx((layers[0][step] + layers[1][step]) / 2, rel=1e-5)
+    assert scalars["smar loss"].values[0] == pytest.approx(3 - scalars["mrd distance"].values[0], rel=1e-4)
+    assert "validation loss at iteration 3" in output
+
+
+@pytest.mark.parametrize("freeze", [["vision", "language"], ["vision"]], ids=["stage 1", "stage 2"])
+def test_batches_without_images_train_in_every_stage(world, freeze):
+    """No rank may skip its backward pass, whose collectives the others wait in; a hang is a timeout."""
+    flags = [*SMAR, "--freeze", *freeze, "--micro-batch-size", 4, "--global-batch-size", 8, "--train-iters", 2]
+    flags += ["--num-workers", 0, "--expert-model-parallel-size", 2, "--use-distributed-optimizer"]
+    output = world.train(*flags, "--data-path", world.root / "shards" / "text", ranks=2, timeout=120).stdout
+    assert "smar loss: 0.000000E+00" in output
+    assert "number of nan iterations:   0" in output
+
+
+def test_evaluation_program_measures_a_checkpoint_under_another_layout(world, tmp_path):
+    flags = [*SMAR, "--micro-batch-size", 8, "--global-batch-size", 16, "--train-iters", 30, "--num-workers", 1]
+    world.train(*flags, "--expert-model-parallel-size", 2, "--save", tmp_path, "--save-interval", 30, ranks=2)
+    items = [
+        {"image": r["image"], "question": r["conversations"][0]["value"], "answer": r["conversations"][1]["value"]}
+        for r in json.loads((world.root / "valid.json").read_text())
+    ]
+    (tmp_path / "vqa.json").write_text(json.dumps(items))
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "You may reproduce and distribute copies of the Work."}))
+    (tmp_path / "words.json").write_text(json.dumps([{"prefix": "Name a colour,", "answer": "please"}]))
+    measured = ["--text", tmp_path / "text.jsonl", "--completions", tmp_path / "words.json"]
+    measured += ["--vqa", tmp_path / "vqa.json", "--image-root", world.root, "--examples", 4]
+    results = {}
+    for ranks in (1, 2):
+        output = tmp_path / f"{ranks}.json"
+        batch = ["--micro-batch-size", 4, "--global-batch-size", 8]
+        layout = ["--expert-model-parallel-size", ranks]
+        command = ["tools/evaluate.py", *world.flags, "--load", tmp_path, *batch, *layout, *measured]
+        run(*command, "--output", output, ranks=ranks)
+        results[ranks] = json.loads(output.read_text())
+    assert results[1]["text_perplexity"] == pytest.approx(results[2]["text_perplexity"], rel=1e-4)
+    assert results[1]["mrd_distance_by_layer"] == pytest.approx(results[2]["mrd_distance_by_layer"], rel=1e-3)
+    for share in results[1]["expert_share"]["vision"]:
+        assert sum(share) == pytest.approx(1)
+    for example in results[1]["examples"]:  # greedy decoding and the likelihood of the answer tell the same story
+        assert isinstance(example["prediction"], str)
+    exact = sum(e["prediction"] == e["answer"] for e in results[1]["examples"])
+    assert results[1]["vqa_accuracy"] >= exact / len(items)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running the project's programs as a user would, and reading what they leave."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A model of the same shape as Mixtral's in everything but size; every flag is Megatron's.
+SMALL_MODEL = """
+    --image-size 32 --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4
+    --group-query-attention --num-query-groups 2 --num-experts 4 --moe-router-topk 2
+    --moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall --swiglu --normalization RMSNorm
+    --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0
+    --hidden-dropout 0 --seq-length 128 --max-position-embeddings 128 --make-vocab-size-divisible-by 64 --seed 7
+""".split()
+
+
+def run(*command: Any, ranks: int = 0, timeout: int = 240, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs a program of the project, on one process or on several under torchrun; a hang is a failure.
+
+    The output is both streams together.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MEGATRON_SMAR_DEVICE": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, *launch, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{command[0]} failed:\n{done.stdout[-6000:]}")
+    return done
+
+
+def load_weights(directory: Path) -> dict[str, Any]:
+    """The model's weights in a torch_dist checkpoint, whole, whatever layout wrote them."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = dcp.FileSystemReader(directory)
+    stored = reader.read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(data.size, dtype=data.properties.dtype)
+        for name, data in stored.items()
+        if isinstance(data, TensorStorageMetadata) and not name.startswith("optimizer")
+    }
+    dcp.load(weights, storage_reader=reader, no_dist=True)
+    return weights
