@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detection of the device, and what the adaptations change."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch import ROOT
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter, since the adaptations last as long as the process."""
+    base = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=base | environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(("wanted", "said"), [("tpu", "set it to cpu or cuda"), ("cuda", "torch finds no CUDA device")])
+def test_a_wrong_device_is_refused_in_one_sentence(wanted, said):
+    done = python(
+        "from megatron_smar import runtime; runtime.install()",
+        MEGATRON_SMAR_DEVICE=wanted,
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.returncode != 0
+    assert said in done.stderr.strip().splitlines()[-1]
+
+
+def test_installing_twice_changes_nothing_more():
+    code = """
+import torch
+from megatron_smar import runtime
+runtime.install()
+first, zeros, listed = torch.Tensor.cuda, torch.zeros, runtime.adaptations()
+runtime.install()
+assert (torch.Tensor.cuda, torch.zeros, runtime.adaptations()) == (first, zeros, listed)
+names = [a.name for a in listed]
+assert len(names) == len(set(names)) > 10 and all(a.reason and a.needed_by for a in listed)
+"""
+    done = python(code, MEGATRON_SMAR_DEVICE="cpu")
+    assert done.returncode == 0, done.stderr
+
+
+def test_with_cuda_nothing_is_touched():
+    """On a machine that reports CUDA, install() must leave torch and the modules as they are."""
+    code = """
+import sys, torch
+torch.cuda.is_available = lambda: True  # all that detection asks
+before = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")}, torch.Tensor.cuda, torch.cuda.Stream
+from megatron_smar import runtime
+assert runtime.install() == "cuda"
+after = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")}, torch.Tensor.cuda, torch.cuda.Stream
+assert after == before and runtime.adaptations() == () and runtime.argument_defaults() == {}
+assert "transformer_engine" not in sys.modules
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cuda_calls_land_on_the_cpu_and_device_contexts_still_work():
+    code = """
+from megatron_smar import runtime
+runtime.install()
+import torch
+assert torch.zeros(2, device="cuda").device == torch.full((2,), 1.0, device=0).device == torch.device("cpu")
+assert torch.ones(1).cuda().device.type == "cpu" and not torch.cuda.is_available()
+with torch.device("meta"):
+    assert torch.arange(3).device.type == "meta"  # transformers builds models this way
+a, b = torch.cuda.Event(), torch.cuda.Event()
+a.record(); b.record()
+assert a.elapsed_time(b) >= 0
+"""
+    done = python(code, MEGATRON_SMAR_DEVICE="cpu")
+    assert done.returncode == 0, done.stderr

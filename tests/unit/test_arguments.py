@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the flags become, and what is refused; the programs' own tests run the same as a user would."""
+
+import sys
+
+import pytest
+
+from tests.launch import SMALL_MODEL
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory) -> str:
+    from tests.models import build_hf_model
+
+    folder = tmp_path_factory.mktemp("vision")
+    build_hf_model(image_token_id=5).model.vision_tower.save_pretrained(folder)
+    return str(folder)
+
+
+def parse(monkeypatch, vision: str, *flags: str):
+    from megatron_smar import runtime
+
+    runtime.install()
+    from megatron.training.arguments import parse_args
+
+    from megatron_smar.arguments import add_arguments
+
+    monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *SMALL_MODEL, "--vision-model", vision, *flags])
+    return parse_args(add_arguments)
+
+
+def test_defaults_are_the_papers(monkeypatch, vision):
+    from megatron_smar.arguments import modality_routing_config
+
+    smar = modality_routing_config(parse(monkeypatch, vision, "--modality-routing", "smar"))
+    assert (smar.coeff, smar.d_min, smar.d_max, smar.eps, smar.scope) == (0.01, 1.5, 2.0, 1e-6, "global")
+    assert smar.router_bias
+    assert not modality_routing_config(parse(monkeypatch, vision, "--no-modality-router-bias")).router_bias
+    assert modality_routing_config(parse(monkeypatch, vision)).strategy == "none"
+
+
+def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, vision):
+    args = parse(monkeypatch, vision)
+    assert (args.distributed_backend, args.transformer_impl, args.use_cpu_initialization) == ("gloo", "local", True)
+    assert parse(monkeypatch, vision, "--distributed-backend", "nccl").distributed_backend == "nccl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--smar-eps", "0"], "--smar-eps is 0.0"),
+        (["--smar-coeff", "-1"], "--smar-coeff is -1.0"),
+        (["--pixel-shuffle", "0.3"], "--pixel-shuffle is 0.3"),
+        (["--max-tiles", "4"], "--max-tiles 4"),
+        (["--modality-routing", "smar", "--calculate-per-token-loss"], "--calculate-per-token-loss"),
+        (["--context-parallel-size", "2"], "--context-parallel-size 2"),
+        (["--moe-router-load-balancing-type", "quantile_balancing"], "quantile_balancing"),
+        (["--dataloader-type", "cyclic"], "--dataloader-type is cyclic"),
+    ],
+)
+def test_what_cannot_train_is_refused_in_one_sentence(monkeypatch, vision, flags, said):
+    from megatron_smar.arguments import check_arguments
+
+    with pytest.raises(ValueError, match=said) as error:
+        check_arguments(parse(monkeypatch, vision, *flags), needs_data=False)
+    assert "\n" not in str(error.value)
+
+
+def test_help_lists_our_groups(monkeypatch, vision, capsys):
+    """Megatron 0.19.2's own --help dies of a percent sign."""
+    with pytest.raises(SystemExit) as end:
+        parse(monkeypatch, vision, "--help")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("modality-aware routing:", "vision-language model:", "training stages:", "conversations:"):
+        assert group in text
+
+
+def test_normalisation_is_the_vision_models_own(tmp_path):
+    import json
+
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from megatron_smar.model.vision import VisionConfig, normalisation
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path)
+    vision = VisionConfig(str(tmp_path), 32)
+    assert normalisation(vision)[0] == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    settings = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert normalisation(vision) == ((0.1, 0.2, 0.3), (1, 2, 3))

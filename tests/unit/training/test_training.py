@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch, loss, frozen parts and routing metrics, on one rank with a real model."""
+
+import pytest
+import torch
+
+from tests.models import build_hf_model, build_model, prepare
+
+IMAGE, SIDE, TOKENS = 5, 32, 4
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("vision")
+    build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(folder)
+    return str(folder)
+
+
+def inputs(images: int = 2, length: int = 24) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(6, 128, (2, length), generator=generator)
+    for image in range(images):
+        ids[0, 6 * image : 6 * image + TOKENS] = IMAGE
+    padding = torch.zeros_like(ids, dtype=torch.bool)
+    padding[1, 16:] = True
+    return prepare(ids, padding, torch.randn(images, 3, SIDE, SIDE, generator=generator), IMAGE)
+
+
+def loss_of(model, batch: dict) -> torch.Tensor:
+    labels = torch.full_like(batch["input_ids"], 9)
+    return model(**batch, labels=labels)[:, :16].mean()
+
+
+def test_batch_tells_modalities_and_places_of_features(single_rank):
+    batch = inputs()
+    assert batch["modality_ids"][0, :12].tolist() == [1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0]
+    assert batch["modality_ids"][1].tolist() == [0] * 16 + [-1] * 8
+    assert batch["vision_index"][0, :12].tolist() == [0, 1, 2, 3, -1, -1, 4, 5, 6, 7, -1, -1]
+
+
+def test_placeholders_that_no_tile_fills_are_refused(single_rank):
+    ids = torch.full((1, 8), IMAGE)
+    with pytest.raises(ValueError, match="8 image placeholder tokens but its 1 tiles give 4"):
+        prepare(ids, torch.zeros_like(ids, dtype=torch.bool), torch.randn(1, 3, SIDE, SIDE), IMAGE)
+
+
+@pytest.mark.parametrize("freeze", [("vision", "language"), ("vision",), ("vision", "connector"), ()])
+@pytest.mark.parametrize("images", [0, 2], ids=["text only", "with images"])
+def test_frozen_parts_get_no_gradient_and_the_others_all_do(single_rank, vision, freeze, images):
+    model = build_model(vision, routing={"strategy": "smar"}, freeze=frozenset(freeze)).train()
+    loss_of(model, inputs(images)).backward()
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0].removesuffix("_model")
+        if part in freeze:
+            assert not parameter.requires_grad
+            assert parameter.grad is None, f"{name} is frozen"
+        elif "mask_token" not in name:
+            assert parameter.requires_grad
+            assert parameter.grad is not None, f"{name} left the graph: its rank would skip a collective"
+    if images and "connector" not in freeze:
+        assert model.connector.linear_1.weight.grad.abs().max() > 0
+
+
+def test_a_frozen_encoder_stays_in_evaluation_mode(single_rank, vision):
+    model = build_model(vision).train()
+    assert not model.vision_model.tower.training
+    assert model.language_model.training
+
+
+def test_smar_gradient_is_beta_times_that_of_the_band_loss(single_rank, vision):
+    """Two runs with and without SMAR differ by beta times the gradient of the losses summed over the layers."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from megatron_smar.routing import layer_distance_and_loss
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    band = {"d_min": 3.0, "d_max": 4.0, "eps": 1e-3}
+    model = build_model(vision, routing={"strategy": "smar", "coeff": 0.25, **band}).train()
+    routers = [layer.mlp.router for layer in model.language_model.decoder.layers]
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep_loss(router):
+        def observe(layer, statistics):
+            kept[layer] = layer_distance_and_loss(statistics, router.topk, 1e-3, 3.0, 4.0)[1]
+
+        return observe
+
+    for router in routers:
+        router.observers.append(keep_loss(router))
+    main = loss_of(model, inputs())
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    smar = torch.autograd.grad(sum(kept.values()), parameters, retain_graph=True, allow_unused=True)
+    whole = torch.autograd.grad(main, parameters)
+    object_none = build_model(vision, routing={"strategy": "none", **band}).train()
+    object_none.load_state_dict(model.state_dict())
+    object_none.language_model.requires_grad_(True)
+    alone = torch.autograd.grad(
+        loss_of(object_none, inputs()), [dict(object_none.named_parameters())[n] for n in names]
+    )
+    moved = 0.0
+    for name, total, without, by_smar in zip(names, whole, alone, smar, strict=True):
+        expected = without if by_smar is None else without + 0.25 * by_smar
+        torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        moved = max(moved, 0.0 if by_smar is None else float(by_smar.abs().max()))
+    assert moved > 1e-3
+
+
+def test_bias_is_float32_in_half_precision_without_weight_decay_and_ignores_padding(single_rank):
+    from megatron_smar.routing.router import ModalityBias
+
+    module = torch.nn.ModuleDict({"modality_bias": ModalityBias(2, 4, trainable=True, sequence_parallel=True)})
+    module["modality_bias"].bias.data.fill_(0.1)
+    module.bfloat16()
+    (name, bias), *_ = module.named_parameters()
+    assert bias.dtype == torch.float32
+    assert torch.equal(bias.data, torch.full((2, 4), 0.1)), "it went through bfloat16"
+    assert name.endswith(".bias"), "Megatron decays every other parameter of two dimensions"
+    assert bias.sequence_parallel
+    mask = torch.tensor([[True, False], [False, False]])
+    assert module["modality_bias"](mask).tolist() == [[pytest.approx(0.1)] * 4, [0.0] * 4]
+
+
+def test_recorded_routing_adds_up_over_batches_and_leaves_nothing_behind(single_rank, vision):
+    from megatron_smar.training.monitor import recorded_routing
+
+    model = build_model(vision).eval()
+    with torch.no_grad(), recorded_routing([model]) as recorder:
+        model(**inputs())
+        once = recorder.statistics[1].tokens.tolist()
+        model(**inputs())
+    assert once == [24 - 8 + 16, 8]
+    assert recorder.statistics[1].tokens.tolist() == [2 * x for x in once]
+    assert list(recorder.distances(2, 1e-6)) == [1, 2, 3]
+    for shares in recorder.expert_shares().values():
+        torch.testing.assert_close(shares.sum(dim=1), torch.ones(2, dtype=torch.float64))
+    assert all(not layer.mlp.router.observers for layer in model.language_model.decoder.layers)
+
+
+def test_metrics_average_over_layers_and_comparable_micro_batches(single_rank):
+    from megatron_smar.routing.router import COMPARABLE, MRD_DISTANCE, SMAR_LOSS
+    from megatron_smar.training.monitor import RoutingMetricsTracker
+
+    class Writer(dict):
+        def add_scalar(self, name, value, iteration):
+            self[name] = float(value)
+
+    tracker, writer = RoutingMetricsTracker(), Writer()
+    for layer, distance in ((1, 2.0), (2, 4.0)):
+        tracker.record(SMAR_LOSS, torch.tensor(1.0), layer, 2, needs_dp_avg=False)
+        for comparable in (1.0, 0.0):  # the second micro-batch is pure text
+            tracker.record(MRD_DISTANCE, torch.tensor(distance * comparable), layer, 2, needs_dp_avg=False)
+            tracker.record(COMPARABLE, torch.tensor(comparable), layer, 2, needs_dp_avg=False)
+    totals: dict[str, torch.Tensor] = {}
+    line = tracker.report(0.5, 1, writer, num_layers=2, total_loss_dict=totals, track_names=[])
+    assert writer["mrd distance"] == 3.0
+    assert (writer["moe/mrd_distance_layer_1"], writer["moe/mrd_distance_layer_2"]) == (2.0, 4.0)
+    assert writer["smar loss"] == pytest.approx(0.5)
+    assert "mrd distance: 3.0000 |" in line
+    assert float(totals["smar loss"]) == pytest.approx(0.5)
