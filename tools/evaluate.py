@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures a checkpoint: perplexity, word completion, visual question answering, and the routing of both modalities.
 
-    torchrun --nproc-per-node 2 tools/evaluate.py --load CHECKPOINT --text held_out.jsonl --completions words.json \\
-        --vqa questions.json --image-root DIR --output results.json  <the model's flags, as for pretrain_vlm.py>
+    torchrun --nproc-per-node 2 tools/evaluate.py --load CHECKPOINT --text held_out.jsonl --vqa questions.json \\
+        --image-root DIR --output results.json  <the model's flags, as for pretrain_vlm.py>
 
---text: records with a `text`. --completions: records with `prefix` and `answer` (the word that follows). --vqa: records
-with `image` (a list), `question`, `answer` and, if you like, a `kind` to group by. The routing is recorded on --vqa.
+--text: records with a `text`: perplexity, and the share of words of several pieces that are completed exactly, given
+the text up to their first piece. --vqa: records with `image` (a list), `question`, `answer` and, if you like, a `kind`
+to group by: exact answers. The routing is recorded on --vqa.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from megatron_smar.data.rejects import SampleError  # noqa: E402
 from megatron_smar.data.tiling import ImageProcessor, read_size  # noqa: E402
 from megatron_smar.data.tokens import TextEncoder  # noqa: E402
 from megatron_smar.model.vision import tokens_per_tile  # noqa: E402
-from megatron_smar.training.evaluation import Evaluator, exact_match, perplexity  # noqa: E402
+from megatron_smar.training.evaluation import Evaluator, exact_match, perplexity, word_completion  # noqa: E402
 from megatron_smar.training.monitor import recorded_routing  # noqa: E402
 from megatron_smar.training.setup import start  # noqa: E402
 
@@ -40,8 +41,7 @@ from megatron_smar.training.setup import start  # noqa: E402
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Our options; the rest are Megatron's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="JSON lines with `text`: held-out perplexity")
-    parser.add_argument("--completions", type=Path, help="JSON list with `prefix` and `answer`: word completion")
+    parser.add_argument("--text", type=Path, help="JSON lines with `text`: perplexity and word completion")
     parser.add_argument("--vqa", type=Path, help="JSON list with `image`, `question`, `answer`, `kind`")
     parser.add_argument("--image-root", type=Path, default=Path("."), help="where the paths in --vqa start")
     parser.add_argument("--examples", type=int, default=24, help="answers decoded and shown (default: %(default)s)")
@@ -77,10 +77,11 @@ class Encoder:
             pixel_values=torch.cat([self.images.empty(), *map(self.images, files)]),
         )
 
-    def completion(self, number: int, item: dict[str, str]) -> EncodedSample:
-        """A text whose last word alone counts."""
-        segments = [Segment(item["prefix"], is_target=False), Segment(" " + item["answer"], is_target=True)]
-        return self.encode(f"completion-{number}", segments, [])
+    def continues_word(self) -> torch.Tensor:
+        """[vocabulary] bool: pieces of letters without the space that begins a word."""
+        tokenizer = get_tokenizer()
+        pieces = tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))
+        return torch.tensor([piece.isalpha() and piece[0] not in "▁Ġ" for piece in pieces])
 
     def question(self, item: dict[str, Any], root: Path, answered: bool = True) -> EncodedSample:
         """A question with its answer as target, or the prompt that asks for it."""
@@ -101,11 +102,8 @@ def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder)
             encoder.encode(str(r.get("id", i)), record_segments(r, encoder.template, 0), [])
             for i, r in enumerate(records)
         ]
-        results["text_perplexity"] = perplexity(evaluator.score(samples, "text"))
-    if options.completions:
-        items = json.loads(options.completions.read_text(encoding="utf-8"))
-        samples = [encoder.completion(i, item) for i, item in enumerate(items)]
-        results["word_accuracy"] = exact_match(evaluator.score(samples, "word completion"))
+        scores = evaluator.score(samples, "text")
+        results |= {"text_perplexity": perplexity(scores), "word_accuracy": word_completion(scores)}
     if options.vqa:
         results |= measure_vqa(options, evaluator, encoder)
     return results
@@ -149,6 +147,7 @@ def main() -> None:
         encoder.text.pad_id,
         args.tensor_model_parallel_size if args.sequence_parallel else 1,
         options.batch_size,
+        encoder.continues_word(),
     )
     results = measure(options, evaluator, encoder)
     if dist.get_rank() == 0:

@@ -7,7 +7,6 @@ documents are held out, so that no held-out passage continues one that was read 
     train.jsonl, held_out.jsonl     {"id", "text"}, one passage a line
     tokenizer.model                 sentencepiece BPE with Mixtral's settings
     text_instructions.json          conversations made from training passages, for the pure text of stage 2
-    word_completions.json           {"id", "prefix", "answer", "repeated"}, from held-out passages
     summary.json                    `CorpusSummary`
 """
 
@@ -36,7 +35,6 @@ INSTRUCTION_MARGIN = 48  # tokens left for a chat template and the instruction's
 _ABBREVIATIONS = ("[A-Z]", "St", "Mt", "Dr", "Mr", "Mrs", "Jr", "Sr", "No", "vs")
 _NO_ABBREVIATION = "".join(rf"(?<!\b{word}\.)" for word in _ABBREVIATIONS)
 _SENTENCE_END = re.compile(rf"(?<=[.!?]){_NO_ABBREVIATION}[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])|\s*\n+\s*")
-_LAST_WORD = re.compile(r"^(?P<prefix>.*\S)\s(?P<answer>[A-Za-z]{3,})[.!?]$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,6 @@ class CorpusConfig:
         vocab_size: Pieces of the tokenizer, with bytes and special symbols.
         tokenizer_passages: Training passages that the tokenizer is trained on.
         instructions: Conversations to make from training passages.
-        completions: Word completions to make from held-out passages, at most.
         seed: Of every choice made at random.
     """
 
@@ -78,7 +75,6 @@ class CorpusConfig:
     vocab_size: int = 4096
     tokenizer_passages: int = 8000
     instructions: int = 1000
-    completions: int = 500
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -101,7 +97,6 @@ class CorpusSummary:
 
     Attributes:
         unigram_perplexity: Held-out perplexity a token under the token frequencies of the training text.
-        completion_chance: Accuracy on the word completions of always giving training's commonest answer.
     """
 
     documents: int
@@ -113,9 +108,6 @@ class CorpusSummary:
     held_out_tokens: int
     vocab_size: int
     instructions: int
-    completions: int
-    completions_repeated: int
-    completion_chance: float
     unigram_perplexity: float
 
 
@@ -271,35 +263,6 @@ def fit_passages(
     return fitting, lengths
 
 
-def word_completions(held_out: Sequence[Passage], limit: int) -> list[dict[str, str | bool]]:
-    """Items that ask for the last word of a text, as LAMBADA does: {id, prefix, answer, repeated}.
-
-    From each passage one text is taken that starts where the passage starts and ends with a sentence: the longest
-    whose last word (letters only, 3 or more) occurs earlier in it, so that reading the context helps; failing that,
-    the longest that ends with a word. `prefix` holds at least 100 characters and no space at its end.
-    """
-    items: list[dict[str, str | bool]] = []
-    for passage in held_out:
-        found = []
-        sentences = split_sentences(passage.text)
-        for end in range(len(sentences), 0, -1):
-            match = _LAST_WORD.match(" ".join(sentences[:end]))
-            if match and len(match["prefix"]) >= 100:
-                words = {word.casefold() for word in re.findall(r"[A-Za-z]+", match["prefix"])}
-                found.append((match["answer"].casefold() in words, match["prefix"], match["answer"]))
-        if found and len(items) < limit:
-            repeated, prefix, answer = max(found, key=lambda item: item[0])
-            items.append({"id": passage.id, "prefix": prefix, "answer": answer, "repeated": repeated})
-    return items
-
-
-def completion_chance(train: Sequence[Passage], items: Sequence[dict[str, str | bool]]) -> float:
-    """Accuracy on the items of always answering with the word that most often ends a training passage."""
-    matches = (_LAST_WORD.match(passage.text) for passage in train)
-    commonest = Counter(match["answer"] for match in matches if match).most_common(1)[0][0]
-    return sum(item["answer"] == commonest for item in items) / max(1, len(items))
-
-
 def text_conversations(passages: Sequence[Passage], count: int, seed: int) -> list[dict[str, object]]:
     """Conversations made from passages of two sentences or more, without images, in LLaVA's format."""
     rng = random.Random(seed)
@@ -366,7 +329,6 @@ def prepare(cache: Path, output: Path, config: CorpusConfig | None = None) -> Co
     room = config.max_tokens - INSTRUCTION_MARGIN
     short = [passage for passage, length in zip(train, train_lengths, strict=True) if length <= room]
     instructions = text_conversations(short, config.instructions, config.seed)
-    completions = word_completions(held_out, config.completions)
     summary = CorpusSummary(
         documents=len(train_documents) + len(held_documents),
         held_out_documents=len(held_documents),
@@ -377,16 +339,12 @@ def prepare(cache: Path, output: Path, config: CorpusConfig | None = None) -> Co
         held_out_tokens=sum(held_lengths),
         vocab_size=tokenizer.vocab_size(),
         instructions=len(instructions),
-        completions=len(completions),
-        completions_repeated=sum(bool(item["repeated"]) for item in completions),
-        completion_chance=completion_chance(train, completions),
         unigram_perplexity=unigram_perplexity(tokenizer, [p.text for p in train], [p.text for p in held_out]),
     )
     _write_lines(output / "train.jsonl", train)
     _write_lines(output / "held_out.jsonl", held_out)
     for name, value in (
         ("text_instructions", instructions),
-        ("word_completions", completions),
         ("summary", asdict(summary)),
     ):
         (output / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's vision encoder: a small InternViT that learns to see training scenes, as InternViT's own pretraining did.
 
-From the pixel-shuffled patch features (what the connector will get) linear heads name the object in each corner and,
-from their mean, the background. The heads are thrown away; the encoder is saved in Hugging Face's format. Held-out
+From each pixel-shuffled patch feature (what the connector will get) linear heads name the corner it lies in and the
+object there and, from their mean, the background. The heads are thrown away; the encoder is saved in Hugging Face's format. Held-out
 scenes are never seen here.
 """
 
@@ -106,17 +106,18 @@ class SceneReader(nn.Module):
         nn.init.trunc_normal_(self.encoder.embeddings.position_embeddings, std=0.02)  # zeros leave patches alike
         features = config.hidden_size * SHUFFLE_STEP**2
         self.objects = nn.Linear(features, len(CLASSES))
+        self.corners = nn.Linear(features, len(CORNERS))
         self.backgrounds = nn.Linear(features, len(COLOURS))
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the objects, [n, tokens, classes], one guess a token, and of the background, [n, colours].
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of what each token shows and where it lies, [n, tokens, ...], and of the background, [n, colours].
 
         Args:
             pixel_values: [n, 3, IMAGE_SIZE, IMAGE_SIZE], normalised.
         """
         patches = self.encoder(pixel_values).last_hidden_state[:, 1:]  # without the class token
         tokens = pixel_shuffle(patches.unflatten(1, (GRID, GRID)), SHUFFLE_STEP)
-        return self.objects(tokens), self.backgrounds(tokens.mean(dim=1))
+        return self.objects(tokens), self.corners(tokens), self.backgrounds(tokens.mean(dim=1))
 
 
 def token_corners() -> Tensor:
@@ -145,11 +146,12 @@ def take(source: Iterator[Scene], count: int) -> list[Scene]:
 
 
 def loss_of(model: SceneReader, batch: tuple[Tensor, Tensor, Tensor], corners: Tensor) -> Tensor:
-    """Mean cross entropy of every token naming its corner's object, plus that of the background."""
+    """Mean cross entropy of every token naming its corner and the object in it, plus that of the background."""
     pixel_values, objects, backgrounds = batch
-    object_logits, background_logits = model(pixel_values)
+    object_logits, corner_logits, background_logits = model(pixel_values)
     object_loss = cross_entropy(object_logits.flatten(0, 1), objects[:, corners].flatten())
-    return object_loss + cross_entropy(background_logits, backgrounds)
+    corner_loss = cross_entropy(corner_logits.flatten(0, 1), corners.repeat(len(objects)))
+    return object_loss + corner_loss + cross_entropy(background_logits, backgrounds)
 
 
 @torch.inference_mode()
@@ -160,7 +162,7 @@ def evaluate(model: SceneReader, scenes: list[Scene], sprites: Sprites) -> tuple
     right, full, colours = [], [], []
     for start in range(0, len(scenes), 128):
         pixel_values, objects, backgrounds = collate(scenes[start : start + 128], sprites)
-        object_logits, background_logits = model(pixel_values)
+        object_logits, _, background_logits = model(pixel_values)
         guesses = torch.stack([object_logits[:, corners == c].mean(dim=1) for c in range(len(CORNERS))], dim=1)
         right.append(guesses.argmax(dim=-1) == objects)
         full.append(objects != CLASSES[None])

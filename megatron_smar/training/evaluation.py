@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -26,11 +28,15 @@ class Score:
         loss: Sum of the cross-entropy, in nats.
         tokens: Number of target tokens.
         exact: Whether each target token is the most likely one, that is, whether greedy decoding gives them exactly.
+        words: Words among the targets that go on after their first piece.
+        words_completed: Those whose further pieces are all the most likely ones.
     """
 
     loss: float
     tokens: int
     exact: bool
+    words: int = 0
+    words_completed: int = 0
 
 
 class Evaluator:
@@ -43,6 +49,7 @@ class Evaluator:
         pad_id: Fills rows.
         multiple_of: The sequence length is rounded up to a multiple of it (sequence parallelism).
         batch_size: Samples per forward pass.
+        continues_word: [vocabulary] bool, the pieces that go on with a word; None leaves words uncounted.
 
     Raises:
         ValueError: The model is only a pipeline stage, or the context is split.
@@ -56,6 +63,7 @@ class Evaluator:
         pad_id: int,
         multiple_of: int = 1,
         batch_size: int = 32,
+        continues_word: Tensor | None = None,
     ) -> None:
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         if self.groups.pp.size() > 1 or self.groups.cp.size() > 1:
@@ -66,6 +74,7 @@ class Evaluator:
         self.model = model.eval()
         self.image_token_id, self.tokens_per_tile, self.pad_id = image_token_id, tokens_per_tile, pad_id
         self.multiple_of, self.batch_size = multiple_of, batch_size
+        self.continues_word = continues_word
 
     def score(self, samples: Sequence[EncodedSample], name: str) -> list[Score]:
         """Scores every sample; each data-parallel rank takes its share, and all get all results, in order."""
@@ -85,10 +94,13 @@ class Evaluator:
         logits, batch = self._logits(samples)
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
         hit = logits.argmax(dim=-1) == batch.labels
-        mask = batch.loss_mask
+        mask = batch.loss_mask > 0
+        continues = torch.zeros_like(mask)
+        if self.continues_word is not None:
+            continues = self.continues_word.to(mask.device)[batch.labels] & mask
         return [
-            Score(float((loss * m).sum()), int(m.sum()), bool((h | (m == 0)).all()))
-            for loss, h, m in zip(losses, hit, mask, strict=True)
+            Score(float(loss[m].sum()), int(m.sum()), bool(h[m].all()), *_completed_words(c.tolist(), h.tolist()))
+            for loss, h, m, c in zip(losses, hit, mask, continues, strict=True)
         ]
 
     @torch.no_grad()
@@ -133,6 +145,12 @@ class Evaluator:
         return [_before(ids[length:], stop_id) for ids, length in zip(current, lengths, strict=True)]
 
 
+def _completed_words(continues: list[bool], hit: list[bool]) -> tuple[int, int]:
+    """Runs of positions that go on with a word, and those in which every position is hit."""
+    runs = [[h for _, h in run] for goes_on, run in groupby(zip(continues, hit, strict=True), itemgetter(0)) if goes_on]
+    return len(runs), sum(map(all, runs))
+
+
 def _before(ids: list[int], stop_id: int) -> list[int]:
     return ids[: ids.index(stop_id)] if stop_id in ids else ids
 
@@ -140,6 +158,11 @@ def _before(ids: list[int], stop_id: int) -> list[int]:
 def perplexity(scores: Sequence[Score]) -> float:
     """exp of the mean loss per target token."""
     return float(torch.tensor(sum(s.loss for s in scores) / sum(s.tokens for s in scores)).exp())
+
+
+def word_completion(scores: Sequence[Score]) -> float:
+    """Share of the words of several pieces that are completed exactly, given the text up to their first piece."""
+    return sum(s.words_completed for s in scores) / max(1, sum(s.words for s in scores))
 
 
 def exact_match(scores: Sequence[Score]) -> float:

@@ -77,9 +77,8 @@ def test_evaluation_program_measures_a_checkpoint_under_another_layout(world, tm
     ]
     (tmp_path / "vqa.json").write_text(json.dumps(items))
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "You may reproduce and distribute copies of the Work."}))
-    (tmp_path / "words.json").write_text(json.dumps([{"prefix": "Name a colour,", "answer": "please"}]))
-    measured = ["--text", tmp_path / "text.jsonl", "--completions", tmp_path / "words.json"]
-    measured += ["--vqa", tmp_path / "vqa.json", "--image-root", world.root, "--examples", 4]
+    measured = ["--text", tmp_path / "text.jsonl", "--vqa", tmp_path / "vqa.json", "--image-root", world.root]
+    measured += ["--examples", 4]
     results = {}
     for ranks in (1, 2):
         output = tmp_path / f"{ranks}.json"
@@ -88,6 +87,7 @@ def test_evaluation_program_measures_a_checkpoint_under_another_layout(world, tm
         command = ["tools/evaluate.py", *world.flags, "--load", tmp_path, *batch, *layout, *measured]
         run(*command, "--output", output, ranks=ranks)
         results[ranks] = json.loads(output.read_text())
+    assert results[1]["word_accuracy"] == results[2]["word_accuracy"]
     assert results[1]["text_perplexity"] == pytest.approx(results[2]["text_perplexity"], rel=1e-4)
     assert results[1]["mrd_distance_by_layer"] == pytest.approx(results[2]["mrd_distance_by_layer"], rel=1e-3)
     for share in results[1]["expert_share"]["vision"]:
