@@ -2,8 +2,8 @@
 """The demo's vision encoder: a small InternViT that learns to see training scenes, as InternViT's own pretraining did.
 
 From each pixel-shuffled patch feature (what the connector will get) linear heads name the corner it lies in and the
-object there and, from their mean, the background. The heads are thrown away; the encoder is saved in Hugging Face's format. Held-out
-scenes are never seen here.
+object there and, from their mean, the background. The heads are thrown away; the encoder is saved in Hugging Face's
+format. Held-out scenes are never seen here.
 """
 
 from __future__ import annotations
