@@ -27,11 +27,15 @@ def main() -> None:
     """Parses, refuses what cannot train, and hands over to Megatron's `pretrain()`."""
     args = parse_arguments()
     try:
+        forward_step = build_forward_step()
+    except ValueError as error:  # a tokenizer without the image tokens
+        sys.exit(f"pretrain_vlm.py: error: {error}")
+    try:
         pretrain(
             pretrain_cfg_container_from_args(args),
             data_iterators_provider,
             ModelType.encoder_or_decoder,
-            build_forward_step(),
+            forward_step,
             model_provider=model_provider,
         )
     except (CheckpointMismatchError, DataError) as error:

@@ -80,7 +80,7 @@ class Encoder:
     def continues_word(self) -> torch.Tensor:
         """[vocabulary] bool: pieces of letters without the space that begins a word."""
         tokenizer = get_tokenizer()
-        pieces = tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))
+        pieces = tokenizer._tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))  # the wrapper has no public way
         return torch.tensor([piece.isalpha() and piece[0] not in "▁Ġ" for piece in pieces])
 
     def question(self, item: dict[str, Any], root: Path, answered: bool = True) -> EncodedSample:

@@ -82,7 +82,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "--conversation-template": "plain",
         "--micro-batch-size": 8,
         "--global-batch-size": 16,
-        "--train-iters": 260,
+        "--train-iters": 300,
         "--lr": 4e-3,
         "--min-lr": 2e-4,
         "--lr-warmup-iters": 30,

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 _BAR = re.compile(r"^\s*(.*?): +\d+%\|.*\| (\d+)/(\d+) \[")
+_ERROR = re.compile(r"^(\[rank\d+\]: )?(\S+: )?\w*([Ee]rror|Exception): ")
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
 _SHOWN = re.compile(r"(lm loss|smar loss|mrd distance): ([0-9.E+-]+) \|")
 
@@ -89,7 +90,7 @@ def run_program(command: Sequence[str], log: Path, root: Path, threads: int) -> 
         "PYTHONUNBUFFERED": "1",
     }
     log.parent.mkdir(parents=True, exist_ok=True)
-    last: deque[str] = deque(maxlen=15)
+    last: deque[str] = deque(maxlen=60)
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -105,9 +106,9 @@ def run_program(command: Sequence[str], log: Path, root: Path, threads: int) -> 
                 last.append(line.rstrip())
         progress.close()
     if process.wait():
-        errors = [line for line in last if "error" in line.lower()] or list(last)[-3:]
+        errors = list(dict.fromkeys(line for line in last if _ERROR.search(line)))[-3:]
         print("\n".join(errors), file=sys.stderr)
-        raise StepError(f"{Path(command[-1] if len(command) < 3 else log.stem).name} failed; its output is in {log}.")
+        raise StepError(f"{log.stem} failed; its output is in {log}.")
 
 
 class _Progress:
@@ -119,6 +120,8 @@ class _Progress:
     def show(self, line: str) -> bool:
         """Follows a line; returns whether it was a bar, which a log need not keep."""
         bar = _BAR.match(line)
+        if bar and "Loading weights" in line:  # transformers' own, a second long
+            return True
         if bar:
             self._advance(bar[1].rsplit("]: ", 1)[-1], int(bar[2]), int(bar[3]))
             return True

@@ -75,4 +75,55 @@ def fuse_adamw() -> None:
     training.get_megatron_optimizer = build_fused
 
 
-ADAPTATIONS = (allow_no_cuda, skip_compiling_helpers, keep_one_random_state, give_numpy_split_sizes, fuse_adamw)
+@adaptation("on loading, the distributed optimizer asks AdamW for the step of a state that it does not have yet")
+def start_state_of_distributed_adamw() -> None:
+    """`DistributedOptimizer.state_dict()` of an AdamW that has made no step gives the state at step 0."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    state_dict = DistributedOptimizer.state_dict
+
+    @functools.wraps(state_dict)
+    def state_dict_from_start(self: Any) -> Any:
+        if isinstance(self.optimizer, torch.optim.Adam) and not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        return state_dict(self)
+
+    DistributedOptimizer.state_dict = state_dict_from_start
+
+
+@adaptation(
+    "the distributed optimizer loads into views of leaves, and gives all parameters one `step` to raise"
+)
+def load_distributed_adamw() -> None:
+    """`DistributedOptimizer.load_state_dict()` runs without gradients; then each parameter counts its own steps."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    load_state_dict = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(load_state_dict)
+    def load_and_separate(self: Any, state_dict: dict[str, Any]) -> None:
+        with torch.no_grad():
+            load_state_dict(self, state_dict)
+        if isinstance(self.optimizer, torch.optim.Adam):
+            step = float(state_dict["optimizer"]["param_groups"][0]["step"])
+            for state in self.optimizer.state.values():
+                state["step"] = torch.tensor(step)
+
+    DistributedOptimizer.load_state_dict = load_and_separate
+
+
+ADAPTATIONS = (
+    allow_no_cuda,
+    skip_compiling_helpers,
+    keep_one_random_state,
+    give_numpy_split_sizes,
+    fuse_adamw,
+    start_state_of_distributed_adamw,
+    load_distributed_adamw,
+)

@@ -55,7 +55,7 @@ def train_tokenizer(path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text),
         model_prefix=str(path.with_suffix("")),
-        vocab_size=320,
+        vocab_size=400,
         model_type="bpe",
         byte_fallback=True,
         pad_id=3,
