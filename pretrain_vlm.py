@@ -7,8 +7,6 @@ Without any:  the same command; Megatron then runs on the CPU with Gloo.
 
 from __future__ import annotations
 
-import sys
-
 from megatron_smar import runtime
 
 runtime.install()
@@ -20,7 +18,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron_smar.checkpoint.fit import CheckpointMismatchError  # noqa: E402
 from megatron_smar.data.rejects import DataError  # noqa: E402
 from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider  # noqa: E402
-from megatron_smar.training.setup import parse_arguments  # noqa: E402
+from megatron_smar.training.setup import fail, parse_arguments  # noqa: E402
 
 
 def main() -> None:
@@ -29,7 +27,7 @@ def main() -> None:
     try:
         forward_step = build_forward_step()
     except ValueError as error:  # a tokenizer without the image tokens
-        sys.exit(f"pretrain_vlm.py: error: {error}")
+        fail(error)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),
@@ -39,7 +37,7 @@ def main() -> None:
             model_provider=model_provider,
         )
     except (CheckpointMismatchError, DataError) as error:
-        sys.exit(f"pretrain_vlm.py: error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

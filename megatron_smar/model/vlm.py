@@ -168,7 +168,8 @@ class VisionLanguageModel(MegatronModule):
                 raise ValueError("pixel_values were given without vision_index; see megatron_smar.training.batch.")
             features = self.connector(self.vision_model(pixel_values)).flatten(0, 1)
             placed = features[vision_index.clamp(min=0)].transpose(0, 1).to(embeddings.dtype)
-            embeddings = torch.where((modality_ids > 0).t().unsqueeze(-1), placed, embeddings)
+            # Contiguous, or its strides would last to the end of the stage, whose output is sent on.
+            embeddings = torch.where((modality_ids > 0).t().unsqueeze(-1), placed, embeddings).contiguous()
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         return embeddings

@@ -97,9 +97,7 @@ def start_state_of_distributed_adamw() -> None:
     DistributedOptimizer.state_dict = state_dict_from_start
 
 
-@adaptation(
-    "the distributed optimizer loads into views of leaves, and gives all parameters one `step` to raise"
-)
+@adaptation("the distributed optimizer loads into views of leaves, and gives all parameters one `step` to raise")
 def load_distributed_adamw() -> None:
     """`DistributedOptimizer.load_state_dict()` runs without gradients; then each parameter counts its own steps."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer

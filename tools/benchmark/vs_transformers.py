@@ -74,7 +74,7 @@ def hugging_face_model(options: argparse.Namespace) -> Any:
         tie_word_embeddings=False,
     )
     model = InternVLForConditionalGeneration(config)
-    return model.to(torch.bfloat16) if options.bf16 else model
+    return model.bfloat16() if options.bf16 else model
 
 
 def our_flags(options: argparse.Namespace, vision_path: str) -> list[str]:
