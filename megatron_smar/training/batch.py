@@ -12,7 +12,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_smar.data.batch import VisionLanguageBatch
-from megatron_smar.routing.modalities import VISION, modality_ids_from_tokens
+from megatron_smar.routing.modalities import modality_ids_from_tokens
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,3 @@ def prepare_batch(
         sequences = get_batch_on_this_cp_rank(sequences, is_hybrid_cp=False, cp_group=pg_collection.cp)
     pixel_values = batch.pixel_values.cuda(non_blocking=True) if with_images else None
     return ModelBatch(**sequences, pixel_values=pixel_values)
-
-
-def count_vision(batch: ModelBatch) -> Tensor:
-    """Vision tokens of a batch, a scalar on the device."""
-    return (batch.modality_ids == VISION).sum()

@@ -67,3 +67,32 @@ def test_clip_and_siglip_towers_give_one_feature_per_shuffled_patch(kind, tmp_pa
     hidden = tower.eval()(pixels).last_hidden_state[:, -16:]
     # Row 0, column 0 of the shuffled grid: patches (0, 0), (0, 1), (1, 0), (1, 1) of a 4 x 4 grid.
     torch.testing.assert_close(features[:, 0], hidden[:, [0, 1, 4, 5]].flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["internvl", "clip"])
+def test_a_composite_models_vision_tower_is_taken_out_of_it(kind, tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    from megatron_smar.model.vision import VisionConfig, VisionEncoder
+
+    if kind == "internvl":
+        whole = build_hf_model(image_token_id=IMAGE)
+        tower = whole.model.vision_tower
+    else:
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+        whole = CLIPModel(CLIPConfig(vision_config=sizes | {"image_size": SIDE, "patch_size": 8}, text_config=sizes))
+        tower = whole.vision_model
+    whole.save_pretrained(tmp_path)
+    encoder = VisionEncoder(VisionConfig(str(tmp_path), SIDE), torch.float32)
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    hidden = tower.eval()(pixels).last_hidden_state[:, -16:]
+    torch.testing.assert_close(encoder(pixels)[:, 0], hidden[:, [0, 1, 4, 5]].flatten(1))
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_a_vision_model_without_weights_is_refused(tmp_path):
+    from megatron_smar.model.vision import VisionConfig, VisionEncoder
+
+    build_hf_model(image_token_id=IMAGE).model.vision_tower.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has a config but no weights"):
+        VisionEncoder(VisionConfig(str(tmp_path), SIDE), torch.float32)
