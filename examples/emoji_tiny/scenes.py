@@ -77,17 +77,17 @@ BACKGROUNDS = {
 }
 # How many of each kind a scene holds, and how often; "how many" questions then have no overwhelming answer.
 PATTERNS: dict[tuple[int, ...], int] = {
-    (1,): 4,
+    (1,): 10,
     (1, 1): 6,
     (1, 1, 1): 8,
     (1, 1, 1, 1): 12,
-    (2,): 6,
+    (2,): 12,
     (2, 1): 12,
     (2, 1, 1): 12,
     (2, 2): 10,
-    (3,): 7,
+    (3,): 10,
     (3, 1): 13,
-    (4,): 10,
+    (4,): 14,
 }
 
 Sprites = dict[str, NDArray[np.float32]]
@@ -111,6 +111,11 @@ class Scene:
     def objects(self) -> list[str]:
         """The objects, in reading order, repeated as often as they are seen."""
         return [name for name in self.cells if name]
+
+    @property
+    def has_one_kind(self) -> bool:
+        """Whether all objects are alike."""
+        return len(set(self.objects)) == 1
 
     @property
     def held_out(self) -> bool:
@@ -283,7 +288,13 @@ def ask_pair(first: Scene, second: Scene, rng: random.Random) -> Question | None
     return Question("pair", f"In which picture is the {rng.choice(names)}?", answer) if names else None
 
 
-ASK: dict[str, Callable[[Scene, random.Random], Question]] = {
+def ask_object(scene: Scene, rng: random.Random) -> Question | None:
+    """What is to be seen, where all objects are of one kind; None where they are not."""
+    return Question("object", "What is in the picture?", scene.objects[0]) if scene.has_one_kind else None
+
+
+ASK: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+    "object": ask_object,
     "corner": ask_corner,
     "count": ask_count,
     "colour": ask_colour,
@@ -302,9 +313,9 @@ def caption_question(scene: Scene) -> Question:
 
 
 def scene_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """Different questions on a scene in any order, every kind at least once; half the time also its description."""
+    """Different questions on a scene in any order, every kind that fits it; half the time also its description."""
     kinds = rng.sample([*ASK, "corner"], len(ASK) + 1)
-    questions = [ASK[kind](scene, rng) for kind in kinds]
+    questions = [question for kind in kinds if (question := ASK[kind](scene, rng))]
     if rng.random() < 0.5:
         questions.append(caption_question(scene))
     return list({question.text: question for question in questions}.values())
@@ -402,6 +413,7 @@ def held_out_items(
 ) -> list[dict[str, object]]:
     """One question a picture, the kinds in turn, so that the first n are balanced; a pair adds the next picture."""
     kinds = [kind for kind in (*ASK, "pair") if kind in chance]
+    one_kind = [(path, scene) for path, scene in pictures if scene.has_one_kind]
     items: list[dict[str, object]] = []
     for number, (path, scene) in enumerate(pictures):
         kind = kinds[number % len(kinds)]
@@ -409,6 +421,8 @@ def held_out_items(
             other_path, other = pictures[(number + 1) % len(pictures)]
             images, question = [path, other_path], ask_pair(scene, other, rng)
         else:
+            if kind == "object":
+                path, scene = one_kind[number % len(one_kind)]
             images, question = [path], ASK[kind](scene, rng)
         if question:
             item = {"id": f"vqa-{number:06d}", "image": images, "question": human_turn(question.text, len(images))}
