@@ -129,7 +129,6 @@ class Demo:
     cache: Path
 
     def __post_init__(self) -> None:
-        self.commands: list[str] = []
         self.steps: dict[str, Step] = {}
         self.data_code = source_hash(ROOT, [*DATA_CODE, "tools/data/prepare.py", "megatron_smar/data/*.py"])
         self.training_code = source_hash(ROOT, TRAINING_CODE)
@@ -138,7 +137,9 @@ class Demo:
         """Runs one of the project's programs, on one process or under torchrun, and notes the command."""
         words = [str(word) for word in command]
         launch = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks else ["python"]
-        self.commands.append(shlex.join([*launch, *words]))
+        note = self.output / "logs" / f"{step}.command"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(shlex.join([*launch, *words]))
         python = [sys.executable, "-m", "torch.distributed.run", *launch[1:]] if ranks else [sys.executable]
         threads = max(1, (os.cpu_count() or 1) // max(ranks, 1))
         run_program([*python, *words], self.output / "logs" / f"{step}.log", ROOT, threads)
@@ -268,7 +269,7 @@ class Demo:
                 "smar": smar,
                 "data": {"text_only_ratio": TEXT_ONLY, "train_tokens": corpus["train_tokens"]},
             },
-            "commands": self.commands or ["make demo  (every step had been done before)"],
+            "commands": self._commands(),
             "history": {name: self._history(name) for name in STAGES},
             "expert_share": {"before": before["expert_share"], "after": after["expert_share"]},
             "examples": [self._example(item) for item in after["examples"]],
@@ -292,8 +293,13 @@ class Demo:
         return {
             name: {"steps": list(s.steps), "values": list(s.values)}
             for name, s in series.items()
-            if name in ("lm loss", "smar loss", "mrd distance") or name.startswith("moe/mrd_distance_layer_")
+            if name == "lm loss" or (stage == "stage2" and name.startswith(("smar loss", "mrd distance", "moe/mrd")))
         }
+
+    def _commands(self) -> list[str]:
+        """The command of every program, in the order of their last runs."""
+        notes = sorted((self.output / "logs").glob("*.command"), key=lambda path: path.stat().st_mtime)
+        return [path.read_text() for path in notes]
 
     def _example(self, item: dict[str, Any]) -> dict[str, Any]:
         return {
