@@ -31,6 +31,7 @@ import sentencepiece
 from sources import DEFAULT_CACHE, READING, WIKIPEDIA, SourceError, members
 
 IMAGE_SYMBOLS = ("<img>", "</img>", "<IMG_CONTEXT>")
+INSTRUCTION_SYMBOLS = ("[INST]", "[/INST]")  # one piece each, as in Mistral's own newer tokenizers
 INSTRUCTION_MARGIN = 48  # tokens left for a chat template and the instruction's own words
 _ABBREVIATIONS = ("[A-Z]", "St", "Mt", "Dr", "Mr", "Mrs", "Jr", "Sr", "No", "vs")
 _NO_ABBREVIATION = "".join(rf"(?<!\b{word}\.)" for word in _ABBREVIATIONS)
@@ -208,7 +209,7 @@ def train_tokenizer(
 ) -> sentencepiece.SentencePieceProcessor:
     """Train a BPE tokenizer with Mixtral's settings and write it.
 
-    Symbols for images are pieces of their own; ids are `<unk>` 0, `<s>` 1, `</s>` 2, `<pad>` 3. BPE has no random part
+    Symbols for images and instructions are pieces of their own; ids are `<unk>` 0, `<s>` 1, `</s>` 2, `<pad>` 3. BPE has no random part
     and the first passages are taken, in the order of their hashes, so the same text gives the same model.
     """
     sample = passages[: config.tokenizer_passages]
@@ -226,7 +227,7 @@ def train_tokenizer(
             add_dummy_prefix=True,
             remove_extra_whitespaces=False,
             normalization_rule_name="identity",
-            user_defined_symbols=list(IMAGE_SYMBOLS),
+            user_defined_symbols=[*IMAGE_SYMBOLS, *INSTRUCTION_SYMBOLS],
             unk_id=0,
             bos_id=1,
             eos_id=2,

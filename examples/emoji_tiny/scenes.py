@@ -248,7 +248,7 @@ def plural(noun: str) -> str:
 def caption(scene: Scene) -> str:
     """One sentence that says everything: the objects in reading order, where they are, and the background."""
     pairs = zip(CORNERS, scene.cells, strict=True)
-    places = [f"{with_article(name)} in the {corner} corner" for corner, name in pairs if name]
+    places = [f"{with_article(name)} at the {corner}" for corner, name in pairs if name]
     listed = places[0] if len(places) == 1 else f"{', '.join(places[:-1])} and {places[-1]}"
     return f"{listed}, on a {scene.background} background.".capitalize()
 
@@ -258,7 +258,7 @@ def ask_corner(scene: Scene, rng: random.Random) -> Question:
     empty = [corner for corner, name in enumerate(scene.cells) if not name]
     full = [corner for corner, name in enumerate(scene.cells) if name]
     corner = rng.choice(empty if empty and rng.random() < 0.1 else full)
-    return Question("corner", f"What is in the {CORNERS[corner]} corner?", scene.cells[corner] or NOTHING)
+    return Question("corner", f"What is at the {CORNERS[corner]}?", scene.cells[corner] or NOTHING)
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Question:

@@ -201,7 +201,11 @@ def test_title_in_front_of_a_passage_is_not_text(cache: Path) -> None:
 def test_tokenizer_has_the_fixed_ids_and_loses_no_character(language: Path) -> None:
     tokenizer = corpus.sentencepiece.SentencePieceProcessor(model_file=str(language / "tokenizer.model"))
     assert tokenizer.vocab_size() == SMALL_CORPUS.vocab_size
-    assert [tokenizer.id_to_piece(i) for i in range(7)] == ["<unk>", "<s>", "</s>", "<pad>", *corpus.IMAGE_SYMBOLS]
+    assert [tokenizer.id_to_piece(i) for i in range(9)] == [
+        *("<unk>", "<s>", "</s>", "<pad>"),
+        *corpus.IMAGE_SYMBOLS,
+        *corpus.INSTRUCTION_SYMBOLS,
+    ]
     for text in ("two  spaces, 1984", "日本語 and 🦊\ttab\nline", "<img><IMG_CONTEXT></img>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("<img><IMG_CONTEXT></img>")[-3:] == [4, 6, 5]
@@ -302,7 +306,7 @@ def test_every_answer_is_true_of_the_scene(rng: random.Random) -> None:
         text = question.text.removesuffix("?")
         match question.kind:
             case "corner":
-                corner = text.removeprefix("What is in the ").removesuffix(" corner")
+                corner = text.removeprefix("What is at the ")
                 truth = scene.cells[scenes.CORNERS.index(corner)] or "nothing"
             case "count":
                 name = nouns[text.removeprefix("How many ").removesuffix(" are there")]
@@ -330,8 +334,7 @@ def test_a_question_on_two_pictures_has_one_answer(rng: random.Random) -> None:
 def test_caption_says_what_is_where() -> None:
     scene = scenes.Scene("red", ("owl", None, "cat", "cat"), ((0, 0),) * 4)
     assert scenes.caption(scene) == (
-        "An owl in the top left corner, a cat in the bottom left corner and a cat in the bottom right corner, "
-        "on a red background."
+        "An owl at the top left, a cat at the bottom left and a cat at the bottom right, on a red background."
     )
 
 
