@@ -9,11 +9,11 @@ stamp := $(VENV)/.megatron_smar-installed
 test_tiers := $(wildcard tests/unit tests/distributed tests/functional)
 typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py)
 
-.PHONY: help env demo test lint clean interpreter
+.PHONY: help env demo test test-matrix lint clean interpreter
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 env: $(stamp) ## create .venv and install the project into it (PYTHON= picks the interpreter, VENV= the place)
 
@@ -30,8 +30,11 @@ interpreter:
 demo: env ## make data, train, resume and evaluate a tiny model; results in runs/demo
 	$(python) examples/emoji_tiny/run.py
 
-test: env ## run all tests (PYTEST_FLAGS= adds options)
-	OMP_NUM_THREADS=1 $(python) -m pytest $(PYTEST_FLAGS) $(test_tiers)
+test: env ## run the tests (PYTEST_FLAGS= adds options)
+	OMP_NUM_THREADS=1 $(python) -m pytest -m 'not matrix' $(PYTEST_FLAGS) $(test_tiers)
+
+test-matrix: env ## compare every parallel layout with one process; writes docs/exactness.md
+	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest $(PYTEST_FLAGS) tests/distributed
 
 lint: env ## check style, format and types
 	$(python) -m ruff check

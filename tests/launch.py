@@ -2,8 +2,11 @@
 """Running the project's programs as a user would, and reading what they leave."""
 
 import os
+import select
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,13 @@ SMALL_MODEL = """
 """.split()
 
 
-def run(*command: Any, ranks: int = 0, timeout: int = 240, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: Any, ranks: int = 0, timeout: int = 240, idle: int | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
     """Runs a program of the project, on one process or on several under torchrun; a hang is a failure.
 
-    The output is both streams together.
+    The output is both streams together. The program is killed, all its ranks with it, when it takes longer than
+    `timeout` or, where `idle` is given instead, when it writes nothing for that many seconds.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     environment = os.environ | {
@@ -30,18 +36,31 @@ def run(*command: Any, ranks: int = 0, timeout: int = 240, check: bool = True) -
         "OMP_WAIT_POLICY": "PASSIVE",
         "MEGATRON_SMAR_DEVICE": "cpu",
         "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
     }
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *launch, *map(str, command)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
+        start_new_session=True,
     )
-    if check and done.returncode:
-        raise AssertionError(f"{command[0]} failed:\n{done.stdout[-6000:]}")
+    output, end = bytearray(), time.monotonic() + timeout
+    assert process.stdout is not None
+    while True:
+        readable, _, _ = select.select([process.stdout], [], [], idle or max(0, end - time.monotonic()))
+        chunk = os.read(process.stdout.fileno(), 1 << 16) if readable else b""
+        output += chunk
+        if not chunk:
+            break
+    hung = not readable
+    if hung:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too, or they would wait on for each other
+    process.stdout.close()
+    done = subprocess.CompletedProcess(process.args, process.wait(), output.decode(errors="replace"))
+    if check and (hung or done.returncode):
+        raise AssertionError(f"{command[0]} {'hung' if hung else 'failed'}:\n{done.stdout[-6000:]}")
     return done
 
 

@@ -28,9 +28,10 @@ from megatron.training import get_args, get_tokenizer  # noqa: E402
 
 from megatron_smar.arguments import image_config, vision_config  # noqa: E402
 from megatron_smar.data.batch import EncodedSample  # noqa: E402
-from megatron_smar.data.conversations import Segment, get_template, record_segments, tokenize_segments  # noqa: E402
+from megatron_smar.data.conversations import Segment, get_template, record_segments  # noqa: E402
 from megatron_smar.data.rejects import SampleError  # noqa: E402
-from megatron_smar.data.tiling import ImageProcessor, read_size  # noqa: E402
+from megatron_smar.data.task_encoder import SampleTokenizer  # noqa: E402
+from megatron_smar.data.tiling import ImageProcessor  # noqa: E402
 from megatron_smar.data.tokens import TextEncoder  # noqa: E402
 from megatron_smar.model.vision import tokens_per_tile  # noqa: E402
 from megatron_smar.training.evaluation import Evaluator, exact_match, perplexity, word_completion  # noqa: E402
@@ -59,14 +60,14 @@ class Encoder:
         self.template = get_template(args.conversation_template)
         self.images = ImageProcessor(image_config(args))
         self.tokens_per_tile = tokens_per_tile(vision_config(args))
-        self.seq_length = args.seq_length
+        self.tokenize = SampleTokenizer(self.text, self.images, self.tokens_per_tile, args.seq_length)
 
     def encode(self, key: str, segments: list[Segment], files: list[bytes], full: bool = True) -> EncodedSample:
         """One sample; without `full` a prompt, whose last token has no successor."""
-        lengths = [self.tokens_per_tile * self.images.count_tiles(*read_size(data)) for data in files]
-        ids, targets = tokenize_segments(segments, self.text, lengths)
-        if len(ids) - 1 > self.seq_length:
-            raise SampleError("too_long", f"{key} has {len(ids) - 1} positions, but --seq-length is {self.seq_length}")
+        try:
+            ids, targets = self.tokenize(segments, files)
+        except SampleError as error:
+            raise SampleError(error.reason, f"{key}: {error.message}") from error
         inputs, labels, mask = (ids[:-1], ids[1:], targets[1:]) if full else (ids, ids, [False] * len(ids))
         return EncodedSample(
             __key__=key,

@@ -209,8 +209,9 @@ def train_tokenizer(
 ) -> sentencepiece.SentencePieceProcessor:
     """Train a BPE tokenizer with Mixtral's settings and write it.
 
-    Symbols for images and instructions are pieces of their own; ids are `<unk>` 0, `<s>` 1, `</s>` 2, `<pad>` 3. BPE has no random part
-    and the first passages are taken, in the order of their hashes, so the same text gives the same model.
+    Symbols for images and instructions are pieces of their own; ids are `<unk>` 0, `<s>` 1, `</s>` 2, `<pad>` 3. BPE
+    has no random part and the first passages are taken, in the order of their hashes, so the same text gives the same
+    model.
     """
     sample = passages[: config.tokenizer_passages]
     model = io.BytesIO()

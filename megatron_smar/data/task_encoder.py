@@ -15,7 +15,7 @@ from megatron.energon import Cooker, CrudeSample, Sample, SkipSample, TaskEncode
 from megatron.energon.edataclass import edataclass
 
 from megatron_smar.data.batch import EncodedSample, VisionLanguageBatch, collate
-from megatron_smar.data.conversations import get_template, record_segments, tokenize_segments
+from megatron_smar.data.conversations import Segment, get_template, record_segments, tokenize_segments
 from megatron_smar.data.rejects import DataError, RejectLog, SampleError
 from megatron_smar.data.tiling import ImageConfig, ImageProcessor, read_image, read_size
 from megatron_smar.data.tokens import TextEncoder
@@ -132,6 +132,36 @@ def cook(sample: CrudeSample) -> RawSample:
     return RawSample(**basic_sample_keys(sample), parts=parts)
 
 
+@dataclass(frozen=True)
+class SampleTokenizer:
+    """Segments and image files to ids.
+
+    Args:
+        encoder: Text to ids.
+        images: Knows how many tiles an image gives.
+        tokens_per_tile: Vision tokens of one tile.
+        seq_length: Most positions of a sample.
+    """
+
+    encoder: TextEncoder
+    images: ImageProcessor
+    tokens_per_tile: int
+    seq_length: int
+
+    def __call__(self, segments: Sequence[Segment], files: Sequence[bytes]) -> tuple[list[int], list[bool]]:
+        """Ids and whether each is to be learned, with as many placeholders as the images' tiles give.
+
+        Raises:
+            SampleError: An image cannot be read, or the whole does not fit into --seq-length.
+        """
+        lengths = [self.tokens_per_tile * self.images.count_tiles(*read_size(data)) for data in files]
+        ids, targets = tokenize_segments(segments, self.encoder, lengths)
+        # Each position predicts the next one, so that n + 1 tokens take n positions.
+        if len(ids) - 1 > self.seq_length:
+            raise SampleError("too_long", f"{len(ids) - 1} positions, but --seq-length is {self.seq_length}")
+        return ids, targets
+
+
 class ConversationTaskEncoder(TaskEncoder[RawSample, EncodedSample, VisionLanguageBatch, VisionLanguageBatch]):
     """Encodes conversations with images.
 
@@ -157,6 +187,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, EncodedSample, VisionLangua
         self.decode_images = decode_images
         self.template = get_template(config.template)
         self.images = ImageProcessor(config.image)
+        self.tokenize = SampleTokenizer(encoder, self.images, config.tokens_per_tile, config.seq_length)
 
     @stateless
     def encode_sample(self, sample: RawSample) -> EncodedSample:
@@ -182,12 +213,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, EncodedSample, VisionLangua
             DataError: An image is damaged, but other ranks could not see that.
         """
         record, files = _split_parts(sample.parts)
-        segments = record_segments(record, self.template, len(files))
-        lengths = [self.config.tokens_per_tile * self.images.count_tiles(*read_size(data)) for data in files]
-        ids, targets = tokenize_segments(segments, self.encoder, lengths)
-        # Each position predicts the next one, so that n + 1 tokens take n positions.
-        if len(ids) - 1 > self.config.seq_length:
-            raise SampleError("too_long", f"{len(ids) - 1} positions, but --seq-length is {self.config.seq_length}")
+        ids, targets = self.tokenize(record_segments(record, self.template, len(files)), files)
         if not any(targets[1:]):
             raise SampleError("empty_conversation", "there is no token to learn")
         return EncodedSample.derive_from(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -24,8 +25,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 
+def zigzag_positions(length: int, context_parallel_size: int) -> Tensor:
+    """Positions that each context-parallel rank holds, [cp, length / cp], in its order.
+
+    Megatron cuts a sequence into 2 cp chunks and gives rank r chunks r and 2 cp - 1 - r, so that all have as much to do
+    under a causal mask (`megatron.core.utils.get_batch_on_this_cp_rank`).
+    """
+    chunks = torch.arange(length).view(2 * context_parallel_size, -1)
+    return torch.cat([chunks[:context_parallel_size], chunks.flip(0)[:context_parallel_size]], dim=1)
+
+
 class ScaledDotProductAttention(MegatronModule):
-    """Core attention by torch's `scaled_dot_product_attention`: causal, grouped queries, no score matrix in memory."""
+    """Core attention by torch's `scaled_dot_product_attention`: causal, grouped queries, no score matrix in memory.
+
+    Under context parallelism keys and values are gathered from all ranks: exact, and plain rather than lean. Long
+    sequences on GPUs are for Transformer Engine's ring.
+    """
 
     def __init__(
         self,
@@ -39,11 +54,7 @@ class ScaledDotProductAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                "--context-parallel-size > 1 needs Transformer Engine's attention; "
-                "use --transformer-impl transformer_engine or --context-parallel-size 1."
-            )
+        self.cp_group = (pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])).cp
         if config.window_size is not None:
             raise ValueError(
                 "--window-size needs Transformer Engine's attention; use --transformer-impl transformer_engine."
@@ -83,6 +94,9 @@ class ScaledDotProductAttention(MegatronModule):
             )
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         kept = None if causal or attention_mask is None else ~attention_mask
+        if self.cp_group.size() > 1:
+            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+            kept, causal = self._mask_of_shard(key.shape[0], causal, attention_mask).to(key.device), False
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         with self._dropout_generator():
             context = F.scaled_dot_product_attention(
@@ -96,6 +110,17 @@ class ScaledDotProductAttention(MegatronModule):
                 enable_gqa=key.shape[1] != query.shape[1],
             )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _mask_of_shard(self, length: int, causal: bool, attention_mask: Tensor | None) -> Tensor:
+        """Which of all ranks' keys, in the order they are gathered in, this rank's queries see, [s / cp, s] bool."""
+        if not causal and attention_mask is not None:
+            raise ValueError(
+                "attention masks with --context-parallel-size > 1 need Transformer Engine's attention; "
+                "use --transformer-impl transformer_engine."
+            )
+        positions = zigzag_positions(length, self.cp_group.size())
+        visible = positions[self.cp_group.rank()].unsqueeze(1) >= positions.flatten().unsqueeze(0)
+        return visible if causal else torch.ones_like(visible)
 
     def _dropout_generator(self) -> Any:
         """Tensor-parallel ranks hold different heads, so their dropout must differ."""

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.routing.modalities import modality_ids_from_tokens
+from megatron_smar.routing.router import LossScale
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,40 @@ class ModelBatch:
     labels: Tensor
     loss_mask: Tensor
     pixel_values: Tensor | None
+
+
+class CountedSteps:
+    """Reads a step's micro-batches together, so that its loss tokens are known before its first backward pass.
+
+    For --calculate-per-token-loss, see `LossScale`. One all-reduce of one number per step; the samples and their order
+    stay the same. The loader's state is saved between steps, when nothing is kept here.
+
+    Args:
+        iterator: The loader's.
+        data_parallel: The replicas' group, without context parallelism: its ranks read the same samples.
+    """
+
+    def __init__(self, iterator: Iterator[VisionLanguageBatch], data_parallel: dist.ProcessGroup) -> None:
+        self.iterator = iterator
+        self.data_parallel = data_parallel
+        self._step: deque[VisionLanguageBatch] = deque()
+
+    def __iter__(self) -> CountedSteps:
+        return self
+
+    def __next__(self) -> VisionLanguageBatch:
+        """The next micro-batch; the first of a step sets the step's `LossScale.tokens`."""
+        if not self._step:
+            self._step.extend(next(self.iterator) for _ in range(get_num_microbatches()))
+            tokens = torch.stack([batch.loss_mask.sum() for batch in self._step]).sum().cuda(non_blocking=True)
+            dist.all_reduce(tokens, group=self.data_parallel)
+            # Megatron divides by one token where there is none.
+            LossScale.tokens = tokens.clamp(min=1) / get_num_microbatches()
+        return self._step.popleft()
+
+    def save_state(self) -> Any:
+        """The loader's state, for Megatron's checkpoint."""
+        return self.iterator.save_state()  # type: ignore[attr-defined]
 
 
 def next_batch(

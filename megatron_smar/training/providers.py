@@ -25,7 +25,8 @@ from megatron_smar.data.state import load_loader_state
 from megatron_smar.data.tokens import ImageTokens
 from megatron_smar.model.vision import tokens_per_tile
 from megatron_smar.model.vlm import VisionLanguageModel
-from megatron_smar.training.batch import next_batch
+from megatron_smar.routing.router import LossScale
+from megatron_smar.training.batch import CountedSteps, next_batch
 from megatron_smar.training.loss import lm_loss
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -66,7 +67,7 @@ def model_provider(
 
 def data_iterators_provider(
     num_samples: list[int], vp_stage: int | None = None
-) -> tuple[EnergonIterator | None, EnergonIterator | None, None]:
+) -> tuple[EnergonIterator | CountedSteps | None, EnergonIterator | None, None]:
     """Builds this rank's training and validation iterators (Megatron's `external` dataloaders).
 
     Args:
@@ -81,10 +82,13 @@ def data_iterators_provider(
         "decode_images": _decodes_images(groups, vp_stage),
         "announce_rejects": groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0 and not vp_stage,
     }
-    train = valid = None
+    train: EnergonIterator | CountedSteps | None = None
+    valid = None
     if not args.skip_train:
         train = EnergonIterator(build_train_loader(config, get_tokenizer(), *place, **settings), config)
         _restore(train, place[0])
+        if args.calculate_per_token_loss:
+            train = CountedSteps(train, groups.dp)
     if num_samples[1] > 0:
         batches = args.eval_iters * args.eval_global_batch_size // (args.eval_micro_batch_size * place[1])
         config = dataclasses.replace(config, micro_batch_size=args.eval_micro_batch_size)
@@ -101,8 +105,11 @@ def _restore(iterator: EnergonIterator, data_parallel_rank: int) -> None:
     args = get_args()
     if not args.iteration or not args.load_dataloader_state:
         return
+    folder = dataloader_state_folder(args.load)
+    if not os.path.isdir(folder) and args.dataloader_save:
+        folder = args.dataloader_save  # the run before was told to keep it there
     path = get_checkpoint_name(
-        dataloader_state_folder(args.load),
+        folder,
         args.iteration,
         pipeline_parallel=args.pipeline_model_parallel_size > 1,
         tensor_rank=0,
@@ -141,6 +148,7 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
         A function of the data iterator and the model, which gives this stage's output and the function that makes the
         loss of it.
     """
+    routing = modality_routing_config(get_args())
 
     def forward_step(
         data_iterator: Iterator[VisionLanguageBatch], model: torch.nn.Module
@@ -150,6 +158,7 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
         timers("batch-generator", log_level=2).start()
         with_images = _decodes_images(groups, getattr(model, "vp_stage", None))
         batch = next_batch(data_iterator, image_token_id, tile_tokens, with_images, groups)
+        LossScale.warmup = routing.warmup(args.curr_iteration)
         timers("batch-generator").stop()
         output = model(
             input_ids=batch.input_ids,

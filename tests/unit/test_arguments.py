@@ -50,10 +50,13 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
     [
         (["--smar-eps", "0"], "--smar-eps is 0.0"),
         (["--smar-coeff", "-1"], "--smar-coeff is -1.0"),
+        (["--moe-collapse-threshold", "0"], "--moe-collapse-threshold is 0.0"),
         (["--pixel-shuffle", "0.3"], "--pixel-shuffle is 0.3"),
         (["--max-tiles", "4"], "--max-tiles 4"),
-        (["--modality-routing", "smar", "--calculate-per-token-loss"], "--calculate-per-token-loss"),
-        (["--context-parallel-size", "2"], "--context-parallel-size 2"),
+        (["--smar-warmup-iters", "-1"], "--smar-warmup-iters is -1"),
+        (["--smar-start-iter", "-1"], "--smar-start-iter is -1"),
+        (["--smar-band-file", "nowhere.json"], "--smar-band-file nowhere.json cannot be read"),
+        (["--recompute-modules", "layernorm"], "--recompute-modules layernorm"),
         (["--moe-router-load-balancing-type", "quantile_balancing"], "quantile_balancing"),
         (["--dataloader-type", "cyclic"], "--dataloader-type is cyclic"),
     ],
@@ -63,6 +66,35 @@ def test_what_cannot_train_is_refused_in_one_sentence(monkeypatch, vision, flags
 
     with pytest.raises(ValueError, match=said) as error:
         check_arguments(parse(monkeypatch, vision, *flags), needs_data=False)
+    assert "\n" not in str(error.value)
+
+
+def test_bands_of_single_layers_are_read_and_the_others_have_the_common_one(monkeypatch, vision, tmp_path):
+    from megatron_smar.arguments import modality_routing_config
+
+    (tmp_path / "bands.json").write_text('{"2": [0.5, 1]}')
+    routing = modality_routing_config(parse(monkeypatch, vision, "--smar-band-file", str(tmp_path / "bands.json")))
+    assert (routing.band(1), routing.band(2)) == ((1.5, 2.0), (0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[1, 2]", "is not a JSON object"),
+        ('{"1": 2}', "is not a JSON object"),
+        ('{"one": [1, 2]}', "is not a JSON object"),
+        ('{"1": [1, 2', "cannot be read"),
+        ('{"1": [2, 1]}', "gives layer 1 \\[2.0, 1.0\\]"),
+        ('{"3": [1, 2]}', "names layer 3, but the layers are 1 to 2"),
+    ],
+)
+def test_a_band_file_that_is_none_is_refused_in_one_sentence(monkeypatch, vision, tmp_path, content, said):
+    from megatron_smar.arguments import check_arguments
+
+    (tmp_path / "bands.json").write_text(content)
+    args = parse(monkeypatch, vision, "--smar-band-file", str(tmp_path / "bands.json"))
+    with pytest.raises(ValueError, match=said) as error:
+        check_arguments(args, needs_data=False)
     assert "\n" not in str(error.value)
 
 

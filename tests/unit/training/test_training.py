@@ -44,6 +44,40 @@ def test_placeholders_that_no_tile_fills_are_refused(single_rank):
         prepare(ids, torch.zeros_like(ids, dtype=torch.bool), torch.randn(1, 3, SIDE, SIDE), IMAGE)
 
 
+def test_warm_up_rises_linearly_after_the_start_step():
+    from megatron_smar.routing.router import ModalityRoutingConfig
+
+    routing = ModalityRoutingConfig(start_iter=3, warmup_iters=4)
+    assert [routing.warmup(step) for step in range(9)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert [ModalityRoutingConfig(start_iter=2).warmup(step) for step in range(4)] == [0, 0, 1, 1]
+    assert ModalityRoutingConfig().warmup(0) == 1
+
+
+def test_counted_steps_keep_the_order_and_know_a_steps_tokens_before_its_first_batch(single_rank, monkeypatch):
+    import torch.distributed as dist
+    from megatron.core import num_microbatches_calculator as calculator
+
+    from megatron_smar.routing.router import LossScale
+    from megatron_smar.training.batch import CountedSteps
+
+    class Batch:
+        def __init__(self, tokens: int) -> None:
+            self.loss_mask = torch.tensor([1.0] * tokens + [0.0])
+
+    monkeypatch.setattr(LossScale, "tokens", None)
+    calculator.init_num_microbatches_calculator(0, None, 3, 1, 1)
+    try:
+        batches = [Batch(tokens) for tokens in (1, 2, 6, 0, 0, 0)]
+        reader = CountedSteps(iter(batches), dist.group.WORLD)
+        assert next(reader) is batches[0]
+        assert LossScale.tokens == 3  # 9 in 3 micro-batches
+        assert [next(reader), next(reader)] == batches[1:3]
+        assert next(reader) is batches[3]
+        assert LossScale.tokens == pytest.approx(1 / 3)  # Megatron divides by 1 where there is no token
+    finally:
+        calculator.destroy_num_microbatches_calculator()
+
+
 @pytest.mark.parametrize("freeze", [("vision", "language"), ("vision",), ("vision", "connector"), ()])
 @pytest.mark.parametrize("images", [0, 2], ids=["text only", "with images"])
 def test_frozen_parts_get_no_gradient_and_the_others_all_do(single_rank, vision, freeze, images):

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layouts are compared with one process, on which models, batches and settings."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IMAGE, SIDE, TOKENS_PER_TILE, ROWS, LENGTH, VOCABULARY = 5, 32, 4, 8, 32, 128
+
+# Everything that a case may override; the band lies where every layer's distance is outside of it.
+COMMON = f"""
+    --image-size {SIDE} --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4
+    --group-query-attention --num-query-groups 2 --num-experts 4 --moe-router-topk 2
+    --moe-token-dispatcher-type alltoall --swiglu --normalization RMSNorm --disable-bias-linear
+    --position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --seq-length {LENGTH} --max-position-embeddings {LENGTH} --make-vocab-size-divisible-by 64 --seed 7
+    --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --global-batch-size {ROWS} --init-method-std 0.1
+    --clip-grad 0 --weight-decay 0 --lr 1 --lr-decay-style constant --train-iters 1 --no-save-optim
+    --smar-coeff 0.5 --smar-d-min 3 --smar-d-max 4 --smar-eps 1e-3
+""".split()
+
+# With a learning rate of 1 the difference of the weights is the gradient g itself ...
+DESCENT = "--optimizer sgd --sgd-momentum 0".split()
+# ... and with Adam, which the distributed optimizer asks for, g / (|g| + 1): no moments, eps 1.
+SIGNED = "--optimizer adam --adam-beta1 0 --adam-beta2 0 --adam-eps 1".split()
+
+MODELS: dict[str, list[str]] = {
+    "mixtral": [],
+    "four layers": ["--num-layers", "4"],
+    "shared experts": ["--moe-shared-expert-intermediate-size", "64"],
+    "dense layers between": ["--num-layers", "4", "--moe-layer-freq", "([0,1]*2)"],
+    "softmax before top-k": ["--moe-router-pre-softmax"],
+    "sigmoid scores with expert bias": [
+        *["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"],
+        *["--moe-router-bias-update-rate", "0.1", "--moe-router-dtype", "fp32"],
+    ],
+    "group-limited": [
+        *["--num-experts", "8", "--moe-router-num-groups", "4", "--moe-router-group-topk", "2"],
+        *["--moe-router-pre-softmax"],
+    ],
+}
+
+
+def make_batch(name: str) -> dict[str, Any]:
+    """A global batch of 8 rows of 32 positions.
+
+    `mixed`: pure text, mostly pictures, pictures and padding; every row has 8 loss tokens, of which each of two
+    context-parallel shares has 4, since Megatron averages the means of replicas and shares.
+    `uneven`: the same with very different numbers of loss tokens.
+    `extremes`: by pairs of rows: text alone, vision alone, padding alone, everything.
+    `no images`: text alone.
+    """
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(6, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    padding = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    mask = torch.zeros(ROWS, LENGTH)
+    mask[:, 2:6] = mask[:, 9:13] = 1
+    places: list[list[int]] = [[] for _ in range(ROWS)]
+    if name in ("mixed", "uneven"):
+        for row in (2, 5):
+            padding[row, 28:] = True
+        for row in (3, 6):
+            padding[row, 20:] = True
+        places = [[], [0, 4, 8, 12, 16], [2, 10], [3], [24, 28], [], [1], [6, 20]]
+    if name == "uneven":
+        mask[0, 2:30] = 1
+        mask[1], mask[4, 4:] = 0, 0
+        mask[7, 20:32] = 1
+    if name == "extremes":
+        places[2], places[3] = list(range(0, LENGTH, TOKENS_PER_TILE)), list(range(0, LENGTH, TOKENS_PER_TILE))
+        places[6], places[7] = [4, 20], [0]
+        padding[4:6] = True
+        padding[7, 20:] = True
+        mask[2:6] = 0
+    for row, starts in enumerate(places):
+        for start in starts:
+            ids[row, start : start + TOKENS_PER_TILE] = IMAGE
+    return {
+        "ids": ids,
+        "labels": torch.randint(6, VOCABULARY, (ROWS, LENGTH), generator=generator),
+        "mask": mask,
+        "padding": padding,
+        "pixels": [torch.randn(len(starts), 3, SIDE, SIDE, generator=generator) for starts in places],
+        "image_token_id": IMAGE,
+        "tokens_per_tile": TOKENS_PER_TILE,
+    }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the result whatever the layout: one run of one process serves all cases of a setting.
+
+    Attributes:
+        model: One of `MODELS`.
+        batch: Name for `make_batch`.
+        micro_batches: Gradient accumulation steps.
+        flags: Further flags: routing, loss, what is frozen.
+    """
+
+    model: str = "mixtral"
+    batch: str = "mixed"
+    micro_batches: int = 1
+    flags: tuple[str, ...] = ("--modality-routing", "smar", "--freeze", "vision")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout, to be compared with one process.
+
+    Attributes:
+        name: Shown, and the first column of the table.
+        ranks: How many processes.
+        data_parallel: Replicas that the batch is cut for.
+        layout: Flags of the layout.
+        setting: What is trained.
+        reference: Setting of the process that it is compared with, where that differs.
+        dtype: float64, except where Megatron takes nothing but float32, or is asked for bfloat16.
+        adam: Whether the optimizer is `SIGNED`.
+        core: Part of `make test`; the others run with `make test-matrix`.
+    """
+
+    name: str
+    ranks: int
+    data_parallel: int
+    layout: str
+    setting: Setting = Setting()
+    reference: Setting | None = None
+    dtype: str = "float64"
+    adam: bool = False
+    core: bool = False
+
+    def flags(self) -> list[str]:
+        """The whole command line behind the batch and the folder."""
+        setting = self.setting
+        rows = ROWS // setting.micro_batches // self.data_parallel
+        optimizer = SIGNED if self.adam else DESCENT
+        layout = ["--micro-batch-size", str(rows), *self.layout.split()]
+        balancing = [] if "--moe-router-load-balancing-type" in setting.flags else NO_BALANCING
+        return [*COMMON, *balancing, *optimizer, *MODELS[setting.model], *setting.flags, *layout]
+
+
+NO_BALANCING = ["--moe-router-load-balancing-type", "none"]
+TP = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP = "--pipeline-model-parallel-size 2"
+CP = "--context-parallel-size 2"
+EP = "--expert-model-parallel-size 2"
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+RECOMPUTE_ALL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SMAR = ("--modality-routing", "smar", "--freeze", "vision")
+PLAIN = ("--modality-routing", "none", "--freeze", "vision")
+STAGE_1 = ("--modality-routing", "none", "--freeze", "vision", "language")
+PER_TOKEN = (*SMAR, "--calculate-per-token-loss")
+FREEZES = {
+    "nothing": (),
+    "vision": ("vision",),
+    "connector": ("connector",),
+    "language": ("language",),
+    "vision, connector": ("vision", "connector"),
+    "vision, language": ("vision", "language"),
+    "connector, language": ("connector", "language"),
+}
+
+
+def cases() -> Iterator[Case]:
+    """All of them; every ability appears at least once."""
+    deep = Setting(model="four layers")
+    yield Case("DP 2", 2, 2, "", core=True)
+    yield Case("DP 4", 4, 4, "")
+    yield Case("EP 2", 2, 2, EP, core=True)
+    yield Case("EP 4", 4, 4, "--expert-model-parallel-size 4")
+    yield Case("TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", core=True)
+    yield Case("TP 2 + SP, expert TP 2", 2, 1, f"{TP} --expert-tensor-parallel-size 2")
+    yield Case("PP 2", 2, 1, PP, core=True)
+    yield Case("PP 2, 4 micro-batches", 2, 1, PP, Setting(micro_batches=4))
+    interleaved = Setting("four layers", micro_batches=4)
+    # Gloo cannot coalesce the float64 gradients of two chunks with those of the float32 modality bias.
+    virtual = f"{PP} --num-layers-per-virtual-pipeline-stage 1"
+    yield Case("PP 2 interleaved", 2, 1, virtual, interleaved, dtype="float32", core=True)
+    yield Case("CP 2", 2, 1, CP, core=True)
+    yield Case("TP 2 x PP 2", 4, 1, f"{TP} {PP} --expert-tensor-parallel-size 1", deep)
+    yield Case("TP 2 x EP 2", 2, 1, f"{TP} {EP} --expert-tensor-parallel-size 1")
+    yield Case("TP 2 x EP 2 x DP 2", 4, 2, f"{TP} {EP} --expert-tensor-parallel-size 1")
+    yield Case("PP 2 x EP 2", 4, 2, f"{PP} {EP}", deep)
+    yield Case("CP 2 x EP 2", 2, 1, f"{CP} {EP}")
+    yield Case("CP 2 x EP 2 x DP 2", 4, 2, f"{CP} {EP}")
+    yield Case("TP 2 x CP 2", 4, 1, f"{TP} {CP} --expert-tensor-parallel-size 1")
+    yield Case("DP 2, 4 micro-batches", 2, 2, "", Setting(micro_batches=4))
+    yield from _losses()
+    yield from _execution()
+    yield from _contents()
+    yield from _backbones()
+
+
+def _losses() -> Iterator[Case]:
+    tokens = Setting(batch="uneven", flags=PER_TOKEN)
+    yield Case("per-token loss, DP 2", 2, 2, "", tokens, core=True)
+    accumulated = Setting(batch="uneven", micro_batches=4, flags=PER_TOKEN)
+    yield Case("per-token loss, EP 2, 4 micro-batches", 2, 2, EP, accumulated)
+    yield Case("per-token loss, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", tokens)
+    yield Case("per-token loss, CP 2", 2, 1, CP, tokens)
+    pipelined = Setting("four layers", "uneven", 4, PER_TOKEN)
+    yield Case("per-token loss, PP 2", 2, 1, PP, pipelined)
+    virtual = f"{PP} --num-layers-per-virtual-pipeline-stage 1"
+    yield Case("per-token loss, PP 2 interleaved", 2, 1, virtual, pipelined, dtype="float32")
+    local = (*SMAR, "--smar-scope", "local")
+    halves = Setting(micro_batches=2, flags=SMAR)
+    yield Case("local scope, DP 2", 2, 2, "", Setting(flags=local), halves)
+    yield Case("local scope, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", Setting(flags=local), Setting())
+    yield Case("local scope, CP 2", 2, 1, CP, Setting(flags=local), Setting())
+    tokens_local = Setting(flags=(*local, "--calculate-per-token-loss"))
+    halves_by_token = Setting(micro_batches=2, flags=PER_TOKEN)
+    yield Case("local scope, per-token loss, DP 2", 2, 2, "", tokens_local, halves_by_token)
+    balanced = (*SMAR, "--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")
+    yield Case("balance loss, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", Setting(flags=balanced))
+    yield Case("balance loss, CP 2", 2, 1, CP, Setting(flags=balanced))
+    everywhere = (*SMAR, "--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff")
+    yield Case(
+        "global balance loss, TP 2 + SP",
+        2,
+        1,
+        f"{TP} --expert-tensor-parallel-size 1",
+        Setting(flags=(*everywhere, "0.1")),
+    )
+    # Megatron 0.19.2 averages this loss's gradient over the replicas that share it: half of alpha is left on two.
+    whole, half = (Setting(flags=(*everywhere, alpha)) for alpha in ("0.1", "0.05"))
+    yield Case("global balance loss, DP 2 (alpha / 2 on one)", 2, 2, "", whole, half)
+
+
+def _execution() -> Iterator[Case]:
+    yield Case("all-gather dispatcher, EP 2", 2, 2, f"{EP} --moe-token-dispatcher-type allgather")
+    yield Case("full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, core=True)
+    selective = "--recompute-granularity selective --recompute-modules"
+    yield Case("selective recomputation of the MoE layer", 2, 2, f"{selective} moe")
+    yield Case("selective recomputation of attention", 2, 2, f"{selective} core_attn")
+    deep = Setting("four layers", micro_batches=4)
+    yield Case("PP 2, full recomputation", 2, 1, f"{PP} {RECOMPUTE_ALL}", deep)
+    yield Case("distributed optimizer, DP 2", 2, 2, "--use-distributed-optimizer", dtype="float32", adam=True)
+    yield Case("distributed optimizer, overlapped, DP 2", 2, 2, OVERLAP, dtype="float32", adam=True)
+    yield Case("distributed optimizer, overlapped, EP 2", 2, 2, f"{OVERLAP} {EP}", dtype="float32", adam=True)
+    yield Case("float32, TP 2 x EP 2 x DP 2", 4, 2, f"{TP} {EP} --expert-tensor-parallel-size 1", dtype="float32")
+    yield Case("bfloat16, EP 2", 2, 2, f"{EP} --bf16", dtype="bfloat16")
+
+
+def _contents() -> Iterator[Case]:
+    extremes = Setting(batch="extremes", flags=PER_TOKEN)
+    yield Case("ranks of text, vision, padding, all", 4, 4, "", extremes)
+    yield Case("ranks of text, vision, padding, all, EP 4", 4, 4, "--expert-model-parallel-size 4", extremes)
+    for name, parts in FREEZES.items():
+        routing = "none" if "language" in parts else "smar"
+        setting = Setting(batch="no images", flags=("--modality-routing", routing, "--freeze", *parts))
+        yield Case(f"no images, frozen: {name}", 2, 2, "", setting)
+    for batch in ("no images", "mixed"):
+        setting = Setting(batch=batch, flags=STAGE_1)
+        yield Case(f"stage 1, {batch}, PP 2", 2, 1, PP, setting)
+        yield Case(f"stage 1, {batch}, EP 2", 2, 2, EP, setting)
+        yield Case(f"stage 1, {batch}, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", setting)
+        yield Case(f"stage 1, {batch}, CP 2", 2, 1, CP, setting)
+        for name, layout, replicas in (("EP 2", EP, 2), ("PP 2", PP, 1)):
+            case = f"stage 1, {batch}, {name}, distributed optimizer"
+            yield Case(case, 2, replicas, f"{layout} {OVERLAP}", setting, dtype="float32", adam=True)
+
+
+def _backbones() -> Iterator[Case]:
+    for model in MODELS:
+        if model not in ("mixtral", "four layers"):
+            yield Case(f"{model}, EP 2", 2, 2, EP, Setting(model=model))
+    yield Case("dense layers between, PP 2", 2, 1, PP, Setting(model="dense layers between"))
+    yield Case("shared experts, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", Setting("shared experts"))
+    yield Case("without SMAR, EP 2", 2, 2, EP, Setting(flags=PLAIN))
+    yield Case("without SMAR, CP 2", 2, 1, CP, Setting(flags=PLAIN))
+
+
+CASES = {case.name: case for case in cases()}

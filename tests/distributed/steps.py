@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single training steps on given global batches, under whatever layouts their flags ask for.
+
+torchrun --nproc-per-node N steps.py JOBS.json
+
+Each job is {"batch", "folder", "save_before", "dtype", "flags"}. It leaves in its folder a checkpoint of the weights
+after the step (`iter_0000001`), with `save_before` one of those before it (`start`), and last the logged values
+(`values.json`). A job that fails leaves `error.txt` and ends the program, which goes on behind it when started again.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from megatron_smar import runtime
+
+runtime.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core.distributed import finalize_model_grads  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker  # noqa: E402
+from megatron.core.utils import get_model_config  # noqa: E402
+from megatron.training import get_args  # noqa: E402
+from megatron.training.checkpointing import save_checkpoint  # noqa: E402
+from megatron.training.initialize import initialize_megatron  # noqa: E402
+from megatron.training.training import (  # noqa: E402
+    destroy_global_state,
+    disable_forward_pre_hook,
+    setup_model_and_optimizer,
+    should_disable_forward_pre_hook,
+    train_step,
+)
+
+from megatron_smar.data.batch import VisionLanguageBatch  # noqa: E402
+from megatron_smar.routing.router import LossScale  # noqa: E402
+from megatron_smar.training.batch import CountedSteps  # noqa: E402
+from megatron_smar.training.providers import make_forward_step, model_provider  # noqa: E402
+from megatron_smar.training.setup import parse_arguments  # noqa: E402
+
+RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+class Values(dict[str, float]):
+    """Takes what Megatron would write to TensorBoard."""
+
+    def add_scalar(self, name: str, value: Any, iteration: int) -> None:
+        self[name] = float(value)
+
+
+def micro_batches(batch: dict[str, Any], rank: int, ranks: int) -> list[VisionLanguageBatch]:
+    """This replica's rows of every micro-batch step; the steps cut the global batch in the same way for all layouts."""
+    rows = len(batch["ids"]) // get_num_microbatches()
+    share = rows // ranks
+    starts = [step * rows + rank * share for step in range(get_num_microbatches())]
+    return [_rows(batch, slice(start, start + share)) for start in starts]
+
+
+def _rows(batch: dict[str, Any], rows: slice) -> VisionLanguageBatch:
+    return VisionLanguageBatch(
+        __key__=[str(row) for row in range(rows.start, rows.stop)],
+        __restore_key__=(),
+        input_ids=batch["ids"][rows],
+        labels=batch["labels"][rows],
+        loss_mask=batch["mask"][rows],
+        padding_mask=batch["padding"][rows],
+        pixel_values=torch.cat(batch["pixels"][rows]),
+    )
+
+
+def step(batch: dict[str, Any], model: list[Any], optimizer: Any, scheduler: Any) -> Values:
+    """One optimizer step as `pretrain()` takes it; returns what it would log."""
+    args, groups = get_args(), ProcessGroupCollection.use_mpu_process_groups()
+    mine = micro_batches(batch, groups.dp.rank(), groups.dp.size())
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if args.overlap_grad_reduce:
+        syncs = [chunk.no_sync for chunk in model]
+        config.no_sync_func = syncs if len(model) > 1 else syncs[0]
+    read = [CountedSteps(iter(mine), groups.dp) if args.calculate_per_token_loss else iter(mine) for _ in model]
+    iterators = [RerunDataIterator(iterator) for iterator in read]
+    for chunk in model:
+        chunk.train()
+    losses, *_ = train_step(
+        make_forward_step(batch["image_token_id"], batch["tokens_per_tile"]),
+        iterators if len(model) > 1 else iterators[0],
+        model,
+        optimizer,
+        scheduler,
+        config,
+        get_forward_backward_func(),
+        iteration=0,
+    )
+    values = Values({name: float(value) for name, value in losses.items()})
+    get_moe_metrics_tracker().report(
+        1 / get_num_microbatches(),
+        1,
+        values,
+        per_layer_logging=True,
+        force_initialize=True,
+        track_names=["global_load_balancing_loss" if "global_aux_loss" in _balancing() else "load_balancing_loss"],
+        num_layers=args.num_layers,
+        moe_layer_freq=args.moe_layer_freq,
+        mtp_num_layers=args.mtp_num_layers,
+        pg_collection=groups,
+    )
+    return values
+
+
+def _balancing() -> list[str]:
+    kinds = get_args().moe_router_load_balancing_type
+    return [kinds] if isinstance(kinds, str) else kinds
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """One job in a process group and a Megatron of its own."""
+    folder = Path(job["folder"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}.store", rank=RANK, world_size=RANKS)
+    args = parse_arguments(job["flags"], needs_data=False)
+    if job["dtype"] == "float64":
+        args.params_dtype = torch.float64
+    initialize_megatron()
+    model, optimizer, scheduler = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        model_provider_func=model_provider,
+        checkpointing_context={},
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    args.curr_iteration = 0
+    if job["save_before"]:
+        args.save = str(folder / "start")
+        save_checkpoint(1, model, optimizer, scheduler, 0)
+    args.save = str(folder)
+    values = step(torch.load(job["batch"]), model, optimizer, scheduler)
+    if should_disable_forward_pre_hook(args):  # as Megatron's loop does: the gathering of parameters may be under way
+        disable_forward_pre_hook(model, optimizer)
+    save_checkpoint(1, model, optimizer, scheduler, 0)
+    dist.barrier()
+    if RANK == RANKS - 1:  # the last pipeline stage has the loss
+        (folder / "values.json").write_text(json.dumps(values))
+    dist.barrier()
+    destroy_global_state()
+    LossScale.tokens = None
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        folder = Path(job["folder"])
+        if (folder / "values.json").exists() or (folder / "error.txt").exists():
+            continue
+        folder.mkdir(exist_ok=True)
+        try:
+            run_job(job)
+        except BaseException:
+            (folder / "error.txt").write_text(traceback.format_exc())
+            raise
+
+
+if __name__ == "__main__":
+    main()

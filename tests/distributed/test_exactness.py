@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every layout gives what one process with the whole batch gives: losses, distances, and every parameter's gradient.
+
+The gradients are compared after all of Megatron's reductions, as the weights that one optimizer step leaves, through
+the checkpoint that the layout writes. Everything is float64 but what Megatron forces into float32: the router's softmax
+and the cross-entropy, whose last bits depend on the order of sums. `cases.py` has the layouts; `make test-matrix` runs
+all of them and writes docs/exactness.md.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.cases import CASES, IMAGE, PLAIN, Case, Setting, make_batch
+from tests.launch import ROOT, load_weights, run
+
+Weights = dict[str, Tensor]
+IDLE = 120  # seconds without a sign of life, after which a job has hung
+REFERENCE, WITHOUT_SMAR = Setting(), Setting(flags=PLAIN)
+# Largest deviation of a gradient as a share of its parameter's largest: rounding of the float32 parts (6e-8 each) after
+# two layers; in float32 the subtraction of weights of size 1 also loses absolute accuracy (1.2e-7).
+RELATIVE = {"float64": 5e-6, "float32": 2e-4, "bfloat16": 0.2}
+ABSOLUTE = {"float64": 1e-9, "float32": 3e-7, "bfloat16": 4e-3}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step of training, in a folder."""
+
+    case: Case
+    folder: Path
+    loads: Path | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, well or not."""
+        return any((self.folder / name).exists() for name in ("values.json", "error.txt"))
+
+
+class Laboratory:
+    """Runs the jobs of the session, those of as many ranks in one program, and reads what they leave."""
+
+    def __init__(self, folder: Path, cases: Sequence[Case]) -> None:
+        from tests.models import build_hf_model
+
+        self.folder = folder
+        self.rows: list[tuple[str, float, float]] = []
+        build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(folder / "vision")
+        settings = dict.fromkeys([REFERENCE, WITHOUT_SMAR, *(case.reference or case.setting for case in cases)])
+        alone = [Job(Case("one process", 1, 1, "", s), folder / f"reference_{i}") for i, s in enumerate(settings)]
+        self.references = {job.case.setting: job for job in alone}
+        self.jobs = {case.name: self._job(case, i) for i, case in enumerate(cases)}
+        for ranks in (1, 2, 4):
+            self._run([job for job in (*alone, *self.jobs.values()) if job.case.ranks == ranks])
+
+    def _job(self, case: Case, number: int) -> Job:
+        start = self.references[case.reference or case.setting].folder / "start"
+        return Job(case, self.folder / f"case_{number}", start)
+
+    def _run(self, jobs: list[Job]) -> None:
+        """Runs jobs in one launch; behind one that fails, or hangs, in another one."""
+        if not jobs:
+            return
+        listed = self.folder / f"jobs_{jobs[0].case.ranks}.json"
+        listed.write_text(json.dumps([self._described(job) for job in jobs]))
+        while pending := [job for job in jobs if not job.is_over]:
+            done = run("tests/distributed/steps.py", listed, ranks=pending[0].case.ranks, check=False, idle=IDLE)
+            left = [job for job in pending if not job.is_over]
+            if left and not any((job.folder / "error.txt").exists() for job in pending):
+                left[0].folder.mkdir(exist_ok=True)
+                (left[0].folder / "error.txt").write_text(f"hung for {IDLE} s, or died:\n{done.stdout[-3000:]}")
+
+    def _described(self, job: Job) -> dict[str, Any]:
+        batch = self.folder / f"{job.case.setting.batch}.pt"
+        if not batch.exists():
+            torch.save(make_batch(job.case.setting.batch), batch)
+        start = ["--load", str(job.loads), "--finetune"] if job.loads else []
+        return {
+            "batch": str(batch),
+            "folder": str(job.folder),
+            "save_before": job.loads is None,
+            "dtype": job.case.dtype,
+            "flags": [*job.case.flags(), "--vision-model", str(self.folder / "vision"), *start],
+        }
+
+    def gradients(self, job: Job) -> tuple[Weights, dict[str, float]]:
+        """The gradient of every parameter (and the change of every buffer), and the logged values."""
+        assert not (job.folder / "error.txt").exists(), (job.folder / "error.txt").read_text()
+        before = load_weights((job.loads or job.folder / "start") / "iter_0000001")
+        after = load_weights(job.folder / "iter_0000001")
+        assert set(after) == set(before)
+        steps = {n: before[n].double() - w.double() for n, w in after.items() if w.is_floating_point()}
+        if job.case.adam:  # without moments its step is u = g / (|g| + 1)
+            steps = {name: u / (1 - u.abs()) for name, u in steps.items()}
+        return steps, json.loads((job.folder / "values.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def laboratory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
+    wanted = [item.callspec.params["name"] for item in request.session.items if "layout_equals" in item.name]
+    laboratory = Laboratory(tmp_path_factory.mktemp("exactness"), [CASES[name] for name in wanted])
+    yield laboratory
+    if table := os.environ.get("EXACTNESS_TABLE"):
+        write_table(ROOT / table, laboratory.rows)
+
+
+LAYOUTS = [pytest.param(name, marks=[] if case.core else pytest.mark.matrix) for name, case in CASES.items()]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process_with_the_whole_batch(laboratory: Laboratory, name: str) -> None:
+    case = CASES[name]
+    expected, values = laboratory.gradients(laboratory.references[case.reference or case.setting])
+    found, found_values = laboratory.gradients(laboratory.jobs[name])
+    relative, absolute = RELATIVE[case.dtype], ABSOLUTE[case.dtype]
+    worst = 0.0
+    for parameter, gradient in expected.items():
+        largest = float(gradient.abs().max())
+        error = float((found[parameter] - gradient).abs().max())
+        assert error <= relative * largest + absolute, f"{parameter}: off by {error:.3g} of {largest:.3g}"
+        worst = max(worst, error / largest if largest > absolute / relative else 0.0)
+    logged = {key: value for key, value in values.items() if "loss" in key or "mrd" in key}
+    off = {key: abs(found_values[key] - value) / max(abs(value), 1e-3) for key, value in logged.items()}
+    assert all(error <= max(10 * relative, 1e-6) for error in off.values()), (values, found_values)
+    laboratory.rows.append((name, worst, max(off.values())))
+
+
+def test_the_reference_itself_has_smar_in_it(laboratory: Laboratory) -> None:
+    """Without this, equal gradients could all be without SMAR's part."""
+    smar, values = laboratory.gradients(laboratory.references[REFERENCE])
+    plain, _ = laboratory.gradients(laboratory.references[WITHOUT_SMAR])
+    routers = [name for name in smar if "router" in name and "expert_bias" not in name]
+    assert len(routers) == 2, "weight and modality bias; Megatron's checkpoint stacks the layers"
+    for name in routers:
+        assert (smar[name] - plain[name]).abs().max() > 1e-4, f"SMAR has no gradient in {name}"
+    for name in smar:
+        if name.startswith("vision_model"):
+            assert smar[name].abs().max() == 0, f"{name} is frozen"
+    assert smar["connector.linear_1.weight"].abs().max() > 1e-5
+    assert values["moe/smar loss_layer_0"] > 0.1 and values["moe/smar loss_layer_1"] > 0.1
+
+
+def write_table(path: Path, rows: list[tuple[str, float, float]]) -> None:
+    """The result table of `make test-matrix`."""
+    lines = [
+        "# Exactness: every layout against one process",
+        "",
+        "Written by `make test-matrix` (tests/distributed/test_exactness.py; the layouts are in cases.py). One "
+        "optimizer step of a small model through the code that `pretrain_vlm.py` runs, in float64 but for what "
+        "Megatron forces into float32 (the router's softmax, the cross-entropy). *Gradients*: the largest deviation of "
+        "any parameter's gradient as a share of that parameter's largest. *Values*: the largest relative deviation of "
+        "the logged losses and distances, per layer. All ran on the CPU with Gloo, none on a GPU.",
+        "",
+        "| layout | gradients | values |",
+        "|---|---|---|",
+        *(f"| {name} | {gradients:.1e} | {values:.1e} |" for name, gradients, values in rows),
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

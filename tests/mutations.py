@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks the routing on purpose, one line at a time, and checks that the tests notice.
+
+    python tests/mutations.py [--only NAME] [--write docs/routing.md]
+
+Each mutation is applied to a copy of the committed and changed files, where the named tests then must fail. The table
+is printed, and with --write put between that document's `mutations` marks. Takes about half a minute each.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKS = ("<!-- mutations: written by tests/mutations.py -->", "<!-- end of mutations -->")
+
+
+def exactness(layout: str) -> str:
+    """The test of one layout."""
+    return f"tests/distributed/test_exactness.py::test_layout_equals_one_process_with_the_whole_batch[{layout}]"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault, where it is put in, and the tests that have to see it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(
+        "drop the data-parallel scaling",
+        "megatron_smar/routing/router.py",
+        "cls.warmup * (replicas if is_global else 1)",
+        "cls.warmup",
+        (exactness("DP 2"),),
+    ),
+    Mutation(
+        "reduce over the wrong group",
+        "megatron_smar/routing/router.py",
+        "self.tp_dp_cp_group if self.is_global else self.tp_cp_group",
+        "self.tp_cp_group",
+        (exactness("DP 2"),),
+    ),
+    Mutation(
+        "forget sequence parallelism's scattering of the ids",
+        "megatron_smar/model/vlm.py",
+        "modality_ids.chunk(group.size(), dim=1)[group.rank()]",
+        "modality_ids.chunk(group.size(), dim=1)[0]",
+        (exactness("TP 2 + SP"),),
+    ),
+    Mutation(
+        "leave padding in",
+        "megatron_smar/routing/modalities.py",
+        "return ids if padding_mask is None else ids.masked_fill(padding_mask, PADDING)",
+        "return ids",
+        ("tests/unit/routing", "tests/unit/training"),
+    ),
+    Mutation(
+        "detach R",
+        "megatron_smar/routing/statistics.py",
+        "weights = total + (self._local.weights - self._local.weights.detach())",
+        "weights = total",
+        ("tests/distributed/test_exactness.py::test_the_reference_itself_has_smar_in_it",),
+    ),
+    Mutation(
+        "take context-parallel shares for contiguous",
+        "megatron_smar/model/local_layers.py",
+        "torch.cat([chunks[:context_parallel_size], chunks.flip(0)[:context_parallel_size]], dim=1)",
+        "torch.arange(length).view(context_parallel_size, -1)",
+        (exactness("CP 2"),),
+    ),
+    Mutation(
+        "forget that gradients are divided by tokens",
+        "megatron_smar/routing/router.py",
+        "return cls.tokens * (cls.warmup / (1 if is_global else replicas))",
+        "return cls.warmup * (1 if is_global else 1 / replicas)",
+        (exactness("per-token loss, DP 2"),),
+    ),
+    Mutation(
+        "let the modality bias out of sequence parallelism's sum",
+        "megatron_smar/routing/router.py",
+        "self.bias.sequence_parallel = sequence_parallel",
+        "self.bias.sequence_parallel = False",
+        (exactness("TP 2 + SP"),),
+    ),
+)
+
+
+def survives(mutation: Mutation) -> str | None:
+    """None where a test failed, else what happened instead."""
+    with tempfile.TemporaryDirectory() as place:
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+            if (ROOT / name).is_file():
+                (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, Path(place) / name)
+        file = Path(place) / mutation.file
+        text = file.read_text()
+        if text.count(mutation.old) != 1:
+            return f"{mutation.file} has the line {text.count(mutation.old)} times: renew the mutation"
+        file.write_text(text.replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests]
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=600)
+    if done.returncode == 0:
+        return "all tests passed"
+    assertion = any(line.startswith("E ") and "hung" not in line for line in done.stdout.splitlines())
+    return None if done.returncode == 1 and assertion else f"the tests did not run:\n{done.stdout[-2000:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[mutation.name for mutation in MUTATIONS])
+    parser.add_argument("--write", type=Path, help="document to put the table into")
+    options = parser.parse_args()
+    rows, failures = [], []
+    for mutation in MUTATIONS:
+        if options.only in (None, mutation.name):
+            print(f"{mutation.name} ...", end=" ", flush=True)
+            why = survives(mutation)
+            print(why or "noticed", flush=True)
+            failures += [mutation.name] if why else []
+            tests = ", ".join(f"`{test.rsplit('::', 1)[-1].rsplit('batch', 1)[-1]}`" for test in mutation.tests)
+            rows.append(f"| {mutation.name} | {tests} | {'**not noticed**' if why else 'noticed'} |")
+    table = "\n".join(["| fault | tests run | result |", "|---|---|---|", *rows])
+    print(table)
+    if options.write:
+        text = options.write.read_text(encoding="utf-8")
+        start, end = (text.index(mark) for mark in MARKS)
+        text = f"{text[: start + len(MARKS[0])]}\n{table}\n{text[end:]}"
+        options.write.write_text(text, encoding="utf-8")
+    sys.exit(f"not noticed: {', '.join(failures)}" if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which positions a context-parallel rank holds; the attention itself is compared across ranks in tests/distributed."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_smar.model.local_layers import zigzag_positions
+
+
+@given(st.integers(1, 5), st.integers(1, 6))
+def test_a_rank_holds_its_chunk_and_the_one_as_far_from_the_end(chunk, ranks):
+    positions = zigzag_positions(2 * ranks * chunk, ranks)
+    for rank, held in enumerate(positions.tolist()):
+        first, second = rank * chunk, (2 * ranks - 1 - rank) * chunk
+        assert held == [*range(first, first + chunk), *range(second, second + chunk)]
+
+
+class _Place:
+    """What Megatron asks a process group for here."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+def test_an_attention_mask_under_context_parallelism_is_refused(single_rank):
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_smar.model.local_layers import ScaledDotProductAttention
+    from tests.models import transformer_config
+
+    attention = ScaledDotProductAttention(transformer_config(), 1, AttnMaskType.padding, "self")
+    attention.cp_group = _Place(0, 2)
+    with pytest.raises(ValueError, match="--context-parallel-size > 1"):
+        attention._mask_of_shard(8, False, torch.zeros(1, 1, 8, 8, dtype=torch.bool))
