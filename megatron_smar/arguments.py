@@ -7,7 +7,10 @@ Megatron parses; the dataclasses beside the code validate. Everything that a use
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import get_args
 
 from megatron.training.checkpointing import checkpoint_exists
 
@@ -18,8 +21,9 @@ from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.vision import VisionConfig, load_vision_config, normalisation, tokens_per_tile
 from megatron_smar.model.vlm import PARTS, LanguageConfig
 from megatron_smar.routing.router import ModalityRoutingConfig
+from megatron_smar.training.monitor import MonitorConfig
 
-CONNECTORS = ConnectorType.__args__  # type: ignore[attr-defined]
+CONNECTORS = get_args(ConnectorType)
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -70,6 +74,25 @@ def _add_routing_arguments(parser: ArgumentParser) -> None:
         help="Upper end of the band. Default: %(default)s (1.5 for MoE-LLaVA).",
     )
     group.add_argument(
+        "--smar-band-file",
+        type=Path,
+        metavar="FILE",
+        help='Bands of single layers, a JSON object of layer numbers (from 1): {"1": [0.5, 1.0], "2": [1.0, 1.5]}. '
+        "Layers that it leaves out have [--smar-d-min, --smar-d-max]. Default: one band for all, as in the paper.",
+    )
+    group.add_argument(
+        "--smar-start-iter",
+        type=int,
+        default=paper.start_iter,
+        help="Step from which the SMAR loss acts. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--smar-warmup-iters",
+        type=int,
+        default=paper.warmup_iters,
+        help="Steps in which --smar-coeff rises linearly from 0. Default: %(default)s, none, as in the paper.",
+    )
+    group.add_argument(
         "--smar-eps",
         type=float,
         default=paper.eps,
@@ -87,6 +110,14 @@ def _add_routing_arguments(parser: ArgumentParser) -> None:
         action="store_false",
         dest="modality_router_bias",
         help="Leave out the trainable bias per modality and expert on the router's logits.",
+    )
+    group.add_argument(
+        "--moe-collapse-threshold",
+        type=float,
+        metavar="SHARE",
+        default=MonitorConfig().collapse_threshold,
+        help="Warn when more than this share of a modality's tokens chooses the same expert of a layer, over the steps "
+        "of a --log-interval; 1 switches the warning off. Default: %(default)s.",
     )
 
 
@@ -188,10 +219,30 @@ def modality_routing_config(args: Namespace) -> ModalityRoutingConfig:
         coeff=args.smar_coeff,
         d_min=args.smar_d_min,
         d_max=args.smar_d_max,
+        bands=read_bands(args.smar_band_file) if args.smar_band_file else {},
+        start_iter=args.smar_start_iter,
+        warmup_iters=args.smar_warmup_iters,
         eps=args.smar_eps,
         scope=args.smar_scope,
         router_bias=args.modality_router_bias,
     )
+
+
+def read_bands(path: Path) -> dict[int, tuple[float, float]]:
+    """Reads --smar-band-file: (d_min, d_max) by layer number from 1.
+
+    Raises:
+        ValueError: The file cannot be read, or is not of that form.
+    """
+    form = 'a JSON object such as {"1": [0.5, 1.0], "2": [1.0, 1.5]}'
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--smar-band-file {path} cannot be read ({error}); give {form}.") from error
+    try:
+        return {int(layer): (float(d_min), float(d_max)) for layer, (d_min, d_max) in content.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--smar-band-file {path} is not {form} ({error}).") from error
 
 
 def vision_config(args: Namespace) -> VisionConfig:
@@ -276,6 +327,7 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
     if args.finetune and not checkpoint_exists(args.load):
         raise ValueError(f"--finetune starts from the checkpoint in --load, but {args.load} has none; give its folder.")
     _check_routing(args, modality_routing_config(args))
+    MonitorConfig.from_arguments(args)
     _check_parallelism(args)
     if args.dataloader_type != "external":
         raise ValueError(
@@ -290,10 +342,16 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig) -> None:
             "--modality-routing smar works on the routers of MoE layers, and this model has none; "
             "give --num-experts, or --modality-routing none."
         )
-    if routing.strategy == "smar" and args.calculate_per_token_loss:
+    unknown = sorted(layer for layer in routing.bands if not 1 <= layer <= (args.num_layers or layer))
+    if unknown:
         raise ValueError(
-            "--calculate-per-token-loss with --modality-routing smar is not supported yet: Megatron divides by tokens "
-            "that are not yet counted when the SMAR loss is formed; leave out --calculate-per-token-loss."
+            f"--smar-band-file names layer {unknown[0]}, but the layers are 1 to {args.num_layers}; "
+            "correct its numbers."
+        )
+    if args.moe_pad_expert_input_to_capacity:
+        raise ValueError(
+            "--moe-pad-expert-input-to-capacity fills every expert, so that no statistics of the routing are left; "
+            "leave it out."
         )
     if args.moe_router_load_balancing_type in (["quantile_balancing"], "quantile_balancing"):
         raise ValueError(
@@ -313,12 +371,13 @@ def _check_parallelism(args: Namespace) -> None:
             "--overlap-moe-expert-parallel-comm interleaves the layers of two micro-batches, which the routing "
             "statistics do not support yet; leave it out."
         )
+    kernels = {"layernorm", "moe_act", "mla_up_proj"} & set(args.recompute_modules or [])
+    if kernels and args.transformer_impl == "local":
+        raise ValueError(
+            f"--recompute-modules {' '.join(sorted(kernels))} needs Transformer Engine; use --transformer-impl "
+            "transformer_engine, or recompute core_attn or moe."
+        )
     if args.cuda_graph_impl not in (None, "none"):
         raise ValueError(
             f"--cuda-graph-impl {args.cuda_graph_impl} is not supported with modality-aware routing; leave it out."
-        )
-    if args.context_parallel_size > 1 and args.transformer_impl == "local":
-        raise ValueError(
-            f"--context-parallel-size {args.context_parallel_size} needs Transformer Engine's attention; use "
-            "--transformer-impl transformer_engine, or --context-parallel-size 1."
         )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megatron_smar.routing.mrd import modality_routing_distribution, mrd_distance
@@ -12,7 +11,7 @@ from megatron_smar.routing.statistics import RoutingStatistics
 
 def smar_loss(distance: Tensor, d_min: float, d_max: float) -> Tensor:
     """How far a distance lies outside the band [d_min, d_max]; 0 inside, slope -1 below and +1 above (Eq. 13)."""
-    return torch.relu(d_min - distance) + torch.relu(distance - d_max)
+    return (distance - distance.clamp(d_min, d_max)).abs()
 
 
 def layer_distance_and_loss(
@@ -25,7 +24,6 @@ def layer_distance_and_loss(
         then distance and loss are 0 too: a batch of pure text is no violation of the band.
     """
     present = statistics.tokens > 0
-    comparable = present.sum() >= 2
     distance = mrd_distance(modality_routing_distribution(statistics, top_k, eps), present)
-    loss = torch.where(comparable, smar_loss(distance, d_min, d_max), 0.0)
-    return distance, loss, comparable.to(distance.dtype)
+    comparable = (present.sum() >= 2).to(distance.dtype)
+    return distance, smar_loss(distance, d_min, d_max) * comparable, comparable

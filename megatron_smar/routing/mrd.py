@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def modality_routing_distribution(statistics: RoutingStatistics, top_k: int, eps
     total = mass.sum(dim=1, keepdim=True)
     num_experts = mass.shape[1]
     empty = total <= 0
-    normalised = torch.where(empty, 1.0 / num_experts, mass / torch.where(empty, 1.0, total))
+    normalised = torch.where(empty, 1.0 / num_experts, mass / total.clamp(min=torch.finfo(mass.dtype).tiny))
     return (normalised + eps) / (1.0 + num_experts * eps)
 
 
@@ -45,10 +47,13 @@ def mrd_distance(mrd: Tensor, present: Tensor | None = None) -> Tensor:
         mrd: [M, E], strictly positive rows.
         present: [M] bool, the modalities that have tokens; None means all.
     """
-    log_mrd = mrd.log()
-    difference = mrd.unsqueeze(0) - mrd.unsqueeze(1)
-    pairwise = 0.5 * (difference * (log_mrd.unsqueeze(0) - log_mrd.unsqueeze(1))).sum(dim=-1)
-    pairs = torch.ones_like(pairwise, dtype=torch.bool).triu(diagonal=1)
-    if present is not None:
-        pairs = pairs & present.unsqueeze(0) & present.unsqueeze(1)
-    return torch.where(pairs, pairwise, 0.0).sum() / pairs.sum().clamp(min=1)
+    pairs = list(combinations(range(mrd.shape[0]), 2))
+    if not pairs:
+        return mrd.new_zeros(())
+    # Few and small operations: on a GPU each is a kernel, in every MoE layer. Row by row, since indices would be copied.
+    first, second = (torch.stack([mrd[pair[side]] for pair in pairs]) for side in (0, 1))
+    pairwise = 0.5 * ((first - second) * (first.log() - second.log())).sum(dim=-1)
+    if present is None:
+        return pairwise.mean()
+    comparable = torch.stack([present[i] & present[j] for i, j in pairs])
+    return (pairwise * comparable).sum() / comparable.sum().clamp(min=1)

@@ -7,8 +7,8 @@ statistics with their one asynchronous reduction, and the auxiliary loss compute
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,9 @@ class ModalityRoutingConfig:
         coeff: beta of Eq. 14.
         d_min: Lower end of the tolerance band (Eq. 13), in nats.
         d_max: Upper end of the tolerance band.
+        bands: Bands of single layers, (d_min, d_max) by layer number from 1; the others have [d_min, d_max].
+        start_iter: Steps before the loss begins to act.
+        warmup_iters: Steps in which beta then rises linearly from 0; 0 begins with the whole of it.
         eps: Smoothing of the routing distributions; see `modality_routing_distribution`.
         scope: `global`: statistics over every token of the micro-batch step on all ranks. `local`: over this
             data-parallel replica's micro-batch.
@@ -49,6 +52,9 @@ class ModalityRoutingConfig:
     coeff: float = 0.01
     d_min: float = 1.5
     d_max: float = 2.0
+    bands: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    start_iter: int = 0
+    warmup_iters: int = 0
     eps: float = 1e-6
     scope: Literal["global", "local"] = "global"
     router_bias: bool = True
@@ -64,12 +70,58 @@ class ModalityRoutingConfig:
                 f"--smar-d-min {self.d_min} and --smar-d-max {self.d_max} are no band: "
                 "give 0 <= d_min <= d_max (the paper's are 1.5 and 2.0)."
             )
+        for layer, (d_min, d_max) in self.bands.items():
+            if not 0 <= d_min <= d_max:
+                raise ValueError(
+                    f"--smar-band-file gives layer {layer} [{d_min}, {d_max}], which is no band: "
+                    "give 0 <= d_min <= d_max."
+                )
+        for name in ("start_iter", "warmup_iters"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--smar-{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more.")
         if self.coeff < 0:
             raise ValueError(f"--smar-coeff is {self.coeff}; it must be 0 or more (the paper's is 0.01).")
         if not self.eps > 0:
             raise ValueError(f"--smar-eps is {self.eps}; it must be greater than 0, or the distance can be infinite.")
         if self.num_modalities < 2:
             raise ValueError(f"num_modalities is {self.num_modalities}; routing by modality needs at least 2.")
+
+    def band(self, layer: int) -> tuple[float, float]:
+        """The tolerance band (d_min, d_max) of a layer, by its number from 1."""
+        return self.bands.get(layer, (self.d_min, self.d_max))
+
+    def warmup(self, iteration: int) -> float:
+        """The share of beta that acts in a step, counted from 0: none before `start_iter`, then a linear rise to 1."""
+        steps = iteration - self.start_iter + 1
+        return min(max(steps, 0) / max(self.warmup_iters, 1), 1.0)
+
+
+class LossScale:
+    """What the auxiliary loss of every layer is multiplied by in the step under way, beside beta.
+
+    Constant within a step, so that recomputation and interleaved schedules read the same. Megatron keeps the loss
+    scale of its own auxiliary losses in the same way (`MoEAuxLossAutoScaler`).
+
+    Attributes:
+        warmup: Share of beta, from `ModalityRoutingConfig.warmup`.
+        tokens: With --calculate-per-token-loss Megatron adds up gradients over micro-batches and replicas and divides
+            them by the step's loss tokens, where the auxiliary loss is to be averaged over micro-batches: this is the
+            loss tokens per micro-batch step, over all replicas. None without.
+    """
+
+    warmup: float = 1.0
+    tokens: Tensor | None = None
+
+    @classmethod
+    def value(cls, is_global: bool, replicas: int) -> float | Tensor:
+        """The factor that makes the gradient come out whole after Megatron's reductions over `replicas`.
+
+        Without per-token loss those average over the replicas, with it they add up. A loss that every replica shares
+        (`is_global`) must then be multiplied by their number, or not; one of each replica's own must be averaged.
+        """
+        if cls.tokens is None:
+            return cls.warmup * (replicas if is_global else 1)
+        return cls.tokens * (cls.warmup / (1 if is_global else replicas))
 
 
 class ModalityBias(nn.Module):
@@ -122,10 +174,9 @@ class ModalityAwareRouter(TopKRouter):
             self.modality_bias = ModalityBias(
                 modality_routing.num_modalities, self.num_experts, trainable, config.sequence_parallel
             )
-        is_global = modality_routing.scope == "global"
-        self.statistics_group = self.tp_dp_cp_group if is_global else self.tp_cp_group
-        # Megatron averages gradients over data parallelism; a loss that every replica shares must come out whole.
-        self.loss_gradient_scale = self.statistics_group.size() / self.tp_cp_group.size()
+        self.is_global = modality_routing.scope == "global"
+        self.statistics_group = self.tp_dp_cp_group if self.is_global else self.tp_cp_group
+        self.replicas = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
         self.observers: list[StatisticsObserver] = []
         self._pending: PendingStatistics | None = None
 
@@ -148,13 +199,16 @@ class ModalityAwareRouter(TopKRouter):
         if self.modality_bias is not None:
             logits = logits + self.modality_bias(modality_mask)
         probs, routing_map = super().routing(logits, padding_mask=~modality_mask.any(dim=-1))
-        trains = self.training and torch.is_grad_enabled()
-        if trains or self.observers:
-            # Equation 5, whatever way the backbone normalises: softmax after or before top-k, sigmoid, scaled.
-            weights = probs / probs.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
-            local = statistics_from_mask(weights, routing_map, modality_mask.flatten(0, 1))
-            self._pending = PendingStatistics(local, self.statistics_group)
+        if self.observers or (self.training and torch.is_grad_enabled()):
+            self._launch_statistics(probs, routing_map, modality_mask)
         return probs, routing_map
+
+    def _launch_statistics(self, probs: Tensor, routing_map: Tensor, modality_mask: Tensor) -> None:
+        """Sums equations 6 and 7 over this rank's tokens and launches their reduction; the host waits for nothing."""
+        # Equation 5, whatever way the backbone normalises: softmax after or before top-k, sigmoid, scaled.
+        weights = probs / probs.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
+        local = statistics_from_mask(weights, routing_map, modality_mask.flatten(0, 1))
+        self._pending = PendingStatistics(local, self.statistics_group)
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Counts per expert without padding: Megatron 0.19.2 combines [N, E] with [N], which needs one more axis."""
@@ -177,20 +231,21 @@ class ModalityAwareRouter(TopKRouter):
         if not (self.training and torch.is_grad_enabled()):
             return output
         smar = self.modality_routing
-        distance, loss, comparable = layer_distance_and_loss(statistics, self.topk, smar.eps, smar.d_min, smar.d_max)
-        self._record({SMAR_LOSS: loss, MRD_DISTANCE: distance, COMPARABLE: comparable})
+        band = smar.band(self.layer_number)
+        distance, loss, comparable = layer_distance_and_loss(statistics, self.topk, smar.eps, *band)
+        self._record(statistics, {SMAR_LOSS: loss, MRD_DISTANCE: distance, COMPARABLE: comparable})
         if smar.strategy == "smar" and smar.coeff > 0:
-            output = MoEAuxLossAutoScaler.apply(output, loss * (smar.coeff * self.loss_gradient_scale))
+            scale = LossScale.value(self.is_global, self.replicas)
+            output = MoEAuxLossAutoScaler.apply(output, loss * smar.coeff * scale)
         return output
 
-    def _record(self, values: dict[str, Tensor]) -> None:
-        """Hands the layer's numbers to Megatron's tracker; global ones are the same on every rank already."""
+    def _record(self, statistics: RoutingStatistics, values: dict[str, Tensor]) -> None:
+        """Hands the layer's numbers to the tracker; global ones are the same on every rank already."""
         tracker: Any = get_moe_metrics_tracker()
+        layers, mtp_layers = self.config.num_layers, self.config.mtp_num_layers or 0
+        layer = self.layer_number + (layers if self.is_mtp_layer else 0)
+        is_local = self.modality_routing.scope == "local"
         for name, value in values.items():
-            tracker.record(
-                name,
-                value,
-                self.layer_number,
-                self.config.num_layers + (self.config.mtp_num_layers or 0),
-                needs_dp_avg=self.modality_routing.scope == "local",
-            )
+            tracker.record(name, value, layer, layers + mtp_layers, needs_dp_avg=is_local)
+        if hasattr(tracker, "record_statistics"):  # Megatron's own tracker, where no other is installed, takes scalars
+            tracker.record_statistics(statistics, layer, layers + mtp_layers)

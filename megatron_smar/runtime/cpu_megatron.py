@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,14 +72,19 @@ def fuse_adamw() -> None:
             if isinstance(inner, torch.optim.Adam):
                 for group in inner.param_groups:
                     group["fused"] = True
+                inner.register_step_post_hook(_count_step)
         return optimizer
 
     training.get_megatron_optimizer = build_fused
 
 
-@adaptation("on loading, the distributed optimizer asks AdamW for the step of a state that it does not have yet")
+@adaptation("the distributed optimizer asks AdamW for its step, which one without state or parameters does not know")
 def start_state_of_distributed_adamw() -> None:
-    """`DistributedOptimizer.state_dict()` of an AdamW that has made no step gives the state at step 0."""
+    """`DistributedOptimizer.state_dict()` gives the state at step 0 before the first step, and a step without parameters.
+
+    Parameters are missing where the rank's shard, or its whole pipeline stage, has nothing to train. With apex or
+    Transformer Engine, Megatron 0.19.2 handles both itself.
+    """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     state_dict = DistributedOptimizer.state_dict
@@ -92,9 +99,27 @@ def start_state_of_distributed_adamw() -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
-        return state_dict(self)
+        with _step_without_parameters(self.optimizer):
+            return state_dict(self)
 
     DistributedOptimizer.state_dict = state_dict_from_start
+
+
+@contextlib.contextmanager
+def _step_without_parameters(optimizer: Any) -> Iterator[None]:
+    """While it lasts, an AdamW without parameters has a state that tells the number of its steps."""
+    hides = isinstance(optimizer, torch.optim.Adam) and not optimizer.state
+    if hides:
+        optimizer.state["no parameter"] = {"step": torch.tensor(float(getattr(optimizer, "steps_made", 0)))}
+    try:
+        yield
+    finally:
+        if hides:
+            del optimizer.state["no parameter"]
+
+
+def _count_step(optimizer: Any, *_: Any) -> None:
+    optimizer.steps_made = getattr(optimizer, "steps_made", 0) + 1
 
 
 @adaptation("the distributed optimizer loads into views of leaves, and gives all parameters one `step` to raise")
@@ -110,6 +135,7 @@ def load_distributed_adamw() -> None:
             load_state_dict(self, state_dict)
         if isinstance(self.optimizer, torch.optim.Adam):
             step = float(state_dict["optimizer"]["param_groups"][0]["step"])
+            self.optimizer.steps_made = int(step)
             for state in self.optimizer.state.values():
                 state["step"] = torch.tensor(step)
 

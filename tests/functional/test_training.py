@@ -29,11 +29,29 @@ def test_ten_losses_agree_between_one_rank_and_two_with_expert_parallelism(world
     assert losses(tmp_path / "one")[10] < losses(tmp_path / "one")[1] - 0.5, "ten equal losses of a model that learns"
 
 
-def test_resuming_gives_bit_identical_losses(world, tmp_path):
-    common = [*SMAR, "--micro-batch-size", 4, "--global-batch-size", 8, "--num-workers", 1, "--train-iters", 8]
-    common += ["--expert-model-parallel-size", 2, "--use-distributed-optimizer", "--save-interval", 4]
+STAGE_1 = ["--freeze", "vision", "language"]
+PIPELINE = ["--pipeline-model-parallel-size", 2]
+EXPERTS = ["--expert-model-parallel-size", 2]
+RESUMED = {
+    "stage 2, experts, distributed optimizer": [*SMAR, *EXPERTS, "--use-distributed-optimizer"],
+    "stage 2, per-token loss": [*SMAR, *EXPERTS, "--calculate-per-token-loss", "--smar-warmup-iters", 6],
+    # A whole stage, half of the experts' ranks or of the optimizer's shards has nothing to train.
+    "stage 1, pipeline": [*STAGE_1, *PIPELINE],
+    "stage 1, pipeline, distributed optimizer": [*STAGE_1, *PIPELINE, "--use-distributed-optimizer"],
+    "stage 1, experts": [*STAGE_1, *EXPERTS],
+    "stage 1, experts, distributed optimizer": [*STAGE_1, *EXPERTS, "--use-distributed-optimizer"],
+}
+OFTEN = ("stage 2, experts, distributed optimizer", "stage 1, pipeline, distributed optimizer")
+
+
+@pytest.mark.parametrize("setting", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.matrix) for n in RESUMED])
+def test_resuming_gives_bit_identical_losses(world, tmp_path, setting):
+    common = ["--micro-batch-size", 4, "--global-batch-size", 8, "--num-workers", 1, "--train-iters", 8]
+    common += [*RESUMED[setting], "--save-interval", 4]
     world.train(*common, "--save", tmp_path / "a", "--tensorboard-dir", tmp_path / "whole", ranks=2)
     stop = ["--save", tmp_path / "b", "--load", tmp_path / "b"]
+    if "stage 1" in setting:
+        stop += ["--dataloader-save", tmp_path / "loader"]  # the loader's state need not lie with the checkpoint
     world.train(*common, *stop, "--exit-interval", 4, "--tensorboard-dir", tmp_path / "first", ranks=2)
     world.train(*common, *stop, "--tensorboard-dir", tmp_path / "second", ranks=2)
     for name in ("lm loss", "smar loss", "grad-norm"):
@@ -41,6 +59,7 @@ def test_resuming_gives_bit_identical_losses(world, tmp_path):
         resumed = losses(tmp_path / "first", name) | losses(tmp_path / "second", name)
         assert sorted(losses(tmp_path / "second", name)) == [5, 6, 7, 8]
         assert resumed == whole, f"{name} differs after resuming"
+    assert losses(tmp_path / "whole", "grad-norm")[8] > 0, "nothing was trained"
 
 
 def test_losses_and_distances_are_logged_to_console_and_tensorboard(world, tmp_path):

@@ -57,6 +57,7 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         (["--smar-start-iter", "-1"], "--smar-start-iter is -1"),
         (["--smar-band-file", "nowhere.json"], "--smar-band-file nowhere.json cannot be read"),
         (["--recompute-modules", "layernorm"], "--recompute-modules layernorm"),
+        (["--moe-pad-expert-input-to-capacity"], "--moe-pad-expert-input-to-capacity"),
         (["--moe-router-load-balancing-type", "quantile_balancing"], "quantile_balancing"),
         (["--dataloader-type", "cyclic"], "--dataloader-type is cyclic"),
     ],

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The statistics' reduction hides behind the experts, costs one collective, and nothing of it waits for a device."""
+
+import json
+from pathlib import Path
+
+from tests.distributed.cases import COMMON, DESCENT, IMAGE, NO_BALANCING, SMAR
+from tests.launch import run
+
+
+def test_one_collective_a_layer_is_launched_before_dispatch_and_waited_for_after_the_experts(tmp_path: Path) -> None:
+    from tests.models import build_hf_model
+
+    build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(tmp_path)
+    flags = [*COMMON, *DESCENT, *NO_BALANCING, *SMAR, "--vision-model", tmp_path]
+    layout = ["--expert-model-parallel-size", "2", "--micro-batch-size", "4"]
+    done = run("tests/distributed/order.py", *flags, *layout, ranks=2)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("EVENTS ")]
+    layer = ["statistics", "launch", "dispatch", "experts", "combine", "finish", "wait"]
+    assert json.loads(line.removeprefix("EVENTS ")) == [*layer, *layer, "backward"]

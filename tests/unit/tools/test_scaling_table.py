@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tools/scaling_table.py: the arithmetic of docs/scaling.md."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_smar.routing import PendingStatistics, routing_statistics
+
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAM = ROOT / "tools/scaling_table.py"
+
+
+def load() -> ModuleType:
+    """The program as a module."""
+    spec = importlib.util.spec_from_file_location("scaling_table_program", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+scaling = load()
+
+
+def reduced_floats(experts: int, modalities: int) -> int:
+    """Size of what a layer really reduces."""
+    sums = routing_statistics(
+        torch.rand(6, experts), torch.ones(6, experts, dtype=torch.bool), torch.arange(6) % modalities, modalities
+    )
+    return PendingStatistics(sums, group=None)._packed.numel()
+
+
+def test_the_document_shows_what_the_program_prints():
+    printed = subprocess.run([sys.executable, str(PROGRAM)], check=True, capture_output=True, text=True).stdout
+    assert printed.strip() in (ROOT / "docs/scaling.md").read_text(), f"put this into docs/scaling.md:\n{printed}"
+
+
+@given(st.integers(1, 300), st.integers(2, 5))
+def test_floats_per_layer_are_what_the_reduction_holds(experts, modalities):
+    model = scaling.Model("any", 1, 8, 8, experts, 1, modalities)
+    assert scaling.floats_per_layer(model) == reduced_floats(experts, modalities)
+
+
+@given(st.integers(1, 100), st.integers(1, 16), st.sampled_from([8, 64, 1024]))
+def test_the_share_does_not_depend_on_layers_or_micro_batches(layers, micro_batches, ranks):
+    small = scaling.Model("any", 1, 64, 64, 8, 2)
+    large = scaling.Model("any", layers, 64, 64, 8, 2)
+    one, many = scaling.Setup(models=(small,)), scaling.Setup(micro_batches=micro_batches, models=(large,))
+    assert scaling.share(large, many, ranks) == pytest.approx(scaling.share(small, one, ranks))
+
+
+def test_volumes_by_hand():
+    """Mixtral on 8 ranks, 1 token: 34 floats * 4 bytes * 2 * 7/8 * 32 layers; 4 * 2 * 7/8 copies of 4096 * 2 bytes."""
+    setup = scaling.Setup(tokens=1)
+    assert scaling.statistics_bytes(scaling.MIXTRAL, setup, 8) == 34 * 4 * 1.75 * 32
+    assert scaling.all_to_all_bytes(scaling.MIXTRAL, setup) == 7 * 4096 * 2 * 32
+    assert (scaling.ring_steps(8), scaling.tree_steps(8), scaling.tree_steps(1024)) == (14, 6, 20)
+
+
+@pytest.mark.parametrize("flags", [["--expert-parallel", "3"], ["--tokens", "0"]])
+def test_a_setup_that_makes_no_sense_is_refused_in_a_sentence(flags):
+    done = subprocess.run([sys.executable, str(PROGRAM), *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and f"error: {flags[0]} {flags[1]}" in done.stderr.replace(" is ", " ")

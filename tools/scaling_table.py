@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How SMAR's communication grows with ranks, experts, layers and tokens: arithmetic, the tables of docs/scaling.md.
+
+    python tools/scaling_table.py [--tokens 4096] [--expert-parallel 8] [--tflops 400]
+
+Beside the routing statistics stands what they are to hide behind: the token all-to-all and the experts' work. Nothing
+here is measured. `tools/benchmark/smar_overhead.py` counts collectives and floats per layer in a real step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+STATISTICS_BYTES = 4  # float32, whatever the model's type
+ACTIVATION_BYTES = 2  # bfloat16
+
+
+@dataclass(frozen=True)
+class Model:
+    """An MoE language model, as far as the volumes depend on it.
+
+    Attributes:
+        name: Heading of its rows.
+        layers: MoE layers.
+        hidden: h.
+        ffn: Inner width of one expert, whose three matrices are [h, ffn].
+        experts: E.
+        top_k: K.
+        modalities: M.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    ffn: int
+    experts: int
+    top_k: int
+    modalities: int = 2
+
+
+MIXTRAL = Model("Mixtral 8x7B", layers=32, hidden=4096, ffn=14336, experts=8, top_k=2)
+QWEN3 = Model("Qwen3-30B-A3B", layers=48, hidden=2048, ffn=768, experts=128, top_k=8)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the tables assume beside the model.
+
+    Attributes:
+        tokens: Tokens per rank and micro-batch.
+        expert_parallel: Ranks that share one layer's experts out.
+        micro_batches: Micro-batches per step.
+        tflops: Assumed speed of one rank in the experts, for the time that there is to hide behind; no measurement.
+        models: Rows' models.
+        ranks: Sizes of the reduction.
+        token_counts: Tokens per rank in the second table.
+    """
+
+    tokens: int = 4096
+    expert_parallel: int = 8
+    micro_batches: int = 1
+    tflops: float = 400.0
+    models: tuple[Model, ...] = (MIXTRAL, QWEN3)
+    ranks: tuple[int, ...] = (8, 64, 256, 1024)
+    token_counts: tuple[int, ...] = field(default=(512, 4096, 32768))
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "expert_parallel", "micro_batches", "tflops"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be greater than 0.")
+        for model in self.models:
+            if model.experts % self.expert_parallel:
+                raise ValueError(
+                    f"--expert-parallel {self.expert_parallel} does not divide the {model.experts} experts of "
+                    f"{model.name}; give a divisor."
+                )
+
+
+def floats_per_layer(model: Model) -> int:
+    """M (2E + 1): counts and weights per modality and expert, and tokens; for any number of tokens or ranks."""
+    return model.modalities * (2 * model.experts + 1)
+
+
+def ring_share(ranks: int) -> float:
+    """2 (n - 1) / n: how often a rank sends what a ring all-reduce over n ranks reduces; less than 2 for any n."""
+    return 2 * (ranks - 1) / ranks
+
+
+def statistics_bytes(model: Model, setup: Setup, ranks: int) -> float:
+    """Bytes that a rank sends per step for the statistics: forward only, the backward pass needs no communication."""
+    return floats_per_layer(model) * STATISTICS_BYTES * ring_share(ranks) * model.layers * setup.micro_batches
+
+
+def all_to_all_bytes(model: Model, setup: Setup) -> float:
+    """Bytes that a rank sends per step for the tokens.
+
+    Dispatch and combine, forward and backward: four times K copies of each token's h numbers, of which a share of
+    (ep - 1) / ep leaves the rank when experts are chosen evenly.
+    """
+    leaving = (setup.expert_parallel - 1) / setup.expert_parallel
+    copies = setup.tokens * model.top_k * leaving
+    return 4 * copies * model.hidden * ACTIVATION_BYTES * model.layers * setup.micro_batches
+
+
+def share(model: Model, setup: Setup, ranks: int) -> float:
+    """The statistics' bytes over the all-to-all's. Layers and micro-batches cancel out."""
+    return statistics_bytes(model, setup, ranks) / all_to_all_bytes(model, setup)
+
+
+def ring_steps(ranks: int) -> int:
+    """Messages one after the other in a ring all-reduce: reduce-scatter and all-gather, n - 1 each."""
+    return 2 * (ranks - 1)
+
+
+def tree_steps(ranks: int) -> int:
+    """Messages one after the other in a tree all-reduce: up and down."""
+    return 2 * math.ceil(math.log2(ranks))
+
+
+def expert_seconds(model: Model, setup: Setup) -> float:
+    """Time of one layer's experts, forward, on one rank at the assumed speed: 2 operations per weight and token."""
+    return setup.tokens * model.top_k * 2 * 3 * model.hidden * model.ffn / (setup.tflops * 1e12)
+
+
+def table(header: str, rows: Iterable[Iterable[object]]) -> str:
+    """A markdown table; columns after the first are numbers."""
+    columns = header.count("|") + 1
+    lines = [f"| {header} |", "|---|" + "--:|" * (columns - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def size(number: float) -> str:
+    """Bytes in the unit that leaves few digits; decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as milliseconds or microseconds."""
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def per_million(fraction: float) -> str:
+    """A small share, to two digits, in parts per million: 10 000 are one percent."""
+    return f"{1e6 * fraction:.2g} ppm"
+
+
+def volume_table(setup: Setup) -> str:
+    """Volume per rank and step, for models and ranks."""
+    header = "model | ranks | floats per layer | statistics sent per rank | tokens sent per rank | share"
+    return table(
+        header,
+        (
+            (
+                model.name,
+                ranks,
+                floats_per_layer(model),
+                size(statistics_bytes(model, setup, ranks)),
+                size(all_to_all_bytes(model, setup)),
+                per_million(share(model, setup, ranks)),
+            )
+            for model in setup.models
+            for ranks in setup.ranks
+        ),
+    )
+
+
+def tokens_table(setup: Setup) -> str:
+    """The share by tokens per rank, on the most ranks."""
+    ranks = max(setup.ranks)
+    header = " | ".join(["model", *(f"{tokens} tokens" for tokens in setup.token_counts)])
+    settings = [Setup(tokens, setup.expert_parallel, models=setup.models) for tokens in setup.token_counts]
+    return table(
+        header, ((model.name, *(per_million(share(model, s, ranks)) for s in settings)) for model in setup.models)
+    )
+
+
+def latency_table(setup: Setup) -> str:
+    """Steps of the all-reduce, and how long one may take if all are to pass while the experts run."""
+    header = "model | ranks | experts' forward | ring steps | time per ring step | tree steps | time per tree step"
+    return table(
+        header,
+        (
+            (
+                model.name,
+                ranks,
+                duration(expert_seconds(model, setup)),
+                ring_steps(ranks),
+                duration(expert_seconds(model, setup) / ring_steps(ranks)),
+                tree_steps(ranks),
+                duration(expert_seconds(model, setup) / tree_steps(ranks)),
+            )
+            for model in setup.models
+            for ranks in setup.ranks
+        ),
+    )
+
+
+def markdown(setup: Setup) -> str:
+    """All tables, as docs/scaling.md has them."""
+    many = max(setup.ranks)
+    return "\n\n".join(
+        [
+            f"Per rank and step: {setup.tokens} tokens per rank and micro-batch, micro-batches per step: "
+            f"{setup.micro_batches}, expert parallelism over {setup.expert_parallel} ranks, activations in bfloat16.",
+            volume_table(setup),
+            f"The share, on {many} ranks, by tokens per rank and micro-batch:",
+            tokens_table(setup),
+            f"Per layer: the all-reduce's steps, and the longest that each may take to be over when the experts of "
+            f"{setup.tokens} tokens per rank are, at an assumed {setup.tflops:g} TFLOP/s:",
+            latency_table(setup),
+        ]
+    )
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--tokens", type=int, default=Setup.tokens, help="Per rank and micro-batch. Default: %(default)s."
+    )
+    parser.add_argument("--expert-parallel", type=int, default=Setup.expert_parallel, help="Default: %(default)s.")
+    parser.add_argument("--micro-batches", type=int, default=Setup.micro_batches, help="Default: %(default)s.")
+    parser.add_argument("--tflops", type=float, default=Setup.tflops, help="One rank's assumed speed in the experts.")
+    try:
+        setup = Setup(**vars(parser.parse_args()))
+    except ValueError as error:
+        parser.error(str(error))
+    print(markdown(setup))
+
+
+if __name__ == "__main__":
+    main()
