@@ -31,11 +31,11 @@ demo: env ## make data, train, resume and evaluate a tiny model; results in runs
 	$(python) examples/emoji_tiny/run.py
 
 test: env ## run the tests (PYTEST_FLAGS= adds options)
-	OMP_NUM_THREADS=1 $(python) -m pytest -m 'not matrix' $(PYTEST_FLAGS) $(test_tiers)
+	OMP_NUM_THREADS=1 $(python) -m pytest $(PYTEST_FLAGS) $(test_tiers)
 
 test-matrix: env ## every parallel layout against one process, and resumed; writes docs/exactness.md
-	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest $(PYTEST_FLAGS) tests/distributed
-	OMP_NUM_THREADS=1 $(python) -m pytest -m matrix $(PYTEST_FLAGS) tests/functional
+	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/distributed
+	OMP_NUM_THREADS=1 $(python) -m pytest --matrix -m matrix $(PYTEST_FLAGS) tests/functional
 
 lint: env ## check style, format and types
 	$(python) -m ruff check

@@ -9,6 +9,18 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks and data workers share the cores
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="also run what is marked `matrix`: every parallel layout")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --matrix, leave its tests out; a mark expression (-m) stays free for the user."""
+    if not config.getoption("--matrix"):
+        left_out = [item for item in items if item.get_closest_marker("matrix")]
+        items[:] = [item for item in items if not item.get_closest_marker("matrix")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def free_port() -> int:
     """A port that nothing listens on now."""
     with socket.socket() as listener:

@@ -83,7 +83,7 @@ MUTATIONS = (
         "megatron_smar/routing/router.py",
         "return cls.tokens * (cls.warmup / (1 if is_global else replicas))",
         "return cls.warmup * (1 if is_global else 1 / replicas)",
-        (exactness("per-token loss, DP 2"),),
+        (exactness("per-token loss as without it, DP 2"),),
     ),
     Mutation(
         "let the modality bias out of sequence parallelism's sum",

@@ -174,11 +174,21 @@ class GroupedLinear(torch.autograd.Function):
             by_tokens = torch.empty_like(tokens)
             for part, weight, place in zip(parts, weights, by_tokens.split(ctx.splits), strict=True):
                 torch.mm(part, weight, out=place)
+        wanted = ctx.needs_input_grad[2:]
         by_weights = [
-            part.t() @ rows if wanted else None
-            for part, rows, wanted in zip(parts, tokens.split(ctx.splits), ctx.needs_input_grad[2:], strict=True)
+            _weight_gradient(weight, part, rows) if wants else None
+            for weight, part, rows, wants in zip(weights, parts, tokens.split(ctx.splits), wanted, strict=True)
         ]
         return by_tokens, None, *by_weights
+
+
+def _weight_gradient(weight: Tensor, gradient: Tensor, tokens: Tensor) -> Tensor:
+    """The gradient by a weight [out, in]; under Megatron's DDP added to its buffer at once, as its own linears do."""
+    if not hasattr(weight, "grad_added_to_main_grad") or weight.main_grad.dtype != gradient.dtype:
+        return gradient.t() @ tokens
+    weight.main_grad.addmm_(gradient.t(), tokens)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)  # DDP's hook has to be called, and then does not look at it
 
 
 class LocalExperts(SequentialMLP):

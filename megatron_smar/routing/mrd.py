@@ -50,7 +50,7 @@ def mrd_distance(mrd: Tensor, present: Tensor | None = None) -> Tensor:
     pairs = list(combinations(range(mrd.shape[0]), 2))
     if not pairs:
         return mrd.new_zeros(())
-    # Few and small operations: on a GPU each is a kernel, in every MoE layer. Row by row, since indices would be copied.
+    # Few operations: on a GPU each is a kernel, in every MoE layer. Row by row, since indices would have to be copied.
     first, second = (torch.stack([mrd[pair[side]] for pair in pairs]) for side in (0, 1))
     pairwise = 0.5 * ((first - second) * (first.log() - second.log())).sum(dim=-1)
     if present is None:

@@ -80,7 +80,7 @@ def fuse_adamw() -> None:
 
 @adaptation("the distributed optimizer asks AdamW for its step, which one without state or parameters does not know")
 def start_state_of_distributed_adamw() -> None:
-    """`DistributedOptimizer.state_dict()` gives the state at step 0 before the first step, and a step without parameters.
+    """`DistributedOptimizer.state_dict()` works before the first step, and without parameters.
 
     Parameters are missing where the rank's shard, or its whole pipeline stage, has nothing to train. With apex or
     Transformer Engine, Megatron 0.19.2 handles both itself.

@@ -194,8 +194,13 @@ def cases() -> Iterator[Case]:
 
 
 def _losses() -> Iterator[Case]:
+    # With as many loss tokens in every row it is the same loss: this one does not take the reference's scale on trust.
+    even = Setting(flags=PER_TOKEN)
+    yield Case("per-token loss as without it, DP 2", 2, 2, "", even, Setting(), core=True)
+    pieces = Setting(micro_batches=4, flags=PER_TOKEN)
+    yield Case("per-token loss as without it, EP 2, 4 micro-batches", 2, 2, EP, pieces, Setting(micro_batches=4))
     tokens = Setting(batch="uneven", flags=PER_TOKEN)
-    yield Case("per-token loss, DP 2", 2, 2, "", tokens, core=True)
+    yield Case("per-token loss, DP 2", 2, 2, "", tokens)
     accumulated = Setting(batch="uneven", micro_batches=4, flags=PER_TOKEN)
     yield Case("per-token loss, EP 2, 4 micro-batches", 2, 2, EP, accumulated)
     yield Case("per-token loss, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", tokens)
