@@ -301,6 +301,17 @@ def data_config(args: Namespace) -> DataConfig:
     )
 
 
+def check_shape(args: Namespace, is_known: bool = True) -> None:
+    """Refuses models and layouts that cannot train.
+
+    Args:
+        args: The flags.
+        is_known: False before a checkpoint has given the model's shape (--use-checkpoint-args).
+    """
+    _check_routing(args, modality_routing_config(args), is_known)
+    _check_parallelism(args)
+
+
 def check_arguments(args: Namespace, needs_data: bool = True) -> None:
     """Refuses what cannot train, in one sentence, on every rank alike.
 
@@ -326,26 +337,26 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
         raise ValueError("--freeze vision connector language leaves nothing to train; leave out at least one of them.")
     if args.finetune and not checkpoint_exists(args.load):
         raise ValueError(f"--finetune starts from the checkpoint in --load, but {args.load} has none; give its folder.")
-    _check_routing(args, modality_routing_config(args))
+    check_shape(args, is_known=not args.use_checkpoint_args)
     MonitorConfig.from_arguments(args)
-    _check_parallelism(args)
     if args.dataloader_type != "external":
         raise ValueError(
             f"--dataloader-type is {args.dataloader_type}; conversations come through energon: leave the flag out."
         )
 
 
-def _check_routing(args: Namespace, routing: ModalityRoutingConfig) -> None:
-    from_checkpoint = args.use_checkpoint_args  # the model's shape is then not in the flags
-    if routing.strategy == "smar" and not args.num_experts and not from_checkpoint:
+def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_known: bool) -> None:
+    if routing.strategy == "smar" and not args.num_experts and shape_is_known:
         raise ValueError(
             "--modality-routing smar works on the routers of MoE layers, and this model has none; "
             "give --num-experts, or --modality-routing none."
         )
-    unknown = sorted(layer for layer in routing.bands if not 1 <= layer <= (args.num_layers or layer))
-    if unknown:
+    if routing.bands and routing.strategy != "smar":
+        raise ValueError(f"--smar-band-file has no effect with --modality-routing {routing.strategy}; leave it out.")
+    without = sorted(set(routing.bands) - set(_moe_layers(args)))
+    if without and shape_is_known:
         raise ValueError(
-            f"--smar-band-file names layer {unknown[0]}, but the layers are 1 to {args.num_layers}; "
+            f"--smar-band-file names layer {without[0]}, but the MoE layers are {_moe_layers(args)}; "
             "correct its numbers."
         )
     if args.moe_pad_expert_input_to_capacity:
@@ -359,7 +370,27 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig) -> None:
         )
 
 
+def _moe_layers(args: Namespace) -> list[int]:
+    """Numbers, from 1, of the layers that are MoE layers (--moe-layer-freq)."""
+    frequency, layers = args.moe_layer_freq, range(1, (args.num_layers or 0) + 1)
+    if isinstance(frequency, int):
+        return [layer for layer in layers if (layer - 1) % frequency == 0]
+    return [layer for layer, is_moe in zip(layers, frequency, strict=False) if is_moe]
+
+
 def _check_parallelism(args: Namespace) -> None:
+    if args.hybrid_context_parallel:
+        raise ValueError("--hybrid-context-parallel cuts batches in another way than ours are; leave it out.")
+    if args.iterations_to_skip:
+        raise ValueError(
+            "--iterations-to-skip reads the data on one tensor-parallel rank only, where each reads its own; "
+            "leave it out."
+        )
+    if args.num_layers_per_virtual_pipeline_stage and args.dataloader_save:
+        raise ValueError(
+            "--dataloader-save does not work with virtual pipeline stages, of which Megatron saves no loader; "
+            "leave it out."
+        )
     if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
         raise ValueError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with MoE layers needs "

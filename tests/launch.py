@@ -49,7 +49,8 @@ def run(
     output, end = bytearray(), time.monotonic() + timeout
     assert process.stdout is not None
     while True:
-        readable, _, _ = select.select([process.stdout], [], [], idle or max(0, end - time.monotonic()))
+        left = idle or end - time.monotonic()  # no time left is a hang too, however much is written
+        readable = left > 0 and select.select([process.stdout], [], [], left)[0]
         chunk = os.read(process.stdout.fileno(), 1 << 16) if readable else b""
         output += chunk
         if not chunk:

@@ -285,7 +285,10 @@ def _band(axes: Axes, band: Sequence[float], values: Sequence[float]) -> None:
     axes.set_ylim(0, highest * 1.08)
     axes.axhspan(d_min, d_max, color=BAND, linewidth=0, zorder=0)
     where = axes.get_yaxis_transform()
-    axes.text(0.02, d_max, f"band {d_min:g} to {d_max:g}", transform=where, va="bottom", color=MUTED, fontsize=9)
+    label = axes.text(0.02, d_max, f"band {d_min:g} to {d_max:g}", transform=where, va="bottom")
+    label.set(
+        color=MUTED, fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}, zorder=5
+    )  # above the curves
 
 
 def _spread(items: Sequence[int], count: int) -> list[int]:

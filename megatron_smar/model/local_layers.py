@@ -25,13 +25,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 
-def zigzag_positions(length: int, context_parallel_size: int) -> Tensor:
+def zigzag_positions(length: int, context_parallel_size: int, device: torch.device | str | None = None) -> Tensor:
     """Positions that each context-parallel rank holds, [cp, length / cp], in its order.
 
     Megatron cuts a sequence into 2 cp chunks and gives rank r chunks r and 2 cp - 1 - r, so that all have as much to do
     under a causal mask (`megatron.core.utils.get_batch_on_this_cp_rank`).
     """
-    chunks = torch.arange(length).view(2 * context_parallel_size, -1)
+    chunks = torch.arange(length, device=device).view(2 * context_parallel_size, -1)
     return torch.cat([chunks[:context_parallel_size], chunks.flip(0)[:context_parallel_size]], dim=1)
 
 
@@ -96,7 +96,7 @@ class ScaledDotProductAttention(MegatronModule):
         kept = None if causal or attention_mask is None else ~attention_mask
         if self.cp_group.size() > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-            kept, causal = self._mask_of_shard(key.shape[0], causal, attention_mask).to(key.device), False
+            kept, causal = self._mask_of_shard(key, causal, attention_mask), False
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         with self._dropout_generator():
             context = F.scaled_dot_product_attention(
@@ -111,14 +111,14 @@ class ScaledDotProductAttention(MegatronModule):
             )
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _mask_of_shard(self, length: int, causal: bool, attention_mask: Tensor | None) -> Tensor:
+    def _mask_of_shard(self, keys: Tensor, causal: bool, attention_mask: Tensor | None) -> Tensor:
         """Which of all ranks' keys, in the order they are gathered in, this rank's queries see, [s / cp, s] bool."""
         if not causal and attention_mask is not None:
             raise ValueError(
                 "attention masks with --context-parallel-size > 1 need Transformer Engine's attention; "
                 "use --transformer-impl transformer_engine."
             )
-        positions = zigzag_positions(length, self.cp_group.size())
+        positions = zigzag_positions(keys.shape[0], self.cp_group.size(), keys.device)
         visible = positions[self.cp_group.rank()].unsqueeze(1) >= positions.flatten().unsqueeze(0)
         return visible if causal else torch.ones_like(visible)
 
@@ -182,7 +182,7 @@ class GroupedLinear(torch.autograd.Function):
         return by_tokens, None, *by_weights
 
 
-def _weight_gradient(weight: Tensor, gradient: Tensor, tokens: Tensor) -> Tensor:
+def _weight_gradient(weight: Any, gradient: Tensor, tokens: Tensor) -> Tensor:
     """The gradient by a weight [out, in]; under Megatron's DDP added to its buffer at once, as its own linears do."""
     if not hasattr(weight, "grad_added_to_main_grad") or weight.main_grad.dtype != gradient.dtype:
         return gradient.t() @ tokens

@@ -104,23 +104,28 @@ class LossScale:
 
     Attributes:
         warmup: Share of beta, from `ModalityRoutingConfig.warmup`.
-        tokens: With --calculate-per-token-loss Megatron adds up gradients over micro-batches and replicas and divides
-            them by the step's loss tokens, where the auxiliary loss is to be averaged over micro-batches: this is the
-            loss tokens per micro-batch step, over all replicas. None without.
+        tokens: For --calculate-per-token-loss, where Megatron adds up gradients over micro-batches and replicas and
+            divides them by the step's loss tokens, while the auxiliary loss is to be averaged over micro-batches: the
+            loss tokens per micro-batch step, over all replicas.
     """
 
     warmup: float = 1.0
     tokens: Tensor | None = None
 
     @classmethod
-    def value(cls, is_global: bool, replicas: int) -> float | Tensor:
+    def value(cls, is_global: bool, replicas: int, per_token: bool) -> float | Tensor:
         """The factor that makes the gradient come out whole after Megatron's reductions over `replicas`.
 
         Without per-token loss those average over the replicas, with it they add up. A loss that every replica shares
         (`is_global`) must then be multiplied by their number, or not; one of each replica's own must be averaged.
         """
-        if cls.tokens is None:
+        if not per_token:
             return cls.warmup * (replicas if is_global else 1)
+        if cls.tokens is None:
+            raise RuntimeError(
+                "--calculate-per-token-loss needs the number of loss tokens of a step before its first micro-batch: "
+                "wrap the iterator in megatron_smar.training.batch.CountedSteps."
+            )
         return cls.tokens * (cls.warmup / (1 if is_global else replicas))
 
 
@@ -235,7 +240,7 @@ class ModalityAwareRouter(TopKRouter):
         distance, loss, comparable = layer_distance_and_loss(statistics, self.topk, smar.eps, *band)
         self._record(statistics, {SMAR_LOSS: loss, MRD_DISTANCE: distance, COMPARABLE: comparable})
         if smar.strategy == "smar" and smar.coeff > 0:
-            scale = LossScale.value(self.is_global, self.replicas)
+            scale = LossScale.value(self.is_global, self.replicas, self.calculate_per_token_loss)
             output = MoEAuxLossAutoScaler.apply(output, loss * smar.coeff * scale)
         return output
 

@@ -135,7 +135,7 @@ def load_distributed_adamw() -> None:
             load_state_dict(self, state_dict)
         if isinstance(self.optimizer, torch.optim.Adam):
             step = float(state_dict["optimizer"]["param_groups"][0]["step"])
-            self.optimizer.steps_made = int(step)
+            self.optimizer.steps_made = int(step)  # type: ignore[attr-defined]
             for state in self.optimizer.state.values():
                 state["step"] = torch.tensor(step)
 

@@ -47,7 +47,8 @@ class CountedSteps:
     """Reads a step's micro-batches together, so that its loss tokens are known before its first backward pass.
 
     For --calculate-per-token-loss, see `LossScale`. One all-reduce of one number per step; the samples and their order
-    stay the same. The loader's state is saved between steps, when nothing is kept here.
+    stay the same. The loader's state is saved between steps, when nothing is kept here; within a step, the tiles of all
+    its micro-batches lie in the host's memory.
 
     Args:
         iterator: The loader's.

@@ -157,7 +157,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
             return ""
         window = self._reduced_window(_number_of_layers(kwargs), kwargs.get("pg_collection"))
         self._unwritten, self._unprinted = self._unwritten + window, self._unprinted + window
-        if writes:
+        if writes and (writer is not None or wandb_writer is not None):
             self._log_scalars(load_scalars(self._unwritten, self.config), iteration, writer, wandb_writer)
             self._unwritten = torch.zeros(())
         indices = layer_specialization(self._unprinted)

@@ -42,7 +42,7 @@ def model_provider(
 ) -> VisionLanguageModel:
     """Builds one pipeline stage of the model from the parsed arguments."""
     args = get_args()
-    if args.save and args.dataloader_save is None:
+    if args.save and args.dataloader_save is None and not args.virtual_pipeline_model_parallel_size:
         args.dataloader_save = dataloader_state_folder(args.save)
     if args.padded_vocab_size is None:
         args.padded_vocab_size = calculate_padded_vocab_size(
@@ -158,7 +158,8 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
         timers("batch-generator", log_level=2).start()
         with_images = _decodes_images(groups, getattr(model, "vp_stage", None))
         batch = next_batch(data_iterator, image_token_id, tile_tokens, with_images, groups)
-        LossScale.warmup = routing.warmup(args.curr_iteration)
+        if model.training:
+            LossScale.warmup = routing.warmup(args.curr_iteration)
         timers("batch-generator").stop()
         output = model(
             input_ids=batch.input_ids,

@@ -16,7 +16,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
-from megatron_smar.arguments import add_arguments, check_arguments
+from megatron_smar.arguments import add_arguments, check_arguments, check_shape
 from megatron_smar.training.monitor import install_metrics
 from megatron_smar.training.providers import model_provider
 
@@ -36,6 +36,8 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
     try:
         check_arguments(parse_args(add_arguments), needs_data)
         args = parse_and_validate_args(add_arguments)
+        if args.use_checkpoint_args:
+            check_shape(args)
     except (ValueError, AssertionError) as error:
         fail(error)
     install_metrics()

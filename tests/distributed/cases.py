@@ -49,6 +49,7 @@ def make_batch(name: str) -> dict[str, Any]:
     `mixed`: pure text, mostly pictures, pictures and padding; every row has 8 loss tokens, of which each of two
     context-parallel shares has 4, since Megatron averages the means of replicas and shares.
     `uneven`: the same with very different numbers of loss tokens.
+    `other padding`: as `mixed`, with other ids where there is padding.
     `extremes`: by pairs of rows: text alone, vision alone, padding alone, everything.
     `no images`: text alone.
     """
@@ -58,7 +59,7 @@ def make_batch(name: str) -> dict[str, Any]:
     mask = torch.zeros(ROWS, LENGTH)
     mask[:, 2:6] = mask[:, 9:13] = 1
     places: list[list[int]] = [[] for _ in range(ROWS)]
-    if name in ("mixed", "uneven"):
+    if name in ("mixed", "uneven", "other padding"):
         for row in (2, 5):
             padding[row, 28:] = True
         for row in (3, 6):
@@ -74,6 +75,8 @@ def make_batch(name: str) -> dict[str, Any]:
         padding[4:6] = True
         padding[7, 20:] = True
         mask[2:6] = 0
+    if name == "other padding":
+        ids[padding] = VOCABULARY - 1
     for row, starts in enumerate(places):
         for start in starts:
             ids[row, start : start + TOKENS_PER_TILE] = IMAGE
@@ -249,6 +252,22 @@ def _execution() -> Iterator[Case]:
 
 
 def _contents() -> Iterator[Case]:
+    balanced = (*SMAR, "--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")
+    other, same = Setting(batch="other padding", flags=balanced), Setting(flags=balanced)
+    yield Case("what padding holds, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", other, same)
+    frozen = Setting(flags=("--modality-routing", "smar", "--freeze", "vision", "language"))
+    yield Case("SMAR with a frozen language model, EP 2", 2, 2, EP, frozen)
+    nothing_frozen = Setting(flags=("--modality-routing", "smar", "--freeze"))
+    for name, layout, replicas in (("EP 2", EP, 2), ("TP 2 + SP", f"{TP} --expert-tensor-parallel-size 1", 1)):
+        yield Case(f"nothing frozen, {name}", 2, replicas, layout, nothing_frozen)
+    yield Case("nothing frozen, CP 2", 2, 1, CP, nothing_frozen)
+    yield Case("nothing frozen, PP 2", 2, 1, PP, nothing_frozen)
+    rising, half = (*SMAR, "--smar-warmup-iters", "2"), (*SMAR, "--smar-coeff", "0.25")
+    yield Case(
+        "warm-up, half of beta in the first of two steps, DP 2", 2, 2, "", Setting(flags=rising), Setting(flags=half)
+    )
+    late = Setting(flags=(*SMAR, "--smar-start-iter", "1"))
+    yield Case("start step not reached, DP 2", 2, 2, "", late, Setting(flags=(*SMAR, "--smar-coeff", "0")))
     extremes = Setting(batch="extremes", flags=PER_TOKEN)
     yield Case("ranks of text, vision, padding, all", 4, 4, "", extremes)
     yield Case("ranks of text, vision, padding, all, EP 4", 4, 4, "--expert-model-parallel-size 4", extremes)

@@ -41,6 +41,8 @@ RESUMED = {
     "stage 1, experts": [*STAGE_1, *EXPERTS],
     "stage 1, experts, distributed optimizer": [*STAGE_1, *EXPERTS, "--use-distributed-optimizer"],
 }
+OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+RESUMED["stage 2, overlapped, 2 micro-batches"] = [*SMAR, *EXPERTS, *OVERLAP, "--micro-batch-size", 2]
 OFTEN = ("stage 2, experts, distributed optimizer", "stage 1, pipeline, distributed optimizer")
 
 
@@ -60,6 +62,21 @@ def test_resuming_gives_bit_identical_losses(world, tmp_path, setting):
         assert sorted(losses(tmp_path / "second", name)) == [5, 6, 7, 8]
         assert resumed == whole, f"{name} differs after resuming"
     assert losses(tmp_path / "whole", "grad-norm")[8] > 0, "nothing was trained"
+
+
+def test_validation_alone_runs_without_a_training_step(world):
+    flags = ["--micro-batch-size", 4, "--global-batch-size", 8, "--num-workers", 0, "--train-iters", 8]
+    output = world.train(*SMAR, *flags, "--skip-train", "--eval-iters", 1).stdout
+    assert "validation loss at" in output
+
+
+@pytest.mark.matrix
+def test_virtual_pipeline_stages_train_and_save(world, tmp_path):
+    """Megatron hands a list of iterators to its saving of the loader's state, and fails on it."""
+    flags = [*SMAR, "--micro-batch-size", 4, "--global-batch-size", 16, "--num-workers", 0, "--train-iters", 2]
+    flags += [*PIPELINE, "--num-layers", 4, "--num-layers-per-virtual-pipeline-stage", 1, "--save", tmp_path]
+    world.train(*flags, "--save-interval", 2, ranks=2)
+    assert (tmp_path / "iter_0000002").is_dir()
 
 
 def test_losses_and_distances_are_logged_to_console_and_tensorboard(world, tmp_path):

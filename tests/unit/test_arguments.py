@@ -86,14 +86,14 @@ def test_bands_of_single_layers_are_read_and_the_others_have_the_common_one(monk
         ('{"one": [1, 2]}', "is not a JSON object"),
         ('{"1": [1, 2', "cannot be read"),
         ('{"1": [2, 1]}', "gives layer 1 \\[2.0, 1.0\\]"),
-        ('{"3": [1, 2]}', "names layer 3, but the layers are 1 to 2"),
+        ('{"3": [1, 2]}', "names layer 3, but the MoE layers are \\[1, 2\\]"),
     ],
 )
 def test_a_band_file_that_is_none_is_refused_in_one_sentence(monkeypatch, vision, tmp_path, content, said):
     from megatron_smar.arguments import check_arguments
 
     (tmp_path / "bands.json").write_text(content)
-    args = parse(monkeypatch, vision, "--smar-band-file", str(tmp_path / "bands.json"))
+    args = parse(monkeypatch, vision, "--modality-routing", "smar", "--smar-band-file", str(tmp_path / "bands.json"))
     with pytest.raises(ValueError, match=said) as error:
         check_arguments(args, needs_data=False)
     assert "\n" not in str(error.value)

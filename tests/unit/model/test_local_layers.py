@@ -39,4 +39,4 @@ def test_an_attention_mask_under_context_parallelism_is_refused(single_rank):
     attention = ScaledDotProductAttention(transformer_config(), 1, AttnMaskType.padding, "self")
     attention.cp_group = _Place(0, 2)
     with pytest.raises(ValueError, match="--context-parallel-size > 1"):
-        attention._mask_of_shard(8, False, torch.zeros(1, 1, 8, 8, dtype=torch.bool))
+        attention._mask_of_shard(torch.zeros(8, 1, 1, 1), False, torch.zeros(1, 1, 8, 8, dtype=torch.bool))
