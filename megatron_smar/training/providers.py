@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.checkpointing import get_checkpoint_name
@@ -156,7 +157,7 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
         args, timers = get_args(), get_timers()
         groups = ProcessGroupCollection.use_mpu_process_groups()
         timers("batch-generator", log_level=2).start()
-        with_images = _decodes_images(groups, getattr(model, "vp_stage", None))
+        with_images = get_attr_wrapped_model(model, "pre_process")
         batch = next_batch(data_iterator, image_token_id, tile_tokens, with_images, groups)
         if model.training:
             LossScale.warmup = routing.warmup(args.curr_iteration)
