@@ -284,11 +284,8 @@ def _band(axes: Axes, band: Sequence[float], values: Sequence[float]) -> None:
     highest = max([d_max, *known[np.isfinite(known)]])
     axes.set_ylim(0, highest * 1.08)
     axes.axhspan(d_min, d_max, color=BAND, linewidth=0, zorder=0)
-    where = axes.get_yaxis_transform()
-    label = axes.text(0.02, d_max, f"band {d_min:g} to {d_max:g}", transform=where, va="bottom")
-    label.set(
-        color=MUTED, fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}, zorder=5
-    )  # above the curves
+    name = f"shaded: band {d_min:g} to {d_max:g}"  # above the plot, where it hides no point
+    axes.text(1, 1.01, name, transform=axes.transAxes, ha="right", va="bottom", color=MUTED, fontsize=9)
 
 
 def _spread(items: Sequence[int], count: int) -> list[int]:

@@ -3,9 +3,9 @@
 
 torchrun --nproc-per-node 2 order.py <flags of pretrain_vlm.py>
 
-Events: `launch` (an all-reduce as large as the statistics'), `dispatch`, `experts`, `combine`, `wait`, and in backward
-`backward all-reduce` for any further one of that size. Operations that make the host wait for a device are refused
-while the router and `finish` run.
+Events: `bias`, `statistics`, `launch` (any all-reduce as large as the statistics'), `dispatch`, `experts`, `combine`,
+`finish`, `wait`, and `backward` where that pass begins. Operations that make the host wait for a device are refused
+where our own code runs: the modality bias, the sums and their launch, `finish`.
 """
 
 import json
@@ -74,6 +74,7 @@ def main() -> None:
         watch(moe.token_dispatcher, "token_dispatch", "dispatch", events)
         watch(moe.experts, "forward", "experts", events)
         watch(moe.token_dispatcher, "token_combine", "combine", events)
+        watch(moe.router.modality_bias, "forward", "bias", events, guarded=True)
         watch(moe.router, "_launch_statistics", "statistics", events, guarded=True)
         watch(moe.router, "finish", "finish", events, guarded=True)
         assert isinstance(moe.router, ModalityAwareRouter)

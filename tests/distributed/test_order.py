@@ -16,5 +16,5 @@ def test_one_collective_a_layer_is_launched_before_dispatch_and_waited_for_after
     layout = ["--expert-model-parallel-size", "2", "--micro-batch-size", "4"]
     done = run("tests/distributed/order.py", *flags, *layout, ranks=2)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("EVENTS ")]
-    layer = ["statistics", "launch", "dispatch", "experts", "combine", "finish", "wait"]
+    layer = ["bias", "statistics", "launch", "dispatch", "experts", "combine", "finish", "wait"]
     assert json.loads(line.removeprefix("EVENTS ")) == [*layer, *layer, "backward"]
