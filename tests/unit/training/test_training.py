@@ -109,14 +109,17 @@ def test_smar_adds_beta_times_the_band_losses_of_all_layers_to_the_loss(single_r
 
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     band = {"eps": 1e-3, "d_min": 3.0, "d_max": 4.0}
-    model = build_model(vision, routing={"strategy": "smar", "coeff": 0.25, **band}).train()
+    own = {2: (0.0, 0.01)}  # the second layer's, which pulls its modalities together
+    model = build_model(vision, routing={"strategy": "smar", "coeff": 0.25, "bands": own, **band}).train()
     plain = build_model(vision, routing={"strategy": "none", **band}).train()
     plain.load_state_dict(model.state_dict())
     plain.language_model.requires_grad_(True)  # without SMAR the bias is frozen
     losses = []
     for layer in plain.language_model.decoder.layers:
         layer.mlp.router.observers.append(
-            lambda _, statistics: losses.append(layer_distance_and_loss(statistics, 2, *band.values())[1])
+            lambda number, statistics: losses.append(
+                layer_distance_and_loss(statistics, 2, 1e-3, *own.get(number, (3.0, 4.0)))[1]
+            )
         )
     main = loss_of(plain, inputs())
     loss_of(model, inputs()).backward()
