@@ -31,7 +31,8 @@ def run(
     `timeout` or, where `idle` is given instead, when it writes nothing for that many seconds.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    environment = os.environ | {
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of the tests' own process group
+    environment = {name: value for name, value in os.environ.items() if name not in launched} | {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "MEGATRON_SMAR_DEVICE": "cpu",
