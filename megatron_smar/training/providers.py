@@ -80,7 +80,7 @@ def data_iterators_provider(
     config = data_config(args)
     place = (groups.dp.rank(), groups.dp.size())
     settings = {
-        "decode_images": _decodes_images(groups, vp_stage),
+        "decode_images": groups.pp.rank() == 0 and not vp_stage,  # the vision encoder is in the first chunk alone
         "announce_rejects": groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0 and not vp_stage,
     }
     train: EnergonIterator | CountedSteps | None = None
@@ -125,11 +125,6 @@ def _restore(iterator: EnergonIterator, data_parallel_rank: int) -> None:
 def dataloader_state_folder(checkpoint: str) -> str:
     """Where the loader's state lies: beside the iterations, whose own folders Megatron wants to find empty."""
     return os.path.join(checkpoint, "dataloader")
-
-
-def _decodes_images(groups: ProcessGroupCollection, vp_stage: int | None) -> bool:
-    """Only the first stage has the vision encoder."""
-    return groups.pp.rank() == 0 and not vp_stage
 
 
 def build_forward_step() -> ForwardStep:

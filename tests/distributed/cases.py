@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 
+from tests.launch import SMALL_MODEL
+
 IMAGE, SIDE, TOKENS_PER_TILE, ROWS, LENGTH, VOCABULARY = 5, 32, 4, 8, 32, 128
 
 # Everything that a case may override; the band lies where every layer's distance is outside of it.
-COMMON = f"""
-    --image-size {SIDE} --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4
-    --group-query-attention --num-query-groups 2 --num-experts 4 --moe-router-topk 2
-    --moe-token-dispatcher-type alltoall --swiglu --normalization RMSNorm --disable-bias-linear
-    --position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
-    --seq-length {LENGTH} --max-position-embeddings {LENGTH} --make-vocab-size-divisible-by 64 --seed 7
-    --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --global-batch-size {ROWS} --init-method-std 0.1
-    --clip-grad 0 --weight-decay 0 --lr 1 --lr-decay-style constant --train-iters 1 --no-save-optim
+COMMON = [
+    *SMALL_MODEL,
+    *f"""
+    --seq-length {LENGTH} --max-position-embeddings {LENGTH} --init-method-std 0.1 --tokenizer-type NullTokenizer
+    --vocab-size {VOCABULARY} --global-batch-size {ROWS} --clip-grad 0 --weight-decay 0 --lr 1
+    --lr-decay-style constant --train-iters 1 --no-save-optim
     --smar-coeff 0.5 --smar-d-min 3 --smar-d-max 4 --smar-eps 1e-3
-""".split()
+    """.split(),
+]
 
 # With a learning rate of 1 the difference of the weights is the gradient g itself ...
 DESCENT = "--optimizer sgd --sgd-momentum 0".split()
@@ -140,13 +141,13 @@ class Case:
         rows = ROWS // setting.micro_batches // self.data_parallel
         optimizer = SIGNED if self.adam else DESCENT
         layout = ["--micro-batch-size", str(rows), *self.layout.split()]
-        balancing = [] if "--moe-router-load-balancing-type" in setting.flags else NO_BALANCING
-        return [*COMMON, *balancing, *optimizer, *MODELS[setting.model], *setting.flags, *layout]
+        return [*COMMON, *optimizer, *MODELS[setting.model], *setting.flags, *layout]
 
 
-NO_BALANCING = ["--moe-router-load-balancing-type", "none"]
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
+TP_SP = f"{TP} --expert-tensor-parallel-size 1"
 PP = "--pipeline-model-parallel-size 2"
+VIRTUAL = f"{PP} --num-layers-per-virtual-pipeline-stage 1"
 CP = "--context-parallel-size 2"
 EP = "--expert-model-parallel-size 2"
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
@@ -173,22 +174,21 @@ def cases() -> Iterator[Case]:
     yield Case("DP 4", 4, 4, "")
     yield Case("EP 2", 2, 2, EP, core=True)
     yield Case("EP 4", 4, 4, "--expert-model-parallel-size 4")
-    yield Case("TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", core=True)
+    yield Case("TP 2 + SP", 2, 1, TP_SP, core=True)
     yield Case("TP 2 + SP, expert TP 2", 2, 1, f"{TP} --expert-tensor-parallel-size 2")
     yield Case("PP 2", 2, 1, PP, core=True)
     yield Case("PP 2, 4 micro-batches", 2, 1, PP, Setting(micro_batches=4))
     interleaved = Setting("four layers", micro_batches=4)
     # Gloo cannot coalesce the float64 gradients of two chunks with those of the float32 modality bias.
-    virtual = f"{PP} --num-layers-per-virtual-pipeline-stage 1"
-    yield Case("PP 2 interleaved", 2, 1, virtual, interleaved, dtype="float32", core=True)
+    yield Case("PP 2 interleaved", 2, 1, VIRTUAL, interleaved, dtype="float32", core=True)
     yield Case("CP 2", 2, 1, CP, core=True)
-    yield Case("TP 2 x PP 2", 4, 1, f"{TP} {PP} --expert-tensor-parallel-size 1", deep)
-    yield Case("TP 2 x EP 2", 2, 1, f"{TP} {EP} --expert-tensor-parallel-size 1")
-    yield Case("TP 2 x EP 2 x DP 2", 4, 2, f"{TP} {EP} --expert-tensor-parallel-size 1")
+    yield Case("TP 2 x PP 2", 4, 1, f"{TP_SP} {PP}", deep)
+    yield Case("TP 2 x EP 2", 2, 1, f"{TP_SP} {EP}")
+    yield Case("TP 2 x EP 2 x DP 2", 4, 2, f"{TP_SP} {EP}")
     yield Case("PP 2 x EP 2", 4, 2, f"{PP} {EP}", deep)
     yield Case("CP 2 x EP 2", 2, 1, f"{CP} {EP}")
     yield Case("CP 2 x EP 2 x DP 2", 4, 2, f"{CP} {EP}")
-    yield Case("TP 2 x CP 2", 4, 1, f"{TP} {CP} --expert-tensor-parallel-size 1")
+    yield Case("TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}")
     yield Case("DP 2, 4 micro-batches", 2, 2, "", Setting(micro_batches=4))
     yield from _losses()
     yield from _execution()
@@ -206,29 +206,28 @@ def _losses() -> Iterator[Case]:
     yield Case("per-token loss, DP 2", 2, 2, "", tokens)
     accumulated = Setting(batch="uneven", micro_batches=4, flags=PER_TOKEN)
     yield Case("per-token loss, EP 2, 4 micro-batches", 2, 2, EP, accumulated)
-    yield Case("per-token loss, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", tokens)
+    yield Case("per-token loss, TP 2 + SP", 2, 1, TP_SP, tokens)
     yield Case("per-token loss, CP 2", 2, 1, CP, tokens)
     pipelined = Setting("four layers", "uneven", 4, PER_TOKEN)
     yield Case("per-token loss, PP 2", 2, 1, PP, pipelined)
-    virtual = f"{PP} --num-layers-per-virtual-pipeline-stage 1"
-    yield Case("per-token loss, PP 2 interleaved", 2, 1, virtual, pipelined, dtype="float32")
+    yield Case("per-token loss, PP 2 interleaved", 2, 1, VIRTUAL, pipelined, dtype="float32")
     local = (*SMAR, "--smar-scope", "local")
     halves = Setting(micro_batches=2, flags=SMAR)
     yield Case("local scope, DP 2", 2, 2, "", Setting(flags=local), halves)
-    yield Case("local scope, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", Setting(flags=local), Setting())
+    yield Case("local scope, TP 2 + SP", 2, 1, TP_SP, Setting(flags=local), Setting())
     yield Case("local scope, CP 2", 2, 1, CP, Setting(flags=local), Setting())
     tokens_local = Setting(flags=(*local, "--calculate-per-token-loss"))
     halves_by_token = Setting(micro_batches=2, flags=PER_TOKEN)
     yield Case("local scope, per-token loss, DP 2", 2, 2, "", tokens_local, halves_by_token)
     balanced = (*SMAR, "--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")
-    yield Case("balance loss, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", Setting(flags=balanced))
+    yield Case("balance loss, TP 2 + SP", 2, 1, TP_SP, Setting(flags=balanced))
     yield Case("balance loss, CP 2", 2, 1, CP, Setting(flags=balanced))
     everywhere = (*SMAR, "--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff")
     yield Case(
         "global balance loss, TP 2 + SP",
         2,
         1,
-        f"{TP} --expert-tensor-parallel-size 1",
+        TP_SP,
         Setting(flags=(*everywhere, "0.1")),
     )
     # Megatron 0.19.2 averages this loss's gradient over the replicas that share it: half of alpha is left on two.
@@ -247,18 +246,18 @@ def _execution() -> Iterator[Case]:
     yield Case("distributed optimizer, DP 2", 2, 2, "--use-distributed-optimizer", dtype="float32", adam=True)
     yield Case("distributed optimizer, overlapped, DP 2", 2, 2, OVERLAP, dtype="float32", adam=True)
     yield Case("distributed optimizer, overlapped, EP 2", 2, 2, f"{OVERLAP} {EP}", dtype="float32", adam=True)
-    yield Case("float32, TP 2 x EP 2 x DP 2", 4, 2, f"{TP} {EP} --expert-tensor-parallel-size 1", dtype="float32")
+    yield Case("float32, TP 2 x EP 2 x DP 2", 4, 2, f"{TP_SP} {EP}", dtype="float32")
     yield Case("bfloat16, EP 2", 2, 2, f"{EP} --bf16", dtype="bfloat16")
 
 
 def _contents() -> Iterator[Case]:
     balanced = (*SMAR, "--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")
     other, same = Setting(batch="other padding", flags=balanced), Setting(flags=balanced)
-    yield Case("what padding holds, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", other, same)
+    yield Case("what padding holds, TP 2 + SP", 2, 1, TP_SP, other, same)
     frozen = Setting(flags=("--modality-routing", "smar", "--freeze", "vision", "language"))
     yield Case("SMAR with a frozen language model, EP 2", 2, 2, EP, frozen)
     nothing_frozen = Setting(flags=("--modality-routing", "smar", "--freeze"))
-    for name, layout, replicas in (("EP 2", EP, 2), ("TP 2 + SP", f"{TP} --expert-tensor-parallel-size 1", 1)):
+    for name, layout, replicas in (("EP 2", EP, 2), ("TP 2 + SP", TP_SP, 1)):
         yield Case(f"nothing frozen, {name}", 2, replicas, layout, nothing_frozen)
     yield Case("nothing frozen, CP 2", 2, 1, CP, nothing_frozen)
     yield Case("nothing frozen, PP 2", 2, 1, PP, nothing_frozen)
@@ -279,7 +278,7 @@ def _contents() -> Iterator[Case]:
         setting = Setting(batch=batch, flags=STAGE_1)
         yield Case(f"stage 1, {batch}, PP 2", 2, 1, PP, setting)
         yield Case(f"stage 1, {batch}, EP 2", 2, 2, EP, setting)
-        yield Case(f"stage 1, {batch}, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", setting)
+        yield Case(f"stage 1, {batch}, TP 2 + SP", 2, 1, TP_SP, setting)
         yield Case(f"stage 1, {batch}, CP 2", 2, 1, CP, setting)
         for name, layout, replicas in (("EP 2", EP, 2), ("PP 2", PP, 1)):
             case = f"stage 1, {batch}, {name}, distributed optimizer"
@@ -291,7 +290,7 @@ def _backbones() -> Iterator[Case]:
         if model not in ("mixtral", "four layers"):
             yield Case(f"{model}, EP 2", 2, 2, EP, Setting(model=model))
     yield Case("dense layers between, PP 2", 2, 1, PP, Setting(model="dense layers between"))
-    yield Case("shared experts, TP 2 + SP", 2, 1, f"{TP} --expert-tensor-parallel-size 1", Setting("shared experts"))
+    yield Case("shared experts, TP 2 + SP", 2, 1, TP_SP, Setting("shared experts"))
     yield Case("without SMAR, EP 2", 2, 2, EP, Setting(flags=PLAIN))
     yield Case("without SMAR, CP 2", 2, 1, CP, Setting(flags=PLAIN))
 

@@ -41,7 +41,6 @@ from megatron.training.training import (  # noqa: E402
 )
 
 from megatron_smar.data.batch import VisionLanguageBatch  # noqa: E402
-from megatron_smar.routing.router import LossScale  # noqa: E402
 from megatron_smar.training.batch import CountedSteps  # noqa: E402
 from megatron_smar.training.providers import make_forward_step, model_provider  # noqa: E402
 from megatron_smar.training.setup import parse_arguments  # noqa: E402
@@ -149,7 +148,6 @@ def run_job(job: dict[str, Any]) -> None:
         (folder / "values.json").write_text(json.dumps(values))
     dist.barrier()
     destroy_global_state()
-    LossScale.tokens = None
     dist.destroy_process_group()
 
 

@@ -4,7 +4,7 @@
 import json
 from pathlib import Path
 
-from tests.distributed.cases import COMMON, DESCENT, IMAGE, NO_BALANCING, SMAR
+from tests.distributed.cases import COMMON, DESCENT, IMAGE, SMAR
 from tests.launch import run
 
 
@@ -12,7 +12,7 @@ def test_one_collective_a_layer_is_launched_before_dispatch_and_waited_for_after
     from tests.models import build_hf_model
 
     build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(tmp_path)
-    flags = [*COMMON, *DESCENT, *NO_BALANCING, *SMAR, "--vision-model", tmp_path]
+    flags = [*COMMON, *DESCENT, *SMAR, "--vision-model", tmp_path]
     layout = ["--expert-model-parallel-size", "2", "--micro-batch-size", "4"]
     done = run("tests/distributed/order.py", *flags, *layout, ranks=2)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("EVENTS ")]
