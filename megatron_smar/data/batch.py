@@ -37,6 +37,9 @@ class VisionLanguageBatch(Batch):
         loss_mask: [b, s] float32; 1 where the loss counts.
         padding_mask: [b, s] bool; True is padding, as in Megatron.
         pixel_values: [tiles, 3, H, W] float32, in the order of the placeholders (row by row); no tiles is [0, 3, H, W].
+        lengths: [sequences] int64, the lengths of a pack's sequences, each a sample with its padding; their sum is s,
+            and b is 1. None without packing.
+        num_text_only: Samples in it that have no image.
     """
 
     input_ids: torch.Tensor
@@ -44,6 +47,8 @@ class VisionLanguageBatch(Batch):
     loss_mask: torch.Tensor
     padding_mask: torch.Tensor
     pixel_values: torch.Tensor
+    lengths: torch.Tensor | None = None
+    num_text_only: int = 0
 
 
 def collate(samples: Sequence[EncodedSample], *, rows: int, length: int, pad_id: int) -> VisionLanguageBatch:

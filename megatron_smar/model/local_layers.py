@@ -25,14 +25,27 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 
-def zigzag_positions(length: int, context_parallel_size: int, device: torch.device | str | None = None) -> Tensor:
-    """Positions that each context-parallel rank holds, [cp, length / cp], in its order.
+def zigzag_positions(
+    lengths: Tensor | int, context_parallel_size: int, device: torch.device | str | None = None
+) -> Tensor:
+    """Positions that each context-parallel rank holds, [cp, s / cp], in its order.
 
     Megatron cuts a sequence into 2 cp chunks and gives rank r chunks r and 2 cp - 1 - r, so that all have as much to do
-    under a causal mask (`megatron.core.utils.get_batch_on_this_cp_rank`).
+    under a causal mask (`megatron.core.utils.get_batch_on_this_cp_rank`); each sequence of a pack is cut by itself, as
+    Transformer Engine expects.
+
+    Args:
+        lengths: Length of the sequence, or of each sequence of a pack [n]; multiples of 2 cp.
+        context_parallel_size: cp.
+        device: Where the result lies.
     """
-    chunks = torch.arange(length, device=device).view(2 * context_parallel_size, -1)
-    return torch.cat([chunks[:context_parallel_size], chunks.flip(0)[:context_parallel_size]], dim=1)
+    lengths = [lengths] if isinstance(lengths, int) else lengths.tolist()
+    parts, first = [], 0
+    for length in lengths:
+        chunks = torch.arange(first, first + length, device=device).view(2 * context_parallel_size, -1)
+        parts.append(torch.cat([chunks[:context_parallel_size], chunks.flip(0)[:context_parallel_size]], dim=1))
+        first += length
+    return torch.cat(parts, dim=1)
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -76,27 +89,53 @@ class ScaledDotProductAttention(MegatronModule):
         """Attention of one layer's heads on this tensor-parallel rank.
 
         Args:
-            query: [s, b, n, d].
-            key: [s, b, g, d], g query groups.
-            value: [s, b, g, d].
+            query: [s, b, n, d]; packed [s, n, d].
+            key: [s, b, g, d], g query groups; packed [s, g, d].
+            value: As `key`.
             attention_mask: None for the causal mask, else [b, 1, s, s] bool, True where masked (Megatron's polarity).
             attn_mask_type: Overrides the layer's own type.
             attention_bias: Not supported.
-            packed_seq_params: Not supported; packing needs Transformer Engine.
+            packed_seq_params: Where the sequences of a pack begin; each attends to itself alone, causally.
 
         Returns:
-            [s, b, n * d].
+            [s, b, n * d], packed [s, 1, n * d].
         """
-        if packed_seq_params is not None or attention_bias is not None:
+        if attention_bias is not None:
             raise ValueError(
-                "packed sequences and attention biases need Transformer Engine's attention; "
-                "use --transformer-impl transformer_engine."
+                "attention biases need Transformer Engine's attention; use --transformer-impl transformer_engine."
             )
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.diff())
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         kept = None if causal or attention_mask is None else ~attention_mask
         if self.cp_group.size() > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
             kept, causal = self._mask_of_shard(key, causal, attention_mask), False
+        return self._attend(query, key, value, kept, causal)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+        """Block-diagonal causal attention: one sequence of the pack after another, [s, 1, n * d]."""
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        if size == 1:
+            parts = (x.split(lengths.tolist()) for x in (query, key, value))
+            return torch.cat([self._attend(*part, None, True) for part in zip(*parts, strict=True)])
+        positions = zigzag_positions(lengths, size, key.device)
+        key, value = (
+            gather_from_sequence_parallel_region(x, group=self.cp_group)[positions.flatten().argsort()]
+            for x in (key, value)
+        )
+        queries = zip(*(x.split((lengths // size).tolist()) for x in (query, positions[rank])), strict=True)
+        keys = zip(*(x.split(lengths.tolist()) for x in (key, value)), strict=True)
+        outputs, first = [], 0
+        for (q, own), (k, v) in zip(queries, keys, strict=True):
+            visible = own.unsqueeze(1) >= torch.arange(first, first + len(k), device=own.device)
+            outputs.append(self._attend(q, k, v, visible, False))
+            first += len(k)
+        return torch.cat(outputs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, causal: bool) -> Tensor:
+        """Attention [s, b, n * d] under a causal mask, or of what `kept`, broadcast to [b, n, s, keys], is True for."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         with self._dropout_generator():
             context = F.scaled_dot_product_attention(

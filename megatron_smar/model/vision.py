@@ -151,6 +151,7 @@ class VisionEncoder(nn.Module):
         self.trainable = trainable
         self.tower.requires_grad_(trainable)
         self.num_patches = (_side(tower_config.image_size) // _side(tower_config.patch_size)) ** 2
+        self.tokens_per_tile = self.num_patches // vision.shuffle_step**2
         self.output_size = int(tower_config.hidden_size) * vision.shuffle_step**2
         self.train()
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_smar.data.batch import VisionLanguageBatch
+from megatron_smar.model.local_layers import zigzag_positions
 from megatron_smar.routing.modalities import modality_ids_from_tokens
 from megatron_smar.routing.router import LossScale
 
@@ -32,6 +35,7 @@ class ModelBatch:
         labels: [b, s].
         loss_mask: [b, s] float.
         pixel_values: [tiles, 3, H, W]; None but on the first pipeline stage.
+        packed_seq_params: Where the sequences of a pack begin and end; None without packing.
     """
 
     input_ids: Tensor
@@ -41,6 +45,7 @@ class ModelBatch:
     labels: Tensor
     loss_mask: Tensor
     pixel_values: Tensor | None
+    packed_seq_params: PackedSeqParams | None = None
 
 
 class CountedSteps:
@@ -116,14 +121,43 @@ def prepare_batch(
     order = (is_vision.flatten().cumsum(0) - 1).view_as(is_vision)
     sequences = {
         "input_ids": batch.input_ids,
-        "position_ids": torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids),
+        "position_ids": _position_ids(batch),
         "modality_ids": modality_ids_from_tokens(batch.input_ids, image_token_id, batch.padding_mask),
         "vision_index": torch.where(is_vision, order, -1),
         "labels": batch.labels,
         "loss_mask": batch.loss_mask,
     }
+    cp = pg_collection.cp
+    if batch.lengths is not None and cp.size() > 1:
+        # Megatron's own cut of packs needs Transformer Engine; this is the same one.
+        held = zigzag_positions(batch.lengths, cp.size())[cp.rank()]
+        sequences = {name: tensor[:, held] for name, tensor in sequences.items()}
     sequences = {name: tensor.cuda(non_blocking=True) for name, tensor in sequences.items()}
-    if pg_collection.cp.size() > 1:
-        sequences = get_batch_on_this_cp_rank(sequences, is_hybrid_cp=False, cp_group=pg_collection.cp)
-    pixel_values = batch.pixel_values.cuda(non_blocking=True) if with_images else None
-    return ModelBatch(**sequences, pixel_values=pixel_values)
+    if batch.lengths is None and cp.size() > 1:
+        sequences = get_batch_on_this_cp_rank(sequences, is_hybrid_cp=False, cp_group=cp)
+    return ModelBatch(
+        **sequences,
+        pixel_values=batch.pixel_values.cuda(non_blocking=True) if with_images else None,
+        packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
+    )
+
+
+def _position_ids(batch: VisionLanguageBatch) -> Tensor:
+    """Positions [b, s]: from 0 in each row, and in each sequence of a pack."""
+    positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
+    if batch.lengths is None:
+        return positions
+    return positions - (batch.lengths.cumsum(0) - batch.lengths).repeat_interleave(batch.lengths)
+
+
+def _packed_seq_params(lengths: Tensor) -> PackedSeqParams:
+    """Sequences of these lengths, one behind the other without gaps, for all context-parallel ranks together.
+
+    The longest length is the pack's own: told the whole pack's instead, Megatron's rotary embedding would let positions
+    run on through the pack where they have to begin at 0 in each sequence.
+    """
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int().cuda(non_blocking=True)
+    longest = int(lengths.max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )

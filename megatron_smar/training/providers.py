@@ -164,6 +164,7 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
             pixel_values=batch.pixel_values,
             vision_index=batch.vision_index,
             labels=batch.labels,
+            packed_seq_params=batch.packed_seq_params,
         )
         return output, partial(lm_loss, batch.loss_mask, args.check_for_nan_in_loss_and_grad)
 

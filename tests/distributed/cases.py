@@ -10,13 +10,14 @@ import torch
 from tests.launch import SMALL_MODEL
 
 IMAGE, SIDE, TOKENS_PER_TILE, ROWS, LENGTH, VOCABULARY = 5, 32, 4, 8, 32, 128
+PACKS, PACK_LENGTH = 2, 128
 
 # Everything that a case may override; the band lies where every layer's distance is outside of it.
 COMMON = [
     *SMALL_MODEL,
     *f"""
     --seq-length {LENGTH} --max-position-embeddings {LENGTH} --init-method-std 0.1 --tokenizer-type NullTokenizer
-    --vocab-size {VOCABULARY} --global-batch-size {ROWS} --clip-grad 0 --weight-decay 0 --lr 1
+    --vocab-size {VOCABULARY} --clip-grad 0 --weight-decay 0 --lr 1
     --lr-decay-style constant --train-iters 1 --no-save-optim
     --smar-coeff 0.5 --smar-d-min 3 --smar-d-max 4 --smar-eps 1e-3
     """.split(),
@@ -53,7 +54,10 @@ def make_batch(name: str) -> dict[str, Any]:
     `other padding`: as `mixed`, with other ids where there is padding.
     `extremes`: by pairs of rows: text alone, vision alone, padding alone, everything.
     `no images`: text alone.
+    `packed`: the rows of `mixed` without their padding, four of them one behind the other in a row of 128.
     """
+    if name == "packed":
+        return _packed(make_batch("mixed"))
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(6, VOCABULARY, (ROWS, LENGTH), generator=generator)
     padding = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
@@ -87,9 +91,28 @@ def make_batch(name: str) -> dict[str, Any]:
         "mask": mask,
         "padding": padding,
         "pixels": [torch.randn(len(starts), 3, SIDE, SIDE, generator=generator) for starts in places],
+        "lengths": None,
         "image_token_id": IMAGE,
         "tokens_per_tile": TOKENS_PER_TILE,
     }
+
+
+def _packed(batch: dict[str, Any]) -> dict[str, Any]:
+    packs: dict[str, Any] = batch | {
+        "ids": torch.zeros(PACKS, PACK_LENGTH, dtype=torch.int64),
+        "labels": torch.zeros(PACKS, PACK_LENGTH, dtype=torch.int64),
+        "mask": torch.zeros(PACKS, PACK_LENGTH),
+        "padding": torch.ones(PACKS, PACK_LENGTH, dtype=torch.bool),
+        "pixels": [torch.cat(batch["pixels"][row : row + ROWS // PACKS]) for row in range(0, ROWS, ROWS // PACKS)],
+    }
+    lengths = (~batch["padding"]).sum(1).view(PACKS, -1)
+    for pack, rows in enumerate(torch.arange(ROWS).view(PACKS, -1)):
+        end = int(lengths[pack].sum())
+        for name in ("ids", "labels", "mask", "padding"):
+            packs[name][pack, :end] = torch.cat([batch[name][row][~batch["padding"][row]] for row in rows])
+    # Both packs are of the same lengths; the padding behind the last sample is a sequence of its own.
+    assert lengths[0].tolist() == [32, 32, 28, 20] and sorted(lengths[1].tolist()) == [20, 28, 32, 32]
+    return packs | {"lengths": [[*pack, PACK_LENGTH - sum(pack)] for pack in lengths.tolist()]}
 
 
 @dataclass(frozen=True)
@@ -138,9 +161,13 @@ class Case:
     def flags(self) -> list[str]:
         """The whole command line behind the batch and the folder."""
         setting = self.setting
-        rows = ROWS // setting.micro_batches // self.data_parallel
+        packed = setting.batch == "packed"
+        total = PACKS if packed else ROWS
+        rows = total // setting.micro_batches // self.data_parallel
         optimizer = SIGNED if self.adam else DESCENT
-        layout = ["--micro-batch-size", str(rows), *self.layout.split()]
+        layout = ["--global-batch-size", str(total), "--micro-batch-size", str(rows), *self.layout.split()]
+        if packed:
+            layout += ["--seq-length", str(PACK_LENGTH), "--max-position-embeddings", str(PACK_LENGTH)]
         return [*COMMON, *optimizer, *MODELS[setting.model], *setting.flags, *layout]
 
 
@@ -190,10 +217,26 @@ def cases() -> Iterator[Case]:
     yield Case("CP 2 x EP 2 x DP 2", 4, 2, f"{CP} {EP}")
     yield Case("TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}")
     yield Case("DP 2, 4 micro-batches", 2, 2, "", Setting(micro_batches=4))
+    yield from _packs()
     yield from _losses()
     yield from _execution()
     yield from _contents()
     yield from _backbones()
+
+
+def _packs() -> Iterator[Case]:
+    """Packs against the same samples in rows of their own, with the same samples in each micro-batch."""
+    packs, alone = Setting(batch="packed", micro_batches=2), Setting(micro_batches=2)
+    # Context-parallel shares of a sample have different numbers of loss tokens, rows and packs the same.
+    by_token = Setting(batch="packed", micro_batches=2, flags=PER_TOKEN)
+    yield Case("packed, one process", 1, 1, "", packs, alone)
+    yield Case("packed, DP 2", 2, 2, "", Setting(batch="packed"), Setting(), core=True)
+    yield Case("packed, CP 2", 2, 1, CP, by_token, alone, core=True)
+    yield Case("packed, TP 2 + SP", 2, 1, TP_SP, packs, alone)
+    yield Case("packed, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", by_token, alone)
+    yield Case("packed, PP 2", 2, 1, PP, packs, alone)
+    yield Case("packed, full recomputation, EP 2", 2, 2, f"{EP} {RECOMPUTE_ALL}", Setting(batch="packed"), Setting())
+    yield Case("packed, recomputation of attention", 1, 1, "--recompute-granularity selective", packs, alone)
 
 
 def _losses() -> Iterator[Case]:

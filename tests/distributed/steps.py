@@ -72,6 +72,7 @@ def _rows(batch: dict[str, Any], rows: slice) -> VisionLanguageBatch:
         loss_mask=batch["mask"][rows],
         padding_mask=batch["padding"][rows],
         pixel_values=torch.cat(batch["pixels"][rows]),
+        lengths=torch.tensor(batch["lengths"][rows.start]) if batch["lengths"] else None,
     )
 
 
