@@ -39,9 +39,8 @@ def zigzag_positions(
         context_parallel_size: cp.
         device: Where the result lies.
     """
-    lengths = [lengths] if isinstance(lengths, int) else lengths.tolist()
     parts, first = [], 0
-    for length in lengths:
+    for length in [lengths] if isinstance(lengths, int) else lengths.tolist():
         chunks = torch.arange(first, first + length, device=device).view(2 * context_parallel_size, -1)
         parts.append(torch.cat([chunks[:context_parallel_size], chunks.flip(0)[:context_parallel_size]], dim=1))
         first += length
@@ -118,8 +117,8 @@ class ScaledDotProductAttention(MegatronModule):
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
-            parts = (x.split(lengths.tolist()) for x in (query, key, value))
-            return torch.cat([self._attend(*part, None, True) for part in zip(*parts, strict=True)])
+            parts = zip(*(x.split(lengths.tolist()) for x in (query, key, value)), strict=True)
+            return torch.cat([self._attend(q, k, v, None, True) for q, k, v in parts])
         positions = zigzag_positions(lengths, size, key.device)
         key, value = (
             gather_from_sequence_parallel_region(x, group=self.cp_group)[positions.flatten().argsort()]

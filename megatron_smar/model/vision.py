@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, image_utils
 from transformers.image_processing_base import ImageProcessingMixin
@@ -137,6 +139,26 @@ def pixel_shuffle(features: Tensor, step: int) -> Tensor:
     return folded.reshape(n, side * side, step * step * channels)
 
 
+def normalise(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
+    """(pixels / 255 - mean) / std, in fp32.
+
+    The constants are plain numbers: Megatron's Float16Module would cast buffers to bf16, which moves a pixel by up to
+    half a grey level.
+
+    Args:
+        pixels: [n, 3, H, W] uint8.
+        mean: Of each colour, of values 0..1.
+        std: Of each colour.
+
+    Returns:
+        [n, 3, H, W] float32.
+    """
+    values = pixels.float().div_(255)
+    for colour in range(3):
+        values[:, colour].sub_(mean[colour]).div_(std[colour])
+    return values
+
+
 class VisionEncoder(nn.Module):
     """A Hugging Face vision tower and the pixel shuffle.
 
@@ -146,6 +168,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, vision: VisionConfig, dtype: torch.dtype, trainable: bool = False) -> None:
         super().__init__()
         self.vision = vision
+        self.mean, self.std = normalisation(vision)
         tower_config = load_vision_config(vision)
         self.tower = _load_tower(vision, tower_config, dtype)
         self.trainable = trainable
@@ -163,11 +186,14 @@ class VisionEncoder(nn.Module):
         """Features of tiles.
 
         Args:
-            pixel_values: [n, 3, image_size, image_size], normalised.
+            pixel_values: [n, 3, image_size, image_size]; uint8 is pixels, which are normalised here as the encoder was
+                trained; floats are taken as normalised already.
 
         Returns:
             [n, tokens_per_tile, output_size].
         """
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalise(pixel_values, self.mean, self.std)
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             output = self.tower(pixel_values.to(self.tower.dtype), output_hidden_states=self.vision.feature_layer != -1)
             hidden = output.last_hidden_state
@@ -177,6 +203,26 @@ class VisionEncoder(nn.Module):
             grid = math.isqrt(self.num_patches)
             patches = patches.unflatten(1, (grid, grid)) * self.vision.feature_scale
             return pixel_shuffle(patches, self.vision.shuffle_step)
+
+    def encode(self, pixel_values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """As `forward`, with the work shared between the ranks of a group that all hold the same tiles.
+
+        Tensor- and context-parallel ranks do. A frozen encoder runs over an even share of the tiles on each, and the
+        features are gathered; one that learns runs over all of them on every rank, so that its gradient is whole there.
+
+        Args:
+            pixel_values: As for `forward`, the same on all ranks.
+            group: These ranks.
+        """
+        if self.trainable or group.size() == 1:
+            return self(pixel_values)
+        tiles, share = len(pixel_values), -(-len(pixel_values) // group.size())
+        own = pixel_values[group.rank() * share :][:share]
+        shape = (share, self.tokens_per_tile, self.output_size)
+        features = torch.empty(shape, dtype=self.tower.dtype, device=pixel_values.device)
+        if len(own):  # the last ranks may have none
+            features[: len(own)] = self(own)
+        return gather_from_sequence_parallel_region(features, group=group)[:tiles]
 
 
 def _load_tower(vision: VisionConfig, tower: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -170,33 +170,13 @@ class VisionLanguageModel(MegatronModule):
         else:
             if vision_index is None:
                 raise ValueError("pixel_values were given without vision_index; see megatron_smar.training.batch.")
-            features = self.connector(self._encode(pixel_values)).flatten(0, 1)
+            features = self.connector(self.vision_model.encode(pixel_values, self.pg_collection.tp_cp)).flatten(0, 1)
             placed = features[vision_index.clamp(min=0)].transpose(0, 1).to(embeddings.dtype)
             # Contiguous, or its strides would last to the end of the stage, whose output is sent on.
             embeddings = torch.where((modality_ids > 0).t().unsqueeze(-1), placed, embeddings).contiguous()
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         return embeddings
-
-    def _encode(self, pixel_values: Tensor) -> Tensor:
-        """Features of tiles, [tiles, tokens_per_tile, c].
-
-        Tensor- and context-parallel ranks hold the same tiles. A frozen encoder runs over an even share of them on
-        each, and the features are gathered; one that learns runs over all everywhere, so that its gradient is whole.
-        """
-        assert self.vision_model is not None
-        group = self.pg_collection.tp_cp
-        if self.vision_model.trainable or group.size() == 1:
-            return self.vision_model(pixel_values)
-        tiles, share = len(pixel_values), -(-len(pixel_values) // group.size())
-        own = pixel_values[group.rank() * share :][:share]
-        shape = (share, self.vision_model.tokens_per_tile, self.vision_model.output_size)
-        features = own.new_empty(shape, dtype=self.vision_model.tower.dtype)
-        if len(own):  # the last ranks may have none
-            features[: len(own)] = self.vision_model(own)
-        gathered = features.new_empty((share * group.size(), *features.shape[1:]))
-        torch.distributed.all_gather_into_tensor(gathered, features, group=group)
-        return gathered[:tiles]
 
     def _unused_vision(self, like: Tensor) -> Tensor:
         """Zero, through encoder and connector: a batch without images keeps every parameter in the graph.
