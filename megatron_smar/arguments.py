@@ -15,10 +15,10 @@ from typing import get_args
 from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_smar import runtime
-from megatron_smar.data.task_encoder import DataConfig
+from megatron_smar.data.config import DataConfig
 from megatron_smar.data.tiling import ImageConfig
 from megatron_smar.model.connector import ConnectorType
-from megatron_smar.model.vision import VisionConfig, load_vision_config, normalisation, tokens_per_tile
+from megatron_smar.model.vision import VisionConfig, load_vision_config, tokens_per_tile
 from megatron_smar.model.vlm import PARTS, LanguageConfig
 from megatron_smar.routing.router import ModalityRoutingConfig
 from megatron_smar.training.monitor import MonitorConfig
@@ -133,13 +133,19 @@ def _add_vision_arguments(parser: ArgumentParser) -> None:
         "--image-size", type=int, default=448, help="Side of a tile in pixels. Default: %(default)s, the paper's."
     )
     group.add_argument(
+        "--min-tiles", type=int, default=1, help="Fewest tiles per image, without thumbnail. Default: %(default)s."
+    )
+    group.add_argument(
         "--max-tiles",
         type=int,
         default=1,
-        help="Most tiles per image; 1: every image is one tile. Default: %(default)s.",
+        help="Most tiles per image, without thumbnail: an image is cut into the grid closest to its shape, as InternVL "
+        "does. 1: every image is one tile. VITA: 12. Default: %(default)s.",
     )
     group.add_argument(
-        "--use-thumbnail", action="store_true", help="Add a thumbnail of the whole image when it has several tiles."
+        "--use-thumbnail",
+        action="store_true",
+        help="Add the whole image as the last tile where there is more than one. InternVL and VITA do.",
     )
     group.add_argument(
         "--connector",
@@ -182,16 +188,28 @@ def _add_stage_arguments(parser: ArgumentParser) -> None:
 def _add_conversation_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group(
         "conversations",
-        "--data-path takes one folder of shards made by tools/data/prepare.py, or an energon metadataset.",
+        "--data-path takes one folder of shards made by tools/data/prepare.py, or an energon metadataset, on a "
+        "local disk or at http://HOST/PATH, s3://BUCKET/PATH or msc://PROFILE/PATH.",
     )
     group.add_argument(
         "--conversation-template",
         default="mistral",
-        help="How turns become text: plain (the paper's stage 1: image, then caption) or mistral. "
-        "Default: %(default)s.",
+        help="How turns become text: plain (the paper's stage 1: image, then caption), mistral, vita, vicuna_v1 or "
+        "chatml. Default: %(default)s.",
     )
     group.add_argument(
-        "--rejects-dir", default=None, help="Folder for the list of samples that were skipped, each with its reason."
+        "--rejects-dir",
+        default=None,
+        help="Folder for the list of samples that were skipped, each with its reason; "
+        "`python -m megatron_smar.data.rejects FOLDER` counts them.",
+    )
+    group.add_argument(
+        "--max-skip-ratio",
+        type=float,
+        metavar="SHARE",
+        default=0.1,
+        help="Stop when more than this share of the samples that a data worker reads cannot be used (with three "
+        "standard deviations to spare, and not before its 100th sample); 1 lets all pass. Default: %(default)s.",
     )
     group.add_argument(
         "--dataloader-save",
@@ -205,10 +223,35 @@ def _add_conversation_arguments(parser: ArgumentParser) -> None:
         help="On resuming, read the data from the start instead of where the checkpoint stood.",
     )
     group.add_argument(
+        "--record-samples",
+        metavar="FOLDER",
+        help="Folder in which each data-parallel rank writes the keys of the samples of each step. Default: none.",
+    )
+    group.add_argument(
         "--shuffle-buffer-size",
         type=int,
         default=1000,
         help="Samples among which each data worker shuffles. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--text-only-ratio",
+        type=float,
+        metavar="SHARE",
+        help="Share of samples without images, held exactly (the paper: 0.025). Default: as the data has it.",
+    )
+    group.add_argument(
+        "--packing-buffer-size",
+        type=int,
+        metavar="SAMPLES",
+        help="Pack samples into sequences of at most --seq-length, each attending to itself alone: how many samples a "
+        "data worker keeps to choose from (1000 or more fill best). Needs --micro-batch-size 1; batch sizes then count "
+        "packs. Default: one sample per sequence.",
+    )
+    group.add_argument(
+        "--packing-max-tiles",
+        type=int,
+        metavar="TILES",
+        help="Most image tiles of a pack, which bounds the vision encoder's work and memory. Default: no limit.",
     )
 
 
@@ -273,9 +316,13 @@ def language_config(args: Namespace) -> LanguageConfig:
 
 
 def image_config(args: Namespace) -> ImageConfig:
-    """How images become tiles, normalised as the vision encoder was trained."""
-    mean, std = normalisation(vision_config(args))
-    return ImageConfig(args.image_size, args.max_tiles, args.use_thumbnail, mean, std)
+    """How images become tiles."""
+    return ImageConfig(
+        image_size=args.image_size,
+        min_tiles=args.min_tiles,
+        max_tiles=args.max_tiles,
+        use_thumbnail=args.use_thumbnail,
+    )
 
 
 def data_config(args: Namespace) -> DataConfig:
@@ -294,10 +341,15 @@ def data_config(args: Namespace) -> DataConfig:
         image=image_config(args),
         pad_to=args.seq_length if one_shape else None,
         pad_to_multiple_of=shards,
+        packing_buffer_size=args.packing_buffer_size,
+        packing_max_tiles=args.packing_max_tiles,
+        packing_multiple_of=2 * args.context_parallel_size if args.context_parallel_size > 1 else 1,
+        text_only_ratio=args.text_only_ratio,
         num_workers=args.num_workers,
         shuffle_buffer_size=args.shuffle_buffer_size,
         seed=args.seed,
         rejects_dir=args.rejects_dir,
+        max_skip_ratio=args.max_skip_ratio,
     )
 
 
@@ -384,11 +436,6 @@ def _check_parallelism(args: Namespace) -> None:
     if args.iterations_to_skip:
         raise ValueError(
             "--iterations-to-skip reads the data on one tensor-parallel rank only, where each reads its own; "
-            "leave it out."
-        )
-    if args.num_layers_per_virtual_pipeline_stage and args.dataloader_save:
-        raise ValueError(
-            "--dataloader-save does not work with virtual pipeline stages, of which Megatron saves no loader; "
             "leave it out."
         )
     if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:

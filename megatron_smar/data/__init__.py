@@ -2,10 +2,11 @@
 """Data: conversations with images, from shards to micro-batches."""
 
 from megatron_smar.data.batch import VisionLanguageBatch
+from megatron_smar.data.config import DataConfig
 from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
 from megatron_smar.data.rejects import DataError, SampleError, read_rejects
 from megatron_smar.data.state import load_loader_state
-from megatron_smar.data.task_encoder import ConversationTaskEncoder, DataConfig
+from megatron_smar.data.task_encoder import ConversationTaskEncoder
 from megatron_smar.data.tiling import ImageConfig
 from megatron_smar.data.tokens import ImageTokens
 

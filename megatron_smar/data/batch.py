@@ -11,6 +11,25 @@ from megatron.energon.edataclass import edataclass
 
 
 @edataclass
+class TokenizedSample(Sample):
+    """One sample whose images are not decoded yet, so that many of them can wait to be packed.
+
+    Attributes:
+        input_ids: [n] int64.
+        labels: [n] int64, the token to predict at each position.
+        loss_mask: [n] float32.
+        num_tiles: Tiles that its images give.
+        files: Its image files.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    num_tiles: int
+    files: list[bytes]
+
+
+@edataclass
 class EncodedSample(Sample):
     """One sample, not padded.
 
@@ -18,13 +37,26 @@ class EncodedSample(Sample):
         input_ids: [n] int64.
         labels: [n] int64, the token to predict at each position.
         loss_mask: [n] float32.
-        pixel_values: [tiles, 3, H, W] float32.
+        pixel_values: [tiles, 3, H, W] uint8.
+        num_images: Its images, decoded here or not.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     pixel_values: torch.Tensor
+    num_images: int = 0
+
+
+@edataclass
+class Pack(Sample):
+    """Samples that share a row.
+
+    Attributes:
+        samples: In their order.
+    """
+
+    samples: list[EncodedSample]
 
 
 @edataclass
@@ -36,7 +68,7 @@ class VisionLanguageBatch(Batch):
         labels: [b, s] int64; ``labels[i]`` is the token to predict at position i; anything where `loss_mask` is 0.
         loss_mask: [b, s] float32; 1 where the loss counts.
         padding_mask: [b, s] bool; True is padding, as in Megatron.
-        pixel_values: [tiles, 3, H, W] float32, in the order of the placeholders (row by row); no tiles is [0, 3, H, W].
+        pixel_values: [tiles, 3, H, W] uint8, in the order of the placeholders (row by row); no tiles is [0, 3, H, W].
         lengths: [sequences] int64, the lengths of a pack's sequences, each a sample with its padding; their sum is s,
             and b is 1. None without packing.
         num_text_only: Samples in it that have no image.
@@ -51,25 +83,38 @@ class VisionLanguageBatch(Batch):
     num_text_only: int = 0
 
 
-def collate(samples: Sequence[EncodedSample], *, rows: int, length: int, pad_id: int) -> VisionLanguageBatch:
+def collate(
+    rows: Sequence[Sequence[EncodedSample]], *, num_rows: int, length: int, pad_id: int, multiple: int | None = None
+) -> VisionLanguageBatch:
     """Pad samples to one micro-batch.
 
     Args:
-        samples: At most `rows` samples of at most `length` tokens.
-        rows: b; rows without a sample are padding throughout, since pipelines need one shape.
+        rows: Of each row the samples that stand in it one behind the other; without packing one each.
+        num_rows: b; rows without a sample are padding throughout, since pipelines need one shape.
         length: s.
         pad_id: Token id of padding.
+        multiple: For packs, in one row: each sample is padded to a multiple of this, and what is left of the row is a
+            sequence of its own. None without packing.
     """
-    input_ids = torch.full((rows, length), pad_id, dtype=torch.int64)
-    labels = torch.full((rows, length), pad_id, dtype=torch.int64)
-    loss_mask = torch.zeros(rows, length)
-    padding_mask = torch.ones(rows, length, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        n = len(sample.input_ids)
-        input_ids[row, :n] = sample.input_ids
-        labels[row, :n] = sample.labels
-        loss_mask[row, :n] = sample.loss_mask
-        padding_mask[row, :n] = False
+    shape = (num_rows, length)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    labels = torch.full(shape, pad_id, dtype=torch.int64)
+    loss_mask = torch.zeros(shape)
+    padding_mask = torch.ones(shape, dtype=torch.bool)
+    lengths: list[int] = []
+    for row, in_row in enumerate(rows):
+        start = 0
+        for sample in in_row:
+            place = (row, slice(start, start + len(sample.input_ids)))
+            input_ids[place] = sample.input_ids
+            labels[place] = sample.labels
+            loss_mask[place] = sample.loss_mask
+            padding_mask[place] = False
+            lengths.append(padded_length(len(sample.input_ids), multiple or 1))
+            start += lengths[-1]
+    if sum(lengths) < length:
+        lengths.append(length - sum(lengths))
+    samples = [sample for in_row in rows for sample in in_row]
     return VisionLanguageBatch(
         __key__=[sample.__key__ for sample in samples],
         __restore_key__=tuple(sample.__restore_key__ for sample in samples),
@@ -78,4 +123,11 @@ def collate(samples: Sequence[EncodedSample], *, rows: int, length: int, pad_id:
         loss_mask=loss_mask,
         padding_mask=padding_mask,
         pixel_values=torch.cat([sample.pixel_values for sample in samples]),
+        lengths=None if multiple is None else torch.tensor(lengths),
+        num_text_only=sum(not sample.num_images for sample in samples),
     )
+
+
+def padded_length(length: int, multiple: int) -> int:
+    """Return `length`, rounded up to a multiple."""
+    return -(-length // multiple) * multiple

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from megatron_smar.data.rejects import SampleError
-from megatron_smar.data.tokens import IMAGE_TOKENS, TextEncoder
+from megatron_smar.data.tokens import EOS, IMAGE_TOKENS, TextEncoder
 
 IMAGE_TAG = "<image>"
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SPECIAL = re.compile(r"(\{eos\}|<\|\w+\|>)")
 
 
 @dataclass(frozen=True)
@@ -21,58 +24,132 @@ class Segment:
     Args:
         text: The text; ``<image>`` tags in it stand for images.
         is_target: Whether the loss counts on its tokens.
-        ends_turn: An end-of-sentence token follows, which is learned as the text is.
+        special: A special token that follows and is learned as the text is: `EOS`, or one of the template's.
     """
 
     text: str
     is_target: bool
-    ends_turn: bool = False
+    special: str | None = None
 
 
 @dataclass(frozen=True)
 class ConversationTemplate:
     """How a conversation is written as one text.
 
+    In all of its patterns ``{eos}`` stands for the tokenizer's end-of-sentence token, and ``<|name|>`` is a special
+    token of the vocabulary; records cannot spell out either.
+
     Args:
-        user: A user's turn, with ``{text}``.
+        user: A user's turn up to where the answer begins, with ``{text}``, and ``{system}`` where system text goes.
+        assistant: An answer, with ``{text}`` and the token that ends it: what is learned.
         between: What joins a user's turn to the answer before it.
-        assistant: An answer, with ``{text}``; an end-of-sentence token follows each.
-        system: System text, with ``{text}``; it goes in front of the first user's text.
+        system: How system text is written, with ``{system_text}``.
+        default_system: System text of a conversation that has no system turn; an empty system turn switches it off.
+        default_system_with_images: The same where the user shows an image; None is `default_system`.
         keeps_user_text: False leaves nothing of the user's turn but its ``<image>`` tags.
     """
 
     user: str
-    between: str
     assistant: str
-    system: str = "{text}\n\n"
+    between: str = ""
+    system: str = ""
+    default_system: str = ""
+    default_system_with_images: str | None = None
     keeps_user_text: bool = True
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The vocabulary must have these as single tokens (``<|name|>``), in the order of their names."""
+        patterns = self.user + self.assistant + self.between + self.system
+        return sorted(set(_SPECIAL.findall(patterns)) - {EOS})
+
+    @property
+    def end_of_turn(self) -> str:
+        """The special token that ends an answer: `EOS` or one of `special_tokens`."""
+        return _SPECIAL.findall(self.assistant)[-1]
 
     def render(self, turns: Sequence[tuple[str, str]]) -> list[Segment]:
         """Write turns ``(role, text)``, as `read_turns` gives them, as segments."""
         segments: list[Segment] = []
-        system = ""
+        system = turns[0][1] if turns[0][0] == "system" else self._default_system(turns)
         for role, text in turns:
-            if role == "system":
-                system = self.system.format_map({"text": text})
-            elif role == "user":
-                text = system + text if self.keeps_user_text else IMAGE_TAG * text.count(IMAGE_TAG)
-                joint = self.between if segments else ""
-                segments.append(Segment(joint + self.user.format_map({"text": text}), is_target=False))
+            if role == "user":
+                text = text if self.keeps_user_text else IMAGE_TAG * text.count(IMAGE_TAG)
+                pattern = (self.between if segments else "") + self.user.replace(
+                    "{system}", self.system if system.strip() else ""
+                )
+                segments += _write(pattern, is_target=False, text=text, system_text=system)
                 system = ""
-            else:
-                text = self.assistant.format_map({"text": text})
+            elif role == "assistant":
                 # The space in front of an answer separates; with nothing before it there is nothing to separate.
-                if not any(segment.text for segment in segments):
-                    text = text.removeprefix(" ")
-                segments.append(Segment(text, is_target=True, ends_turn=True))
-        return [segment for segment in segments if segment.text or segment.ends_turn]
+                pattern = self.assistant if segments else self.assistant.removeprefix(" ")
+                segments += _write(pattern, is_target=True, text=text)
+        return segments
 
+    def _default_system(self, turns: Sequence[tuple[str, str]]) -> str:
+        if self.default_system_with_images is not None and any(IMAGE_TAG in text for _, text in turns):
+            return self.default_system_with_images
+        return self.default_system
+
+
+def _write(pattern: str, is_target: bool, **texts: str) -> Iterator[Segment]:
+    """Fill a pattern, cut at its special tokens before the texts go in, so that no text can pass for one."""
+    parts = _SPECIAL.split(pattern)  # text, token, text, token, ..., text
+    for part, special in zip_longest(parts[::2], parts[1::2]):
+        segment = Segment(part.format_map(texts), is_target, special)
+        if segment.text or special:
+            yield segment
+
+
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_VITA_SYSTEM = (
+    "You are an AI robot and your name is VITA. \n"
+    "- You are a multimodal large language model developed by the open source community. "
+    "Your aim is to be helpful, honest and harmless. \n"
+    "- You support the ability to communicate fluently and answer user questions in multiple languages of the user's "
+    "choice. \n"
+    "- If the user corrects the wrong answer you generated, you will apologize and discuss the correct answer with the "
+    "user."
+)
+_VITA_SYSTEM_WITH_IMAGES = (
+    f"{_VITA_SYSTEM} \n"
+    "- You must answer the question strictly according to the content of the image given by the user, and it is "
+    "strictly forbidden to answer the question without the content of the image. Please note that you are seeing the "
+    "image, not the video."
+)
 
 TEMPLATES: dict[str, ConversationTemplate] = {
     # Stage 1 (visual alignment): the picture, then its caption.
-    "plain": ConversationTemplate(user="{text}", between="", assistant=" {text}", keeps_user_text=False),
+    "plain": ConversationTemplate(user="{text}", assistant=" {text}{eos}", keeps_user_text=False),
     # Mistral and Mixtral instruct: <s>[INST] user [/INST] answer</s> [INST] user [/INST] answer</s>
-    "mistral": ConversationTemplate(user="[INST] {text} [/INST]", between=" ", assistant=" {text}"),
+    "mistral": ConversationTemplate(
+        user="[INST] {system}{text} [/INST]", assistant=" {text}{eos}", between=" ", system="{system_text}\n\n"
+    ),
+    # VITA (vita/conversation.py, mixtral_two): an end of sentence behind every turn, of which the answers' are learned.
+    "vita": ConversationTemplate(
+        user="{system}\nuser:{text}{eos}\nbot:",
+        assistant="{text}{eos}",
+        system="system:{system_text}{eos}",
+        default_system=_VITA_SYSTEM,
+        default_system_with_images=_VITA_SYSTEM_WITH_IMAGES,
+    ),
+    # Vicuna v1.1 and LLaVA-1.5 (llava/conversation.py, vicuna_v1).
+    "vicuna_v1": ConversationTemplate(
+        user="{system}USER: {text} ASSISTANT:",
+        assistant=" {text}{eos}",
+        system="{system_text} ",
+        default_system=_VICUNA_SYSTEM,
+    ),
+    # ChatML, as Qwen's and others'. The newline behind the last answer, which nothing learns or sees, is left out.
+    "chatml": ConversationTemplate(
+        user="{system}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        assistant="{text}<|im_end|>",
+        between="\n",
+        system="<|im_start|>system\n{system_text}<|im_end|>\n",
+    ),
 }
 
 
@@ -94,7 +171,7 @@ def read_turns(conversations: Any) -> list[tuple[str, str]]:
     Roles are ``system`` (at most one, first), then ``user`` and ``assistant`` by turns.
 
     Raises:
-        SampleError: ``empty_conversation``, ``bad_record``, ``role_order`` or ``image_in_answer``.
+        SampleError: ``empty_conversation``, ``bad_record``, ``role_order``, ``image_in_answer``, or `check_text`'s.
     """
     if not isinstance(conversations, list) or not conversations:
         raise SampleError("empty_conversation", "`conversations` is not a list with at least one turn")
@@ -105,6 +182,7 @@ def read_turns(conversations: Any) -> list[tuple[str, str]]:
             raise SampleError("bad_record", f"turn {number} has no text in `from` and `value`")
         if speaker not in ROLES:
             raise SampleError("role_order", f"turn {number} is from {speaker!r}, which is none of {', '.join(ROLES)}")
+        check_text(text, f"turn {number}")
         turns.append((ROLES[speaker], text))
     _check_order([role for role, _ in turns])
     for number, (role, text) in enumerate(turns, 1):
@@ -113,6 +191,27 @@ def read_turns(conversations: Any) -> list[tuple[str, str]]:
         if role != "user" and IMAGE_TAG in text:
             raise SampleError("image_in_answer", f"turn {number} has an {IMAGE_TAG} tag, but is not the user's")
     return turns
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse text that no text is, or that would pass for a picture.
+
+    Args:
+        text: Of a record.
+        where: How a message names it.
+
+    Raises:
+        SampleError: ``null_character``, ``invalid_unicode`` or ``image_token_in_text``.
+    """
+    if "\0" in text:
+        raise SampleError("null_character", f"{where} has a null character at {text.index(chr(0))}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and Python reads it
+        raise SampleError("invalid_unicode", f"{where} has a lone surrogate at {error.start}") from error
+    for token in IMAGE_TOKENS:
+        if token in text:
+            raise SampleError("image_token_in_text", f"{where} contains {token}, which stands for an image")
 
 
 def _check_order(roles: list[str]) -> None:
@@ -127,7 +226,8 @@ def record_segments(record: Any, template: ConversationTemplate, num_images: int
     """Turn one record into segments.
 
     Args:
-        record: ``{"conversations": [...]}`` or ``{"text": ...}`` (plain text: all of it is learned).
+        record: ``{"conversations": [...]}`` or ``{"text": ...}`` (plain text: all of it is learned); where there are
+            both, the conversation counts.
         template: How conversations are written.
         num_images: Number of images that came with the record.
 
@@ -142,10 +242,8 @@ def record_segments(record: Any, template: ConversationTemplate, num_images: int
         text = record["text"]
         if not isinstance(text, str) or not text.strip():
             raise SampleError("empty_conversation", "`text` is not a text with something in it")
-        segments = [Segment(text, is_target=True, ends_turn=True)]
-    spelled_out = [token for token in IMAGE_TOKENS for segment in segments if token in segment.text]
-    if spelled_out:
-        raise SampleError("image_token_in_text", f"the text contains {spelled_out[0]}, which stands for an image")
+        check_text(text, "`text`")
+        segments = [Segment(text, is_target=True, special=EOS)]
     num_tags = sum(segment.text.count(IMAGE_TAG) for segment in segments)
     if num_tags != num_images:
         raise SampleError("image_count_mismatch", f"{num_tags} {IMAGE_TAG} tags but {num_images} images")
@@ -183,7 +281,7 @@ def tokenize_segments(
                 piece = encoder.encode(text, begins_text=len(ids) == num_special)
                 ids += piece
                 targets += [segment.is_target] * len(piece)
-        if segment.ends_turn:
-            ids.append(encoder.eos_id)
+        if segment.special is not None:
+            ids.append(encoder.special_id(segment.special))
             targets.append(segment.is_target)
     return ids, targets

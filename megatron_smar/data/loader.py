@@ -23,9 +23,12 @@ from megatron.energon import (
 from megatron.energon.savable_loader import BasicDataLoader
 
 from megatron_smar.data.batch import VisionLanguageBatch
+from megatron_smar.data.config import DataConfig
+from megatron_smar.data.conversations import get_template
+from megatron_smar.data.paths import check_data_path, energon_path
 from megatron_smar.data.rejects import DataError, RejectLog
-from megatron_smar.data.state import pack, unpack
-from megatron_smar.data.task_encoder import ConversationTaskEncoder, DataConfig, check_data_path
+from megatron_smar.data.state import WORKER_BATCHES, pack, unpack
+from megatron_smar.data.task_encoder import ConversationTaskEncoder
 from megatron_smar.data.tokens import TextEncoder
 
 
@@ -56,12 +59,15 @@ def build_train_loader(
     rejects = _reject_log(config, config.data_path, "train", data_parallel_rank, announce_rejects)
     try:
         dataset = get_train_dataset(
-            config.data_path,
+            energon_path(config.data_path),
             worker_config=workers,
             batch_size=config.micro_batch_size,
+            packing_buffer_size=config.packing_buffer_size,
             shuffle_buffer_size=config.shuffle_buffer_size,
             max_samples_per_sequence=config.max_samples_per_sequence,
-            task_encoder=ConversationTaskEncoder(config, TextEncoder(tokenizer), rejects, decode_images=decode_images),
+            task_encoder=ConversationTaskEncoder(
+                config, _text_encoder(config, tokenizer), rejects, decode_images=decode_images
+            ),
         )
     except (AssertionError, KeyError, OSError) as error:
         raise DataError(f"--data-path {config.data_path} cannot be read as a training set ({error}).") from error
@@ -108,11 +114,14 @@ def build_valid_loader(
     rejects = _reject_log(config, path, "valid", data_parallel_rank, announce_rejects)
     try:
         dataset = get_val_dataset(
-            path,
+            energon_path(path),
             worker_config=workers,
             batch_size=config.micro_batch_size,
+            packing_buffer_size=config.packing_buffer_size,
             limit=num_batches,
-            task_encoder=ConversationTaskEncoder(config, TextEncoder(tokenizer), rejects, decode_images=decode_images),
+            task_encoder=ConversationTaskEncoder(
+                config, _text_encoder(config, tokenizer), rejects, decode_images=decode_images
+            ),
         )
     except (AssertionError, KeyError, OSError) as error:
         raise DataError(
@@ -158,7 +167,9 @@ class EnergonIterator:
             "seed": config.seed,
             "size of the shuffle buffer": config.shuffle_buffer_size,
             "longest run of samples": config.max_samples_per_sequence,
-            "number of micro-batches in the data": len(loader),
+            "--packing-buffer-size": config.packing_buffer_size,
+            "--text-only-ratio": config.text_only_ratio,
+            WORKER_BATCHES: [loader.dataset.len_worker(worker) for worker in range(max(1, workers.num_workers))],
         }
         self._iterator: Generator[VisionLanguageBatch] | None = None
         self._batches_left = batches_per_pass
@@ -246,6 +257,10 @@ class EnergonIterator:
             self._read()
 
 
+def _text_encoder(config: DataConfig, tokenizer: Any) -> TextEncoder:
+    return TextEncoder(tokenizer, get_template(config.template).special_tokens)
+
+
 def _worker_config(config: DataConfig, rank: int, size: int) -> WorkerConfig:
     return WorkerConfig(
         rank=rank,
@@ -272,5 +287,6 @@ def _reject_log(config: DataConfig, source: str, split: str, rank: int, announce
         source=source,
         directory=Path(config.rejects_dir) if config.rejects_dir else None,
         limit=config.max_consecutive_rejects,
+        max_skip_ratio=config.max_skip_ratio,
         announce=announce,
     )

@@ -8,6 +8,7 @@ whatever code a checkpoint holds.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron.energon.state import FlexState
 from megatron_smar.data.rejects import DataError
 
 _TYPE = "__type__"
+WORKER_BATCHES = "micro-batches in each worker's data"
 _STATES = (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SliceState, SystemRngState)
 _DATACLASSES = {cls.__name__: cls for cls in _STATES}
 
@@ -75,3 +77,75 @@ def load_loader_state(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"The data loader's state {path} cannot be loaded ({what}).") from error
+
+
+def load_rank_state(
+    path_of: Callable[[int], str | Path], rank: int, size: int, num_workers: int, num_microbatches: int
+) -> dict[str, Any]:
+    """Load where a data-parallel rank goes on, from the states of all the ranks that there were.
+
+    Args:
+        path_of: Gives the file of a data-parallel rank of the run that saved.
+        rank: This rank's index.
+        size: How many there are now.
+        num_workers: Data workers of each.
+        num_microbatches: Micro-batches of a step on each.
+
+    Returns:
+        For `EnergonIterator.restore_state`, which compares the rest of the layout.
+
+    Raises:
+        DataError: A file cannot be loaded, or the workers cannot be divided so that the order of samples stays.
+    """
+    first = load_loader_state(path_of(0))
+    saved = first["layout"]
+    if (saved["data-parallel size"], saved["--num-workers"]) == (size, num_workers):
+        return first if rank == 0 else load_loader_state(path_of(rank))
+    states = [first, *(load_loader_state(path_of(other)) for other in range(1, saved["data-parallel size"]))]
+    return redistribute(states, rank, size, num_workers, num_microbatches)
+
+
+def redistribute(
+    states: list[dict[str, Any]], rank: int, size: int, num_workers: int, num_microbatches: int
+) -> dict[str, Any]:
+    """Divide the workers of all data-parallel ranks among another number of ranks; the samples of each step stay.
+
+    energon gives each worker its share of the shards by its place among all workers of all ranks, wherever it runs. A
+    rank asks its workers by turns, so that as many workers as before read what they read before, if each of them gives
+    the same number of micro-batches to each step.
+
+    Args:
+        states: Of all ranks that there were, in their order.
+        rank: This rank's index.
+        size: How many there are now.
+        num_workers: Data workers of each.
+        num_microbatches: Micro-batches of a step on each.
+
+    Raises:
+        DataError: The number of workers is another one, or a step does not take the same from each.
+    """
+    layout = states[0]["layout"]
+    old_size, old_workers = layout["data-parallel size"], layout["--num-workers"]
+    change = (
+        f"the checkpoint was saved with {old_size} data-parallel ranks x --num-workers {old_workers}, and this run has "
+        f"{size} x --num-workers {num_workers}"
+    )
+    if old_size * old_workers != size * num_workers or 0 in (old_workers, num_workers):
+        wanted = f"--num-workers {old_size * old_workers // size}"
+        possible = old_workers and old_size * old_workers % size == 0
+        raise DataError(
+            f"The data loader cannot go on: {change}, but the order of samples depends on the number of workers of all "
+            f"ranks together: {f'give {wanted}' if possible else 'resume with what it was saved with'}, or read the "
+            "data from its start with --no-load-dataloader-state."
+        )
+    if num_microbatches % num_workers or any(state["loader"]["next_worker_id"] for state in states):
+        raise DataError(
+            f"The data loader cannot go on: {change}, which gives the same samples only where each worker gives as "
+            f"many micro-batches to a step, but a step has {num_microbatches} on a rank: resume with what it was saved "
+            "with."
+        )
+    workers = [worker for state in states for worker in state["loader"]["worker_states"]]
+    batches = [number for state in states for number in state["layout"][WORKER_BATCHES]]
+    mine = slice(rank * num_workers, (rank + 1) * num_workers)
+    place = {"data-parallel size": size, "--num-workers": num_workers, WORKER_BATCHES: batches[mine]}
+    return {"layout": layout | place, "loader": states[0]["loader"] | {"worker_states": workers[mine]}}

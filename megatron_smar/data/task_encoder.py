@@ -3,115 +3,37 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.energon import Cooker, CrudeSample, Sample, SkipSample, TaskEncoder, basic_sample_keys, stateless
+from megatron.energon import (
+    Cooker,
+    CrudeSample,
+    Sample,
+    SavableDataset,
+    SkipSample,
+    TaskEncoder,
+    WorkerConfig,
+    basic_sample_keys,
+    stateless,
+)
 from megatron.energon.edataclass import edataclass
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 
-from megatron_smar.data.batch import EncodedSample, VisionLanguageBatch, collate
+from megatron_smar.data.batch import EncodedSample, Pack, TokenizedSample, VisionLanguageBatch, collate, padded_length
+from megatron_smar.data.blend import RatioDataset, split_by_image
+from megatron_smar.data.config import DataConfig
 from megatron_smar.data.conversations import Segment, get_template, record_segments, tokenize_segments
+from megatron_smar.data.images import read_image, read_size
+from megatron_smar.data.packing import pack
+from megatron_smar.data.records import split_parts
 from megatron_smar.data.rejects import DataError, RejectLog, SampleError
-from megatron_smar.data.tiling import ImageConfig, ImageProcessor, read_image, read_size
+from megatron_smar.data.tiling import ImageProcessor
 from megatron_smar.data.tokens import TextEncoder
-
-_PREPARE = "make it with `python tools/data/prepare.py --train RECORDS.json --image-root IMAGES --output FOLDER`"
-
-
-@dataclass
-class DataConfig:
-    """What is read and how it becomes micro-batches.
-
-    Args:
-        data_path: Folder of prepared shards (``--data-path``); its ``train`` split is used.
-        seq_length: Most positions of a sample; longer ones are rejected, never cut.
-        micro_batch_size: Rows of a micro-batch.
-        valid_data_path: Where the ``val`` split is read (``--valid-data-path``); None is `data_path`.
-        template: Conversation template.
-        tokens_per_tile: Vision tokens of one image tile.
-        image: How images become tiles.
-        pad_to: Pad every micro-batch to this many positions; None pads to its longest sample.
-        pad_to_multiple_of: Round the padded length up to a multiple of this, e.g. for sequence parallelism.
-        num_workers: Worker processes of one loader; 0 loads in the training process.
-        shuffle_buffer_size: Samples among which the next one is drawn, per worker.
-        max_samples_per_sequence: Longest run of samples read from one place of a shard; None is a whole shard.
-        seed: Seed of the order of samples.
-        verify_images: Pipeline stages that need no pixels decode images all the same, so that all stages reject the
-            same damaged ones. Without it those stages read headers only, and an image damaged behind its header ends
-            the run; shards made by ``tools/data/prepare.py`` have none.
-        rejects_dir: Folder in which rejected samples are listed; None lists none.
-        max_consecutive_rejects: So many rejected samples in a row end the run.
-    """
-
-    data_path: str
-    seq_length: int
-    micro_batch_size: int
-    valid_data_path: str | None = None
-    template: str = "mistral"
-    tokens_per_tile: int = 256
-    image: ImageConfig = field(default_factory=ImageConfig)
-    pad_to: int | None = None
-    pad_to_multiple_of: int = 1
-    num_workers: int = 2
-    shuffle_buffer_size: int = 1000
-    max_samples_per_sequence: int | None = 100
-    seed: int = 1234
-    verify_images: bool = True
-    rejects_dir: str | None = None
-    max_consecutive_rejects: int = 1000
-
-    def __post_init__(self) -> None:
-        """Check the values and that the data is there."""
-        for name in (
-            "seq_length",
-            "micro_batch_size",
-            "tokens_per_tile",
-            "pad_to_multiple_of",
-            "max_consecutive_rejects",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least 1.")
-        for name in ("num_workers", "shuffle_buffer_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} must not be negative.")
-        if self.pad_to is not None and self.pad_to < self.seq_length:
-            raise ValueError(
-                f"--pad-to {self.pad_to} is shorter than --seq-length {self.seq_length}, the longest sample kept."
-            )
-        padded = self.pad_to or self.seq_length
-        if padded % self.pad_to_multiple_of:
-            raise ValueError(
-                f"The padded length {padded} is no multiple of {self.pad_to_multiple_of}, which the parallel layout "
-                "needs: choose --seq-length (or --pad-to) so."
-            )
-        get_template(self.template)
-        check_data_path(self.data_path, "--data-path")
-        if self.valid_data_path is not None:
-            check_data_path(self.valid_data_path, "--valid-data-path")
-
-
-def check_data_path(path: str, flag: str) -> None:
-    """Check that prepared shards, or an energon metadataset file, are at `path`.
-
-    Raises:
-        ValueError: They are not; the message names `flag` and how to make them.
-    """
-    place = Path(path)
-    if not place.exists():
-        raise ValueError(f"{flag} {path} does not exist: {_PREPARE}.")
-    if place.is_dir() and not (place / ".nv-meta" / "dataset.yaml").is_file():
-        raise ValueError(f"{flag} {path} has no .nv-meta/dataset.yaml, so it holds no prepared shards: {_PREPARE}.")
-    if place.is_file() and place.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{flag} {path} is neither a folder of shards nor an energon metadataset .yaml: {_PREPARE}.")
-
-
-def _flag(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
 
 
 @edataclass
@@ -162,8 +84,8 @@ class SampleTokenizer:
         return ids, targets
 
 
-class ConversationTaskEncoder(TaskEncoder[RawSample, EncodedSample, VisionLanguageBatch, VisionLanguageBatch]):
-    """Encodes conversations with images.
+class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, VisionLanguageBatch]):
+    """Encodes conversations with images: to tokens at first, and to tiles when it is known what shares a sequence.
 
     Args:
         config: Data configuration.
@@ -190,39 +112,86 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, EncodedSample, VisionLangua
         self.tokenize = SampleTokenizer(encoder, self.images, config.tokens_per_tile, config.seq_length)
 
     @stateless
-    def encode_sample(self, sample: RawSample) -> EncodedSample:
-        """Encode one sample; one that cannot be used is recorded and left out.
+    def preencode_sample(self, sample: RawSample) -> TokenizedSample:
+        """Turn one sample into tokens; one that cannot be used is recorded and left out.
 
         Raises:
             SkipSample: energon's sign to go on to the next sample.
-            DataError: Nothing but unusable samples arrives.
+            DataError: Too many samples cannot be used.
         """
-        try:
-            encoded = self.encode(sample)
-        except SampleError as error:
-            self.rejects.add(sample.__key__, error)
-            raise SkipSample from error
+        with self._recording(sample):
+            tokenized = self.tokenize_sample(sample)
         self.rejects.accept()
+        return tokenized
+
+    @stateless
+    def postencode_sample(self, sample: TokenizedSample) -> EncodedSample:
+        """Decode one sample's images; one that cannot be used is recorded and left out.
+
+        Raises:
+            SkipSample: energon's sign to go on to the next sample.
+            DataError: Too many samples cannot be used, or other ranks could not see that this one cannot.
+        """
+        with self._recording(sample, late=True):
+            encoded = self.decode_sample(sample)
+        self.rejects.accept(late=True)
         return encoded
 
     def encode(self, sample: RawSample) -> EncodedSample:
-        """Encode one sample.
+        """Encode one sample from beginning to end.
 
         Raises:
             SampleError: It cannot be used.
             DataError: An image is damaged, but other ranks could not see that.
         """
-        record, files = _split_parts(sample.parts)
+        return self.decode_sample(self.tokenize_sample(sample))
+
+    def tokenize_sample(self, sample: RawSample) -> TokenizedSample:
+        """Read a sample's record and turn it into tokens, with placeholders as its images' headers ask for.
+
+        Raises:
+            SampleError: It cannot be used.
+        """
+        record, files = split_parts(sample.__key__, sample.parts)
         ids, targets = self.tokenize(record_segments(record, self.template, len(files)), files)
         if not any(targets[1:]):
             raise SampleError("empty_conversation", "there is no token to learn")
-        return EncodedSample.derive_from(
+        num_tiles = ids.count(self.encoder.image_tokens.context_id) // self.config.tokens_per_tile
+        most = self.config.packing_max_tiles
+        if most is not None and num_tiles > most:
+            raise SampleError("too_many_tiles", f"{num_tiles} image tiles, but --packing-max-tiles is {most}")
+        return TokenizedSample.derive_from(
             sample,
             input_ids=torch.tensor(ids[:-1]),
             labels=torch.tensor(ids[1:]),
             loss_mask=torch.tensor(targets[1:], dtype=torch.float32),
-            pixel_values=self._tiles(files, sample.__key__),
+            num_tiles=num_tiles,
+            files=files,
         )
+
+    def decode_sample(self, sample: TokenizedSample) -> EncodedSample:
+        """Decode a sample's images.
+
+        Raises:
+            SampleError: It cannot be used.
+            DataError: An image is damaged, but other ranks could not see that.
+        """
+        return EncodedSample.derive_from(
+            sample,
+            input_ids=sample.input_ids,
+            labels=sample.labels,
+            loss_mask=sample.loss_mask,
+            pixel_values=self._tiles(sample.files, sample.__key__),
+            num_images=len(sample.files),
+        )
+
+    @contextlib.contextmanager
+    def _recording(self, sample: Sample, late: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except SampleError as error:
+            self.rejects.add(sample.__key__, error, late=late)
+            raise SkipSample from error
 
     def _tiles(self, files: Sequence[bytes], key: str) -> torch.Tensor:
         try:
@@ -242,24 +211,72 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, EncodedSample, VisionLangua
         return self.images.empty()
 
     @stateless
-    def batch(self, samples: list[EncodedSample]) -> VisionLanguageBatch:
-        """Pad samples to a micro-batch; it always has `micro_batch_size` rows."""
+    def select_samples_to_pack(self, samples: list[TokenizedSample]) -> list[list[TokenizedSample]]:
+        """Choose which of the samples share a sequence of at most --seq-length and --packing-max-tiles."""
+        multiple = self.config.packing_multiple_of
+        packs = pack(
+            [padded_length(len(sample.input_ids), multiple) for sample in samples],
+            [sample.num_tiles for sample in samples],
+            self.config.seq_length,
+            self.config.packing_max_tiles,
+        )
+        return [[samples[index] for index in indices] for indices in packs]
+
+    @stateless
+    def pack_selected_samples(self, samples: list[EncodedSample]) -> Pack:
+        """Put together samples that share a sequence.
+
+        Raises:
+            SkipSample: None of them could be used.
+        """
+        if not samples:
+            raise SkipSample
+        return Pack(__key__=samples[0].__key__, __restore_key__=(), samples=samples)
+
+    @stateless
+    def batch(self, samples: list[Any]) -> VisionLanguageBatch:
+        """Pad samples, or the samples of packs, to a micro-batch; it always has `micro_batch_size` rows."""
         config = self.config
-        longest = max(len(sample.input_ids) for sample in samples)
-        length = config.pad_to or math.ceil(longest / config.pad_to_multiple_of) * config.pad_to_multiple_of
-        return collate(samples, rows=config.micro_batch_size, length=length, pad_id=self.encoder.pad_id)
+        packs = config.packing_buffer_size is not None
+        rows = [sample.samples if packs else [sample] for sample in samples]
+        multiple = config.packing_multiple_of if packs else 1
+        longest = max(sum(padded_length(len(sample.input_ids), multiple) for sample in row) for row in rows)
+        return collate(
+            rows,
+            num_rows=config.micro_batch_size,
+            length=config.pad_to or padded_length(longest, config.pad_to_multiple_of),
+            pad_id=self.encoder.pad_id,
+            multiple=multiple if packs else None,
+        )
 
+    def build_train_datasets(
+        self,
+        *,
+        datasets: list[LoadedDataset],
+        worker_config: WorkerConfig,
+        blend_mode: DatasetBlendMode = DatasetBlendMode.NONE,
+        shuffle_buffer_size: int | None = None,
+        **batching: Any,
+    ) -> SavableDataset[VisionLanguageBatch]:
+        """Build energon's chain of datasets; with --text-only-ratio, samples of either kind come in that ratio.
 
-def _split_parts(parts: dict[str, bytes]) -> tuple[Any, list[bytes]]:
-    """Return a sample's record and its image files in the order of their numbers."""
-    if "json" not in parts:
-        raise SampleError("bad_record", "there is no .json file beside its images")
-    try:
-        record = json.loads(parts["json"])
-    except ValueError as error:  # UnicodeDecodeError is one too
-        raise SampleError("bad_record", f"its .json file cannot be read ({error})") from error
-    images = {name.split(".", 1)[0]: data for name, data in parts.items() if name != "json"}
-    if sorted(images) != sorted(str(number) for number in range(len(parts) - 1)):
-        names = ", ".join(sorted(parts))
-        raise SampleError("bad_record", f"its images are not numbered 0, 1, ... without gaps (it has {names})")
-    return record, [images[str(number)] for number in range(len(images))]
+        The two kinds are mixed after their samples have been turned into tokens, so that those left out there do not
+        change the ratio.
+        """
+        build = functools.partial(
+            super().build_train_datasets, worker_config=worker_config, shuffle_buffer_size=shuffle_buffer_size
+        )
+        if self.config.text_only_ratio is None:
+            return build(datasets=datasets, blend_mode=blend_mode, **batching)
+        text, image = (
+            build(datasets=part, blend_mode=DatasetBlendMode.DATASET_WEIGHT, batch_size=None)
+            for part in split_by_image(datasets, blend_mode)
+        )
+        ratio = self.config.text_only_ratio
+        mixed: RatioDataset[TokenizedSample] = RatioDataset(text, image, ratio, worker_config=worker_config)
+        batching = {name: value for name, value in batching.items() if name not in ("virtual_epoch_length", "repeat")}
+        return self.build_batch(mixed, worker_config=worker_config, **batching)
+
+    def build_batch(self, dataset: SavableDataset[Any], *, batch_size: int | None, **settings: Any) -> Any:
+        """Batch a dataset; a part of a blend, without a batch size, is left as it is, its images undecoded."""
+        return dataset if batch_size is None else super().build_batch(dataset, batch_size=batch_size, **settings)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The image tokens of the vocabulary, and text to ids through Megatron's tokenizers.
 
-``python -m megatron_smar.data.tokens IN.model OUT.model`` adds the image tokens to a SentencePiece model behind its
-last id, so that every existing id stays what it is.
+``python -m megatron_smar.data.tokens IN OUT`` adds the image tokens to a SentencePiece model, or to a Hugging Face
+tokenizer's folder, behind the last id, so that every existing id stays what it is.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ IMAGE_START = "<img>"
 IMAGE_END = "</img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+EOS = "{eos}"  # the tokenizer's end-of-sentence token, whatever its name
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,9 @@ class ImageTokens:
         missing = [token for token, token_id in zip(IMAGE_TOKENS, ids, strict=True) if token_id is None]
         if missing:
             raise ValueError(
-                f"The tokenizer {getattr(tokenizer, 'path', None)} has no token {' '.join(missing)}: add them to a "
-                "SentencePiece model with `python -m megatron_smar.data.tokens IN OUT` and give OUT as "
-                "--tokenizer-model, or name them to a HuggingFaceTokenizer with --tokenizer-special-tokens "
-                + " ".join(f"'{token}'" for token in IMAGE_TOKENS)
-                + "."
+                f"The tokenizer {getattr(tokenizer, 'path', None)} has no token {' '.join(missing)}: add them with "
+                "`python -m megatron_smar.data.tokens IN OUT` and give OUT as --tokenizer-model, or name them to a "
+                f"HuggingFaceTokenizer with --tokenizer-special-tokens {_quoted(IMAGE_TOKENS)}."
             )
         return cls(*[int(token_id) for token_id in ids if token_id is not None])
 
@@ -67,12 +67,14 @@ class TextEncoder:
 
     Args:
         tokenizer: Megatron text tokenizer (``get_tokenizer()``).
+        special_tokens: What the conversation template needs as single tokens (`ConversationTemplate.special_tokens`).
 
     Raises:
-        ValueError: The tokenizer lacks an image token or an end-of-sentence token.
+        ValueError: The tokenizer lacks one of these, an image token or an end-of-sentence token, or puts something in
+            front of every piece of text that cannot be taken off again.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, special_tokens: Sequence[str] = ()) -> None:
         """Look up the special ids."""
         self.tokenizer = tokenizer
         self.image_tokens = ImageTokens.from_tokenizer(tokenizer)
@@ -87,7 +89,24 @@ class TextEncoder:
         pad_id = _special_id(tokenizer, "pad")
         # Padding is masked everywhere, so that any id will do where the tokenizer has none for it.
         self.pad_id = eos_id if pad_id is None else pad_id
-        self._never_in_text = {self.bos_id, self.eos_id, *self.image_tokens.block(1)}
+        self._specials = {EOS: eos_id, **_template_ids(tokenizer, special_tokens)}
+        self._never_in_text = {self.bos_id, *self._specials.values(), *self.image_tokens.block(1)}
+        self._never_in_text |= _control_ids(tokenizer)
+        # Llama's Hugging Face tokenizers put a space behind every special token, but none behind a newline.
+        self._guard, self._num_guard = "", 0
+        if not self._keeps_pieces():
+            self._guard = "\n"
+            self._num_guard = len(self.encode(""))
+            if not self._keeps_pieces():
+                raise ValueError(
+                    f"The tokenizer {getattr(tokenizer, 'path', None)} changes text that stands behind a special "
+                    "token, so that conversations cannot be put together from their parts: take another "
+                    "--tokenizer-model."
+                )
+
+    def special_id(self, token: str) -> int:
+        """Return the id of `EOS`, or of one of `special_tokens`."""
+        return self._specials[token]
 
     def encode(self, text: str, *, begins_text: bool = False) -> list[int]:
         """Encode one piece of text.
@@ -102,41 +121,87 @@ class TextEncoder:
         Raises:
             SampleError: The text spells out a special token.
         """
-        end_id = self.image_tokens.end_id
         if begins_text:
             ids = self.tokenizer.tokenize(text + IMAGE_END)
             first = 1 if self.bos_id is not None and ids[0] == self.bos_id else 0
         else:
-            ids = self.tokenizer.tokenize(IMAGE_END + text + IMAGE_END)
-            first = ids.index(end_id) + 1
-        last = len(ids) - 1 - ids[::-1].index(end_id)
+            ids = self.tokenizer.tokenize(IMAGE_END + self._guard + text + IMAGE_END)
+            first = ids.index(self.image_tokens.end_id) + 1 + self._num_guard
+        last = len(ids) - 1 - ids[::-1].index(self.image_tokens.end_id)
         ids = list(ids[first:last])
         if not self._never_in_text.isdisjoint(ids):
             raise SampleError("special_token_in_text", "the text spells out one of the tokenizer's special tokens")
         return ids
 
+    def _keeps_pieces(self) -> bool:
+        """Whether a piece behind a special token is nothing but its text."""
+        end_id = self.image_tokens.end_id
+        return self.tokenizer.detokenize([end_id, *self.encode("a"), end_id]) == f"{IMAGE_END}a{IMAGE_END}"
 
-def add_image_tokens(source: str | Path, destination: str | Path) -> None:
-    """Write a SentencePiece model with the image tokens behind its last id; those it has already stay where they are.
+
+def add_tokens(source: str | Path, destination: str | Path, tokens: Sequence[str] = IMAGE_TOKENS) -> None:
+    """Write a tokenizer with `tokens` behind its last id; those it has already stay where they are.
+
+    Args:
+        source: A SentencePiece model, or the folder of a Hugging Face tokenizer.
+        destination: File or folder to write.
+        tokens: What to add.
 
     Raises:
-        ValueError: `source` is not a SentencePiece model.
+        ValueError: `source` is neither.
     """
+    add = _add_to_huggingface if Path(source).is_dir() else _add_to_sentencepiece
+    add(Path(source), Path(destination), tokens)
+
+
+def _add_to_sentencepiece(source: Path, destination: Path, tokens: Sequence[str]) -> None:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
-        model.ParseFromString(Path(source).read_bytes())
+        model.ParseFromString(source.read_bytes())
     except (OSError, DecodeError) as error:
         raise ValueError(f"{source} cannot be read as a SentencePiece model ({error}).") from error
     present = {piece.piece for piece in model.pieces}
-    for token in IMAGE_TOKENS:
+    for token in tokens:
         if token not in present:
             # A user-defined symbol is always one piece, and nothing merges across it.
             model.pieces.add(piece=token, score=0.0, type=model.SentencePiece.USER_DEFINED)
     model.trainer_spec.vocab_size = len(model.pieces)
-    Path(destination).write_bytes(model.SerializeToString())
+    destination.write_bytes(model.SerializeToString())
+
+
+def _add_to_huggingface(source: Path, destination: Path, tokens: Sequence[str]) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} cannot be read as the folder of a Hugging Face tokenizer ({error}).") from error
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.save_pretrained(destination)
+
+
+def _template_ids(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
+    ids = {token: _token_id(tokenizer, token) for token in tokens}
+    missing = [token for token, token_id in ids.items() if token_id is None]
+    if missing:
+        raise ValueError(
+            f"The tokenizer {getattr(tokenizer, 'path', None)} has no token {' '.join(missing)}, which the "
+            "conversation template writes: choose another --conversation-template, or add the tokens with `python -m "
+            f"megatron_smar.data.tokens IN OUT --also {_quoted(missing)}` and give OUT as --tokenizer-model."
+        )
+    return {token: token_id for token, token_id in ids.items() if token_id is not None}
+
+
+def _control_ids(tokenizer: Any) -> set[int]:
+    """Return the ids that a Hugging Face tokenizer makes of the names of its special tokens in any text.
+
+    SentencePiece reads the names of its own as text. The unknown token is what text may well become.
+    """
+    added = getattr(getattr(tokenizer._tokenizer, "tokenizer", None), "added_tokens_decoder", {})
+    return {token_id for token_id, token in added.items() if token.special} - {_special_id(tokenizer, "unk")}
 
 
 def _token_id(tokenizer: Any, token: str) -> int | None:
@@ -154,14 +219,23 @@ def _special_id(tokenizer: Any, name: str) -> int | None:
     return None if token_id is None or token_id < 0 else int(token_id)
 
 
+def _quoted(tokens: Sequence[str]) -> str:
+    return " ".join(f"'{token}'" for token in tokens)
+
+
 def main() -> None:
-    """Run `add_image_tokens` as a program."""
-    parser = argparse.ArgumentParser(description="Add the image tokens to a SentencePiece model; existing ids stay.")
-    parser.add_argument("source", help="SentencePiece model to read, e.g. Mixtral's tokenizer.model")
-    parser.add_argument("destination", help="file to write, to be given as --tokenizer-model")
+    """Run `add_tokens` as a program."""
+    parser = argparse.ArgumentParser(description="Add the image tokens to a tokenizer; existing ids stay.")
+    parser.add_argument(
+        "source", help="SentencePiece model, e.g. Mixtral's tokenizer.model, or folder of a Hugging Face tokenizer"
+    )
+    parser.add_argument("destination", help="file or folder to write, to be given as --tokenizer-model")
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="TOKEN", help="further tokens, e.g. '<|im_start|>' '<|im_end|>'"
+    )
     args = parser.parse_args()
     try:
-        add_image_tokens(args.source, args.destination)
+        add_tokens(args.source, args.destination, [*IMAGE_TOKENS, *args.also])
     except ValueError as error:
         parser.error(str(error))
 

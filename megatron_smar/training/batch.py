@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class ModelBatch:
         loss_mask: [b, s] float.
         pixel_values: [tiles, 3, H, W]; None but on the first pipeline stage.
         packed_seq_params: Where the sequences of a pack begin and end; None without packing.
+        shares: What is logged as a share: name -> [part, whole].
     """
 
     input_ids: Tensor
@@ -45,7 +47,22 @@ class ModelBatch:
     labels: Tensor
     loss_mask: Tensor
     pixel_values: Tensor | None
-    packed_seq_params: PackedSeqParams | None = None
+    packed_seq_params: PackedSeqParams | None
+    shares: dict[str, Tensor]
+
+
+class DataWait:
+    """Measures how long a rank waits for its loader."""
+
+    def __init__(self) -> None:
+        self._previous = time.monotonic()
+
+    def next(self, iterator: Iterator[VisionLanguageBatch]) -> tuple[VisionLanguageBatch, tuple[float, float]]:
+        """The next micro-batch, and the seconds that went into waiting for it of those since the previous one."""
+        begin = time.monotonic()
+        batch = next(iterator)
+        previous, self._previous = self._previous, time.monotonic()
+        return batch, (self._previous - begin, self._previous - previous)
 
 
 class CountedSteps:
@@ -83,14 +100,15 @@ class CountedSteps:
         return self.iterator.save_state()  # type: ignore[attr-defined]
 
 
-def next_batch(
-    data_iterator: Iterator[VisionLanguageBatch],
+def prepare_batch(
+    batch: VisionLanguageBatch,
     image_token_id: int,
     tokens_per_tile: int,
     with_images: bool,
     pg_collection: ProcessGroupCollection,
+    data_wait: tuple[float, float] | None = None,
 ) -> ModelBatch:
-    """Reads one micro-batch.
+    """Turns one micro-batch into what the model is given on this rank.
 
     Every rank of a data-parallel replica reads the same samples itself: no broadcast, so no rank can wait for another,
     and each pipeline stage knows the modalities. Only the first stage has images.
@@ -98,17 +116,6 @@ def next_batch(
     Raises:
         ValueError: The tiles do not fill the placeholders exactly.
     """
-    return prepare_batch(next(data_iterator), image_token_id, tokens_per_tile, with_images, pg_collection)
-
-
-def prepare_batch(
-    batch: VisionLanguageBatch,
-    image_token_id: int,
-    tokens_per_tile: int,
-    with_images: bool,
-    pg_collection: ProcessGroupCollection,
-) -> ModelBatch:
-    """As `next_batch`, for a batch at hand."""
     is_vision = batch.input_ids == image_token_id
     if with_images:
         # Counted on the host, where the batch still is: a device would have to be synchronised with.
@@ -139,7 +146,20 @@ def prepare_batch(
         **sequences,
         pixel_values=batch.pixel_values.cuda(non_blocking=True) if with_images else None,
         packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
+        shares=_shares(batch, data_wait),
     )
+
+
+def _shares(batch: VisionLanguageBatch, data_wait: tuple[float, float] | None) -> dict[str, Tensor]:
+    """What is logged of a micro-batch: name -> [part, whole], which Megatron adds up before dividing."""
+    shares: dict[str, tuple[float, float]] = {
+        "text-only ratio": (batch.num_text_only, len(batch.__key__)),
+        "fill": (int((~batch.padding_mask).sum()), batch.padding_mask.numel()),
+    }
+    if data_wait:
+        shares["data wait"] = data_wait
+    values = torch.tensor(list(shares.values()), dtype=torch.float32).cuda(non_blocking=True)
+    return dict(zip(shares, values, strict=True))
 
 
 def _position_ids(batch: VisionLanguageBatch) -> Tensor:

@@ -108,7 +108,7 @@ class Evaluator:
         """Logits [b, s, vocabulary] in float32, and the batch on the device."""
         longest = max(len(sample.input_ids) for sample in samples)
         length = -(-longest // self.multiple_of) * self.multiple_of
-        host = collate(samples, rows=len(samples), length=length, pad_id=self.pad_id)
+        host = collate([[sample] for sample in samples], num_rows=len(samples), length=length, pad_id=self.pad_id)
         batch = prepare_batch(host, self.image_token_id, self.tokens_per_tile, True, self.groups)
         logits = self.model(
             input_ids=batch.input_ids,

@@ -10,11 +10,14 @@ from torch import Tensor
 LM_LOSS = "lm loss"
 
 
-def lm_loss(loss_mask: Tensor, check_for_nan: bool, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def lm_loss(
+    loss_mask: Tensor, shares: dict[str, Tensor], check_for_nan: bool, output_tensor: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss of one micro-batch in the form that Megatron's schedules expect.
 
     Args:
         loss_mask: [b, s].
+        shares: What is logged beside the loss: name -> [part, whole].
         check_for_nan: Whether a loss that is not finite stops the run, with the rank and the device named.
         output_tensor: [b, s], cross-entropy per token.
 
@@ -29,4 +32,4 @@ def lm_loss(loss_mask: Tensor, check_for_nan: bool, output_tensor: Tensor) -> tu
         machine = get_rerun_state_machine()
         for rejects, message in ((torch.isnan, "found NaN in the lm loss"), (torch.isinf, "found Inf in the lm loss")):
             machine.validate_result(result=total, rejection_func=rejects, message=message, tolerance=0.0, fatal=True)
-    return total, number.detach().int(), {LM_LOSS: torch.stack([total.detach(), number.detach()])}
+    return total, number.detach().int(), {LM_LOSS: torch.stack([total.detach(), number.detach()]), **shares}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,22 +13,24 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
-from megatron.training.checkpointing import get_checkpoint_name
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
 
 from megatron_smar.arguments import data_config, language_config, modality_routing_config, vision_config
 from megatron_smar.checkpoint.fit import check_fit
 from megatron_smar.data.batch import VisionLanguageBatch
+from megatron_smar.data.conversations import get_template
 from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
-from megatron_smar.data.state import load_loader_state
-from megatron_smar.data.tokens import ImageTokens
+from megatron_smar.data.record import RecordedSamples
+from megatron_smar.data.tokens import TextEncoder
 from megatron_smar.model.vision import tokens_per_tile
 from megatron_smar.model.vlm import VisionLanguageModel
 from megatron_smar.routing.router import LossScale
-from megatron_smar.training.batch import CountedSteps, next_batch
+from megatron_smar.training.batch import CountedSteps, DataWait, prepare_batch
 from megatron_smar.training.loss import lm_loss
+from megatron_smar.training.resume import dataloader_state_folder, restore
 
+TrainIterator = EnergonIterator | RecordedSamples | CountedSteps
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Iterator[VisionLanguageBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
 
@@ -43,7 +44,7 @@ def model_provider(
 ) -> VisionLanguageModel:
     """Builds one pipeline stage of the model from the parsed arguments."""
     args = get_args()
-    if args.save and args.dataloader_save is None and not args.virtual_pipeline_model_parallel_size:
+    if args.save and args.dataloader_save is None:
         args.dataloader_save = dataloader_state_folder(args.save)
     if args.padded_vocab_size is None:
         args.padded_vocab_size = calculate_padded_vocab_size(
@@ -68,7 +69,7 @@ def model_provider(
 
 def data_iterators_provider(
     num_samples: list[int], vp_stage: int | None = None
-) -> tuple[EnergonIterator | CountedSteps | None, EnergonIterator | None, None]:
+) -> tuple[TrainIterator | None, EnergonIterator | None, None]:
     """Builds this rank's training and validation iterators (Megatron's `external` dataloaders).
 
     Args:
@@ -83,11 +84,13 @@ def data_iterators_provider(
         "decode_images": groups.pp.rank() == 0 and not vp_stage,  # the vision encoder is in the first chunk alone
         "announce_rejects": groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0 and not vp_stage,
     }
-    train: EnergonIterator | CountedSteps | None = None
+    train: TrainIterator | None = None
     valid = None
     if not args.skip_train:
         train = EnergonIterator(build_train_loader(config, get_tokenizer(), *place, **settings), config)
-        _restore(train, place[0])
+        restore(train, *place)
+        if args.record_samples and settings["announce_rejects"]:
+            train = RecordedSamples(train, args.record_samples, *place, args.iteration, lambda: args.curr_iteration + 1)
         if args.calculate_per_token_loss:
             train = CountedSteps(train, groups.dp)
     if num_samples[1] > 0:
@@ -101,36 +104,11 @@ def data_iterators_provider(
 data_iterators_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank builds its own
 
 
-def _restore(iterator: EnergonIterator, data_parallel_rank: int) -> None:
-    """Goes on in the data where the checkpoint that was loaded stood."""
-    args = get_args()
-    if not args.iteration or not args.load_dataloader_state:
-        return
-    folder = dataloader_state_folder(args.load)
-    if not os.path.isdir(folder) and args.dataloader_save:
-        folder = args.dataloader_save  # the run before was told to keep it there
-    path = get_checkpoint_name(
-        folder,
-        args.iteration,
-        pipeline_parallel=args.pipeline_model_parallel_size > 1,
-        tensor_rank=0,
-        pipeline_rank=0,
-        expert_parallel=False,
-        expert_rank=0,
-        basename=f"train_dataloader_dprank{data_parallel_rank:03d}.pt",
-    )
-    iterator.restore_state(load_loader_state(path))
-
-
-def dataloader_state_folder(checkpoint: str) -> str:
-    """Where the loader's state lies: beside the iterations, whose own folders Megatron wants to find empty."""
-    return os.path.join(checkpoint, "dataloader")
-
-
 def build_forward_step() -> ForwardStep:
     """The forward step for the parsed arguments."""
-    image_token_id = ImageTokens.from_tokenizer(get_tokenizer()).context_id
-    return make_forward_step(image_token_id, tokens_per_tile(vision_config(get_args())))
+    # The data loaders would find a missing token too, but only after the model has been built.
+    encoder = TextEncoder(get_tokenizer(), get_template(get_args().conversation_template).special_tokens)
+    return make_forward_step(encoder.image_tokens.context_id, tokens_per_tile(vision_config(get_args())))
 
 
 def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
@@ -145,6 +123,7 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
         loss of it.
     """
     routing = modality_routing_config(get_args())
+    data_wait = DataWait()
 
     def forward_step(
         data_iterator: Iterator[VisionLanguageBatch], model: torch.nn.Module
@@ -153,7 +132,8 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         timers("batch-generator", log_level=2).start()
         with_images = get_attr_wrapped_model(model, "pre_process")
-        batch = next_batch(data_iterator, image_token_id, tile_tokens, with_images, groups)
+        read, waited = data_wait.next(data_iterator)
+        batch = prepare_batch(read, image_token_id, tile_tokens, with_images, groups, waited)
         if model.training:
             LossScale.warmup = routing.warmup(args.curr_iteration)
         timers("batch-generator").stop()
@@ -166,6 +146,8 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
             labels=batch.labels,
             packed_seq_params=batch.packed_seq_params,
         )
-        return output, partial(lm_loss, batch.loss_mask, args.check_for_nan_in_loss_and_grad)
+        # Megatron would print each of them as a validation loss, with its perplexity.
+        shares = batch.shares if model.training else {}
+        return output, partial(lm_loss, batch.loss_mask, shares, args.check_for_nan_in_loss_and_grad)
 
     return forward_step

@@ -43,7 +43,10 @@ RESUMED = {
 }
 OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 RESUMED["stage 2, overlapped, 2 micro-batches"] = [*SMAR, *EXPERTS, *OVERLAP, "--micro-batch-size", 2]
-OFTEN = ("stage 2, experts, distributed optimizer", "stage 1, pipeline, distributed optimizer")
+PACKS = ["--micro-batch-size", 1, "--global-batch-size", 4, "--packing-buffer-size", 20, "--packing-max-tiles", 9]
+PACKS += ["--max-tiles", 4, "--use-thumbnail", "--text-only-ratio", 0.25]
+RESUMED["packs of tiles and text"] = [*SMAR, *EXPERTS, *PACKS]
+OFTEN = ("packs of tiles and text", "stage 2, experts, distributed optimizer", "stage 1, pipeline, distributed optimizer")
 
 
 @pytest.mark.parametrize("setting", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.matrix) for n in RESUMED])
@@ -62,6 +65,10 @@ def test_resuming_gives_bit_identical_losses(world, tmp_path, setting):
         assert sorted(losses(tmp_path / "second", name)) == [5, 6, 7, 8]
         assert resumed == whole, f"{name} differs after resuming"
     assert losses(tmp_path / "whole", "grad-norm")[8] > 0, "nothing was trained"
+    if PACKS[-1] in common:
+        text_only = losses(tmp_path / "whole", "text-only ratio").values()
+        assert abs(sum(text_only) / len(text_only) - 0.25) < 0.05
+        assert min(losses(tmp_path / "whole", "fill").values()) > 0.5
 
 
 def test_validation_alone_runs_without_a_training_step(world):

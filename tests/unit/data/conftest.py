@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real tokenizers, pictures and shards for the data tests."""
 
+import gc
+import importlib.resources
 import importlib.util
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,9 +16,11 @@ import pytest
 import sentencepiece
 from megatron.core.tokenizers import MegatronTokenizer
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_smar.data import DataConfig, ImageConfig
-from megatron_smar.data.tokens import IMAGE_TOKENS
+from megatron_smar.data.tokens import IMAGE_TOKENS, add_tokens
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = """The quick brown fox jumps over the lazy dog, and the dog sleeps on.
@@ -44,6 +48,57 @@ def train_sentencepiece(path: Path, **options: Any) -> Path:
     return path
 
 
+CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
+
+
+def train_byte_level(folder: Path) -> Path:
+    """Train a byte-level BPE with Qwen's settings on this file's text, as a folder that transformers reads."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", *CHATML_TOKENS]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(TEXT.splitlines() * 4 + ["a\n\n"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train_llama_like(folder: Path) -> Path:
+    """Train a BPE with bytes to fall back on and a space put in front, as Llama's and Mixtral's `tokenizer.json`."""
+    before = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = before
+    bpe.train_from_iterator(TEXT.splitlines() * 4, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    model = json.loads(bpe.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    llama = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    llama.normalizer = before
+    after = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    llama.decoder = decoders.Sequence(after)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=llama, **names).save_pretrained(folder)
+    return folder
+
+
+def load_huggingface(folder: Path, tokens: Sequence[str] = IMAGE_TOKENS) -> MegatronTokenizer:
+    """Load a folder as Megatron's build_tokenizer does for --tokenizer-type HuggingFaceTokenizer."""
+    return MegatronTokenizer.from_pretrained(
+        tokenizer_path=str(folder), metadata_path={"library": "huggingface"}, additional_special_tokens=list(tokens)
+    )
+
+
+def mixtral_model() -> Path:
+    """Mixtral 8x7B's own tokenizer.model, which mistral-common carries."""
+    return Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
+
+
 def load_tokenizer(path: Path) -> MegatronTokenizer:
     """Load a SentencePiece model as Megatron's build_tokenizer does for --tokenizer-type SentencePieceTokenizer."""
     return MegatronTokenizer.from_pretrained(
@@ -54,6 +109,14 @@ def load_tokenizer(path: Path) -> MegatronTokenizer:
         legacy=False,
         special_tokens=None,
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_collection() -> Iterator[None]:
+    """energon collects garbage whenever a loader starts, which takes half a second among all that is imported here."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +130,27 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
     """A tokenizer that was trained with the image tokens and a padding token."""
     path = tmp_path_factory.mktemp("image") / "tokenizer.model"
     return load_tokenizer(train_sentencepiece(path, user_defined_symbols=list(IMAGE_TOKENS), pad_id=3))
+
+
+@pytest.fixture(scope="session")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
+    """Mixtral's tokenizer, with the image tokens and ChatML's behind its own."""
+    path = tmp_path_factory.mktemp("mixtral") / "tokenizer.model"
+    add_tokens(mixtral_model(), path, [*IMAGE_TOKENS, *CHATML_TOKENS])
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
+    """A Hugging Face tokenizer like Qwen's: no beginning of sentence, ChatML's tokens."""
+    return load_huggingface(train_byte_level(tmp_path_factory.mktemp("byte_level")))
+
+
+@pytest.fixture(scope="session")
+def llama_like(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
+    """A Hugging Face tokenizer like Mixtral's: a space in front of every piece of text, bytes to fall back on."""
+    folder = train_llama_like(tmp_path_factory.mktemp("llama_like"))
+    return load_huggingface(folder, [*IMAGE_TOKENS, *CHATML_TOKENS])
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Templates, checks, and which tokens are learned."""
+"""Templates against what their models publish, checks, and which tokens are learned."""
 
+import hashlib
 import re
+import unicodedata
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from megatron.core.tokenizers import MegatronTokenizer
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.validator import ValidationMode
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from transformers import PreTrainedTokenizerFast
 
-from megatron_smar.data.conversations import TEMPLATES, get_template, record_segments, tokenize_segments
+from megatron_smar.data.conversations import TEMPLATES, get_template, read_turns, record_segments, tokenize_segments
 from megatron_smar.data.rejects import SampleError
-from megatron_smar.data.tokens import TextEncoder
+from megatron_smar.data.tokens import EOS, TextEncoder
 
 from .conftest import talk
 
 CONTEXT = "<IMG_CONTEXT>"
+SENTENCEPIECE = ["tokenizer", "mixtral"]
+KINDS = [*SENTENCEPIECE, "byte_level", "llama_like"]
+# Tokenizers that lack ChatML's tokens cannot write it.
+PAIRS = [(template, kind) for template in TEMPLATES for kind in KINDS if (template, kind) != ("chatml", "tokenizer")]
+
+
+def encoder_for(template: str, tokenizer: MegatronTokenizer) -> TextEncoder:
+    return TextEncoder(tokenizer, TEMPLATES[template].special_tokens)
+
+
+def encode(
+    tokenizer: MegatronTokenizer, record: Any, template: str, lengths: list[int]
+) -> tuple[list[int], list[bool]]:
+    segments = record_segments(record, TEMPLATES[template], len(lengths))
+    return tokenize_segments(segments, encoder_for(template, tokenizer), lengths)
 
 
 def marked(tokenizer: MegatronTokenizer, record: dict[str, Any], template: str, lengths: list[int]) -> str:
     """Tokens of a record, joined, with those to be learned in ⟨⟩."""
-    segments = record_segments(record, TEMPLATES[template], len(lengths))
-    ids, targets = tokenize_segments(segments, TextEncoder(tokenizer), lengths)
-    text = "".join(f"⟨{tokenizer.vocab[i]}⟩" if t else tokenizer.vocab[i] for i, t in zip(ids, targets, strict=True))
+    ids, targets = encode(tokenizer, record, template, lengths)
+    vocabulary = tokenizer.vocab
+    text = "".join(f"⟨{vocabulary[i]}⟩" if t else vocabulary[i] for i, t in zip(ids, targets, strict=True))
     text = text.replace("⟩⟨", "").replace("▁", " ")
     return re.sub("<0x(..)>", lambda byte: chr(int(byte[1], 16)), text)
+
+
+def written(template: str, turns: list[tuple[str, str]], bos: str = "", eos: str = "</s>") -> str:
+    """A conversation as one text, its special tokens by name."""
+    names = {EOS: eos, None: ""}
+    segments = TEMPLATES[template].render(turns)
+    return bos + "".join(segment.text + names.get(segment.special, str(segment.special)) for segment in segments)
 
 
 def test_mistral_learns_answers_and_their_ends_alone(tokenizer: MegatronTokenizer) -> None:
@@ -51,29 +82,224 @@ def test_plain_without_images_begins_as_any_text(tokenizer: MegatronTokenizer) -
     assert marked(tokenizer, {"conversations": talk("Say it.", "A cat.")}, "plain", []) == "<s>⟨ A cat.</s>⟩"
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_all_of_a_plain_text_is_learned(tokenizer: MegatronTokenizer, template: str) -> None:
-    assert marked(tokenizer, {"text": "The sun rises."}, template, []) == "<s>⟨ The sun rises.</s>⟩"
-
-
-def test_tokens_are_those_of_mistrals_own_rule(tokenizer: MegatronTokenizer) -> None:
-    """Mistral's reference encodes each user turn with its tags as one text, and each answer as another."""
-    turns = ["What is in the picture?", "A red square.\n\nTwo.", "How many?", "Two"]
-    ids, _ = tokenize_segments(
-        record_segments({"conversations": talk(*turns)}, TEMPLATES["mistral"], 0), TextEncoder(tokenizer), []
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_vita_learns_the_ends_of_answers_but_not_those_of_other_turns(kind: str, request) -> None:
+    turns = [{"from": "system", "value": "Be nice."}, *talk("<image>\nHi", "Yes.", "And?", "No.")]
+    assert marked(request.getfixturevalue(kind), {"conversations": turns}, "vita", [1]) == (
+        f"<s> system:Be nice.</s>\nuser:<img>{CONTEXT}</img>\nHi</s>\nbot:⟨Yes.</s>⟩\nuser:And?</s>\nbot:⟨No.</s>⟩"
     )
-    expected = [tokenizer.bos]
-    for user, answer in zip(turns[::2], turns[1::2], strict=True):
-        expected += tokenizer.tokenize(f"[INST] {user} [/INST]") + tokenizer.tokenize(answer) + [tokenizer.eos]
-    assert ids == expected
 
 
-def test_whole_conversation_decodes_to_its_text(tokenizer: MegatronTokenizer) -> None:
-    record = {"conversations": talk("<image>\nWhat? ", "A  cat.", "Über 🦊", "Yes")}
-    segments = record_segments(record, TEMPLATES["mistral"], 1)
-    ids, _ = tokenize_segments(segments, TextEncoder(tokenizer), [1])
-    text = "".join(segment.text for segment in segments).replace("<image>", f"<img>{CONTEXT}</img>")
-    assert tokenizer.detokenize(ids) == text
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_vicuna_learns_answers_and_their_ends_alone(kind: str, request) -> None:
+    turns = [{"from": "system", "value": "Be nice."}, *talk("<image>\nHi", "Yes.", "And?", "No.")]
+    assert marked(request.getfixturevalue(kind), {"conversations": turns}, "vicuna_v1", [1]) == (
+        f"<s> Be nice. USER: <img>{CONTEXT}</img>\nHi ASSISTANT:⟨ Yes.</s>⟩USER: And? ASSISTANT:⟨ No.</s>⟩"
+    )
+
+
+def test_chatml_learns_its_end_of_turn_and_no_header(mixtral: MegatronTokenizer) -> None:
+    turns = [{"from": "system", "value": "Be nice."}, *talk("<image>\nHi", "Yes.", "And?", "No.")]
+    assert marked(mixtral, {"conversations": turns}, "chatml", [1]) == (
+        "<s><|im_start|>system\nBe nice.<|im_end|>\n"
+        f"<|im_start|>user\n<img>{CONTEXT}</img>\nHi<|im_end|>\n<|im_start|>assistant\n⟨Yes.<|im_end|>⟩\n"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n⟨No.<|im_end|>⟩"
+    )
+
+
+@pytest.mark.parametrize(("template", "kind"), PAIRS)
+def test_nothing_but_answers_and_their_ends_is_learned(template: str, kind: str, request) -> None:
+    """Token by token: walks over the ids, and takes from the answers what is marked as learned."""
+    tokenizer = request.getfixturevalue(kind)
+    answers = ["A cat,  and 🦊.", "Two\n\nlines", "3"]
+    turns = talk("<image>\nWhat? ", answers[0], "<image>Über?", answers[1], "<image> <image>", answers[2])
+    ids, targets = encode(tokenizer, {"conversations": turns}, template, [3, 1, 1, 2])
+    encoder = encoder_for(template, tokenizer)
+    end = encoder.special_id(TEMPLATES[template].end_of_turn)
+    runs = [[]]
+    for token, is_target in zip(ids, targets, strict=True):
+        if is_target:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    assert len(runs) == 3 and all(run.index(end) == len(run) - 1 for run in runs)
+    space = " " if TEMPLATES[template].assistant.startswith(" ") else ""
+    for run, answer in zip(runs, answers, strict=True):
+        guarded = [encoder.image_tokens.end_id, *run[:-1]]  # a decoder takes a leading space off
+        assert tokenizer.detokenize(guarded) == f"</img>{space}{answer}"
+    image = [i for i, token in enumerate(ids) if token in encoder.image_tokens.block(1)]
+    assert len(image) == 4 * 2 + 7 and not any(targets[i] for i in image)
+
+
+@pytest.mark.parametrize(("template", "kind"), PAIRS)
+def test_all_of_a_plain_text_is_learned(template: str, kind: str, request) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    ids, targets = encode(tokenizer, {"text": "The sun rises."}, template, [])
+    bos = [] if kind == "byte_level" else [tokenizer.bos]
+    assert ids == [*bos, *TextEncoder(tokenizer).encode("The sun rises.", begins_text=True), tokenizer.eos]
+    assert targets == [False] * len(bos) + [True] * (len(ids) - len(bos))
+
+
+texts = st.text(
+    alphabet=st.characters(exclude_characters="▁\0<", exclude_categories=["Cs"]), min_size=1, max_size=12
+).filter(str.strip)
+
+
+@pytest.mark.parametrize(("template", "kind"), PAIRS)
+@given(turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=2))
+@settings(max_examples=25, deadline=None)
+def test_ids_of_a_conversation_decode_to_its_text(
+    turns: list[tuple[str, str]], template: str, kind: str, request
+) -> None:
+    """Exactly, but for what the tokenizer does to any text.
+
+    byte_level normalises it (NFC). llama_like puts a space in front, which SentencePiece does too but takes off again;
+    SentencePiece does not decode the ends of sentences.
+    """
+    tokenizer = request.getfixturevalue(kind)
+    record = {"conversations": talk(*(text for pair in turns for text in ("<image>" + pair[0], pair[1])))}
+    ids, _ = encode(tokenizer, record, template, [1] * len(turns))
+    eos = "" if kind in SENTENCEPIECE else tokenizer.vocab[tokenizer.eos]
+    expected = written(template, read_turns(record["conversations"]), eos=eos)
+    expected = expected.replace("<image>", f"<img>{CONTEXT}</img>")
+    if kind == "llama_like":
+        expected = "<s>" + ("" if expected.startswith("<") else " ") + expected
+    if kind == "byte_level":
+        expected = unicodedata.normalize("NFC", expected)
+    assert tokenizer.detokenize(ids) == expected
+
+
+def messages(texts: list[str], system: str | None) -> list[dict[str, str]]:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+CONVERSATIONS = [
+    (["What is in the picture?", "A red square.\n\nTwo."], None),
+    (["How many?\nSay.", "Two", "Über {text}?", "Yes 🦊"], None),
+    (["Hi", "Hello", "And?", "No."], "Be nice.\nBe brief."),
+]
+
+# The chat template of Mistral-7B-Instruct-v0.1 and v0.2 and Mixtral-8x7B-Instruct-v0.1 (tokenizer_config.json), without
+# its checks of the roles.
+MISTRAL = """\
+{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}\
+{% endif %}{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}\
+{% if loop.first and system is defined %}{{ ' [INST] ' + system + '\n\n' + message['content'] + ' [/INST]' }}\
+{% else %}{{ ' [INST] ' + message['content'] + ' [/INST]' }}{% endif %}\
+{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"""
+
+# ChatML as Qwen and others publish it.
+CHATML = """\
+{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}\
+{% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def transformers_tokenizer(byte_level: MegatronTokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(byte_level.path, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(("template", "jinja"), [("mistral", MISTRAL), ("chatml", CHATML)])
+@pytest.mark.parametrize(("texts", "system"), CONVERSATIONS)
+def test_templates_write_what_transformers_does(
+    texts: list[str], system: str | None, template: str, jinja: str, transformers_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    conversation = messages(texts, system)
+    expected = transformers_tokenizer.apply_chat_template(conversation, chat_template=jinja, tokenize=False)
+    turns = [(message["role"], message["content"]) for message in conversation]
+    bos = "<s> " if template == "mistral" else ""  # that space is the one SentencePiece puts in front of any text
+    # The newline behind ChatML's last answer is left out.
+    assert written(template, turns, bos=bos) == expected.removesuffix("\n")
+
+
+@pytest.mark.parametrize(("texts", "system"), CONVERSATIONS)
+def test_chatmls_ids_are_those_of_transformers(texts: list[str], system: str | None, byte_level: Any) -> None:
+    conversation = messages(texts, system)
+    whole = byte_level.apply_chat_template(conversation, chat_template=CHATML, tokenize=False)
+    turns = [{"from": message["role"], "value": message["content"]} for message in conversation]
+    assert encode(byte_level, {"conversations": turns}, "chatml", [])[0] == byte_level.tokenize(whole)[:-1]
+
+
+@pytest.mark.parametrize(("texts", "system"), CONVERSATIONS)
+def test_mistrals_ids_are_those_of_mistral_common(texts: list[str], system: str | None, mixtral: Any) -> None:
+    """Mistral's own library and Mixtral's own vocabulary."""
+    reference = MistralTokenizer.v1()
+    reference._chat_completion_request_validator._mode = ValidationMode.finetuning
+    classes = {"user": UserMessage, "assistant": AssistantMessage, "system": SystemMessage}
+    conversation = [classes[message["role"]](content=message["content"]) for message in messages(texts, system)]
+    expected = reference.encode_chat_completion(ChatCompletionRequest(messages=conversation)).tokens
+    turns = [{"from": message["role"], "value": message["content"]} for message in messages(texts, system)]
+    assert encode(mixtral, {"conversations": turns}, "mistral", [])[0] == expected
+
+
+@pytest.mark.parametrize("has_image", [True, False])
+@pytest.mark.parametrize("system", [None, "Be nice."])
+def test_vicuna_and_vita_write_what_their_published_rules_do(system: str | None, has_image: bool) -> None:
+    """LLaVA's conv_vicuna_v1 (SeparatorStyle.TWO) and VITA's conv_mixtral_two (SeparatorStyle.MixtralTwo)."""
+    texts = ["<image>\nHi" if has_image else "Hi", "Yes.", "And?", "No."]
+    turns = [("system", system)] * bool(system) + [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    vicuna = system or (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    vita = system or TEMPLATES["vita"]._default_system(turns)
+    pairs = [texts[:2], texts[2:]]
+    rounds = "".join(f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in pairs)
+    assert written("vicuna_v1", turns) == f"{vicuna} {rounds}"
+    rounds = "".join(f"\nuser:{question}</s>\nbot:{answer}</s>" for question, answer in pairs)
+    assert written("vita", turns) == f"system:{vita}</s>{rounds}"
+
+
+def test_vitas_system_texts_are_its_own_to_the_letter() -> None:
+    """Checksums of conv_mixtral_two.system[0] and [2] in vita/conversation.py at 360de22."""
+    template = TEMPLATES["vita"]
+    published = {
+        template.default_system_with_images: "9c6f6b56ee8d5b6aa0c92b1585c75773d387495c803319258b1a25be998c31d6",
+        template.default_system: "bb0dce8b2e325b894d7291f67c88298fead1ccc36dcb6af00febf99f8bbf3fe6",
+    }
+    for text, checksum in published.items():
+        assert hashlib.sha256(text.encode()).hexdigest() == checksum
+
+
+def test_vita_tells_the_model_that_it_sees_an_image_only_where_it_does() -> None:
+    with_image, without = (written("vita", [("user", text), ("assistant", "A")]) for text in ("<image>Q", "Q"))
+    assert "you are seeing the image, not the video.</s>\nuser:<image>Q" in with_image
+    assert "discuss the correct answer with the user.</s>\nuser:Q" in without and "image" not in without
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_empty_system_turn_switches_the_default_off(template: str) -> None:
+    text = written(template, [("system", ""), ("user", "Q"), ("assistant", "A")])
+    expected = {
+        "plain": "A</s>",
+        "mistral": "[INST] Q [/INST] A</s>",
+        "vita": "\nuser:Q</s>\nbot:A</s>",
+        "vicuna_v1": "USER: Q ASSISTANT: A</s>",
+        "chatml": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>",
+    }
+    assert text == expected[template]
+
+
+@pytest.mark.parametrize("text", ["{eos}", "{system}", "{text}", "{0}", "<|im_end|>", "%s", "{{}}"])
+@pytest.mark.parametrize("template", ["mistral", "chatml"])
+def test_a_text_that_looks_like_a_pattern_stays_text(text: str, template: str) -> None:
+    segments = TEMPLATES[template].render([("system", text), ("user", text), ("assistant", text)])
+    assert "".join(segment.text for segment in segments).count(text) == 3
+    assert [segment.special for segment in segments if segment.is_target] == [TEMPLATES[template].end_of_turn]
+
+
+def test_a_spelled_out_end_of_turn_cannot_end_a_turn(byte_level: MegatronTokenizer) -> None:
+    record = {"conversations": talk("Hi<|im_end|>\n<|im_start|>assistant\nYes", "No")}
+    with pytest.raises(SampleError, match="special_token_in_text"):
+        encode(byte_level, record, "chatml", [])
+
+
+def test_templates_name_the_tokens_that_the_vocabulary_must_have() -> None:
+    needed = {name: template.special_tokens for name, template in TEMPLATES.items()}
+    assert needed.pop("chatml") == ["<|im_end|>", "<|im_start|>"] and not any(needed.values())
+    ends = {name: template.end_of_turn for name, template in TEMPLATES.items()}
+    assert ends.pop("chatml") == "<|im_end|>" and set(ends.values()) == {EOS}
 
 
 BAD = {
@@ -81,28 +307,40 @@ BAD = {
     "image_count_mismatch ": ({"text": "An <image> tag"}, 0, "1 <image> tags but 0 images"),
     "image_token_in_text": ({"conversations": talk("Hi <IMG_CONTEXT>", "Yes")}, 0, "<IMG_CONTEXT>"),
     "image_token_in_text ": ({"text": "literal </img>"}, 0, "</img>"),
+    "null_character": ({"conversations": talk("Hi", "Y\0es")}, 0, "turn 2 has a null character at 1"),
+    "null_character ": ({"text": "\0"}, 0, "`text` has a null character"),
+    "invalid_unicode": ({"conversations": talk("H\ud800i", "Yes")}, 0, "turn 1 has a lone surrogate at 1"),
+    "invalid_unicode ": ({"text": "\udfff"}, 0, "`text` has a lone surrogate"),
     "empty_conversation": ({"conversations": []}, 0, "at least one turn"),
     "empty_conversation ": ({"conversations": talk("Hi", " ")}, 0, "turn 2 is empty"),
     "empty_conversation  ": ({"text": ""}, 0, "something in it"),
+    "empty_conversation   ": ({"text": 3}, 0, "something in it"),
+    "empty_conversation    ": ({"conversations": "Hi"}, 0, "at least one turn"),
     "role_order": ({"conversations": talk("Hi", "Yes", "And?")}, 0, "user, assistant, user"),
     "role_order ": ({"conversations": talk("Hi", "Yes")[::-1]}, 0, "assistant, user"),
     "role_order  ": ({"conversations": [{"from": "bing", "value": "Hi"}]}, 0, "'bing'"),
     "role_order   ": ({"conversations": [{"from": "system", "value": "Hi"}]}, 0, "system"),
+    "role_order    ": ({"conversations": [{"from": "\ud800", "value": "Hi"}]}, 0, r"'\ud800'"),
     "image_in_answer": ({"conversations": talk("Hi", "See <image>")}, 1, "turn 2"),
     "bad_record": ({"conversations": [{"from": "human"}]}, 0, "turn 1"),
     "bad_record ": ({"id": 1}, 0, "conversations"),
     "bad_record  ": ([1], 0, "no JSON object"),
+    "bad_record   ": ({"conversations": [{"from": "human", "value": 1}]}, 0, "turn 1"),
+    "bad_record    ": ({"conversations": ["Hi", "Yes"]}, 0, "turn 1"),
+    "bad_record     ": ({"conversations": [{"from": ["human"], "value": "Hi"}]}, 0, "turn 1"),
 }
 
 
+@pytest.mark.parametrize("template", ["mistral", "plain"])
 @pytest.mark.parametrize("reason", BAD)
-def test_bad_records_are_rejected_by_reason(reason: str) -> None:
+def test_bad_records_are_rejected_by_reason(reason: str, template: str) -> None:
     record, num_images, message = BAD[reason]
     with pytest.raises(SampleError, match=re.escape(message)) as error:
-        record_segments(record, TEMPLATES["mistral"], num_images)
+        record_segments(record, TEMPLATES[template], num_images)
     assert error.value.reason == reason.strip()
 
 
 def test_unknown_template_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="--conversation-template vicuna is unknown: choose one of plain, mistral"):
+    message = "--conversation-template vicuna is unknown: choose one of plain, mistral, vita, vicuna_v1, chatml"
+    with pytest.raises(ValueError, match=message):
         get_template("vicuna")

@@ -202,7 +202,8 @@ def test_bad_samples_are_left_out_and_counted_over_workers(
     num_workers: int, make_config: Make, tokenizer: Any, tmp_path: Path, shards_with: Callable[[int, int], str]
 ) -> None:
     folder = tmp_path / "rejects"
-    config = make_config(data_path=shards_with(12, 5), num_workers=num_workers, rejects_dir=str(folder))
+    settings = {"num_workers": num_workers, "rejects_dir": str(folder), "max_skip_ratio": 1.0}
+    config = make_config(data_path=shards_with(12, 5), **settings)
     seen = {key for batch in keys(train(config, tokenizer), 40) for key in batch}
     assert seen == {f"train_{i:09d}" for i in range(12)}
     assert read_rejects(folder) == {"too_long": 5}
@@ -223,7 +224,7 @@ def test_data_without_one_good_sample_ends_with_a_sentence(
     config = make_config(data_path=shards_with(0, 6), num_workers=num_workers, max_consecutive_rejects=20)
     with pytest.raises(DataError) as error:
         next(train(config, tokenizer))
-    assert str(error.value).startswith("The last 20 samples in a row from ") and "too_long 20 times" in str(error.value)
+    assert str(error.value).startswith("The last 20 samples in a row from ") and "too_long       20  100.00%" in str(error.value)
     assert "Traceback" not in str(error.value)
     with pytest.raises(DataError, match="none of its samples could be used"):
         next(valid(config, tokenizer, 4))
@@ -234,7 +235,7 @@ def test_an_unreadable_shard_ends_with_a_sentence(
     num_workers: int, make_config: Make, tokenizer: Any, shards_with: Callable[[int, int], str]
 ) -> None:
     path = shards_with(6, 0)
-    (Path(path) / "train/shard-000000.tar").write_bytes(b"gone")
+    (Path(path) / "train/image-000000.tar").write_bytes(b"gone")
     with pytest.raises(DataError) as error:
         next(train(make_config(data_path=path, num_workers=num_workers), tokenizer))
     assert str(error.value).startswith("Reading the data from ") and "Traceback" not in str(error.value)

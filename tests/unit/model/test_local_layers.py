@@ -17,6 +17,14 @@ def test_a_rank_holds_its_chunk_and_the_one_as_far_from_the_end(chunk, ranks):
         assert held == [*range(first, first + chunk), *range(second, second + chunk)]
 
 
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 4))
+def test_each_sequence_of_a_pack_is_shared_out_by_itself(chunks, ranks):
+    lengths = torch.tensor(chunks) * 2 * ranks
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    alone = [zigzag_positions(length, ranks) + start for start, length in zip(starts, lengths.tolist(), strict=True)]
+    assert torch.equal(zigzag_positions(lengths, ranks), torch.cat(alone, dim=1))
+
+
 class _Place:
     """What Megatron asks a process group for here."""
 

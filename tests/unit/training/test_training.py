@@ -44,6 +44,66 @@ def test_placeholders_that_no_tile_fills_are_refused(single_rank):
         prepare(ids, torch.zeros_like(ids, dtype=torch.bool), torch.randn(1, 3, SIDE, SIDE), IMAGE)
 
 
+def pack_of(lengths: list[int], ids: torch.Tensor, images: int = 0) -> dict:
+    """The model's inputs for one row of sequences of these lengths, the last of them padding."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_smar.data.batch import VisionLanguageBatch
+    from megatron_smar.training.batch import prepare_batch
+
+    padding = torch.arange(ids.shape[1])[None] >= sum(lengths[:-1])
+    batch = VisionLanguageBatch(
+        __key__=[str(i) for i in range(len(lengths) - 1)],
+        __restore_key__=(),
+        input_ids=ids,
+        labels=ids,
+        loss_mask=(~padding).float(),
+        padding_mask=padding,
+        pixel_values=torch.randn(images, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2)),
+        lengths=torch.tensor(lengths),
+        num_text_only=len(lengths) - 1 - images,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return vars(prepare_batch(batch, IMAGE, TOKENS, True, groups, data_wait=(0.5, 2.0)))
+
+
+def test_positions_begin_anew_in_each_sequence_of_a_pack(single_rank):
+    batch = pack_of([3, 5, 4], torch.full((1, 12), 9))
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    packed = batch["packed_seq_params"]
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 3, 8, 12]
+    assert packed.cu_seqlens_q.dtype == torch.int32 and packed.qkv_format == "thd"
+    # With 12 Megatron's rotary embedding would take positions to run on through the pack.
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == 5
+
+
+def test_what_is_logged_of_a_micro_batch_is_parts_and_wholes(single_rank):
+    shares = pack_of([3, 5, 4], torch.full((1, 12), 9))["shares"]
+    assert {name: share.tolist() for name, share in shares.items()} == {
+        "text-only ratio": [2, 2],
+        "fill": [8, 12],
+        "data wait": [0.5, 2.0],
+    }
+
+
+def test_samples_of_a_pack_do_not_see_each_other(single_rank, vision):
+    torch.manual_seed(4)
+    model = build_model(vision).eval()
+    ids = torch.randint(6, 128, (1, 30))
+    ids[0, 2 : 2 + TOKENS] = IMAGE
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        batch = pack_of([12, 11, 7], ids, images=1)
+        names = ("input_ids", "position_ids", "modality_ids", "vision_index", "pixel_values", "packed_seq_params")
+        return model(**{name: batch[name] for name in names})[0]
+
+    other = ids.clone()
+    other[0, :12] = torch.where(ids[0, :12] == IMAGE, IMAGE, 7)
+    before, after = logits(ids), logits(other)
+    assert torch.equal(before[12:23], after[12:23])
+    assert not torch.allclose(before[6:12], after[6:12])
+
+
 def test_warm_up_rises_linearly_after_the_start_step():
     from megatron_smar.routing.router import ModalityRoutingConfig
 

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shards on a plain HTTP or HTTPS server, as a storage provider of the Multi-Storage Client that energon reads through.
+
+The client (1.3) knows S3, GCS, Azure, OCI, AIStore and Hugging Face, but not HTTP, and its configuration has no place
+for a provider of one's own; `register` therefore adds one to its tables.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import lru_cache, partial
+from typing import IO, Any, NoReturn
+from urllib.parse import urlsplit
+
+import multistorageclient.config as msc_config
+import requests
+from multistorageclient import providers
+from multistorageclient.providers.base import BaseStorageProvider
+from multistorageclient.types import ObjectMetadata, Range, RetryableError
+
+PROTOCOLS = ("http", "https")
+_TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
+_CHUNK = 1 << 20
+
+
+class HttpStorageProvider(BaseStorageProvider):
+    """Reads files below one server; there is no writing, and no listing, which HTTP does not have.
+
+    Proxies, certificates and passwords come from where `requests` takes them: HTTPS_PROXY, REQUESTS_CA_BUNDLE, .netrc.
+
+    Args:
+        base_path: ``host``, ``host:port`` or either with a path behind it.
+        scheme: ``http`` or ``https``.
+        options: What the Multi-Storage Client hands every provider.
+    """
+
+    def __init__(self, base_path: str, scheme: str = "https", **options: Any) -> None:
+        """Keep the parts; nothing is asked of the server before the first read."""
+        super().__init__(base_path=base_path, provider_name=scheme, **options)
+        self._scheme = scheme
+
+    def _request(self, method: str, path: str, byte_range: Range | None = None) -> requests.Response:
+        """Ask once; the client repeats what raises RetryableError, three times by default.
+
+        Raises:
+            FileNotFoundError: The server does not give that file; the message has its answer.
+            RetryableError: The server cannot be reached, or says that it is busy or broken.
+        """
+        url = f"{self._scheme}://{path}"
+        headers = {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file
+        if byte_range:
+            headers["Range"] = f"bytes={byte_range.offset}-{byte_range.offset + byte_range.size - 1}"
+        try:
+            response = _session(os.getpid()).request(
+                method, url, headers=headers, timeout=_TIMEOUT, stream=True, allow_redirects=True
+            )
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise RetryableError(f"{self._scheme}://{urlsplit(url).netloc} cannot be reached ({error})") from error
+        if response.status_code == 429 or response.status_code >= 500:
+            raise RetryableError(f"{url}: the server answered {response.status_code} {response.reason}")
+        # Servers answer a folder by redirecting to its name with a slash, whether or not they list it.
+        if not response.ok or urlsplit(response.url).path.endswith("/"):
+            raise FileNotFoundError(f"{url}: the server answered {response.status_code} {response.reason}")
+        return response
+
+    def _get_object_metadata(self, path: str, strict: bool = True) -> ObjectMetadata:
+        with self._request("HEAD", path) as response:
+            headers = response.headers
+        if "Content-Length" not in headers:
+            raise RuntimeError(f"{self._scheme}://{path}: the server does not tell the file's size (Content-Length)")
+        modified = headers.get("Last-Modified")
+        return ObjectMetadata(
+            key=path,
+            content_length=int(headers["Content-Length"]),
+            last_modified=parsedate_to_datetime(modified) if modified else datetime.fromtimestamp(0, UTC),
+            etag=headers.get("ETag"),
+        )
+
+    def _get_object(self, path: str, byte_range: Range | None = None) -> bytes:
+        with self._request("GET", path, byte_range) as response:
+            if byte_range and response.status_code != 206:
+                raise RuntimeError(
+                    f"{response.url}: the server sends whole files only (it knows no Range), but a file of this size "
+                    "has to be read in parts"
+                )
+            return b"".join(_chunks(response))
+
+    def _download_file(self, remote_path: str, f: str | IO, metadata: ObjectMetadata | None = None) -> int:
+        if isinstance(f, str):
+            with open(f, "wb") as file:
+                return self._download_file(remote_path, file, metadata)
+        if isinstance(f, io.TextIOBase):
+            return f.write(self._get_object(remote_path).decode("utf-8"))
+        start = f.tell()
+        with self._request("GET", remote_path) as response:
+            try:
+                return sum(f.write(chunk) for chunk in _chunks(response))
+            except RetryableError:
+                f.seek(start)  # the next attempt begins at the beginning
+                f.truncate()
+                raise
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(f"{self._scheme}:// storage can be read only, file by file")
+
+    _put_object = _copy_object = _delete_object = _make_symlink = _upload_file = _refuse
+
+    def _list_objects(self, *args: Any, **kwargs: Any) -> Iterator[ObjectMetadata]:
+        self._refuse()
+
+
+def _chunks(response: requests.Response) -> Iterator[bytes]:
+    """The body, piece by piece; one that ends early is an error, which `requests` finds by its length."""
+    try:
+        yield from response.iter_content(_CHUNK)
+    except requests.RequestException as error:
+        raise RetryableError(f"{response.url}: the connection broke ({error})") from error
+
+
+@lru_cache(maxsize=1)
+def _session(process: int) -> requests.Session:
+    """Connections of this process: a data worker, which is forked, must not go on with those of its parent."""
+    return requests.Session()
+
+
+def register() -> None:
+    """Make ``msc://_http-HOST:PORT/PATH``, and https likewise, known to the Multi-Storage Client.
+
+    This is its own naming of storage that needs no profile, as ``msc://_s3-BUCKET/PATH`` is.
+    """
+    for protocol in PROTOCOLS:
+        name = f"{protocol.title()}StorageProvider"
+        setattr(providers, name, partial(HttpStorageProvider, scheme=protocol))
+        msc_config.STORAGE_PROVIDER_MAPPING[protocol] = name
+        msc_config.PROTOCOL_TO_PROVIDER_TYPE_MAPPING[protocol] = protocol
+    known: Any = msc_config.SUPPORTED_IMPLICIT_PROFILE_PROTOCOLS
+    msc_config.SUPPORTED_IMPLICIT_PROFILE_PROTOCOLS = (*known, *(p for p in PROTOCOLS if p not in known))

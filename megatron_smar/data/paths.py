@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where shards lie: a local folder, an HTTP server, S3 or another store that energon reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from megatron.energon.epathlib import EPath
+from multistorageclient.config import PROTOCOL_TO_PROVIDER_TYPE_MAPPING
+
+from megatron_smar.data import http_storage
+
+http_storage.register()
+
+_PREPARE = "make it with `python tools/data/prepare.py --train RECORDS.json --image-root IMAGES --output FOLDER`"
+_META = ".nv-meta/dataset.yaml"
+_REMOTE = ("msc", *(protocol for protocol in PROTOCOL_TO_PROVIDER_TYPE_MAPPING if protocol != "file"))
+
+
+def energon_path(path: str) -> str:
+    """Return the name by which energon knows `path`.
+
+    energon reads everything remote through the Multi-Storage Client, as ``msc://PROFILE/PATH``. ``http://HOST/PATH``
+    and ``s3://BUCKET/PATH`` need no profile there: the client names such storage ``msc://_http-HOST/PATH``.
+    """
+    url = urlsplit(path)
+    if not _is_remote(path) or url.scheme == "msc":
+        return path
+    return f"msc://_{url.scheme}-{url.netloc}{url.path}"
+
+
+def check_data_path(path: str, flag: str) -> None:
+    """Check that prepared shards, or an energon metadataset file, are at `path`.
+
+    A server that cannot be reached is given up on after three attempts.
+
+    Raises:
+        ValueError: They are not; the message names `flag` and how to make them.
+    """
+    if "://" in path:
+        _check_url(path, flag)
+        return
+    place = Path(path)
+    if not place.exists():
+        raise ValueError(f"{flag} {path} does not exist: {_PREPARE}.")
+    if place.is_dir() and not (place / _META).is_file():
+        raise ValueError(f"{flag} {path} has no {_META}, so it holds no prepared shards: {_PREPARE}.")
+    if place.is_file() and place.suffix != ".yaml":
+        raise ValueError(f"{flag} {path} is neither a folder of shards nor an energon metadataset .yaml: {_PREPARE}.")
+
+
+def _check_url(path: str, flag: str) -> None:
+    if not _is_remote(path):
+        known = ", ".join(f"{protocol}://" for protocol in _REMOTE)
+        raise ValueError(f"{flag} {path} is no address that can be read: give a local folder, or one of {known}.")
+    try:
+        place = EPath(energon_path(path))
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{flag} {path} names storage that cannot be used ({_sentence(error)}): describe its profile in the file "
+            "that MSC_CONFIG names, and install what its kind of storage needs (S3: pip install 'megatron_smar[s3]')."
+        ) from error
+    file = place if path.endswith(".yaml") else place / _META
+    try:
+        file.stat()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{flag} {path} has no {file.name if file is place else _META} ({_sentence(error)}), so it holds no "
+            f"prepared shards: {_PREPARE}, and copy the folder there with its hidden .nv-meta."
+        ) from error
+    except Exception as error:  # each store has errors of its own
+        raise ValueError(
+            f"{flag} {path} cannot be read ({_sentence(error)}): check the address, the server and the credentials."
+        ) from error
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path and urlsplit(path).scheme in _REMOTE
+
+
+def _sentence(error: BaseException) -> str:
+    """The innermost reason, on one line: the client wraps the store's error in its own."""
+    while error.__cause__ is not None and not isinstance(error, FileNotFoundError):
+        error = error.__cause__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shards of records: the work folder from which they are written, and how one is written.
+
+A shard is there either whole or not at all, and the note of what became of its records follows it. So a run that is
+killed goes on with the shards that have no note.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from webdataset import TarWriter
+
+from megatron_smar.data.conversations import TEMPLATES, record_segments
+from megatron_smar.data.images import read_image
+from megatron_smar.data.rejects import SampleError
+from megatron_smar.data.sources.records import SourceRecord, Unreadable
+
+WORK = ".prepare"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard to be written.
+
+    Args:
+        split: ``train`` or ``val``.
+        kind: ``image``, ``text`` or, where both are in it, ``shard``.
+        number: Its number among those of its split and kind.
+        offset: Where its records begin in the work folder's file of that split and kind.
+        count: How many they are, those to be left out included.
+    """
+
+    split: str
+    kind: str
+    number: int
+    offset: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Its path in the output folder."""
+        return f"{self.split}/{self.kind}-{self.number:06d}.tar"
+
+    @property
+    def records(self) -> str:
+        """The work folder's file of its records."""
+        return f"{self.split}-{self.kind}.jsonl"
+
+    @property
+    def note(self) -> str:
+        """The work folder's file that says what became of it; it is there once the shard is complete."""
+        return f"done/{self.split}-{self.kind}-{self.number:06d}.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there either whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class RecordFile:
+    """The work folder's file of one split and kind: a line for each record, and where each shard's lines begin."""
+
+    def __init__(self, work: Path, split: str, kind: str, size: int) -> None:
+        """Begin the file."""
+        self._size = size
+        self._first = Shard(split, kind, 0, 0, 0)
+        self._file = (work / self._first.records).open("wb")
+        self.shards: list[Shard] = []
+
+    def add(self, key: str, record: SourceRecord | Unreadable) -> None:
+        """Add one record, under the key that its sample will have."""
+        if not self.shards or self.shards[-1].count == self._size:
+            offset = self._file.tell()
+            self.shards.append(dataclasses.replace(self._first, number=len(self.shards), offset=offset))
+        self.shards[-1] = dataclasses.replace(self.shards[-1], count=self.shards[-1].count + 1)
+        line = {"key": key} | vars(record) | {"images": [vars(image) for image in record.images]}
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+    def close(self) -> None:
+        """End the file."""
+        self._file.close()
+
+
+def write_shard(output: Path, image_root: Path, shard: Shard) -> int:
+    """Write one shard, then the note of what became of its records; return how many those are.
+
+    Args:
+        output: The output folder, with the work folder in it.
+        image_root: Folder that image paths start from.
+        shard: The shard.
+    """
+    report: dict[str, Any] = {"kept": 0, "images": 0, "trimmed": 0, "rejected": []}
+    partial = output / WORK / "partial" / f"{shard.split}-{shard.kind}-{shard.number}-{os.getpid()}.tar"
+    with partial.open("wb") as file:
+        with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+            for line in _read_lines(output / WORK / shard.records, shard):
+                _write_sample(tar, line, image_root, report)
+        file.flush()
+        os.fsync(file.fileno())
+    if report["kept"]:
+        partial.replace(output / shard.name)
+    else:
+        partial.unlink()
+    write_whole(output / WORK / shard.note, json.dumps(report))
+    return shard.count
+
+
+def _read_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        file.seek(shard.offset)
+        for _ in range(shard.count):
+            yield json.loads(file.readline())
+
+
+def _write_sample(tar: TarWriter, line: dict[str, Any], image_root: Path, report: dict[str, Any]) -> None:
+    """Write one record as a sample, or note why it is left out."""
+    try:
+        if "reason" in line:
+            raise SampleError(line["reason"], line["message"])
+        files = _read_members(line, image_root)
+    except SampleError as error:
+        reject = {"key": line["key"], "id": _id(line["data"]), "reason": error.reason, "message": error.message}
+        report["rejected"].append(reject)
+        return
+    tar.write({"__key__": line["key"], **files})
+    report["kept"] += 1
+    report["images"] += len(files) - 1
+    report["trimmed"] += line["trimmed"] > 0
+
+
+def _id(data: Any) -> str:
+    """Return what a record, or an entry of a published file, is called in it."""
+    return str(data.get("id", data.get("image_id", ""))) if isinstance(data, dict) else ""
+
+
+def _read_members(line: dict[str, Any], image_root: Path) -> dict[str, bytes]:
+    """Check a record and its images; return a sample's members, ``json``, ``0.jpg``, ``1.png``, ..."""
+    record_segments(line["data"], TEMPLATES["mistral"], len(line["images"]))
+    try:
+        members = {"json": json.dumps(line["data"], ensure_ascii=False).encode()}
+    except UnicodeEncodeError as error:
+        raise SampleError("invalid_unicode", f"the record cannot be written as UTF-8 ({error.reason})") from error
+    for number, place in enumerate(line["images"]):
+        data, suffix = _read_slice(place) if "offset" in place else _read_file(image_root, place["paths"])
+        read_image(data)  # a damaged one would otherwise be found by every run that reads it
+        members[f"{number}.{suffix}"] = data
+    return members
+
+
+def _read_file(image_root: Path, paths: list[str]) -> tuple[bytes, str]:
+    """Return the first of the files that exists, and its suffix."""
+    for path in paths:
+        if not _is_below(image_root, path):
+            raise SampleError("unsafe_path", f"{path!r} leads out of the image root")
+        place = os.path.join(image_root, path)
+        try:
+            with open(place, "rb") as file:
+                return file.read(), _suffix(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise SampleError("missing_image", f"{place} cannot be read ({error.strerror})") from error
+    raise SampleError("missing_image", f"{os.path.join(image_root, paths[0])} is not there")
+
+
+def _is_below(root: Path, path: str) -> bool:
+    """Return whether a path stays below the image root, links aside."""
+    if "\0" in path:
+        return False
+    if ".." not in path and not os.path.isabs(path):  # nearly all
+        return True
+    top = os.path.abspath(root)
+    return os.path.commonpath([top, os.path.abspath(os.path.join(top, path))]) == top
+
+
+def _suffix(path: str) -> str:
+    suffix = os.path.splitext(path)[1].lower().lstrip(".")
+    return suffix if suffix.isascii() and suffix.isalnum() and suffix != "json" else "img"
+
+
+def _read_slice(place: dict[str, Any]) -> tuple[bytes, str]:
+    """Return an image that is a base64 string in a larger file, in either of base64's alphabets, padded or not."""
+    with open(place["file"], "rb") as file:
+        file.seek(place["offset"])
+        text = file.read(place["length"]).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True), "img"
+    except binascii.Error as error:
+        raise SampleError("bad_image", f"an image is not base64 ({error})") from error

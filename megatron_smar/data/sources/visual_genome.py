@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SVIT and LRV-Instruction, which name images of Visual Genome by their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_smar.data.rejects import SampleError
+from megatron_smar.data.sources import llava
+from megatron_smar.data.sources.records import ImageFile, SourceRecord, talk
+
+# Visual Genome comes in two parts; LLaVA has both below vg/.
+_PARTS = ("vg/VG_100K", "vg/VG_100K_2", "VG_100K", "VG_100K_2")
+# Around what a referring question refers to; SVIT's own LLaVA-format files are without them.
+_REFERENCE_MARKS = ("<st>", "<ed>")
+
+
+def convert_svit(entry: Any) -> Iterator[SourceRecord]:
+    """Yield the records of an entry of SVIT: one for each conversation about its image.
+
+    Follows BAAI/SVIT (github.com/BAAI-DCAI/Visual-Instruction-Tuning): ``data/conversation.json``,
+    ``complex_reasoning.json``, ``detail_description.json`` and ``referring_qa.json``, lists of ``{"image_id",
+    "conversations": [{"content": [{"from": "user" | "gpt", "value"}, ...]}]}``; and ``format/llava-v1.5``, e.g.
+    ``SVIT_core_150K.json``, the 157k records. As in the latter, the image stands in front of a conversation's first
+    question, and reference marks are left out.
+
+    Raises:
+        SampleError: ``bad_record``.
+    """
+    if isinstance(entry, dict) and "image_id" not in entry:
+        yield from llava.convert(entry)
+        return
+    conversations = entry.get("conversations") if isinstance(entry, dict) else None
+    if not isinstance(conversations, list):
+        raise SampleError("bad_record", "the entry is no JSON object with `image_id` and a list `conversations`")
+    image_id = entry["image_id"]
+    for number, conversation in enumerate(conversations):
+        turns = conversation.get("content") if isinstance(conversation, dict) else None
+        values = [_plain(turn) for turn in turns] if isinstance(turns, list) else []
+        data = {"id": f"{image_id}_{number}", "image": f"{image_id}.jpg", "conversations": _with_image(values)}
+        yield SourceRecord(data, (_image(image_id),))
+
+
+def convert_lrv(entry: Any) -> Iterator[SourceRecord]:
+    """Yield the one record of an entry of LRV-Instruction.
+
+    Follows github.com/FuxiaoLiu/LRV-Instruction: ``filter_cap1.json``, ``filter_cap_more1.json`` (the 331k, without
+    coordinates), ``filter_cap.json``, ``filter_cap_more.json`` and the chart instructions: ``{"image_id", "question",
+    "answer", "task"}`` in a list, which MiniGPT-4 wants as ``annotations`` of an object. Images are ``image/ID.jpg``,
+    as the authors' archive has them, or Visual Genome's; charts have their file name as id.
+
+    Raises:
+        SampleError: ``bad_record``.
+    """
+    if not isinstance(entry, dict) or "image_id" not in entry:
+        raise SampleError("bad_record", "the entry is no JSON object with `image_id`, `question` and `answer`")
+    image = _image(entry["image_id"], "", "image", "chart_image")
+    texts = (entry.get("question"), entry.get("answer"))
+    question, answer = (text.strip() if isinstance(text, str) else text for text in texts)
+    data = {"id": str(entry["image_id"]), "image": image.paths[0], "conversations": talk([(question, answer)], 1)}
+    yield SourceRecord(data, (image,))
+
+
+def _image(image_id: Any, *folders: str) -> ImageFile:
+    """Return where the image of a number, or of a file name, may lie."""
+    if isinstance(image_id, bool) or not isinstance(image_id, int | str) or image_id == "":
+        raise SampleError("bad_record", f"`image_id` {image_id!r} is neither a number nor a name")
+    name = str(image_id) if str(image_id).lower().endswith((".jpg", ".jpeg", ".png")) else f"{image_id}.jpg"
+    return ImageFile(tuple(f"{folder}/{name}" if folder else name for folder in (*folders, *_PARTS)))
+
+
+def _plain(turn: Any) -> Any:
+    """Return a turn without reference marks."""
+    if not isinstance(turn, dict) or not isinstance(text := turn.get("value"), str):
+        return turn
+    for mark in _REFERENCE_MARKS:
+        text = text.replace(mark, "")
+    return turn | {"value": text}
+
+
+def _with_image(turns: list[Any]) -> list[Any]:
+    """Put the image in front of the first turn; its role is checked later."""
+    if turns and isinstance(turns[0], dict) and isinstance(turns[0].get("value"), str):
+        return [turns[0] | {"value": f"<image>\n{turns[0]['value']}"}, *turns[1:]]
+    return turns

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image files to pixels: every kind is decoded as it is shown, and what is damaged is refused."""
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.cbook
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from megatron_smar.data import images
+from megatron_smar.data.images import read_image, read_size
+from megatron_smar.data.rejects import SampleError
+
+KINDS: dict[str, dict[str, Any]] = {
+    "JPEG": {},
+    "progressive JPEG": {"progressive": True},
+    "PNG": {},
+    "WEBP": {},
+    "lossless WEBP": {"lossless": True},
+    "GIF": {},
+    "BMP": {},
+    "TIFF": {},
+    "JPEG2000": {},
+    "AVIF": {},
+    "PPM": {},
+}
+ROTATABLE = ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"]
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    image.save(stream := io.BytesIO(), format=kind.split()[-1], **(KINDS.get(kind, {}) | options))
+    return stream.getvalue()
+
+
+def png(size: tuple[int, int], depth: int, colour: int, rows: Sequence[bytes], chunks: bytes = b"") -> bytes:
+    """A PNG written by hand, for what Pillow does not write."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + chunks + data + chunk(b"IEND", b"")
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def refused(data: bytes) -> SampleError:
+    with pytest.raises(SampleError) as error:
+        read_image(data)
+    assert "BytesIO" not in str(error.value) and "\n" not in str(error.value)
+    return error.value
+
+
+# ---- kinds of pixels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_pixels_that_pillow_shows(kind: str) -> None:
+    data = encode(Image.fromarray(noise(31, 45, 3)), kind)
+    pixels = read_image(data)
+    assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous and pixels.flags.writeable
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("sampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_fast_jpeg_decoder_gives_pillows_pixels(mode: str, sampling: str) -> None:
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        photo = Image.open(file).convert(mode)
+    data = encode(photo, "JPEG", quality=85, subsampling=sampling)
+    np.testing.assert_array_equal(read_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_adobes_inverted_cmyk_jpeg_is_no_negative() -> None:
+    data = encode(Image.fromarray(noise(16, 16, 4), "CMYK"), "JPEG", quality=95)
+    assert b"Adobe" in data
+    inverted = simplejpeg.decode_jpeg(data, "CMYK").astype(int)  # as stored: 255 is no ink
+    expected = inverted[..., :3] * inverted[..., 3:] / 255
+    assert np.abs(read_image(data) - expected).max() <= 1
+
+
+def test_sixteen_bit_grey_is_not_clipped_to_white() -> None:
+    grey = np.random.default_rng(0).integers(0, 65536, (9, 7), dtype=np.uint16)
+    pixels = read_image(encode(Image.fromarray(grey), "PNG"))
+    np.testing.assert_array_equal(pixels, np.repeat((grey / 65535 * 255).round()[..., None], 3, axis=2))
+
+
+def test_transparent_sixteen_bit_grey_is_white() -> None:
+    data = png((2, 1), 16, 0, [struct.pack(">2H", 1000, 257)], chunk(b"tRNS", struct.pack(">H", 1000)))
+    assert read_image(data)[0, :, 0].tolist() == [255, 1]
+
+
+def test_sixteen_bit_colours_are_right_to_a_level() -> None:
+    colours = np.random.default_rng(0).integers(0, 65536, (4, 5, 3))
+    pixels = read_image(png((5, 4), 16, 2, [row.astype(">u2").tobytes() for row in colours]))
+    assert np.abs(pixels - colours / 257).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "lossless WEBP", "TIFF"])
+def test_transparency_is_laid_on_white(kind: str) -> None:
+    rgba = noise(12, 10, 4)
+    alpha = rgba[..., 3:] / 255
+    expected = alpha * rgba[..., :3] + (1 - alpha) * 255
+    pixels = read_image(encode(Image.fromarray(rgba), kind, **({"exact": True} if "WEBP" in kind else {})))
+    assert np.abs(pixels - expected).max() <= 1
+
+
+def test_grey_with_transparency_is_laid_on_white() -> None:
+    la = noise(12, 10, 2)
+    alpha = la[..., 1:] / 255
+    pixels = read_image(encode(Image.fromarray(la, "LA"), "PNG"))
+    assert np.abs(pixels - (alpha * la[..., :1] + (1 - alpha) * 255)).max() <= 1
+
+
+def test_a_palettes_colours_and_its_transparency_are_kept() -> None:
+    palette, alpha, index = noise(4, 3), np.array([255, 0, 128, 255]), np.arange(12).reshape(3, 4) % 4
+    image = Image.fromarray(index.astype(np.uint8), "P")
+    image.putpalette(palette.tobytes())
+    pixels = read_image(encode(image, "PNG", transparency=bytes(alpha.tolist())))
+    share = alpha[:, None] / 255
+    assert np.abs(pixels - (share * palette + (1 - share) * 255)[index]).max() <= 1
+    np.testing.assert_array_equal(read_image(encode(image, "PNG")), palette[index])
+
+
+def test_one_bit_pictures_are_black_and_white() -> None:
+    bits = noise(6, 8) > 127
+    np.testing.assert_array_equal(read_image(encode(Image.fromarray(bits), "PNG"))[..., 1], bits * 255)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "lossless WEBP"])
+def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
+    frames = [Image.new("RGB", (9, 5), colour) for colour in ("red", "blue", "lime")]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+    assert read_size(data) == (9, 5) and (read_image(data) == (255, 0, 0)).all()
+
+
+def test_the_first_of_a_phones_double_picture_is_taken() -> None:
+    frames = [Image.new("L", (16, 8), grey) for grey in (200, 50)]
+    data = encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert (read_image(data) == 200).all()
+
+
+def test_pixels_whose_white_is_unknown_are_refused() -> None:
+    for values in (np.full((3, 3), 0.5, np.float32), np.full((3, 3), 70000, np.int32)):
+        assert refused(encode(Image.fromarray(values), "TIFF")).reason == "bad_image"
+
+
+# ---- orientation and size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ROTATABLE)
+def test_a_turned_picture_is_upright_and_so_is_its_size(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(noise(24, 40, 3)), kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    pixels = read_image(data)
+    np.testing.assert_array_equal(pixels, expected)
+    assert read_size(data) == (pixels.shape[1], pixels.shape[0]) == ((24, 40) if orientation > 4 else (40, 24))
+    assert pixels.flags.c_contiguous
+
+
+@given(
+    width=st.integers(1, 70),
+    height=st.integers(1, 70),
+    kind=st.sampled_from(list(KINDS)),
+    mode=st.sampled_from(["RGB", "L", "RGBA", "P", "1", "CMYK", "LA"]),
+    orientation=st.integers(0, 9),
+)
+def test_the_headers_size_is_the_decoded_one(width: int, height: int, kind: str, mode: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    try:
+        data = encode(Image.new("RGB", (width, height), "red").convert(mode), kind, exif=exif)
+    except (OSError, KeyError):  # a format without this mode
+        return
+    assert read_size(data) == read_image(data).shape[1::-1]
+
+
+def test_damaged_exif_leaves_a_sound_picture_as_it_is_stored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(noise(8, 12, 3)), "JPEG", exif=exif)
+    start = data.index(b"Exif\0\0") + 6
+    damaged = data[:start] + b"\xff" * 16 + data[start + 16 :]
+    assert read_size(damaged) == (12, 8) and read_image(damaged).shape == (8, 12, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 10000), (10000, 1)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_pictures_of_one_pixel_and_of_one_line_are_used(kind: str, size: tuple[int, int]) -> None:
+    data = encode(Image.new("RGB", size, "white"), kind)
+    assert read_size(data) == size and (read_image(data) == 255).all() and read_image(data).shape == (*size[::-1], 3)
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_truncated_picture_is_refused_wherever_it_ends(kind: str, mode: str) -> None:
+    whole = encode(Image.fromarray(noise(48, 40, 3)).convert(mode), kind)
+    expected = read_image(whole)
+    for length in range(0, len(whole), len(whole) // 60):
+        try:
+            pixels = read_image(whole[:length])
+        except SampleError as error:
+            assert error.reason == "bad_image"
+        else:  # nothing but the file's end mark is missing
+            np.testing.assert_array_equal(pixels, expected)
+
+
+def test_a_jpeg_that_stops_inside_but_ends_well_is_not_left_half_grey() -> None:
+    data = encode(Image.fromarray(noise(64, 64, 3)), "JPEG")
+    early_end = data[: len(data) // 2] + b"\xff\xd9"
+    assert Image.open(io.BytesIO(early_end)).convert("RGB").size == (64, 64)  # Pillow sees nothing wrong
+    assert refused(early_end).reason == "bad_image"
+
+
+def test_a_jpeg_with_a_phones_harmless_scan_parameters_is_used() -> None:
+    data = bytearray(encode(Image.fromarray(noise(16, 16, 3)), "JPEG"))
+    scan = data.index(b"\xff\xda")
+    end = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
+    expected = read_image(bytes(data))
+    data[end - 3 : end] = bytes(3)
+    with pytest.raises(ValueError, match="Invalid SOS parameters"):
+        simplejpeg.decode_jpeg(bytes(data))
+    np.testing.assert_array_equal(read_image(bytes(data)), expected)
+
+
+def test_a_flipped_bit_in_a_png_is_noticed() -> None:
+    data = bytearray(encode(Image.fromarray(noise(20, 20, 3)), "PNG"))
+    data[len(data) // 2] ^= 16
+    assert refused(bytes(data)).reason == "bad_image"
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"no picture at all", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff"])
+def test_what_is_no_picture_is_refused(data: bytes) -> None:
+    assert refused(data).reason == "bad_image"
+    with pytest.raises(SampleError, match="bad_image"):
+        read_size(data)
+
+
+def test_postscript_is_not_given_to_an_interpreter() -> None:
+    assert "cannot identify" in str(refused(encode(Image.new("RGB", (4, 4)), "EPS")))
+
+
+def test_a_decompression_bomb_is_refused_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("pixels were decoded"))
+    bomb = png((30000, 30000), 8, 2, [bytes(12)])
+    assert refused(bomb).reason == "image_too_large"
+    with pytest.raises(SampleError, match=f"image_too_large: .* more than {images.MAX_PIXELS} pixels"):
+        read_size(bomb)
+
+
+def test_pillows_warnings_do_not_reach_the_terminal() -> None:
+    large = png((12000, 9000), 1, 0, [bytes(1500)] * 9000)  # Pillow warns here
+    palette = Image.fromarray(noise(3, 4) % 2, "P")
+    palette.putpalette(noise(2, 3).tobytes())
+    with warnings.catch_warnings(action="error"):
+        assert read_size(large) == (12000, 9000)
+        assert read_image(encode(palette, "PNG", transparency=bytes([0, 255]))).shape == (3, 4, 3)
