@@ -6,6 +6,7 @@ PYTEST_FLAGS ?=
 
 python := $(VENV)/bin/python
 stamp := $(VENV)/.megatron_smar-installed
+native := $(wildcard megatron_smar/data/csrc/*)
 test_tiers := $(wildcard tests/unit tests/distributed tests/functional)
 typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py)
 
@@ -18,7 +19,7 @@ help: ## list the targets
 env: $(stamp) ## create .venv and install the project into it (PYTHON= picks the interpreter, VENV= the place)
 
 # Installs only after what it depends on has changed; the stamp is written last, so a failed install leaves none.
-$(stamp): pyproject.toml constraints.txt setup.py | interpreter
+$(stamp): pyproject.toml constraints.txt setup.py $(native) | interpreter
 	@rm -f $@
 	$(python) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
 	@touch $@

@@ -23,3 +23,16 @@ def test_smar_adds_one_collective_per_layer_and_the_benchmark_reports_its_cost()
 def test_ranks_that_cannot_share_the_experts_are_refused_in_a_sentence():
     done = run("tools/benchmark/smar_overhead.py", "--ranks", 3, check=False)
     assert done.returncode == 2 and "--ranks 3 cannot share 8 experts out; give 2, 4 or 8." in done.stdout
+
+
+def test_packing_is_measured_beside_python_and_megatron_on_the_mixture():
+    done = run("tools/benchmark/packing.py", "--quick", "--image", "llava", "--samples", 20_000, "--json")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert 0.98 < result["fill"] == result["rows"]["Python"]["fill"] <= result["rows"]["ours, all at once"]["fill"]
+    assert min(result[name] for name in ("samples_per_second", "ratio_python", "ratio_megatron")) > 0
+    assert {row["max_tokens"] for row in result["fills"]} == {2048, 4096, 8192, 16384, 32768}
+
+
+def test_a_pack_shorter_than_the_longest_text_is_refused_by_the_packing_benchmark():
+    done = run("tools/benchmark/packing.py", "--max-tokens", 1024, check=False)
+    assert done.returncode == 2 and "--max-tokens 1024 is too small: give 2048 or more." in done.stdout
