@@ -56,8 +56,8 @@ class Encoder:
 
     def __init__(self) -> None:
         args = get_args()
-        self.text = TextEncoder(get_tokenizer())
         self.template = get_template(args.conversation_template)
+        self.text = TextEncoder(get_tokenizer(), self.template.special_tokens)
         self.images = ImageProcessor(image_config(args))
         self.tokens_per_tile = tokens_per_tile(vision_config(args))
         self.tokenize = SampleTokenizer(self.text, self.images, self.tokens_per_tile, args.seq_length)
@@ -77,6 +77,11 @@ class Encoder:
             loss_mask=torch.tensor(mask, dtype=torch.float32),
             pixel_values=torch.cat([self.images.empty(), *map(self.images, files)]),
         )
+
+    @property
+    def end_of_turn(self) -> int:
+        """The token that ends an answer."""
+        return self.text.special_id(self.template.end_of_turn)
 
     def continues_word(self) -> torch.Tensor:
         """[vocabulary] bool: pieces of letters without the space that begins a word."""
@@ -122,7 +127,7 @@ def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Enco
     args = get_args()
     shown = items[: options.examples]
     prompts = [encoder.question(item, options.image_root, answered=False) for item in shown]
-    answers = evaluator.generate(prompts, max_new_tokens=8, stop_id=encoder.text.eos_id) if shown else []
+    answers = evaluator.generate(prompts, max_new_tokens=8, stop_id=encoder.end_of_turn) if shown else []
     texts = [get_tokenizer().detokenize(ids).strip() for ids in answers]
     shares = recorder.expert_shares()
     return {

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import InternVLVisionConfig, InternVLVisionModel
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from megatron_smar.model.vision import pixel_shuffle
+from megatron_smar.model.vision import NORMALISATION, normalise, pixel_shuffle
 
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
@@ -127,17 +126,12 @@ def token_corners() -> Tensor:
     return (half[:, None] * 2 + half[None, :]).flatten()
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """[n, H, W, 3] uint8 -> [n, 3, H, W] float32 with ImageNet's mean and deviation, as the trainer feeds images."""
-    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
-    return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-
-
 def collate(scenes: list[Scene], sprites: Sprites) -> tuple[Tensor, Tensor, Tensor]:
     """Pixel values [n, 3, H, W], object of each corner [n, 4], background [n]."""
-    pixels = torch.from_numpy(np.stack([render(scene, sprites) for scene in scenes]))
+    drawn = torch.from_numpy(np.stack([render(scene, sprites) for scene in scenes])).permute(0, 3, 1, 2)
+    pixels = normalise(drawn, *NORMALISATION["internvl_vision"]).contiguous()
     objects = torch.tensor([[CLASSES[name] for name in scene.cells] for scene in scenes])
-    return normalise(pixels), objects, torch.tensor([COLOURS[scene.background] for scene in scenes])
+    return pixels, objects, torch.tensor([COLOURS[scene.background] for scene in scenes])
 
 
 def take(source: Iterator[Scene], count: int) -> list[Scene]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.metadata import check_dataset_info_present
 from multistorageclient.config import PROTOCOL_TO_PROVIDER_TYPE_MAPPING
 
 from megatron_smar.data import http_storage
@@ -61,13 +62,17 @@ def _check_url(path: str, flag: str) -> None:
             f"{flag} {path} names storage that cannot be used ({_sentence(error)}): describe its profile in the file "
             "that MSC_CONFIG names, and install what its kind of storage needs (S3: pip install 'megatron_smar[s3]')."
         ) from error
-    file = place if path.endswith(".yaml") else place / _META
     try:
-        file.stat()
+        if path.endswith(".yaml"):
+            place.stat()
+            return
+        (place / _META).stat()
+        if not check_dataset_info_present(place):
+            raise FileNotFoundError(".nv-meta/.info.json is missing")
     except FileNotFoundError as error:
         raise ValueError(
-            f"{flag} {path} has no {file.name if file is place else _META} ({_sentence(error)}), so it holds no "
-            f"prepared shards: {_PREPARE}, and copy the folder there with its hidden .nv-meta."
+            f"{flag} {path} holds no prepared shards ({_sentence(error)}): {_PREPARE}, and copy the folder there with "
+            "all files whose names begin with a dot."
         ) from error
     except Exception as error:  # each store has errors of its own
         raise ValueError(

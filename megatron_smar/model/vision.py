@@ -142,8 +142,8 @@ def pixel_shuffle(features: Tensor, step: int) -> Tensor:
 def normalise(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
     """(pixels / 255 - mean) / std, in fp32.
 
-    The constants are plain numbers: Megatron's Float16Module would cast buffers to bf16, which moves a pixel by up to
-    half a grey level.
+    The constants are plain numbers: Megatron's Float16Module would cast buffers to bf16, and the pixels would be off by
+    a fraction of a grey level.
 
     Args:
         pixels: [n, 3, H, W] uint8.

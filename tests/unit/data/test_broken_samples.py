@@ -35,27 +35,16 @@ from megatron_smar.data import (
 from megatron_smar.data.batch import EncodedSample
 from megatron_smar.data.rejects import DataError, RejectLog
 from megatron_smar.data.task_encoder import RawSample
+from megatron_smar.data.tiling import ImageProcessor
 from megatron_smar.data.tokens import TextEncoder
 
 from .conftest import picture, talk
 
 Parts = dict[str, bytes]
-REASONS = {
-    "bad_image",
-    "bad_record",
-    "empty_conversation",
-    "image_count_mismatch",
-    "image_in_answer",
-    "image_token_in_text",
-    "image_too_large",
-    "invalid_unicode",
-    "not_utf8",
-    "null_character",
-    "role_order",
-    "special_token_in_text",
-    "too_long",
-    "unsafe_path",
-}
+REASONS = set(
+    "bad_image bad_record empty_conversation image_count_mismatch image_in_answer image_token_in_text image_too_large "
+    "invalid_unicode not_utf8 null_character role_order special_token_in_text too_long unsafe_path".split()
+)
 TOKENS_PER_TILE = 2
 GRACE = (Path(get_sample_data("grace_hopper.jpg", asfileobj=False))).read_bytes()
 LOGO = (Path(get_sample_data("logo2.png", asfileobj=False))).read_bytes()
@@ -171,6 +160,7 @@ SAMPLES: dict[str, tuple[Parts, str]] = {
     "the template's own words": (text(chat("Hi [/INST] No</s>", "Yes")), "[INST] Hi [/INST] No</s> [/INST] Yes"),
     "braces": (text(chat("{text} {0} {", "{system}")), "[INST] {text} {0} { [/INST] {system}"),
     "too long": (text(chat("Hi", "Yes " * 500)), "too_long"),
+    "plain text with a picture": ({"json": b'{"text": "See: <image> A hat."}', "0.jpg": GRACE}, "See: <image> A hat."),
     "plain text": (text(b'{"text": "The sun."}'), "The sun."),
 }
 UNSAFE = ["../../above", "/absolute", "inside/../../above", "c:\\windows", "up\\..\\..\\above"]
@@ -217,14 +207,17 @@ def check(sample: EncodedSample, parts: Parts, config: DataConfig, tokenizer: Me
         rounds = [f"{question} [/INST] {answer}" for (_, question), (_, answer) in pairs]
         assert whole == blank("[INST] " + system + " [INST] ".join(rounds))
         assert answers == [blank(" " + answer) for _, (_, answer) in pairs]
+    elif "<image>" in record["text"]:
+        assert whole == blank(record["text"]) and answers == [" " + whole.replace("<image>", "")]
     else:
         assert whole == blank(record["text"]) and [whole] == [answer.removeprefix(" ") for answer in answers]
     files = [parts[name] for name in sorted(parts) if name != "json"]
     context = TextEncoder(tokenizer).image_tokens.context_id
     assert whole.count("<image>") == len(files) == sample.num_images
     assert (sample.input_ids == context).sum() == TOKENS_PER_TILE * len(sample.pixel_values)
-    side = config.image.image_size
-    assert len(sample.pixel_values) >= len(files) and sample.pixel_values.shape[1:] == (3, side, side)
+    tiles = [tile for data in files for tile in ImageProcessor(config.image)(data)]
+    assert len(sample.pixel_values) == len(tiles) >= len(files)
+    assert all(map(torch.equal, sample.pixel_values, tiles)), "the pictures are in the order of their numbers"
     assert sample.input_ids.shape == sample.labels.shape == sample.loss_mask.shape
     assert torch.equal(sample.input_ids[1:], sample.labels[:-1]) and len(sample.input_ids) <= config.seq_length
     assert sample.input_ids.min() >= 0 and sample.labels.max() < tokenizer.vocab_size

@@ -89,14 +89,14 @@ def config(kind: str, make_config: Make, blend: str) -> DataConfig:
     return make_config(**{name: blend if value == "blend" else value for name, value in KINDS[kind].items()})
 
 
-@pytest.mark.parametrize(("kind", "size"), [*((kind, 2) for kind in KINDS), ("folder", 1)])
-def test_stopping_at_any_step_changes_no_later_sample(config: DataConfig, size: int, tokenizer: Any) -> None:
-    with Run(config, tokenizer, size, batches=2) as run:
-        whole = run.steps(9)
-    with Run(config, tokenizer, size, batches=2) as run:
-        for step in range(1, 7):
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopping_at_any_step_changes_no_later_sample(config: DataConfig, tokenizer: Any) -> None:
+    with Run(config, tokenizer, 2, batches=2) as run:
+        whole = run.steps(8)
+    with Run(config, tokenizer, 2, batches=2) as run:
+        for step in range(1, 6):
             run.steps(1)
-            with Run(config, tokenizer, size, batches=2) as resumed:
+            with Run(config, tokenizer, 2, batches=2) as resumed:
                 assert resumed.restore(run.save()).steps(3) == whole[step : step + 3], f"stopped after step {step}"
 
 
@@ -112,7 +112,7 @@ def test_worker_processes_go_on_too(config: DataConfig, num_workers: int, tokeni
 
 @pytest.mark.parametrize(
     ("kind", "old", "new"),
-    [(kind, *(((2, 1), (1, 2)) if index % 2 else ((1, 2), (2, 1)))) for index, kind in enumerate(KINDS)],
+    [("folder", (2, 1), (1, 2)), ("packs", (1, 2), (2, 1)), ("share of text", (2, 1), (1, 2))],
 )
 def test_as_many_workers_on_other_ranks_read_the_same_steps(
     config: DataConfig, old: tuple[int, int], new: tuple[int, int], tokenizer: Any, tmp_path: Path

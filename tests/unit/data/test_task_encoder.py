@@ -178,6 +178,7 @@ def test_nothing_but_rejects_ends_the_run_with_their_reasons(make_config: Make, 
         ({"micro_batch_size": 0}, "--micro-batch-size 0 must be at least 1"),
         ({"num_workers": -1}, "--num-workers -1 must not be negative"),
         ({"template": "x"}, "--conversation-template x is unknown"),
+        ({"max_skip_ratio": 1.5}, r"--max-skip-ratio 1\.5 is no share: give one from 0 to 1"),
     ],
 )
 def test_wrong_settings_name_the_flag_and_the_value(changes: dict[str, Any], message: str, make_config: Make) -> None:

@@ -9,7 +9,7 @@ import matplotlib.cbook
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import image_utils
@@ -42,6 +42,7 @@ def theirs(width: int, height: int, fewest: int, most: int, side: int = 448) -> 
 # ---- the grid
 
 
+@settings(max_examples=200, deadline=None)
 @given(
     width=st.integers(1, 5000),
     height=st.integers(1, 5000),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in a shard under one key: a JSON record and its image files."""
+"""The members of an archive that make up one sample: a JSON record and its image files."""
 
 from __future__ import annotations
 
