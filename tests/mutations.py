@@ -76,8 +76,22 @@ MUTATIONS = (
         "take context-parallel shares for contiguous",
         "megatron_smar/model/local_layers.py",
         "torch.cat([chunks[:context_parallel_size], chunks.flip(0)[:context_parallel_size]], dim=1)",
-        "torch.arange(length).view(context_parallel_size, -1)",
+        "torch.arange(first, first + length).view(context_parallel_size, -1)",
         (exactness("CP 2"),),
+    ),
+    Mutation(
+        "let positions run on through a pack",
+        "megatron_smar/training/batch.py",
+        "longest = int(lengths.max())",
+        "longest = int(lengths.sum())",
+        (exactness("packed, DP 2"),),
+    ),
+    Mutation(
+        "let the last sample of a pack see the ones before it",
+        "megatron_smar/training/batch.py",
+        "ends = F.pad(lengths.cumsum(0), (1, 0)).int()",
+        "ends = F.pad(torch.stack([lengths[0], lengths[1:].sum()]).cumsum(0), (1, 0)).int()",
+        (exactness("packed, DP 2"),),
     ),
     Mutation(
         "forget that gradients are divided by tokens",

@@ -2,6 +2,7 @@
 """A user's mistakes: one sentence with the flag, the value and the mend, on every rank, before training starts."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -28,6 +29,10 @@ MISTAKES = {
     "tile size": (["--image-size", "48"], ["--image-size is 48", "give --image-size 32"]),
     "data folder": (["--data-path", "/no/such/folder"], ["--data-path /no/such/folder", "tools/data/prepare.py"]),
     "nothing to train": (["--freeze", "vision", "connector", "language"], ["--freeze", "nothing to train"]),
+    "tokens of a template": (
+        ["--conversation-template", "chatml"],
+        ["has no token <|im_end|> <|im_start|>", "--conversation-template", "megatron_smar.data.tokens"],
+    ),
     "start of nothing": (["--finetune", "--load", "/no/such/checkpoint"], ["--finetune", "/no/such/checkpoint"]),
 }
 
@@ -71,13 +76,23 @@ def test_a_sample_with_a_missing_picture_is_named_skipped_and_counted(world, tmp
     assert "iteration       20/      20" in output
 
 
+def test_too_many_samples_that_cannot_be_used_end_the_run_on_every_rank_with_the_table(world):
+    """Two ranks with different samples: the one that stops first must not leave the other waiting."""
+    flags = ["--train-iters", "200", "--log-interval", "100", "--seq-length", "32"]
+    done = world.train(*SIZES, *flags, ranks=2, check=False, timeout=180)
+    assert done.returncode != 0
+    assert "that a worker read from" in done.stdout and "were rejected and --max-skip-ratio is 0.1" in done.stdout
+    table = r"^  reason +samples +share +for example\n  too_long +\d+ +\d\d\.\d\d%  train"
+    assert re.search(table, done.stdout, re.M)
+
+
 def _drop_one_picture(shards) -> None:
     """Takes the first picture out of a shard, and has the index made anew."""
     import tarfile
 
     from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
 
-    (shard,) = shards.rglob("*.tar")
+    (shard,) = shards.glob("train/image-*.tar")
     kept = shard.with_suffix(".new")
     with tarfile.open(shard) as old, tarfile.open(kept, "w") as new:
         dropped = False
