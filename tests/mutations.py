@@ -80,13 +80,6 @@ MUTATIONS = (
         (exactness("CP 2"),),
     ),
     Mutation(
-        "let positions run on through a pack",
-        "megatron_smar/training/batch.py",
-        "longest = int(lengths.max())",
-        "longest = int(lengths.sum())",
-        (exactness("packed, DP 2"),),
-    ),
-    Mutation(
         "let the last sample of a pack see the ones before it",
         "megatron_smar/training/batch.py",
         "ends = F.pad(lengths.cumsum(0), (1, 0)).int()",

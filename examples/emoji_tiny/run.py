@@ -131,7 +131,7 @@ class Demo:
 
     def __post_init__(self) -> None:
         self.steps: dict[str, Step] = {}
-        self.data_code = source_hash(ROOT, [*DATA_CODE, "tools/data/prepare.py", "megatron_smar/data/*.py"])
+        self.data_code = source_hash(ROOT, [*DATA_CODE, "tools/data/prepare.py", "megatron_smar/data/**/*.py"])
         self.training_code = source_hash(ROOT, TRAINING_CODE)
 
     def program(self, step: str, *command: object, ranks: int = 0) -> None:

@@ -173,8 +173,8 @@ def _position_ids(batch: VisionLanguageBatch) -> Tensor:
 def _packed_seq_params(lengths: Tensor) -> PackedSeqParams:
     """Sequences of these lengths, one behind the other without gaps, for all context-parallel ranks together.
 
-    The longest length is the pack's own: told the whole pack's instead, Megatron's rotary embedding would let positions
-    run on through the pack where they have to begin at 0 in each sequence.
+    The longest length is that of a sequence: told the whole pack's, Megatron's rotary embedding would let positions run
+    on through the pack. Its angles are relative, so that only long packs would show it, in bf16.
     """
     ends = F.pad(lengths.cumsum(0), (1, 0)).int().cuda(non_blocking=True)
     longest = int(lengths.max())

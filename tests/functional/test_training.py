@@ -77,15 +77,6 @@ def test_validation_alone_runs_without_a_training_step(world):
     assert "validation loss at" in output
 
 
-@pytest.mark.matrix
-def test_virtual_pipeline_stages_train_and_save(world, tmp_path):
-    """Megatron hands a list of iterators to its saving of the loader's state, and fails on it."""
-    flags = [*SMAR, "--micro-batch-size", 4, "--global-batch-size", 16, "--num-workers", 0, "--train-iters", 2]
-    flags += [*PIPELINE, "--num-layers", 4, "--num-layers-per-virtual-pipeline-stage", 1, "--save", tmp_path]
-    world.train(*flags, "--save-interval", 2, ranks=2)
-    assert (tmp_path / "iter_0000002").is_dir()
-
-
 def test_losses_and_distances_are_logged_to_console_and_tensorboard(world, tmp_path):
     flags = [*SMAR, "--micro-batch-size", 8, "--global-batch-size", 8, "--num-workers", 0, "--train-iters", 3]
     output = world.train(*flags, "--tensorboard-dir", tmp_path, "--eval-iters", 1, "--eval-interval", 3).stdout

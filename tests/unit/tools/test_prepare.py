@@ -152,23 +152,45 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
     arguments = {"train": [write(tmp_path / "r.json", records)], "image_root": images, "samples_per_shard": 10}
     arguments |= {"valid_fraction": 0.1, "workers": 2, "progress": False}
     prepare.prepare(tmp_path / "whole", **arguments)
-    out = tmp_path / "killed"
-    finished: set[str] = set()
-    for more in (1, 6):
+    out, finished = tmp_path / "killed", set[str]()
+
+    def notes() -> set[str]:
+        return {path.stem for path in out.glob(".prepare/done/*.json")}
+
+    moments = [lambda: notes(), lambda: len(notes()) >= len(finished) + 6, lambda: (out / ".nv-meta").exists()]
+    for moment in moments:
         process = multiprocessing.get_context("fork").Process(target=prepare.prepare, args=(out,), kwargs=arguments)
         process.start()
         deadline = time.monotonic() + 60
-        while len(notes := {path.stem for path in out.glob(".prepare/done/*.json")}) < len(finished) + more:
+        while not moment():
             assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.001)
         process.kill()
         process.join()
-        assert finished < notes and not (out / ".nv-meta").exists()
-        finished = notes
+        assert finished < notes() and not (out / ".nv-meta/dataset.yaml").exists()
+        finished = notes()
     made = {path: path.stat().st_mtime_ns for path in out.glob("*/*.tar") if f"train-{path.stem}" in finished}
     prepare.prepare(out, **arguments)
     assert hashes(out) == hashes(tmp_path / "whole")
     assert made and made == {path: path.stat().st_mtime_ns for path in made}, "finished shards were written again"
+
+
+def test_a_run_that_is_killed_while_it_cleans_up_has_nothing_left_to_do_but_that(
+    prepare: ModuleType, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, out = [write(tmp_path / "r.json", [*GOOD, BAD["bad_image"]])], tmp_path / "out"
+
+    def killed(work: Path) -> None:
+        (work / "plan.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "_clean_up", killed)
+        prepare.prepare(out, records, image_root=images, max_skip_ratio=1, progress=False)
+    before = (out / "train/image-000000.tar").stat().st_mtime_ns
+    reports = prepare.prepare(out, records, image_root=images, max_skip_ratio=1, progress=False)
+    assert reports["train"].kept == 4 and reports["train"].rejected == {"bad_image": 1}
+    assert not (out / ".prepare").exists() and (out / "train/image-000000.tar").stat().st_mtime_ns == before
 
 
 def test_an_unfinished_folder_is_not_mixed_with_another_run(prepare: ModuleType, tmp_path: Path, images: Path) -> None:
@@ -355,17 +377,27 @@ def test_nothing_usable_is_an_error(prepare: ModuleType, tmp_path: Path) -> None
         prepare.prepare(tmp_path / "out", [write(tmp_path / "r.json", [BAD["role_order"]])], progress=False)
 
 
-def test_the_program_prints_its_table_and_explains_mistakes(tmp_path: Path, images: Path) -> None:
+def test_the_program_prints_its_table_and_explains_mistakes(
+    prepare: ModuleType,
+    tmp_path: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     write(tmp_path / "r.json", [*GOOD, BAD["bad_image"]])
-    command = [sys.executable, str(PROGRAM), "--train", "r.json", "--image-root", "images", "--output", "out"]
-    statuses, outputs = [], []
-    for more in ([], ["--max-skip-ratio", "0.2"]):
-        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True)
-        statuses.append(done.returncode)
-        outputs.append((done.stdout.splitlines()[1:2], done.stderr.splitlines()[-1]))
-    assert statuses == [1, 0]
-    assert outputs[0][0][0].split() == outputs[1][0][0].split() == ["train", "4", "3", "0", "1", "1"]
-    assert outputs[0][1].startswith("prepare.py: 1 of 5 records cannot be used, more than --max-skip-ratio 0.1")
+    monkeypatch.chdir(tmp_path)
+    command = [str(PROGRAM), "--train", "r.json", "--image-root", "images", "--output", "out"]
+    row = ["train", "4", "3", "0", "1", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match=r"^prepare.py: 1 of 5 records cannot be used, more than --max-skip-ratio 0.1"):
+        prepare.main()
+    assert capsys.readouterr().out.splitlines()[1].split() == row
+    done = subprocess.run([sys.executable, *command, "--max-skip-ratio", "0.2"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[1].split() == row, done.stderr
+    with pytest.raises(SystemExit) as ended:
+        prepare.main()
+    message = "prepare.py: error: --output out holds prepared shards already: give another folder, or --overwrite."
+    assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == message
 
 
 def test_a_blend_can_take_the_texts_of_prepared_shards_alone(prepare: ModuleType, tmp_path: Path, images: Path) -> None:

@@ -73,7 +73,6 @@ def test_positions_begin_anew_in_each_sequence_of_a_pack(single_rank):
     packed = batch["packed_seq_params"]
     assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 3, 8, 12]
     assert packed.cu_seqlens_q.dtype == torch.int32 and packed.qkv_format == "thd"
-    # With 12 Megatron's rotary embedding would take positions to run on through the pack.
     assert packed.max_seqlen_q == packed.max_seqlen_kv == 5
 
 
