@@ -201,7 +201,7 @@ def _add_conversation_arguments(parser: ArgumentParser) -> None:
         "--rejects-dir",
         default=None,
         help="Folder for the list of samples that were skipped, each with its reason; "
-        "`python -m megatron_smar.data.rejects FOLDER` counts them.",
+        "`python tools/data/rejects.py FOLDER` counts them.",
     )
     group.add_argument(
         "--max-skip-ratio",

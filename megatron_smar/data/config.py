@@ -93,8 +93,8 @@ class DataConfig:
         tiles = self.image.max_tiles + (self.image.use_thumbnail and self.image.max_tiles > 1)
         if tiles * self.tokens_per_tile > self.seq_length:
             raise ValueError(
-                f"--max-tiles {self.image.max_tiles} lets an image have {tiles} tiles of {self.tokens_per_tile} tokens, "
-                f"more than --seq-length {self.seq_length} takes: lower the one or raise the other."
+                f"--max-tiles {self.image.max_tiles} lets an image have {tiles} tiles of {self.tokens_per_tile} tokens "
+                f"each, more than --seq-length {self.seq_length} takes: lower the one or raise the other."
             )
         if self.text_only_ratio is not None and not 0 < self.text_only_ratio < 1:
             raise ValueError(

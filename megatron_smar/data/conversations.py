@@ -13,6 +13,7 @@ from megatron_smar.data.rejects import SampleError
 from megatron_smar.data.tokens import EOS, IMAGE_TOKENS, TextEncoder
 
 IMAGE_TAG = "<image>"
+NO_CHARACTER = "\ufdd0"  # Unicode keeps it for programs' own use; tools/data/prepare.py marks half surrogates with it
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _SPECIAL = re.compile(r"(\{eos\}|<\|\w+\|>)")
 
@@ -209,6 +210,9 @@ def check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and Python reads it
         raise SampleError("invalid_unicode", f"{where} has a lone surrogate at {error.start}") from error
+    if NO_CHARACTER in text:
+        at = text.index(NO_CHARACTER)
+        raise SampleError("invalid_unicode", f"{where} has half a surrogate pair, or no character at all, at {at}")
     for token in IMAGE_TOKENS:
         if token in text:
             raise SampleError("image_token_in_text", f"{where} contains {token}, which stands for an image")

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples that cannot be used: why, which ones, and how many of them there were.
-
-``python -m megatron_smar.data.rejects FOLDER`` prints the table of a run, FOLDER being its --rejects-dir.
-"""
+"""Samples that cannot be used: why, which ones, and how many of them there were."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -161,11 +157,11 @@ def read_rejects(directory: str | Path, name: str = "") -> Counter[str]:
     Returns:
         reason -> number of samples.
     """
-    return Counter(_read_reasons(directory, name).values())
+    return Counter(read_reasons(directory, name).values())
 
 
-def _read_reasons(directory: str | Path, name: str = "") -> dict[tuple[str, str], str]:
-    """Return (split, key) -> reason."""
+def read_reasons(directory: str | Path, name: str = "") -> dict[tuple[str, str], str]:
+    """Return (split, key) -> reason of each rejected sample; the arguments are `read_rejects`'s."""
     reasons: dict[tuple[str, str], str] = {}
     for path in sorted(Path(directory).glob(f"{name}*-worker*.jsonl")):
         split = path.name.split("-", 1)[0]
@@ -173,23 +169,3 @@ def _read_reasons(directory: str | Path, name: str = "") -> dict[tuple[str, str]
             reject = json.loads(line)
             reasons[split, reject["key"]] = reject["reason"]
     return reasons
-
-
-def main() -> None:
-    """Print the table of a run's rejected samples, one for each split."""
-    parser = argparse.ArgumentParser(description="Table of the samples that a run skipped, by reason.")
-    parser.add_argument("directory", type=Path, help="the run's --rejects-dir")
-    args = parser.parse_args()
-    if not args.directory.is_dir():
-        parser.error(f"{args.directory} is no folder: give a run's --rejects-dir (it is made with the first reject).")
-    reasons = _read_reasons(args.directory)
-    for split in sorted({split for split, _ in reasons}):
-        mine = {key: reason for (of, key), reason in reasons.items() if of == split}
-        print(f"{split}: {len(mine)} samples skipped")
-        print(format_rejects(Counter(mine.values()), {reason: key for key, reason in reversed(mine.items())}))
-    if not reasons:
-        print("No sample was skipped.")
-
-
-if __name__ == "__main__":
-    main()

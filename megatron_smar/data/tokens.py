@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image tokens of the vocabulary, and text to ids through Megatron's tokenizers.
-
-``python -m megatron_smar.data.tokens IN OUT`` adds the image tokens to a SentencePiece model, or to a Hugging Face
-tokenizer's folder, behind the last id, so that every existing id stays what it is.
-"""
+"""The image tokens of the vocabulary, and text to ids through Megatron's tokenizers."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +43,7 @@ class ImageTokens:
         if missing:
             raise ValueError(
                 f"The tokenizer {getattr(tokenizer, 'path', None)} has no token {' '.join(missing)}: add them with "
-                "`python -m megatron_smar.data.tokens IN OUT` and give OUT as --tokenizer-model, or name them to a "
+                "`python tools/data/add_tokens.py IN OUT` and give OUT as --tokenizer-model, or name them to a "
                 f"HuggingFaceTokenizer with --tokenizer-special-tokens {_quoted(IMAGE_TOKENS)}."
             )
         return cls(*[int(token_id) for token_id in ids if token_id is not None])
@@ -189,8 +184,8 @@ def _template_ids(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
     if missing:
         raise ValueError(
             f"The tokenizer {getattr(tokenizer, 'path', None)} has no token {' '.join(missing)}, which the "
-            "conversation template writes: choose another --conversation-template, or add the tokens with `python -m "
-            f"megatron_smar.data.tokens IN OUT --also {_quoted(missing)}` and give OUT as --tokenizer-model."
+            "conversation template writes: choose another --conversation-template, or add the tokens with `python "
+            f"tools/data/add_tokens.py IN OUT --also {_quoted(missing)}` and give OUT as --tokenizer-model."
         )
     return {token: token_id for token, token_id in ids.items() if token_id is not None}
 
@@ -221,24 +216,3 @@ def _special_id(tokenizer: Any, name: str) -> int | None:
 
 def _quoted(tokens: Sequence[str]) -> str:
     return " ".join(f"'{token}'" for token in tokens)
-
-
-def main() -> None:
-    """Run `add_tokens` as a program."""
-    parser = argparse.ArgumentParser(description="Add the image tokens to a tokenizer; existing ids stay.")
-    parser.add_argument(
-        "source", help="SentencePiece model, e.g. Mixtral's tokenizer.model, or folder of a Hugging Face tokenizer"
-    )
-    parser.add_argument("destination", help="file or folder to write, to be given as --tokenizer-model")
-    parser.add_argument(
-        "--also", nargs="+", default=[], metavar="TOKEN", help="further tokens, e.g. '<|im_start|>' '<|im_end|>'"
-    )
-    args = parser.parse_args()
-    try:
-        add_tokens(args.source, args.destination, [*IMAGE_TOKENS, *args.also])
-    except ValueError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,11 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
 
 def fail(error: Exception) -> NoReturn:
     """Ends this rank with one sentence, in one write: several ranks share the terminal."""
-    os.write(sys.stderr.fileno(), f"{Path(sys.argv[0]).name}: error: {error}\n".encode())
+    message = str(error)
+    if not message:  # many of Megatron's checks say nothing but what they check
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"the flags do not pass Megatron's check `{place.line}` ({Path(place.filename).name}:{place.lineno})"
+    os.write(sys.stderr.fileno(), f"{Path(sys.argv[0]).name}: error: {message}\n".encode())
     sys.exit(1)
 
 

@@ -31,7 +31,7 @@ MISTAKES = {
     "nothing to train": (["--freeze", "vision", "connector", "language"], ["--freeze", "nothing to train"]),
     "tokens of a template": (
         ["--conversation-template", "chatml"],
-        ["has no token <|im_end|> <|im_start|>", "--conversation-template", "megatron_smar.data.tokens"],
+        ["has no token <|im_end|> <|im_start|>", "--conversation-template", "tools/data/add_tokens.py"],
     ),
     "start of nothing": (["--finetune", "--load", "/no/such/checkpoint"], ["--finetune", "/no/such/checkpoint"]),
 }

@@ -46,7 +46,8 @@ RESUMED["stage 2, overlapped, 2 micro-batches"] = [*SMAR, *EXPERTS, *OVERLAP, "-
 PACKS = ["--micro-batch-size", 1, "--global-batch-size", 4, "--packing-buffer-size", 20, "--packing-max-tiles", 9]
 PACKS += ["--max-tiles", 4, "--use-thumbnail", "--text-only-ratio", 0.25]
 RESUMED["packs of tiles and text"] = [*SMAR, *EXPERTS, *PACKS]
-OFTEN = ("packs of tiles and text", "stage 2, experts, distributed optimizer", "stage 1, pipeline, distributed optimizer")
+OFTEN = ["packs of tiles and text", "stage 2, experts, distributed optimizer"]
+OFTEN += ["stage 1, pipeline, distributed optimizer"]
 
 
 @pytest.mark.parametrize("setting", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.matrix) for n in RESUMED])

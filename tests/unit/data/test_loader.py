@@ -224,7 +224,9 @@ def test_data_without_one_good_sample_ends_with_a_sentence(
     config = make_config(data_path=shards_with(0, 6), num_workers=num_workers, max_consecutive_rejects=20)
     with pytest.raises(DataError) as error:
         next(train(config, tokenizer))
-    assert str(error.value).startswith("The last 20 samples in a row from ") and "too_long       20  100.00%" in str(error.value)
+    assert str(error.value).startswith("The last 20 samples in a row from ") and "too_long       20  100.00%" in str(
+        error.value
+    )
     assert "Traceback" not in str(error.value)
     with pytest.raises(DataError, match="none of its samples could be used"):
         next(valid(config, tokenizer, 4))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_smar.data.rejects import FEWEST_JUDGED, DataError, RejectLog, SampleError, main, read_rejects
+from megatron_smar.data.rejects import FEWEST_JUDGED, DataError, RejectLog, SampleError, read_rejects
+from tools.data.rejects import main
 
 BAD = SampleError("bad_image", "it is cut off")
 

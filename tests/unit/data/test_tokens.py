@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_smar.data.rejects import SampleError
-from megatron_smar.data.tokens import IMAGE_TOKENS, ImageTokens, TextEncoder, add_tokens, main
+from megatron_smar.data.tokens import IMAGE_TOKENS, ImageTokens, TextEncoder, add_tokens
+from tools.data.add_tokens import main
 
 from .conftest import (
     CHATML_TOKENS,
@@ -44,7 +45,7 @@ def test_ids_of_image_tokens_are_the_vocabularys(tokenizer: MegatronTokenizer) -
 
 
 def test_missing_image_tokens_are_named_with_the_mend(plain_model: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no token <img> </img> <IMG_CONTEXT>: .*megatron_smar\.data\.tokens"):
+    with pytest.raises(ValueError, match=r"has no token <img> </img> <IMG_CONTEXT>: .*tools/data/add_tokens"):
         ImageTokens.from_tokenizer(load_tokenizer(plain_model))
 
 
