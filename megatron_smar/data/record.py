@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_smar.data.batch import VisionLanguageBatch
-from megatron_smar.data.loader import EnergonIterator
 
 
 class RecordedSamples:
@@ -29,7 +28,7 @@ class RecordedSamples:
 
     def __init__(
         self,
-        iterator: EnergonIterator,
+        iterator: Iterator[VisionLanguageBatch],
         directory: str | Path,
         rank: int,
         size: int,
@@ -61,7 +60,7 @@ class RecordedSamples:
 
     def save_state(self) -> dict[str, Any]:
         """Return the loader's state."""
-        return self.iterator.save_state()
+        return self.iterator.save_state()  # type: ignore[attr-defined]
 
 
 def read_recorded(directory: str | Path) -> dict[int, dict[int, list[list[str]]]]:

@@ -28,9 +28,9 @@ from megatron_smar.model.vlm import VisionLanguageModel
 from megatron_smar.routing.router import LossScale
 from megatron_smar.training.batch import CountedSteps, DataWait, prepare_batch
 from megatron_smar.training.loss import lm_loss
-from megatron_smar.training.resume import dataloader_state_folder, restore
+from megatron_smar.training.resume import SavedPositions, restore
 
-TrainIterator = EnergonIterator | RecordedSamples | CountedSteps
+TrainIterator = EnergonIterator | SavedPositions | RecordedSamples | CountedSteps
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Iterator[VisionLanguageBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
 
@@ -44,8 +44,6 @@ def model_provider(
 ) -> VisionLanguageModel:
     """Builds one pipeline stage of the model from the parsed arguments."""
     args = get_args()
-    if args.save and args.dataloader_save is None:
-        args.dataloader_save = dataloader_state_folder(args.save)
     if args.padded_vocab_size is None:
         args.padded_vocab_size = calculate_padded_vocab_size(
             get_tokenizer().vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
@@ -89,6 +87,8 @@ def data_iterators_provider(
     if not args.skip_train:
         train = EnergonIterator(build_train_loader(config, get_tokenizer(), *place, **settings), config)
         restore(train, *place)
+        if args.virtual_pipeline_model_parallel_size and args.save and settings["announce_rejects"]:
+            train = SavedPositions(train, place[0], args.loader_state_folder)
         if args.record_samples and settings["announce_rejects"]:
             train = RecordedSamples(train, args.record_samples, *place, args.iteration, lambda: args.curr_iteration + 1)
         if args.calculate_per_token_loss:

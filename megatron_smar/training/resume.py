@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import checkpointing, get_args
+from megatron.training import get_args
+from megatron.training.checkpointing import get_checkpoint_name
 
+from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.loader import EnergonIterator
 from megatron_smar.data.state import load_rank_state
 
@@ -17,6 +21,12 @@ from megatron_smar.data.state import load_rank_state
 def dataloader_state_folder(checkpoint: str) -> str:
     """Where the loader's state lies: beside the iterations, whose own folders Megatron wants to find empty."""
     return os.path.join(checkpoint, "dataloader")
+
+
+def take_over_folder(args: Namespace) -> None:
+    """Sets where loader states go (`loader_state_folder`), and whether Megatron is to save them (`dataloader_save`)."""
+    args.loader_state_folder = args.dataloader_save or (dataloader_state_folder(args.save) if args.save else None)
+    args.dataloader_save = None if args.virtual_pipeline_model_parallel_size else args.loader_state_folder
 
 
 def restore(iterator: EnergonIterator, data_parallel_rank: int, data_parallel_size: int) -> None:
@@ -29,8 +39,8 @@ def restore(iterator: EnergonIterator, data_parallel_rank: int, data_parallel_si
     if not args.iteration or not args.load_dataloader_state:
         return
     folder = dataloader_state_folder(args.load)
-    if not os.path.isdir(folder) and args.dataloader_save:
-        folder = args.dataloader_save  # the run before was told to keep it there
+    if not os.path.isdir(folder) and args.loader_state_folder:
+        folder = args.loader_state_folder  # the run before was told to keep it there
     state = load_rank_state(
         lambda rank: _state_file(folder, args.iteration, rank),
         data_parallel_rank,
@@ -45,7 +55,7 @@ def _state_file(folder: str, iteration: int, rank: int) -> Path:
     """The state of one data-parallel rank, under the name that Megatron gave it."""
     files = [
         Path(
-            checkpointing.get_checkpoint_name(
+            get_checkpoint_name(
                 folder,
                 iteration,
                 pipeline_parallel=pipeline,
@@ -62,18 +72,59 @@ def _state_file(folder: str, iteration: int, rank: int) -> Path:
     return max((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, default=files[0])
 
 
-def install_virtual_stages() -> None:
-    """Makes Megatron save the loader's state with virtual pipeline stages.
+class SavedPositions:
+    """Saves the loader's state itself, for virtual pipeline stages.
 
-    Its `maybe_save_dataloader_state` (0.19.2) takes one iterator, and is handed the list of all virtual stages' ones.
-    They read the same samples, and between two steps stand at the same place, so that the first speaks for all.
+    Megatron 0.19.2 saves the state of one iterator, and fails on the list of all virtual stages' iterators. They read
+    the same samples, so that the first chunk's speaks for all. Between two steps nothing is read: the state behind a
+    step's last micro-batch belongs to a checkpoint after that step, and is written before there can be one.
+
+    Args:
+        iterator: The training loader's.
+        data_parallel_rank: This rank's index among those that read different samples.
+        folder: Where the states go, under Megatron's own names.
     """
-    save = checkpointing.maybe_save_dataloader_state
-    if getattr(save, "takes_lists", False):
-        return
 
-    def save_first(train_iterator: Any, *args: Any, **kwargs: Any) -> None:
-        save(train_iterator[0] if isinstance(train_iterator, list) else train_iterator, *args, **kwargs)
+    def __init__(self, iterator: EnergonIterator, data_parallel_rank: int, folder: str) -> None:
+        self.iterator = iterator
+        self._rank, self._folder = data_parallel_rank, folder
+        self._left = 0
+        self._written: int | None = None
 
-    save_first.takes_lists = True  # type: ignore[attr-defined]
-    checkpointing.maybe_save_dataloader_state = save_first
+    def __iter__(self) -> SavedPositions:
+        return self
+
+    def __next__(self) -> VisionLanguageBatch:
+        """The next micro-batch; with the last one of a step, the state behind it is saved."""
+        self._left = self._left or get_num_microbatches()
+        batch = next(self.iterator)
+        self._left -= 1
+        if not self._left:
+            self._save(get_args().curr_iteration + 1)
+        return batch
+
+    def save_state(self) -> dict[str, Any]:
+        """The loader's state."""
+        return self.iterator.save_state()
+
+    def _save(self, step: int) -> None:
+        args = get_args()
+        if self._written is not None and not os.path.isdir(get_checkpoint_name(args.save, self._written, True)):
+            _state_file(self._folder, self._written, self._rank).unlink(missing_ok=True)
+        self._written = None
+        if _may_be_saved(step):
+            file = _state_file(self._folder, step, self._rank)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            torch.save({"dataloader_state_dict": self.save_state()}, partial)
+            partial.replace(file)
+            self._written = step
+
+
+def _may_be_saved(step: int) -> bool:
+    """Whether Megatron's loop may save a checkpoint after a step."""
+    args = get_args()
+    if args.exit_signal_handler or args.exit_duration_in_mins or args.non_persistent_save_interval:
+        return True
+    intervals = (args.save_interval, args.exit_interval)
+    return step == args.train_iters or any(step % interval == 0 for interval in intervals if interval)

@@ -20,7 +20,7 @@ from megatron.training.training import setup_model_and_optimizer
 from megatron_smar.arguments import add_arguments, check_arguments, check_shape
 from megatron_smar.training.monitor import install_metrics
 from megatron_smar.training.providers import model_provider
-from megatron_smar.training.resume import install_virtual_stages
+from megatron_smar.training.resume import take_over_folder
 
 
 def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) -> Namespace:
@@ -43,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
     except (ValueError, AssertionError) as error:
         fail(error)
     install_metrics()
-    install_virtual_stages()
+    take_over_folder(args)
     return args
 
 
