@@ -385,6 +385,11 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
                 f"energon metadataset, not {args.data_path or 'nothing'}."
             )
         data_config(args)
+        if args.packing_buffer_size and args.eval_micro_batch_size not in (None, 1):
+            raise ValueError(
+                f"--eval-micro-batch-size {args.eval_micro_batch_size} with --packing-buffer-size: a micro-batch of "
+                "validation is one pack too; leave it out."
+            )
     if set(args.freeze) == set(PARTS):
         raise ValueError("--freeze vision connector language leaves nothing to train; leave out at least one of them.")
     if args.finetune and not checkpoint_exists(args.load):

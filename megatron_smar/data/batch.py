@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from megatron.energon import Batch, Sample
 from megatron.energon.edataclass import edataclass
+from torch.utils.data import default_collate
 
 
 @edataclass
@@ -122,10 +123,17 @@ def collate(
         labels=labels,
         loss_mask=loss_mask,
         padding_mask=padding_mask,
-        pixel_values=torch.cat([sample.pixel_values for sample in samples]),
+        pixel_values=_gather_tiles([sample.pixel_values for sample in samples]),
         lengths=None if multiple is None else torch.tensor(lengths),
         num_text_only=sum(not sample.num_images for sample in samples),
     )
+
+
+def _gather_tiles(tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Put together the tiles of samples, each [n, 3, H, W]."""
+    single = [tile for of_sample in tiles for tile in of_sample]
+    # In a worker process torch's function writes to shared memory, where they would have to be copied later.
+    return default_collate(single) if single else tiles[0]
 
 
 def padded_length(length: int, multiple: int) -> int:

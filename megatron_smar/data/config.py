@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_smar.data.conversations import get_template
+from megatron_smar.data.packing import pack
 from megatron_smar.data.paths import check_data_path
 from megatron_smar.data.tiling import ImageConfig
 
@@ -113,6 +114,10 @@ class DataConfig:
             if self.packing_max_tiles is not None:
                 raise ValueError("--packing-max-tiles limits packs: give --packing-buffer-size too, or leave it out.")
             return
+        try:
+            pack([1], [0], 1)
+        except ImportError as error:
+            raise ValueError(f"--packing-buffer-size {self.packing_buffer_size}: {error}") from error
         if self.packing_buffer_size < 1:
             raise ValueError(f"--packing-buffer-size {self.packing_buffer_size} must be at least 1.")
         if self.micro_batch_size != 1:

@@ -125,7 +125,7 @@ def _guarded[T](data: bytes, read: Callable[[Image.Image], T]) -> T:
             if min(image.size) < 1:
                 raise ValueError(f"it is {image.width} x {image.height} pixels")
             return read(image)
-    except SampleError:
+    except (SampleError, MemoryError):  # a rank short of memory must not skip what its peers keep
         raise
     except Image.DecompressionBombError as error:
         raise SampleError(

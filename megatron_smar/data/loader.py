@@ -169,10 +169,25 @@ class EnergonIterator:
             "longest run of samples": config.max_samples_per_sequence,
             "--packing-buffer-size": config.packing_buffer_size,
             "--text-only-ratio": config.text_only_ratio,
+            **self._packing_settings(config),
             WORKER_BATCHES: [loader.dataset.len_worker(worker) for worker in range(max(1, workers.num_workers))],
         }
         self._iterator: Generator[VisionLanguageBatch] | None = None
         self._batches_left = batches_per_pass
+
+    @staticmethod
+    def _packing_settings(config: DataConfig) -> dict[str, Any]:
+        """What decides the packs that wait in a worker's buffer, and would not fit under other settings."""
+        if config.packing_buffer_size is None:
+            return {}
+        return {
+            "--seq-length": config.seq_length,
+            "--packing-max-tiles": config.packing_max_tiles,
+            "multiple of lengths in a pack (2 x --context-parallel-size)": config.packing_multiple_of,
+            "--conversation-template": config.template,
+            "tokens of a tile": config.tokens_per_tile,
+            "tiles of images": str(config.image),
+        }
 
     def __iter__(self) -> EnergonIterator:
         """Return itself."""
@@ -215,7 +230,7 @@ class EnergonIterator:
         if changed:
             raise DataError(
                 f"The data loader's state in the checkpoint does not fit this run ({'; '.join(changed)}): resume with "
-                "what it was saved with."
+                "what it was saved with, or begin at the start of the data with --no-load-dataloader-state."
             )
         assert isinstance(self.loader, SavableDataLoader)
         self.loader.restore_state_rank(unpack(state["loader"]))

@@ -76,7 +76,10 @@ def load_loader_state(path: str | Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)["dataloader_state_dict"]
     except Exception as error:
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"The data loader's state {path} cannot be loaded ({what}).") from error
+        raise DataError(
+            f"The data loader's state {path} cannot be loaded ({what}): give --dataloader-save the folder that the run "
+            "before had there, or begin at the start of the data with --no-load-dataloader-state."
+        ) from error
 
 
 def load_rank_state(

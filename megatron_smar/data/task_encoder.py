@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.energon import (
     Cooker,
@@ -107,6 +110,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         self.encoder = encoder
         self.rejects = rejects
         self.decode_images = decode_images
+        self._labels: dict[str, str] = {}
         self.template = get_template(config.template)
         self.images = ImageProcessor(config.image)
         self.tokenize = SampleTokenizer(encoder, self.images, config.tokens_per_tile, config.seq_length)
@@ -119,7 +123,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
             SkipSample: energon's sign to go on to the next sample.
             DataError: Too many samples cannot be used.
         """
-        with self._recording(sample):
+        with self._recording(self.name(sample)):
             tokenized = self.tokenize_sample(sample)
         self.rejects.accept()
         return tokenized
@@ -132,7 +136,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
             SkipSample: energon's sign to go on to the next sample.
             DataError: Too many samples cannot be used, or other ranks could not see that this one cannot.
         """
-        with self._recording(sample, late=True):
+        with self._recording(sample.__key__, late=True):
             encoded = self.decode_sample(sample)
         self.rejects.accept(late=True)
         return encoded
@@ -145,6 +149,12 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
             DataError: An image is damaged, but other ranks could not see that.
         """
         return self.decode_sample(self.tokenize_sample(sample))
+
+    def name(self, sample: RawSample) -> str:
+        """Return what tells a sample from all others: its key, in a blend of sources behind the source's name."""
+        sources = sample.__sources__
+        label = self._labels.get(str(sources[0].dataset_path)) if sources else None
+        return f"{label}/{sample.__key__}" if label else sample.__key__
 
     def tokenize_sample(self, sample: RawSample) -> TokenizedSample:
         """Read a sample's record and turn it into tokens, with placeholders as its images' headers ask for.
@@ -160,14 +170,18 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         most = self.config.packing_max_tiles
         if most is not None and num_tiles > most:
             raise SampleError("too_many_tiles", f"{num_tiles} image tiles, but --packing-max-tiles is {most}")
-        return TokenizedSample.derive_from(
+        # By way of numpy, since torch takes several times as long for a list.
+        tokens = torch.from_numpy(np.array(ids, dtype=np.int64))
+        tokenized = TokenizedSample.derive_from(
             sample,
-            input_ids=torch.tensor(ids[:-1]),
-            labels=torch.tensor(ids[1:]),
-            loss_mask=torch.tensor(targets[1:], dtype=torch.float32),
+            input_ids=tokens[:-1],
+            labels=tokens[1:],
+            loss_mask=torch.from_numpy(np.array(targets[1:], dtype=np.float32)),
             num_tiles=num_tiles,
             files=files,
         )
+        tokenized.__key__ = self.name(sample)
+        return tokenized
 
     def decode_sample(self, sample: TokenizedSample) -> EncodedSample:
         """Decode a sample's images.
@@ -186,17 +200,18 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         )
 
     @contextlib.contextmanager
-    def _recording(self, sample: Sample, late: bool = False) -> Iterator[None]:
+    def _recording(self, name: str, late: bool = False) -> Iterator[None]:
         try:
             yield
         except SampleError as error:
-            self.rejects.add(sample.__key__, error, late=late)
+            self.rejects.add(name, error, late=late)
             raise SkipSample from error
 
     def _tiles(self, files: Sequence[bytes], key: str) -> torch.Tensor:
         try:
             if self.decode_images:
-                return torch.cat([self.images.empty(), *map(self.images, files)])
+                tiles = [self.images(data) for data in files] or [self.images.empty()]
+                return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
             if self.config.verify_images:
                 for data in files:
                     read_image(data)
@@ -231,7 +246,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         """
         if not samples:
             raise SkipSample
-        return Pack(__key__=samples[0].__key__, __restore_key__=(), samples=samples)
+        return Pack.derive_from(samples[0], samples=samples)
 
     @stateless
     def batch(self, samples: list[Any]) -> VisionLanguageBatch:
@@ -263,6 +278,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         The two kinds are mixed after their samples have been turned into tokens, so that those left out there do not
         change the ratio.
         """
+        self._labels = _labels(datasets)
         build = functools.partial(
             super().build_train_datasets, worker_config=worker_config, shuffle_buffer_size=shuffle_buffer_size
         )
@@ -277,6 +293,24 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         batching = {name: value for name, value in batching.items() if name not in ("virtual_epoch_length", "repeat")}
         return self.build_batch(mixed, worker_config=worker_config, **batching)
 
+    def build_val_datasets(
+        self, *, datasets: list[LoadedDataset], **settings: Any
+    ) -> SavableDataset[VisionLanguageBatch]:
+        """Build energon's chain of datasets for validation."""
+        self._labels = _labels(datasets)
+        return super().build_val_datasets(datasets=datasets, **settings)
+
     def build_batch(self, dataset: SavableDataset[Any], *, batch_size: int | None, **settings: Any) -> Any:
         """Batch a dataset; a part of a blend, without a batch size, is left as it is, its images undecoded."""
         return dataset if batch_size is None else super().build_batch(dataset, batch_size=batch_size, **settings)
+
+
+def _labels(datasets: Sequence[LoadedDataset]) -> dict[str, str]:
+    """Return a name for each source of a blend, its folder's if no other's is called so; nothing for a single source.
+
+    Prepared folders all number their samples in the same way.
+    """
+    paths = sorted({str(path) for dataset in datasets for path in dataset.dataset.paths})
+    folders = Counter(PurePosixPath(path).name for path in paths)
+    labels = {path: PurePosixPath(path).name for path in paths}
+    return {path: label if folders[label] == 1 else path for path, label in labels.items() if len(paths) > 1}

@@ -153,9 +153,12 @@ def normalise(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
     Returns:
         [n, 3, H, W] float32.
     """
-    values = pixels.float().div_(255)
+    values = pixels.float()
     for colour in range(3):
-        values[:, colour].sub_(mean[colour]).div_(std[colour])
+        # In one pass, as pixels / (255 std) - mean / std: there are many, and each pass is through memory. The shift
+        # stays on the host, from where a kernel takes it as a number.
+        plane, shift = values[:, colour], torch.tensor(-mean[colour] / std[colour])
+        torch.add(shift, plane, alpha=1 / (255 * std[colour]), out=plane)
     return values
 
 

@@ -38,9 +38,9 @@ def restore(iterator: EnergonIterator, data_parallel_rank: int, data_parallel_si
     args = get_args()
     if not args.iteration or not args.load_dataloader_state:
         return
-    folder = dataloader_state_folder(args.load)
-    if not os.path.isdir(folder) and args.loader_state_folder:
-        folder = args.loader_state_folder  # the run before was told to keep it there
+    # The run before kept it with its checkpoints, or was told to keep it where this one is told to.
+    folders = [folder for folder in (dataloader_state_folder(args.load), args.loader_state_folder) if folder]
+    folder = next((folder for folder in folders if _state_file(folder, args.iteration, 0).exists()), folders[0])
     state = load_rank_state(
         lambda rank: _state_file(folder, args.iteration, rank),
         data_parallel_rank,

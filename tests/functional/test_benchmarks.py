@@ -36,3 +36,14 @@ def test_packing_is_measured_beside_python_and_megatron_on_the_mixture():
 def test_a_pack_shorter_than_the_longest_text_is_refused_by_the_packing_benchmark():
     done = run("tools/benchmark/packing.py", "--max-tokens", 1024, check=False)
     assert done.returncode == 2 and "--max-tokens 1024 is too small: give 2048 or more." in done.stdout
+
+
+def test_both_pipelines_give_the_same_samples_tokens_and_tiles_of_the_same_data():
+    small = ("--samples", 24, "--samples-per-turn", 8, "--image-size", 112, "--packing-buffer-size", 12)
+    done = run("tools/benchmark/data.py", "--quick", *small, "--json")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    counts = result["counts"]
+    assert counts.pop("packs") < counts["samples"] == 24 and counts["tiles"] > 24
+    assert counts == result["counts_torch"] and result["far_pixels_share"] <= 1e-3
+    assert min(result[name] for name in ("ratio_torch", "samples_per_second")) > 0
+    assert result["stages"][result["limit"]]["share"] > 0.2

@@ -129,7 +129,7 @@ def prepare(
         "--train": [_digest(path) for path in train],
         "--valid": [_digest(path) for path in valid],
         "--image-root": [str(image_root), str(image_root.resolve())],
-        "--image-files": [[Path(path).name, _size(path)] for path in image_files],
+        "--image-files": [[str(Path(path).resolve()), _size(path)] for path in image_files],
         "--valid-fraction": valid_fraction,
         "--samples-per-shard": samples_per_shard,
     }
@@ -413,7 +413,7 @@ def _write_index(output: Path, names: list[str], bar: Callable[..., tqdm]) -> No
     for split in ("train", "val"):  # the index of each shard, and what energon leaves of one when it is killed
         for path in [*(output / split).glob("*.tar.idx"), *(output / split).glob(".*")]:
             path.unlink()
-    parts = [(part, pattern) for part, pattern in SPLIT_PARTS.items() if any(n.startswith(pattern[:-2]) for n in names)]
+    parts = [(part, pattern) for part, pattern in SPLIT_PARTS.items() if any(n.startswith(pattern) for n in names)]
     with bar(total=len(names), unit="shard", desc="index") as progress:
 
         def advance(steps: Iterator[int], total: int) -> Iterator[int]:

@@ -196,7 +196,8 @@ def _read_slice(place: dict[str, Any]) -> tuple[bytes, str]:
     """Return an image that is a base64 string in a larger file, in either of base64's alphabets, padded or not."""
     with open(place["file"], "rb") as file:
         file.seek(place["offset"])
-        text = file.read(place["length"]).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        # JSON may write a slash behind a backslash, and pandas does.
+        text = file.read(place["length"]).translate(bytes.maketrans(b"-_", b"+/"), b"\\").rstrip(b"=")
     try:
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True), "img"
     except binascii.Error as error:

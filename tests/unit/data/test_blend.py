@@ -138,6 +138,17 @@ def test_shards_whose_kind_is_unknown_are_refused(
         read(make_config(**settings(sources, data_path=str(tmp_path / "a"))), tokenizer, 1)
 
 
+def test_samples_of_a_blend_are_told_apart_by_their_source(
+    make_config: Make, tokenizer: Any, sources: Path, tmp_path: Path
+) -> None:
+    """Every prepared folder numbers its samples from 0."""
+    config = make_config(**settings(sources, text_only_ratio=None, rejects_dir=str(tmp_path)))
+    keys = {key for batch in read(config, tokenizer, 300) for key in batch.__key__}
+    assert {key.split("/")[0] for key in keys} == {"a", "b", "c"} and len(keys) == 30 + 10 + 15 + 15
+    named = [json.loads(line)["key"] for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(named) == [f"b/train_{i:09d}" for i in range(0, 20, 4)]
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 2.5])
 def test_a_ratio_that_is_no_share_is_refused(make_config: Make, sources: Path, ratio: float) -> None:
     with pytest.raises(ValueError, match="--text-only-ratio"):
