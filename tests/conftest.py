@@ -2,11 +2,15 @@
 """What several tests need."""
 
 import os
+import resource
 import socket
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks and data workers share the cores
+# energon leaves each loader's index files open until its process ends, and the data tests open a hundred loaders.
+_, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
