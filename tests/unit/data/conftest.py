@@ -6,7 +6,6 @@ import importlib.resources
 import importlib.util
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +18,10 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import tools.data.prepare
 from megatron_smar.data import DataConfig, ImageConfig
 from megatron_smar.data.tokens import IMAGE_TOKENS, add_tokens
 
-ROOT = Path(__file__).resolve().parents[3]
 TEXT = """The quick brown fox jumps over the lazy dog, and the dog sleeps on.
 What is in the picture? A red square is in the picture. How many squares are there? There are two.
 In the morning the sun rises over the hills; in the evening it sets behind the sea.
@@ -156,11 +155,7 @@ def llama_like(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
 @pytest.fixture(scope="session")
 def prepare_module() -> ModuleType:
     """tools/data/prepare.py as a module."""
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "tools/data/prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare"] = module
-    spec.loader.exec_module(module)
-    return module
+    return tools.data.prepare
 
 
 def picture(colour: Any = "red", size: tuple[int, int] = (20, 12), kind: str = "PNG", mode: str = "RGB") -> bytes:

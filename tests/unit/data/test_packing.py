@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C++ packer: limits, order, ties, errors; the same packs as the plain Python one that its benchmark carries."""
 
-import importlib.util
 import sys
 import threading
 import time
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,20 +13,7 @@ from hypothesis import strategies as st
 
 import megatron_smar.data
 from megatron_smar.data.packing import MOST_TOKENS, pack, pack_flat
-
-PROGRAM = Path(__file__).resolve().parents[3] / "tools/benchmark/packing.py"
-
-
-def load() -> ModuleType:
-    """The benchmark as a module."""
-    spec = importlib.util.spec_from_file_location("packing_program", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = load()
+from tools.benchmark import packing as benchmark
 
 
 @st.composite

@@ -1,24 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The image benchmark measures what it says; not how fast anything is."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+import tools.benchmark.images
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
     """tools/benchmark/images.py as a module."""
-    spec = importlib.util.spec_from_file_location("images_benchmark", ROOT / "tools/benchmark/images.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return tools.benchmark.images
 
 
 def test_all_parts_are_measured_and_ours_stays_near_pillow(benchmark: ModuleType) -> None:

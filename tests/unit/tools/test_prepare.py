@@ -3,7 +3,6 @@
 
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -26,6 +25,8 @@ from megatron.energon import Cooker, DefaultTaskEncoder, WorkerConfig, get_loade
 from megatron.energon.metadataset.loader import load_dataset
 from PIL import Image
 
+import tools.data.prepare
+
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "tools/data/prepare.py"
 
@@ -33,11 +34,7 @@ PROGRAM = ROOT / "tools/data/prepare.py"
 @pytest.fixture(scope="module")
 def prepare() -> ModuleType:
     """The program as a module."""
-    spec = importlib.util.spec_from_file_location("prepare_program", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # worker processes look its functions up there
-    spec.loader.exec_module(module)
-    return module
+    return tools.data.prepare
 
 
 def talk(user: str, answer: str) -> list[dict[str, str]]:

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """tools/scaling_table.py: the arithmetic of docs/scaling.md."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,21 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_smar.routing import PendingStatistics, routing_statistics
+from tools import scaling_table as scaling
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "tools/scaling_table.py"
-
-
-def load() -> ModuleType:
-    """The program as a module."""
-    spec = importlib.util.spec_from_file_location("scaling_table_program", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-scaling = load()
 
 
 def reduced_floats(experts: int, modalities: int) -> int:
