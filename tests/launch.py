@@ -7,8 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,12 +27,18 @@ SMALL_MODEL = """
 
 
 def run(
-    *command: Any, ranks: int = 0, timeout: int = 240, idle: int | None = None, check: bool = True
+    *command: Any,
+    ranks: int = 0,
+    timeout: int = 240,
+    idle: int | None = None,
+    check: bool = True,
+    rank: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a program of the project, on one process or on several under torchrun; a hang is a failure.
 
     The output is both streams together. The program is killed, all its ranks with it, when it takes longer than
-    `timeout` or, where `idle` is given instead, when it writes nothing for that many seconds.
+    `timeout` or, where `idle` is given instead, when it writes nothing for that many seconds. `rank` holds the
+    environment of one rank of several, for `run_each_rank`.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of the tests' own process group
@@ -38,7 +48,7 @@ def run(
         "MEGATRON_SMAR_DEVICE": "cpu",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
-    }
+    } | dict(rank or {})
     process = subprocess.Popen(
         [sys.executable, *launch, *map(str, command)],
         cwd=ROOT,
@@ -66,6 +76,20 @@ def run(
     if check and (hung or done.returncode):
         raise AssertionError(f"{command[0]} {'hung' if hung else 'failed'}:\n{done.stdout[-6000:]}")
     return done
+
+
+def run_each_rank(*command: Any, ranks: int, **options: Any) -> list[subprocess.CompletedProcess[str]]:
+    """Runs a program on several processes as srun starts them, each to its own end, and returns what each one wrote.
+
+    torchrun kills the other ranks as soon as one has failed, so what each rank has to say can only be heard this way.
+    """
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+
+    def run_one(rank: int) -> subprocess.CompletedProcess[str]:
+        return run(*command, rank=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
+
+    with ThreadPoolExecutor(ranks) as threads:
+        return list(threads.map(run_one, range(ranks)))
 
 
 def load_weights(directory: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, SMALL_MODEL, run
+from tests.launch import ROOT, SMALL_MODEL, run, run_each_rank
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
@@ -28,6 +28,18 @@ class World:
     def train(self, *flags: object, ranks: int = 1, **options: object):
         """Runs pretrain_vlm.py."""
         return run("pretrain_vlm.py", *self.flags, *flags, ranks=ranks, **options)
+
+    def errors(self, *flags: object, ranks: int = 2) -> list[str]:
+        """Runs pretrain_vlm.py with flags that it must refuse, and returns the sentence of each rank."""
+        command = ["pretrain_vlm.py", *self.flags, *flags]
+        sentences = []
+        for done in run_each_rank(*command, ranks=ranks, check=False, timeout=120):
+            assert done.returncode != 0, "a rank took the flags"
+            assert "iteration        1/" not in done.stdout, "training began"
+            said = [line for line in done.stdout.splitlines() if line.startswith("pretrain_vlm.py: error: ")]
+            assert len(said) == 1, f"one sentence per rank, not:\n{done.stdout[-3000:]}"
+            sentences += said
+        return sentences
 
 
 def make_records(root: Path, number: int) -> list[dict]:
