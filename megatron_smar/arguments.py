@@ -12,14 +12,19 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import get_args
 
+from megatron.core.activations import fast_gelu
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_smar import runtime
 from megatron_smar.data.config import DataConfig
 from megatron_smar.data.tiling import ImageConfig
 from megatron_smar.model.connector import ConnectorType
+from megatron_smar.model.layer_specs import LayerConfig
+from megatron_smar.model.parts import LANGUAGE_PARTS, PARTS, frozen_parts
 from megatron_smar.model.vision import VisionConfig, load_vision_config, tokens_per_tile
-from megatron_smar.model.vlm import PARTS, LanguageConfig
+from megatron_smar.model.vlm import LanguageConfig
 from megatron_smar.routing.router import ModalityRoutingConfig
 from megatron_smar.training.monitor import MonitorConfig
 
@@ -30,8 +35,10 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Adds our groups to Megatron's parser, and the defaults that this device needs (`extra_args_provider`)."""
     _add_routing_arguments(parser)
     _add_vision_arguments(parser)
+    _add_language_arguments(parser)
     _add_stage_arguments(parser)
     _add_conversation_arguments(parser)
+    _add_checkpoint_arguments(parser)
     _repair_help(parser)
     # Megatron 0.19.2 leaves the interval at None and then divides by it.
     parser.set_defaults(dataloader_type="external", eval_interval=1000, **runtime.argument_defaults())
@@ -173,6 +180,36 @@ def _add_vision_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def _add_language_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "language model", "Beside Megatron's; tools/checkpoint/convert.py writes what a model needs into flags.txt."
+    )
+    group.add_argument(
+        "--parallel-block",
+        action="store_true",
+        help="Attention and feed-forward layer side by side, after one norm (Phi).",
+    )
+    group.add_argument("--output-bias", action="store_true", help="The output layer has a bias (Phi).")
+    group.add_argument(
+        "--gelu-tanh",
+        action="store_true",
+        help="The activation is GELU by its tanh approximation, with fused kernels or not (Phi). Default: Megatron's, "
+        "which is exact without fused kernels and approximate with them.",
+    )
+    group.add_argument(
+        "--qk-norm-scope",
+        choices=["head", "projection"],
+        default="head",
+        help="What --qk-layernorm normalises: each head, or all heads of the projection together (OLMoE). "
+        "Default: %(default)s.",
+    )
+    group.add_argument(
+        "--latent-norm-epsilon",
+        type=float,
+        help="Epsilon of the norms inside of multi-latent attention (DeepSeek: 1e-6). Default: --norm-epsilon.",
+    )
+
+
 def _add_stage_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("training stages")
     group.add_argument(
@@ -181,7 +218,10 @@ def _add_stage_arguments(parser: ArgumentParser) -> None:
         choices=PARTS,
         default=["vision"],
         help="Parts that do not learn. Stage 1, visual alignment: vision language. Stage 2, visual instruction tuning: "
-        "vision. Language pretraining: vision connector. Default: vision.",
+        "vision. Language pretraining: vision connector. Of the language model: embeddings (with the output layer), "
+        "attention, norms, dense (feed-forward layers without experts), experts (shared ones too) and router (with the "
+        "modalities' bias). Experts and router alone learn, as in MoE-LLaVA's last stage, with: vision connector "
+        "embeddings attention norms dense. Default: vision.",
     )
 
 
@@ -255,6 +295,18 @@ def _add_conversation_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("layouts of checkpoints")
+    group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable",
+        action="store_false",
+        dest="dist_ckpt_optim_fully_reshardable",
+        help="Save the distributed optimizer's state as it lies on the ranks: each needs less host memory while it "
+        "saves, but the run can only go on with the same TP, PP, EP and ETP. Default: any layout can go on.",
+    )
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
+
+
 def modality_routing_config(args: Namespace) -> ModalityRoutingConfig:
     """The routers' config."""
     return ModalityRoutingConfig(
@@ -296,6 +348,7 @@ def vision_config(args: Namespace) -> VisionConfig:
         pixel_shuffle=args.pixel_shuffle,
         feature_layer=args.vision_feature_layer,
         feature_scale=args.vision_feature_scale,
+        has_weights=not args.load or not checkpoint_exists(args.load),
     )
 
 
@@ -312,7 +365,18 @@ def language_config(args: Namespace) -> LanguageConfig:
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        output_bias=args.output_bias,
+        layers=LayerConfig(args.parallel_block, args.qk_norm_scope, args.latent_norm_epsilon),
     )
+
+
+def transformer_config(args: Namespace) -> TransformerConfig:
+    """Megatron's config of the language model, with the activation that Megatron has no flag for."""
+    config = core_transformer_config_from_args(args)
+    if args.gelu_tanh:
+        # Megatron's name for it; its fused kernels know two activations by their functions, and this is neither.
+        config.activation_func, config.bias_activation_fusion = fast_gelu, False
+    return config
 
 
 def image_config(args: Namespace) -> ImageConfig:
@@ -360,7 +424,9 @@ def check_shape(args: Namespace, is_known: bool = True) -> None:
         args: The flags.
         is_known: False before a checkpoint has given the model's shape (--use-checkpoint-args).
     """
+    _check_freeze(args, is_known)
     _check_routing(args, modality_routing_config(args), is_known)
+    _check_layers(args)
     _check_parallelism(args)
 
 
@@ -390,8 +456,6 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
                 f"--eval-micro-batch-size {args.eval_micro_batch_size} with --packing-buffer-size: a micro-batch of "
                 "validation is one pack too; leave it out."
             )
-    if set(args.freeze) == set(PARTS):
-        raise ValueError("--freeze vision connector language leaves nothing to train; leave out at least one of them.")
     if args.finetune and not checkpoint_exists(args.load):
         raise ValueError(f"--finetune starts from the checkpoint in --load, but {args.load} has none; give its folder.")
     check_shape(args, is_known=not args.use_checkpoint_args)
@@ -399,6 +463,18 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
     if args.dataloader_type != "external":
         raise ValueError(
             f"--dataloader-type is {args.dataloader_type}; conversations come through energon: leave the flag out."
+        )
+
+
+def _check_freeze(args: Namespace, shape_is_known: bool) -> None:
+    parts = {"vision", "connector", *LANGUAGE_PARTS}
+    if shape_is_known:
+        moe_layers = len(_moe_layers(args)) if args.num_experts else 0
+        parts -= {"experts", "router"} if not moe_layers else set()
+        parts -= {"dense"} if moe_layers == args.num_layers else set()
+    if parts <= frozen_parts(args.freeze):
+        raise ValueError(
+            f"--freeze {' '.join(args.freeze)} leaves nothing to train in this model; leave out at least one of them."
         )
 
 
@@ -424,6 +500,20 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_kno
     if args.moe_router_load_balancing_type in (["quantile_balancing"], "quantile_balancing"):
         raise ValueError(
             "--moe-router-load-balancing-type quantile_balancing cannot leave padding out; use aux_loss or none."
+        )
+
+
+def _check_layers(args: Namespace) -> None:
+    if args.gelu_tanh and (args.swiglu or args.squared_relu or args.quick_geglu):
+        raise ValueError("--gelu-tanh is one activation, --swiglu, --squared-relu and --quick-geglu are others; give one.")
+    if args.parallel_block and args.multi_latent_attention:
+        raise ValueError("--parallel-block has no multi-latent attention; leave out one of the two flags.")
+    if args.qk_norm_scope == "projection" and (not args.qk_layernorm or args.normalization != "RMSNorm"):
+        raise ValueError("--qk-norm-scope projection is a way of --qk-layernorm with --normalization RMSNorm; give both.")
+    if args.latent_norm_epsilon is not None and not (args.multi_latent_attention and args.qk_layernorm):
+        raise ValueError(
+            "--latent-norm-epsilon is of the norms in multi-latent attention; give --multi-latent-attention and "
+            "--qk-layernorm, or leave it out."
         )
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, image_utils
 from transformers.image_processing_base import ImageProcessingMixin
 
+from megatron_smar.checkpoint import remote_code
+
 Channels = tuple[float, float, float]
 
 
@@ -45,6 +47,7 @@ class VisionConfig:
         pixel_shuffle: Factor of the pixel shuffle; 0.5 makes one token of 2 x 2 patches.
         feature_layer: Whose hidden state to take, -1 the last.
         feature_scale: Multiplies the features before the shuffle; VITA's checkpoints use 0.5.
+        has_weights: Whether to read the encoder's weights from `model`; not where a checkpoint will bring them.
     """
 
     model: str
@@ -52,6 +55,7 @@ class VisionConfig:
     pixel_shuffle: float = 0.5
     feature_layer: int = -1
     feature_scale: float = 1.0
+    has_weights: bool = True
 
     def __post_init__(self) -> None:
         step = 1 / self.pixel_shuffle if self.pixel_shuffle > 0 else 0.0
@@ -72,6 +76,7 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
     Raises:
         ValueError: The model is unknown, is no supported vision tower, or does not fit the tile size.
     """
+    remote_code.register()  # the folder may be an export of ours
     try:
         config = AutoConfig.from_pretrained(vision.model)
     except (OSError, ValueError) as error:
@@ -229,6 +234,8 @@ class VisionEncoder(nn.Module):
 
 
 def _load_tower(vision: VisionConfig, tower: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    if not vision.has_weights:
+        return AutoModel.from_config(tower, dtype=dtype)
     composite = AutoConfig.from_pretrained(vision.model).model_type != tower.model_type
     has_weights = not os.path.isdir(vision.model) or any(Path(vision.model).glob("*.safetensors*"))
     if not has_weights:

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The architectures that can be converted: for each its flags and its table of weights, by Hugging Face model type.
+
+A new one is a file with two functions of the Hugging Face config, `flags` and `weights`, and a line in `LANGUAGES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from megatron_smar.checkpoint.architectures import mixtral
+from megatron_smar.checkpoint.architectures.common import Flags, UnsupportedError
+from megatron_smar.checkpoint.weights import Weight
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language model's architecture.
+
+    Attributes:
+        flags: Of the config: the flags under which the trainer builds this model.
+        weights: Of the config: the table of its weights, named as in the causal language model's own folder.
+    """
+
+    flags: Callable[[PretrainedConfig], Flags]
+    weights: Callable[[PretrainedConfig], list[Weight]]
+
+
+LANGUAGES: dict[str, Language] = {
+    "mixtral": Language(mixtral.flags, mixtral.weights),
+}
+
+
+def language_of(config: PretrainedConfig) -> Language:
+    """The architecture of a causal language model.
+
+    Raises:
+        UnsupportedError: With the list of those that are known.
+    """
+    if config.model_type not in LANGUAGES:
+        raise UnsupportedError(
+            f"the language model's type is {config.model_type!r}; supported are {', '.join(sorted(LANGUAGES))}."
+        )
+    return LANGUAGES[config.model_type]

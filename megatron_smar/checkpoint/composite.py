@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision encoder, connector and language model as one Hugging Face model: InternVL's layout, whatever its parts.
+
+Everything is read and written under the names of an `InternVLForConditionalGeneration` on disk: `language_model.` and a
+causal language model's own names, `vision_tower.` and a vision model's, `multi_modal_projector.`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, InternVLConfig, PretrainedConfig
+
+from megatron_smar.checkpoint.architectures import LANGUAGES, Flags, UnsupportedError, language_of
+from megatron_smar.checkpoint.remote_code import MODEL_TYPE, PLAIN_TYPE, RemoteFields
+from megatron_smar.checkpoint.weights import Weight
+from megatron_smar.model.connector import ConnectorType
+from megatron_smar.model.vision import NORMALISATION
+
+LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
+MODALITY_BIAS = re.compile(r"(.*\.mlp\.router)\.weight")
+# Newer files of the same model name it as it lies in memory.
+IN_MEMORY = {
+    "model.language_model.": LANGUAGE + "model.",
+    "lm_head.": LANGUAGE + "lm_head.",
+    "model." + VISION: VISION,
+    "model." + PROJECTOR: PROJECTOR,
+}
+# Written by older versions of transformers; computed, not learnt.
+COMPUTED = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+
+
+def load_config(folder: Path | str) -> PretrainedConfig:
+    """The config of a Hugging Face folder, ours included; no code of the folder is run.
+
+    Raises:
+        UnsupportedError: There is none, or transformers does not know its type.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UnsupportedError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UnsupportedError(f"{path} is no JSON object ({error}); fetch it again.") from error
+    if kind == MODEL_TYPE:
+        from megatron_smar.checkpoint.remote_code.modeling_modality_aware import ModalityAwareInternVLConfig
+
+        return ModalityAwareInternVLConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedError(
+            f"{folder} has the model type {kind!r}, which transformers does not know; supported are {supported()}."
+        ) from error
+
+
+def supported() -> str:
+    """What can be converted, for a sentence."""
+    languages, towers = ", ".join(sorted(LANGUAGES)), ", ".join(NORMALISATION)
+    return f"{PLAIN_TYPE} with a language model of the type {languages}, or one of these with a tower of {towers}"
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How vision features reach the language model; the trainer's flags of these names.
+
+    Attributes:
+        connector: --connector.
+        pixel_shuffle: --pixel-shuffle.
+        feature_layer: --vision-feature-layer.
+        feature_scale: --vision-feature-scale.
+    """
+
+    connector: ConnectorType = "mlp2x_gelu"
+    pixel_shuffle: float = 0.5
+    feature_layer: int = -1
+    feature_scale: float = 1.0
+
+
+def combine(
+    language: PretrainedConfig, vision: PretrainedConfig, connection: Connection, image_token_id: int, vocab_size: int
+) -> PretrainedConfig:
+    """The config of the model that a separate language model and vision tower become.
+
+    Args:
+        language: A causal language model's.
+        vision: A vision tower's, or that of a model which has one.
+        connection: What lies between them.
+        image_token_id: The placeholder of one vision token.
+        vocab_size: Of the tokenizer; the vocabulary grows to it where it is the larger.
+    """
+    from megatron_smar.checkpoint.remote_code.modeling_modality_aware import ModalityAwareInternVLConfig
+
+    tower = getattr(vision, "vision_config", vision)
+    if tower.model_type not in NORMALISATION:
+        raise UnsupportedError(
+            f"the vision tower's type is {tower.model_type!r}; supported: {', '.join(NORMALISATION)}."
+        )
+    text = type(language).from_dict(language.to_dict() | {"vocab_size": max(language.vocab_size, vocab_size)})
+    fields = RemoteFields(False, 2, connection.connector == "internvl", connection.feature_scale)
+    kind = InternVLConfig if fields == RemoteFields() and tower.model_type == "internvl_vision" else None
+    return (kind or ModalityAwareInternVLConfig)(
+        text_config=text,
+        vision_config=tower,
+        image_token_id=image_token_id,
+        downsample_ratio=connection.pixel_shuffle,
+        vision_feature_layer=connection.feature_layer,
+        vision_feature_select_strategy="full" if tower.model_type == "siglip_vision_model" else "default",
+        tie_word_embeddings=language.tie_word_embeddings,
+        **({} if kind else vars(fields)),
+    )
+
+
+def connection_of(config: PretrainedConfig) -> Connection:
+    """How a composite model's vision features reach its language model."""
+    return Connection(
+        "internvl" if getattr(config, "projector_layer_norm", True) else "mlp2x_gelu",
+        config.downsample_ratio,
+        config.vision_feature_layer,
+        getattr(config, "vision_feature_scale", 1.0),
+    )
+
+
+def flags(config: PretrainedConfig) -> Flags:
+    """The flags under which the trainer builds a composite model (without --vision-model, which names a place)."""
+    size = config.vision_config.image_size
+    connection = connection_of(config)
+    return language_of(config.text_config).flags(config.text_config) | {
+        "image-size": size[0] if isinstance(size, (list, tuple)) else size,
+        "connector": connection.connector,
+        "pixel-shuffle": connection.pixel_shuffle,
+        "vision-feature-layer": connection.feature_layer,
+        "vision-feature-scale": connection.feature_scale,
+    }
+
+
+def weights(config: PretrainedConfig, biases: bool, fresh_connector: bool = False) -> list[Weight]:
+    """The table of a composite model.
+
+    Args:
+        config: The model's.
+        biases: Whether Hugging Face's side has the modality biases; new ones are zero.
+        fresh_connector: Whether its connector is new.
+    """
+    language = [row.prefixed(LANGUAGE, LANGUAGE) for row in language_of(config.text_config).weights(config.text_config)]
+    return [
+        *language,
+        *modality_biases(language, biases),
+        *vision_weights(config.vision_config),
+        *connector_weights(connection_of(config).connector, fresh_connector),
+    ]
+
+
+def modality_biases(language: list[Weight], stored: bool) -> list[Weight]:
+    """A row for the modality bias beside each router."""
+    rows = []
+    for row in language:
+        router = MODALITY_BIAS.fullmatch(row.megatron)
+        if router:
+            name = f"{router[1]}.modality_bias.bias"
+            theirs = (row.hf[0].removesuffix("weight") + "modality_bias",) if stored else ()
+            make = None if stored else (lambda shape, dtype: torch.zeros(shape))
+            rows.append(Weight(name, theirs, make=make, dtype=torch.float32))
+    return rows
+
+
+def vision_weights(tower: PretrainedConfig) -> list[Weight]:
+    """The vision tower is transformers' own, taken whole: its weights have the same names on both sides."""
+    with torch.device("meta"):
+        names = list(AutoModel.from_config(tower).state_dict())
+    return [Weight(f"vision_model.tower.{name}", (VISION + name,)) for name in names]
+
+
+def connector_weights(connector: ConnectorType, fresh: bool) -> list[Weight]:
+    """The connector's rows; a fresh one starts as torch's layers do."""
+    rows = []
+    for ours, theirs in (("norm", "layer_norm"), ("linear_1", "linear_1"), ("linear_2", "linear_2")):
+        if ours == "norm" and connector != "internvl":
+            continue
+        for kind in ("weight", "bias"):
+            hf = () if fresh else (f"{PROJECTOR}{theirs}.{kind}",)
+            rows.append(
+                Weight(f"connector.{ours}.{kind}", hf, make=partial(fresh_layer, ours, kind) if fresh else None)
+            )
+    return rows
+
+
+def fresh_layer(layer: str, kind: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A weight or bias of a new connector: LayerNorm's one and zero, a linear layer's uniform weights and zero bias."""
+    if kind == "bias":
+        return torch.zeros(shape, dtype=dtype)
+    if layer == "norm":
+        return torch.ones(shape, dtype=dtype)
+    weight = torch.empty(shape)
+    nn.init.kaiming_uniform_(weight, a=5**0.5)
+    return weight.to(dtype)
+
+
+def canonical(name: str) -> str:
+    """A weight's name in InternVL's layout on disk."""
+    for prefix, replacement in IN_MEMORY.items():
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return name
+
+
+def part_of(names: Mapping[str, Any], part: str, tower: PretrainedConfig | None = None) -> dict[str, str]:
+    """Names of one part's weights in InternVL's layout, by their names in the folder that holds it.
+
+    Args:
+        names: What the folder has.
+        part: `LANGUAGE` or `VISION`.
+        tower: The vision tower's config, for `VISION`.
+    """
+    if part == LANGUAGE:
+        return {name: LANGUAGE + name for name in names}
+    wanted = [row.hf[0].removeprefix(VISION) for row in vision_weights(tower)] if tower is not None else []
+    prefixes = ("", "vision_model.", VISION, "model." + VISION)
+    found = {}
+    for prefix in prefixes:
+        if wanted and prefix + wanted[0] in names:
+            # A model of which the tower is a part has other weights too, which are left where they are.
+            found = {n: VISION + n.removeprefix(prefix) for n in names if not prefix or n.startswith(prefix)}
+            break
+    return found

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A torch_dist checkpoint to a Hugging Face folder, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_smar.checkpoint import composite
+from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing
+from megatron_smar.checkpoint.model import describe_model
+from megatron_smar.checkpoint.remote_code import RemoteFields, needs_remote_code, plain_config, write_remote_code
+from megatron_smar.checkpoint.safetensors_io import write_folder
+from megatron_smar.checkpoint.torch_dist import CheckpointReader
+from megatron_smar.checkpoint.weights import Piece, Weight, inverted
+
+
+def export_model(
+    load: Path, hf: Path, output: Path, iteration: int | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Writes a checkpoint as a Hugging Face folder.
+
+    A plain model for any tool, unless it has what transformers' class has no place for (modality biases that are not
+    zero, a connector without LayerNorm, scaled features): then with modelling code for `trust_remote_code`.
+
+    Args:
+        load: The checkpoint's folder.
+        hf: A folder with the model's config, tokenizer and processor: the one that was imported, or the import's `hf/`.
+        output: The new folder.
+        iteration: Which checkpoint; None for the latest.
+        dtype: Of the weights; None for what each one has.
+
+    Raises:
+        ConversionError: The checkpoint holds another model than `hf` describes, or `output` cannot be written.
+    """
+    config = composite.load_config(hf)
+    reader = CheckpointReader(load, iteration)
+    connection = composite.connection_of(config)
+    fields = RemoteFields(
+        modality_router_bias=has_biases(reader),
+        projector_layer_norm=connection.connector == "internvl",
+        vision_feature_scale=connection.feature_scale,
+    )
+    flags = composite.flags(config)
+    _, parts, _ = describe_model(config, flags, hf)
+    tensors = as_hugging_face(reader, composite.weights(config, fields.modality_router_bias), parts)
+    content = json.loads((hf / "config.json").read_text(encoding="utf-8"))
+    layout = {name: (tensor.shape, _exported(tensor.dtype, name, dtype)) for name, tensor in tensors.items()}
+    needed = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in layout.values())
+    with whole_or_nothing(output, needed) as folder:
+        copy_companions([hf], folder)
+        remote = needs_remote_code(content, fields)
+        content = write_remote_code(folder, content, fields) if remote else plain_config(content)
+        (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        with tqdm(total=needed, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
+            write_folder(folder, layout, lambda name: tensors[name].read(), bar.update)
+
+
+def _exported(stored: torch.dtype, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    """The modality biases stay in fp32, whatever the rest becomes."""
+    return stored if dtype is None or name.endswith(".modality_bias") or not stored.is_floating_point else dtype
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """One of Hugging Face's tensors, to be read from the Megatron weights that hold its rows.
+
+    Attributes:
+        shape: Its shape.
+        dtype: As it is stored.
+        reader: Of the checkpoint.
+        pieces: Its rows, each with the weight that holds it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    reader: CheckpointReader
+    pieces: tuple[tuple[Piece, ShardedTensor], ...]
+
+    def read(self, start: int | None = None, length: int = 0) -> Tensor:
+        """All of it, or some of its rows."""
+        whole = self._whole()
+        return whole if start is None else whole[start : start + length]
+
+    def _whole(self) -> Tensor:
+        if len(self.pieces) == 1:
+            return self._rows(*self.pieces[0], self.shape[0])
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for piece, part in self.pieces:
+            whole[piece.target : piece.target + piece.length] = self._rows(piece, part, piece.length)
+        return whole
+
+    def _rows(self, piece: Piece, part: ShardedTensor, number: int) -> Tensor:
+        axes, shape = part.prepend_axis_num, (number, *self.shape[1:])
+        place = (*part.global_offset[:axes], piece.start or 0, *[0] * (len(shape) - 1))
+        return self.reader.read(part.key, place, (1,) * axes + shape).view(shape)
+
+
+def as_hugging_face(
+    reader: CheckpointReader, table: list[Weight], parts: dict[str, list[ShardedTensor]]
+) -> dict[str, Assembled]:
+    """A checkpoint's weights as Hugging Face names and shapes them.
+
+    Args:
+        reader: Of the checkpoint.
+        table: Of the model.
+        parts: What the trainer would save of the model.
+
+    Raises:
+        ConversionError: The checkpoint holds another model.
+    """
+    rows = {row.megatron: row for row in table}
+    problems = []
+    for name, row in rows.items():
+        part = parts[name][0]
+        if part.key not in reader.tensors:
+            problems.append(f"it has no {part.key}")
+            continue
+        have, expected = tuple(reader.tensors[part.key].size), tuple(part.global_shape)
+        if have[1:] != expected[1:] or (have[0] < expected[0] if row.rows else have != expected):
+            problems.append(f"{part.key} is {list(have)} there, not {list(expected)}")
+    if problems:
+        raise ConversionError(
+            f"{reader.folder} holds another model than --hf describes: {some(dict.fromkeys(problems))}."
+        )
+    tensors = {}
+    for name, pieces in inverted(table).items():
+        first = parts[pieces[0].name][0]
+        whole = tuple(first.global_shape[first.prepend_axis_num :])
+        number = rows[pieces[0].name].rows or whole[0]
+        if pieces[0].start is not None:
+            number = max(piece.target + piece.length for piece in pieces)
+        dtype = reader.tensors[first.key].properties.dtype
+        found = tuple((piece, parts[piece.name][0]) for piece in pieces)
+        tensors[name] = Assembled((number, *whole[1:]), dtype, reader, found)
+    return tensors
+
+
+def has_biases(reader: CheckpointReader) -> bool:
+    """Whether any modality bias of a checkpoint is other than zero."""
+    biases = {key: tuple(data.size) for key, data in reader.tensors.items() if key.endswith(".modality_bias.bias")}
+    weights = {key: size for key, size in biases.items() if key.startswith("language_model.")}  # not the optimizer's
+    return any(reader.read(key, (0,) * len(size), size).any() for key, size in weights.items())

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model to a torch_dist checkpoint, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_smar.checkpoint import composite
+from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing
+from megatron_smar.checkpoint.model import describe_model, write_flags
+from megatron_smar.checkpoint.sources import Readable, Source
+from megatron_smar.checkpoint.torch_dist import Shard, write_checkpoint
+from megatron_smar.checkpoint.weights import Piece, Weight, pieces_of
+
+
+def write_model(source: Source, output: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a model as a checkpoint for --load.
+
+    Args:
+        source: The model.
+        output: The new folder: the checkpoint, `flags.txt` with the model's flags, and `hf/` with its config, tokenizer
+            and processor.
+        dtype: Of the weights; None for what each one has.
+
+    Raises:
+        ConversionError: A weight is missing, superfluous or of another shape, or `output` cannot be written.
+    """
+    check_names(source)
+    needed = sum(_bytes(tensor, dtype) for tensor in source.tensors.values())
+    with whole_or_nothing(output, needed) as folder:
+        (folder / "hf").mkdir()
+        copy_companions(source.folders, folder / "hf")
+        source.config.save_pretrained(folder / "hf")
+        write_flags(folder / "flags.txt", source.flags)
+        args, tensors, objects = describe_model(source.config, source.flags, folder / "hf")
+        shards = list(shards_of(source, tensors, dtype))
+        total = sum(torch.Size(shard.sizes).numel() * shard.dtype.itemsize for shard in shards)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
+            write_checkpoint(folder, shards, objects, args, bar.update)
+
+
+def check_names(source: Source) -> None:
+    """Compares the tensors that there are with those that the table reads.
+
+    Raises:
+        ConversionError: Lists the missing and the superfluous ones.
+    """
+    read = {name for row in source.table for name in row.hf}
+    missing = sorted(read - set(source.tensors))
+    spare = sorted(name for name in set(source.tensors) - read if not composite.COMPUTED.fullmatch(name))
+    if source.config.text_config.tie_word_embeddings:
+        spare = [name for name in spare if not name.endswith("lm_head.weight")]  # the embedding once more
+    problems = [
+        f"{len(names)} {what}: {some(names)}" for what, names in (("missing", missing), ("unexpected", spare)) if names
+    ]
+    if problems:
+        raise ConversionError(
+            f"the weights are not those of a {source.config.text_config.model_type} model as its config.json describes "
+            f"it ({'; '.join(problems)}); nothing was written."
+        )
+
+
+def shards_of(source: Source, tensors: dict[str, list[ShardedTensor]], dtype: torch.dtype | None) -> Iterator[Shard]:
+    """What is to be written, each with the way to read it.
+
+    Args:
+        source: The model.
+        tensors: The checkpoint's weights by name, with their parts.
+        dtype: As for `write_model`.
+
+    Raises:
+        ConversionError: A weight has another shape than the checkpoint's.
+    """
+    rows = {row.megatron: row for row in source.table}
+    if set(rows) != set(tensors):
+        raise RuntimeError(f"the table and the trainer's model differ: {some(sorted(set(rows) ^ set(tensors)))}")
+    problems = []
+    for name, parts in tensors.items():
+        row = rows[name]
+        shape = tuple(parts[0].global_shape[parts[0].prepend_axis_num :])
+        problems += [_misfit(row, shape, source.tensors)]
+        kind = row.dtype or _dtype(source, row, dtype)
+        for part in parts:
+            axes = part.prepend_axis_num
+            local = tuple(part.local_shape)
+            start = part.global_offset[axes]
+            read = partial(read_rows, row, source.tensors, start, local, shape[0], kind)
+            sizes = (1,) * axes + local
+            yield Shard(part.key, tuple(part.global_offset), sizes, tuple(part.global_shape), kind, read)
+    if any(problems):
+        raise ConversionError(
+            f"weights of another shape than config.json describes: {some([p for p in problems if p])}."
+        )
+
+
+def _dtype(source: Source, row: Weight, wanted: torch.dtype | None) -> torch.dtype:
+    like = row if row.hf else next(other for other in source.table if other.hf)  # a new weight is as the others are
+    stored = source.tensors[like.hf[0]].dtype
+    return wanted if wanted is not None and stored.is_floating_point else stored
+
+
+def read_rows(
+    row: Weight, tensors: Mapping[str, Readable], start: int, shape: tuple[int, ...], whole: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows of a Megatron weight, put together.
+
+    Args:
+        row: Its row in the table.
+        tensors: What there is to read.
+        start: First row.
+        shape: Shape of the part.
+        whole: Rows of the whole weight.
+        dtype: For weights that are made.
+    """
+    if row.make is not None:
+        return row.make(torch.Size((whole, *shape[1:])), dtype)[start : start + shape[0]]
+    have = row.rows if row.rows is not None else whole
+    if start + shape[0] > have:
+        return _grown(tensors[row.hf[0]].read(), shape[0])
+    parts = [_read(piece, tensors) for piece in pieces_of(row, start, shape[0])]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _read(piece: Piece, tensors: Mapping[str, Readable]) -> Tensor:
+    return tensors[piece.name].read(piece.start, piece.length)
+
+
+def _grown(rows: Tensor, number: int) -> Tensor:
+    """A vocabulary with more rows: new tokens start as the mean of the known ones."""
+    mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+    return torch.cat([rows, mean.expand(number - len(rows), *rows.shape[1:])])
+
+
+def _misfit(row: Weight, shape: tuple[int, ...], tensors: Mapping[str, Readable]) -> str:
+    """What is wrong with the shapes of a row's tensors, in a few words."""
+    for source, name in enumerate(row.hf):
+        rows = max((run.start + run.length for run in row.runs if run.source == source), default=row.rows or shape[0])
+        have = tuple(tensors[name].shape)
+        exact = not row.runs or sum(run.length for run in row.runs if run.source == source) == rows
+        if have[1:] != shape[1:] or (have[0] != rows if exact else have[0] < rows):
+            return f"{name} is {list(have)}, not {[rows, *shape[1:]]}"
+    return ""
+
+
+def _bytes(tensor: Readable, dtype: torch.dtype | None) -> int:
+    return torch.Size(tensor.shape).numel() * (dtype or tensor.dtype).itemsize

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's torch_dist checkpoints, written and read one tensor at a time.
+
+Megatron's own save and load hold a whole model in memory. These use the same format by the interfaces of
+`torch.distributed.checkpoint`: a planner that makes each tensor when its turn to be written comes, and a reader of any
+part of any tensor.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename, read_metadata
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a tensor that is to be written, and how to get it.
+
+    Attributes:
+        key: The tensor's name in the checkpoint.
+        offsets: Where the part begins.
+        sizes: Its shape, with Megatron's axes of layers and experts in front.
+        shape: The whole tensor's shape.
+        dtype: Its data type.
+        read: Gives the part, of any shape with as many elements.
+    """
+
+    key: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def item(self) -> WriteItem:
+        """What the storage layer is told of it."""
+        return WriteItem(
+            index=MetadataIndex(self.key, self.offsets),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.sizes)),
+                TensorProperties(dtype=self.dtype),
+                torch.Size(self.shape),
+            ),
+        )
+
+
+class _StreamingPlanner(SavePlanner):
+    """Gives the storage layer each tensor when it asks for it, and keeps none."""
+
+    def __init__(self, shards: Iterable[Shard], objects: dict[str, Any], progress: Callable[[int], None]) -> None:
+        self.shards = {shard.item.index: shard for shard in shards}
+        self.objects = objects
+        self.progress = progress
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """The interface's; there is no state dict."""
+
+    def create_local_plan(self) -> SavePlan:
+        """One item per shard and per object."""
+        objects = [
+            WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(0))
+            for name in self.objects
+        ]
+        return SavePlan([shard.item for shard in self.shards.values()] + objects)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """The checkpoint's table of contents."""
+        contents: dict[str, Any] = {name: BytesStorageMetadata() for name in self.objects}
+        for shard in self.shards.values():
+            data = shard.item.tensor_data
+            assert data is not None
+            whole = contents.setdefault(shard.key, TensorStorageMetadata(data.properties, data.size, []))
+            whole.chunks.append(data.chunk)
+        return all_plans, Metadata(contents)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Nothing to merge: one process plans."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """The shard or object, made now."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            content = io.BytesIO()
+            torch.save([self.objects[write_item.index.fqn]], content)
+            return content
+        shard = self.shards[write_item.index]
+        tensor = shard.read().to(shard.dtype).contiguous().view(shard.sizes)
+        self.progress(tensor.nbytes)
+        return tensor
+
+
+def write_checkpoint(
+    directory: Path, shards: Iterable[Shard], objects: Iterable[ShardedObject], args: Namespace, progress: Any
+) -> None:
+    """Writes a checkpoint that Megatron loads as a release, i.e. as weights without a training's history.
+
+    Args:
+        directory: As --load will name it.
+        shards: The model's weights.
+        objects: What else the model's state dict has.
+        args: Arguments under which the trainer builds the model, for --use-checkpoint-args.
+        progress: Called with the bytes of each tensor.
+    """
+    folder = Path(get_checkpoint_name(str(directory), 0, release=True, return_base_dir=True))
+    folder.mkdir(parents=True)
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
+    state = ShardedObject("common_state", common, (1,), (0,))
+    named = {piece.unique_key: piece.data for piece in (*objects, state)}
+    writer = dcp.FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
+    dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(shards, named, progress), no_dist=True)
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    Path(get_checkpoint_tracker_filename(str(directory))).write_text("release")
+
+
+class CheckpointReader:
+    """Reads any part of any tensor of a torch_dist checkpoint, whatever layout wrote it.
+
+    Args:
+        directory: As --load names it.
+        iteration: Which of its checkpoints; None for the latest.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+
+    def __init__(self, directory: Path, iteration: int | None = None) -> None:
+        self.folder = checkpoint_folder(directory, iteration)
+        reader = dcp.FileSystemReader(self.folder)
+        metadata = reader.read_metadata()
+        self.tensors = {
+            key: data for key, data in metadata.state_dict_metadata.items() if isinstance(data, TensorStorageMetadata)
+        }
+        self._storage: dict[MetadataIndex, Any] = metadata.storage_data
+        self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+        self._last: tuple[str, torch.Size, Tensor] | None = None  # parts of one are often asked for one after another
+
+    def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """The part of a tensor that begins at `offsets` and has the shape `sizes`."""
+        parts = []
+        for chunk in self._near(key, offsets, sizes):
+            begin = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+            end = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
+            if all(a < b for a, b in zip(begin, end, strict=True)):
+                parts.append((chunk, begin, end))
+        if len(parts) == 1 and tuple(parts[0][0].offsets) == offsets and tuple(parts[0][0].sizes) == sizes:
+            return self._load(key, parts[0][0])
+        found = sum(math.prod(b - a for a, b in zip(begin, end, strict=True)) for _, begin, end in parts)
+        if found != math.prod(sizes):
+            raise ValueError(f"{self.folder} has lost a part of {key}; take another of its checkpoints.")
+        result = torch.empty(sizes, dtype=self.tensors[key].properties.dtype)
+        for chunk, begin, end in parts:
+            inside = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, chunk.offsets, strict=True))
+            there = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, offsets, strict=True))
+            if self._last is None or self._last[:2] != (key, chunk.offsets):
+                self._last = None  # before the next takes its place
+                self._last = (key, chunk.offsets, self._load(key, chunk))
+            result[there] = self._last[2][inside]
+        return result
+
+    def _near(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterable[ChunkStorageMetadata]:
+        """The chunks that may overlap: Megatron cuts its leading axes, layers and experts, into single indices."""
+        if key not in self._chunks:
+            index = self._chunks[key] = {}
+            for chunk in self.tensors[key].chunks:
+                index.setdefault(_single_axes(chunk.offsets, chunk.sizes), []).append(chunk)
+        wanted = _single_axes(offsets, sizes)
+        if len(wanted) < min(2, len(sizes) - 1):
+            return self.tensors[key].chunks
+        return [chunk for n in range(len(wanted) + 1) for chunk in self._chunks[key].get(wanted[:n], [])]
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._storage[MetadataIndex(key, chunk.offsets)]
+        with open(self.folder / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            content = io.BytesIO(file.read(place.length))
+        tensor: Tensor = torch.load(content, map_location="cpu", weights_only=True)
+        return tensor
+
+
+def _single_axes(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Offsets along the leading axes where a part is one element wide, but at most of two."""
+    axes = 0
+    while axes < min(2, len(sizes) - 1) and sizes[axes] == 1:
+        axes += 1
+    return tuple(offsets[:axes])
+
+
+def checkpoint_folder(directory: Path, iteration: int | None = None) -> Path:
+    """The folder of one checkpoint of those in `directory`.
+
+    Raises:
+        ValueError: There is none, or not this one, or in another format.
+    """
+    tracker = Path(get_checkpoint_tracker_filename(str(directory)))
+    if iteration is None and not tracker.is_file():
+        raise ValueError(f"--load {directory} holds no checkpoint: it has no {tracker.name}.")
+    latest, release = (iteration, False) if iteration is not None else read_metadata(str(tracker))
+    folder = Path(get_checkpoint_name(str(directory), latest, release, return_base_dir=True))
+    if not (folder / ".metadata").is_file():
+        raise ValueError(f"--load {directory} holds no torch_dist checkpoint in {folder.name}/; give another folder.")
+    return folder
