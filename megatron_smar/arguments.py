@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from megatron.core.activations import fast_gelu
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
@@ -374,8 +375,8 @@ def transformer_config(args: Namespace) -> TransformerConfig:
     """Megatron's config of the language model, with the activation that Megatron has no flag for."""
     config = core_transformer_config_from_args(args)
     if args.gelu_tanh:
-        # Megatron's name for it; its fused kernels know two activations by their functions, and this is neither.
-        config.activation_func, config.bias_activation_fusion = fast_gelu, False
+        # Megatron's fused kernels choose by the function, and know none of this one.
+        config.activation_func, config.bias_activation_fusion = partial(F.gelu, approximate="tanh"), False
     return config
 
 
@@ -505,11 +506,24 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_kno
 
 def _check_layers(args: Namespace) -> None:
     if args.gelu_tanh and (args.swiglu or args.squared_relu or args.quick_geglu):
-        raise ValueError("--gelu-tanh is one activation, --swiglu, --squared-relu and --quick-geglu are others; give one.")
+        raise ValueError(
+            "--gelu-tanh is one activation, --swiglu, --squared-relu and --quick-geglu are others; give one."
+        )
     if args.parallel_block and args.multi_latent_attention:
         raise ValueError("--parallel-block has no multi-latent attention; leave out one of the two flags.")
+    if args.multi_latent_attention and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with --multi-latent-attention needs "
+            "--sequence-parallel: without it gradients would be counted twice or in part; add --sequence-parallel."
+        )
     if args.qk_norm_scope == "projection" and (not args.qk_layernorm or args.normalization != "RMSNorm"):
-        raise ValueError("--qk-norm-scope projection is a way of --qk-layernorm with --normalization RMSNorm; give both.")
+        raise ValueError("--qk-norm-scope projection needs --qk-layernorm and --normalization RMSNorm; give both.")
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.qk_norm_scope == "projection" and groups and groups % args.tensor_model_parallel_size:
+        raise ValueError(
+            f"--qk-norm-scope projection needs --tensor-model-parallel-size to divide the {groups} heads of keys, and "
+            f"it is {args.tensor_model_parallel_size}; make it smaller."
+        )
     if args.latent_norm_epsilon is not None and not (args.multi_latent_attention and args.qk_layernorm):
         raise ValueError(
             "--latent-norm-epsilon is of the norms in multi-latent attention; give --multi-latent-attention and "

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, InternVLConfig, PretrainedConfig
 
 from megatron_smar.checkpoint.architectures import LANGUAGES, Flags, UnsupportedError, language_of
 from megatron_smar.checkpoint.remote_code import MODEL_TYPE, PLAIN_TYPE, RemoteFields
+from megatron_smar.checkpoint.remote_code.modeling_modality_aware import ModalityAwareInternVLConfig
 from megatron_smar.checkpoint.weights import Weight
 from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.vision import NORMALISATION
@@ -52,16 +53,19 @@ def load_config(folder: Path | str) -> PretrainedConfig:
         kind = content.get("model_type")
     except (ValueError, AttributeError) as error:
         raise UnsupportedError(f"{path} is no JSON object ({error}); fetch it again.") from error
-    if kind == MODEL_TYPE:
-        from megatron_smar.checkpoint.remote_code.modeling_modality_aware import ModalityAwareInternVLConfig
-
-        return ModalityAwareInternVLConfig.from_pretrained(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if kind == MODEL_TYPE:
+            config = ModalityAwareInternVLConfig.from_pretrained(folder)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedError(
             f"{folder} has the model type {kind!r}, which transformers does not know; supported are {supported()}."
         ) from error
+    if kind in (PLAIN_TYPE, MODEL_TYPE):
+        text: Any = config.text_config
+        text.tie_word_embeddings = config.tie_word_embeddings  # the whole's decides
+    return config
 
 
 def supported() -> str:
@@ -99,8 +103,6 @@ def combine(
         image_token_id: The placeholder of one vision token.
         vocab_size: Of the tokenizer; the vocabulary grows to it where it is the larger.
     """
-    from megatron_smar.checkpoint.remote_code.modeling_modality_aware import ModalityAwareInternVLConfig
-
     tower = getattr(vision, "vision_config", vision)
     if tower.model_type not in NORMALISATION:
         raise UnsupportedError(
@@ -119,6 +121,11 @@ def combine(
         tie_word_embeddings=language.tie_word_embeddings,
         **({} if kind else vars(fields)),
     )
+
+
+def with_text(config: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
+    """A composite model's config with another language model's in it."""
+    return type(config).from_dict(config.to_dict() | {"text_config": text.to_dict()})
 
 
 def connection_of(config: PretrainedConfig) -> Connection:

@@ -17,6 +17,7 @@ from megatron_smar.checkpoint.folders import ConversionError, copy_companions, s
 from megatron_smar.checkpoint.model import describe_model
 from megatron_smar.checkpoint.remote_code import RemoteFields, needs_remote_code, plain_config, write_remote_code
 from megatron_smar.checkpoint.safetensors_io import write_folder
+from megatron_smar.checkpoint.sources import Source
 from megatron_smar.checkpoint.torch_dist import CheckpointReader
 from megatron_smar.checkpoint.weights import Piece, Weight, inverted
 
@@ -39,17 +40,14 @@ def export_model(
     Raises:
         ConversionError: The checkpoint holds another model than `hf` describes, or `output` cannot be written.
     """
-    config = composite.load_config(hf)
-    reader = CheckpointReader(load, iteration)
+    source = read_checkpoint(load, hf, iteration)
+    config, tensors = source.config, source.tensors
     connection = composite.connection_of(config)
     fields = RemoteFields(
-        modality_router_bias=has_biases(reader),
+        modality_router_bias=any(name.endswith(".modality_bias") for name in tensors),
         projector_layer_norm=connection.connector == "internvl",
         vision_feature_scale=connection.feature_scale,
     )
-    flags = composite.flags(config)
-    _, parts, _ = describe_model(config, flags, hf)
-    tensors = as_hugging_face(reader, composite.weights(config, fields.modality_router_bias), parts)
     content = json.loads((hf / "config.json").read_text(encoding="utf-8"))
     layout = {name: (tensor.shape, _exported(tensor.dtype, name, dtype)) for name, tensor in tensors.items()}
     needed = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in layout.values())
@@ -65,6 +63,24 @@ def export_model(
 def _exported(stored: torch.dtype, name: str, dtype: torch.dtype | None) -> torch.dtype:
     """The modality biases stay in fp32, whatever the rest becomes."""
     return stored if dtype is None or name.endswith(".modality_bias") or not stored.is_floating_point else dtype
+
+
+def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Source:
+    """A checkpoint as a source of Hugging Face's tensors; modality biases are among them if any is not zero.
+
+    Args:
+        load: The checkpoint's folder.
+        hf: A folder with the model's config.
+        iteration: Which checkpoint; None for the latest.
+
+    Raises:
+        ValueError: There is none, or it holds another model.
+    """
+    config = composite.load_config(hf)
+    reader = CheckpointReader(load, iteration)
+    table, flags = composite.weights(config, has_biases(reader)), composite.flags(config)
+    _, parts, _ = describe_model(config, flags, hf)
+    return Source(config, as_hugging_face(reader, table, parts), table, flags, (hf,))
 
 
 @dataclass(frozen=True)

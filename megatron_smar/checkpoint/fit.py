@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a torch_dist checkpoint holds the model that is to load it, told before anything is loaded."""
+"""Whether a torch_dist checkpoint holds what is to be loaded of it, told before anything is."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,23 +13,35 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename, read_metadata
 
+from megatron_smar.checkpoint.metadata import DamagedError, read_common_state, read_contents, saved_arguments
+
+# What the distributed optimizer's state depends on, where it was not saved for any layout.
+MODEL_PARALLEL = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "VPP": "virtual_pipeline_model_parallel_size",
+    "EP": "expert_model_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+}
+
 
 class CheckpointMismatchError(ValueError):
-    """The checkpoint holds another model; the message names the first weight that differs."""
+    """The checkpoint holds something else; the message names the first weight, or the flag, that differs."""
 
 
-def check_fit(model: MegatronModule, directory: str | None) -> None:
+def check_fit(model: MegatronModule, directory: str | None, step: int | None = None) -> None:
     """Compares the shapes of this rank's part of the model with those in the checkpoint; every rank learns the outcome.
 
     Args:
         model: One pipeline stage.
         directory: The folder given as --load; None, or one without a checkpoint, is nothing to compare with.
+        step: Which of its checkpoints; None for the latest.
 
     Raises:
         CheckpointMismatchError: On every rank, if any rank found a weight missing or of another shape.
     """
     found = [""] * dist.get_world_size()
-    dist.all_gather_object(found, _first_mismatch(model, directory))
+    dist.all_gather_object(found, _first_mismatch(model, _folder(directory, step)))
     problem = next(filter(None, found), None)
     if problem:
         raise CheckpointMismatchError(
@@ -37,13 +50,20 @@ def check_fit(model: MegatronModule, directory: str | None) -> None:
         )
 
 
-def _first_mismatch(model: MegatronModule, directory: str | None) -> str:
+def _folder(directory: str | None, step: int | None) -> Path | None:
+    """The torch_dist checkpoint that Megatron is to load; None without one, or in a format that it checks itself."""
     if directory is None or not Path(get_checkpoint_tracker_filename(directory)).is_file():
-        return ""
+        return None
     iteration, release = read_metadata(get_checkpoint_tracker_filename(directory))
+    if step:
+        iteration, release = step, False
     folder = Path(get_checkpoint_name(directory, iteration, release, return_base_dir=True))
-    if not (folder / ".metadata").is_file():
-        return ""  # another format than torch_dist, which Megatron checks itself
+    return folder if (folder / ".metadata").is_file() else None
+
+
+def _first_mismatch(model: MegatronModule, folder: Path | None) -> str:
+    if folder is None:
+        return ""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stored = load_tensors_metadata(str(folder))
     for tensor in model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}).values():
@@ -55,3 +75,48 @@ def _first_mismatch(model: MegatronModule, directory: str | None) -> str:
         if ours != theirs and not tensor.allow_shape_mismatch:
             return f"{tensor.key} is {list(theirs)} there and {list(ours)} here"
     return ""
+
+
+def check_optimizer(args: Namespace) -> None:
+    """Compares how the optimizer's state lies in the checkpoint with how this run would take it up.
+
+    The files are the same for all ranks, and so is the outcome.
+
+    Raises:
+        CheckpointMismatchError: Megatron could not load it, or would leave a part of it out.
+    """
+    folder = _folder(args.load, args.ckpt_step)
+    is_wanted = not (args.finetune or args.no_load_optim or args.skip_train)
+    if folder is None or folder.name == "release" or not is_wanted:
+        return
+    try:
+        state = read_common_state(folder, read_contents(folder))
+    except DamagedError as error:
+        raise CheckpointMismatchError(f"--load {args.load} cannot be continued: {error}") from error
+    saved = saved_arguments(state)
+    sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    afresh = "or --no-load-optim to start with a new optimizer"
+    if getattr(saved, "no_save_optim", False):
+        raise CheckpointMismatchError(
+            f"--load {args.load} was saved with --no-save-optim; give --finetune to start from its weights, {afresh}."
+        )
+    if args.use_distributed_optimizer and sharding is None:
+        raise CheckpointMismatchError(
+            f"--use-distributed-optimizer cannot take up the optimizer's state in --load {args.load}, which was saved "
+            f"without it; leave the flag out, {afresh}."
+        )
+    if sharding and not args.use_distributed_optimizer:
+        raise CheckpointMismatchError(
+            f"--load {args.load} has the distributed optimizer's state; give --use-distributed-optimizer, {afresh}."
+        )
+    if sharding == "dp_reshardable" and _layout(saved) != _layout(args):
+        raise CheckpointMismatchError(
+            f"--load {args.load} was saved with --no-dist-ckpt-optim-fully-reshardable under {_layout(saved)}, and its "
+            f"optimizer's state does not fit {_layout(args)}; give the same sizes, {afresh}."
+        )
+
+
+def _layout(args: Namespace) -> str:
+    """The sizes of what cuts the model, as `TP 2, EP 4`."""
+    sizes = {name: getattr(args, argument, None) or 1 for name, argument in MODEL_PARALLEL.items()}
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "no model parallelism"

@@ -19,6 +19,8 @@ from megatron_smar.checkpoint.sources import Readable, Source
 from megatron_smar.checkpoint.torch_dist import Shard, write_checkpoint
 from megatron_smar.checkpoint.weights import Piece, Weight, pieces_of
 
+TIED, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
 
 def write_model(source: Source, output: Path, dtype: torch.dtype | None = None) -> None:
     """Writes a model as a checkpoint for --load.
@@ -55,8 +57,13 @@ def check_names(source: Source) -> None:
     read = {name for row in source.table for name in row.hf}
     missing = sorted(read - set(source.tensors))
     spare = sorted(name for name in set(source.tensors) - read if not composite.COMPUTED.fullmatch(name))
-    if source.config.text_config.tie_word_embeddings:
-        spare = [name for name in spare if not name.endswith("lm_head.weight")]  # the embedding once more
+    if source.config.text_config.tie_word_embeddings and TIED in spare:
+        spare.remove(TIED)
+        if not torch.equal(source.tensors[TIED].read(), source.tensors[EMBEDDING].read()):
+            raise ConversionError(
+                f"config.json says tie_word_embeddings, but {TIED} is another tensor than {EMBEDDING}; nothing was "
+                "written. Correct the one that is wrong."
+            )
     problems = [
         f"{len(names)} {what}: {some(names)}" for what, names in (("missing", missing), ("unexpected", spare)) if names
     ]
@@ -125,7 +132,8 @@ def read_rows(
     if start + shape[0] > have:
         return _grown(tensors[row.hf[0]].read(), shape[0])
     parts = [_read(piece, tensors) for piece in pieces_of(row, start, shape[0])]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return rows if row.change is None else row.change(rows, start)
 
 
 def _read(piece: Piece, tensors: Mapping[str, Readable]) -> Tensor:

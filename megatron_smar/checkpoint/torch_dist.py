@@ -8,13 +8,14 @@ part of any tensor.
 
 from __future__ import annotations
 
+import gc
 import io
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -38,6 +39,12 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_smar.checkpoint.metadata import read_contents
+
+SWEEP_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class _StreamingPlanner(SavePlanner):
         self.shards = {shard.item.index: shard for shard in shards}
         self.objects = objects
         self.progress = progress
+        self._unswept = 0
+        gc.freeze()  # what was made before now need not be looked at again
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """The interface's; there is no state dict."""
@@ -114,9 +123,47 @@ class _StreamingPlanner(SavePlanner):
             torch.save([self.objects[write_item.index.fqn]], content)
             return content
         shard = self.shards[write_item.index]
+        self._sweep()
         tensor = shard.read().to(shard.dtype).contiguous().view(shard.sizes)
         self.progress(tensor.nbytes)
+        self._unswept += tensor.nbytes
         return tensor
+
+    def _sweep(self) -> None:
+        """Frees the tensors written before: torch.save leaves each in a cycle of references."""
+        if self._unswept > SWEEP_BYTES:
+            gc.collect()
+            self._unswept = 0
+
+
+class _FewTensorsPerFile(dcp.FileSystemWriter):
+    """Spreads the weights over files: torch 2.13 keeps the last tensor of each name until its file is done."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        for number, items in enumerate(_groups(plan.items)):
+            prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            results += super().write_data(replace(plan, items=items, storage_data=prefix), planner).wait()
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+def _groups(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """Items by file: all parts of a name in one, and as many names as together keep little in memory."""
+    by_name: dict[str, list[WriteItem]] = {}
+    for item in items:
+        by_name.setdefault(item.index.fqn, []).append(item)
+    groups: list[list[WriteItem]] = [[]]
+    kept = 0
+    for parts in by_name.values():
+        size = max(item.tensor_storage_size() or 0 for item in parts)
+        if kept + size > SWEEP_BYTES and groups[-1]:
+            groups.append([])
+            kept = 0
+        groups[-1] += parts
+        kept += size
+    return groups
 
 
 def write_checkpoint(
@@ -136,7 +183,7 @@ def write_checkpoint(
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
     state = ShardedObject("common_state", common, (1,), (0,))
     named = {piece.unique_key: piece.data for piece in (*objects, state)}
-    writer = dcp.FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
+    writer = _FewTensorsPerFile(folder, sync_files=False, per_thread_copy_ahead=0)
     dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(shards, named, progress), no_dist=True)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     Path(get_checkpoint_tracker_filename(str(directory))).write_text("release")
@@ -155,8 +202,7 @@ class CheckpointReader:
 
     def __init__(self, directory: Path, iteration: int | None = None) -> None:
         self.folder = checkpoint_folder(directory, iteration)
-        reader = dcp.FileSystemReader(self.folder)
-        metadata = reader.read_metadata()
+        metadata = read_contents(self.folder)
         self.tensors = {
             key: data for key, data in metadata.state_dict_metadata.items() if isinstance(data, TensorStorageMetadata)
         }
@@ -200,11 +246,33 @@ class CheckpointReader:
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self._storage[MetadataIndex(key, chunk.offsets)]
-        with open(self.folder / place.relative_path, "rb") as file:
-            file.seek(place.offset)
-            content = io.BytesIO(file.read(place.length))
-        tensor: Tensor = torch.load(content, map_location="cpu", weights_only=True)
+        with open(self.folder / place.relative_path, "rb", buffering=0) as file:
+            tensor: Tensor = torch.load(cast(IO[bytes], _Window(file, place)), map_location="cpu", weights_only=True)
         return tensor
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own, from which torch reads straight into the tensor."""
+
+    def __init__(self, file: io.RawIOBase, place: Any) -> None:
+        self.file, self.start, self.length, self.position = file, place.offset, place.length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer)[: max(0, self.length - self.position)]
+        self.file.seek(self.start + self.position)
+        number = self.file.readinto(wanted) or 0
+        self.position += number
+        return number
 
 
 def _single_axes(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:

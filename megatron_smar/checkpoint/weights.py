@@ -39,6 +39,7 @@ class Weight:
         runs: The rows of `hf` that make the weight, in order; empty: the one tensor of `hf`, as it is.
         make: Instead of `hf`: a new weight of this shape (a fresh connector, a router that upcycling adds).
         rows: Rows that Hugging Face's tensor has where Megatron's has more: a vocabulary that was padded or has grown.
+        change: Applied to the rows that were read, which begin at the given one (upcycling's noise).
         dtype: The data type that the weight has whatever the rest is converted to; None for the rest's.
     """
 
@@ -47,6 +48,7 @@ class Weight:
     runs: tuple[Run, ...] = ()
     make: Callable[[torch.Size, torch.dtype], Tensor] | None = None
     rows: int | None = None
+    change: Callable[[Tensor, int], Tensor] | None = None
     dtype: torch.dtype | None = None
 
     def prefixed(self, megatron: str, hf: str) -> Weight:

@@ -4,46 +4,135 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+from megatron.core.models.backends import get_backend
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_smar.model.attention_norms import LatentAttention, ProjectionNorm
 from megatron_smar.model.local_layers import LocalExperts, ScaledDotProductAttention, build_norm
+from megatron_smar.model.parallel_block import ParallelBlockLayer
 from megatron_smar.routing.moe_layer import ModalityAwareMoELayer
 from megatron_smar.routing.router import ModalityAwareRouter, ModalityRoutingConfig
 
 
+@dataclass(frozen=True)
+class LayerConfig:
+    """What the decoder's layers are beyond Megatron's TransformerConfig.
+
+    Attributes:
+        parallel_block: Attention and feed-forward layer side by side, after one norm (Phi).
+        qk_norm_scope: What --qk-layernorm normalises: each head, or all heads together (OLMoE).
+        latent_norm_epsilon: Of the norms of multi-latent attention; None for --norm-epsilon.
+    """
+
+    parallel_block: bool = False
+    qk_norm_scope: Literal["head", "projection"] = "head"
+    latent_norm_epsilon: float | None = None
+
+
 def decoder_block_spec(
-    config: TransformerConfig, modality_routing: ModalityRoutingConfig, vp_stage: int | None = None
+    config: TransformerConfig,
+    modality_routing: ModalityRoutingConfig,
+    vp_stage: int | None = None,
+    layers: LayerConfig | None = None,
 ) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage, with modality-aware MoE layers.
 
     Transformer Engine's spec or Megatron's local one, by `config.transformer_impl`; in the local one attention, norms
-    and experts are ours (see `local_layers`).
+    and experts are ours (see `local_layers`). A checkpoint has the same keys under both.
     """
     local = config.transformer_impl == "local"
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=not local, normalization=config.normalization, vp_stage=vp_stage
     )
-    layers = [_extended(layer, modality_routing, local) for layer in block.layer_specs]
-    return dataclasses.replace(block, layer_specs=layers, layer_norm=build_norm if local else block.layer_norm)
+    specs = [_extended(layer, config, modality_routing, layers or LayerConfig()) for layer in block.layer_specs]
+    return dataclasses.replace(block, layer_specs=specs, layer_norm=build_norm if local else block.layer_norm)
 
 
-def _extended(layer: ModuleSpec, modality_routing: ModalityRoutingConfig, local: bool) -> ModuleSpec:
-    parts = dataclasses.replace(layer.submodules, mlp=_modality_aware(layer.submodules.mlp, modality_routing, local))
+def _extended(
+    layer: ModuleSpec, config: TransformerConfig, modality_routing: ModalityRoutingConfig, layers: LayerConfig
+) -> ModuleSpec:
+    local = config.transformer_impl == "local"
+    parts = layer.submodules
+    norms = parts.input_layernorm  # Megatron's local one, wherever the local spec has a norm
+    attention = _attention(parts.self_attention, norms, config, layers)
+    mlp = _modality_aware(parts.mlp, modality_routing, local)
+    parts = dataclasses.replace(parts, self_attention=attention, mlp=mlp)
     if local:
-        attention = parts.self_attention
-        inner = dataclasses.replace(attention.submodules, core_attention=ScaledDotProductAttention)
-        inner = _with_norms(inner, ("q_layernorm", "k_layernorm", "kv_layernorm"), parts.input_layernorm)
-        parts = _with_norms(parts, ("input_layernorm", "pre_mlp_layernorm"), parts.input_layernorm)
-        parts.self_attention = dataclasses.replace(attention, submodules=inner)
-    return dataclasses.replace(layer, submodules=parts)
+        parts = _with_norms(parts, ("input_layernorm", "pre_mlp_layernorm"), norms)
+        parts.sharded_state_dict_keys_map = _transformer_engine_keys(config, _is_moe(layer.submodules.mlp))
+    return _parallel(parts, config) if layers.parallel_block else dataclasses.replace(layer, submodules=parts)
+
+
+def _attention(attention: ModuleSpec, norms: Any, config: TransformerConfig, layers: LayerConfig) -> ModuleSpec:
+    """The attention's spec with our core attention (locally) and norms."""
+    local = config.transformer_impl == "local"
+    inner, module, names = attention.submodules, attention.module, ("q_layernorm", "k_layernorm", "kv_layernorm")
+    if local:
+        inner = _with_norms(dataclasses.replace(inner, core_attention=ScaledDotProductAttention), names, norms)
+    if config.qk_layernorm and module is MLASelfAttention:
+        norm = _of_epsilon(_norm(config), layers.latent_norm_epsilon)
+        linear = get_backend(config.transformer_impl).column_parallel_linear()
+        inner = dataclasses.replace(
+            inner, q_layernorm=norm, kv_layernorm=norm, linear_q_up_proj=linear, linear_kv_up_proj=linear
+        )
+        module = LatentAttention
+    elif config.qk_layernorm and layers.qk_norm_scope == "projection":
+        inner = dataclasses.replace(
+            inner,
+            q_layernorm=partial(ProjectionNorm, heads=config.num_attention_heads),
+            k_layernorm=partial(ProjectionNorm, heads=config.num_query_groups),
+        )
+    return dataclasses.replace(attention, module=module, submodules=inner)
+
+
+def _parallel(parts: TransformerLayerSubmodules, config: TransformerConfig) -> ModuleSpec:
+    """A layer whose halves lie side by side: none of them has a norm of its own, fused into a linear layer or not."""
+    linear = get_backend(config.transformer_impl).column_parallel_linear()
+    attention = parts.self_attention
+    attention = dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, linear_qkv=linear))
+    mlp = parts.mlp
+    if isinstance(mlp, partial) and isinstance(mlp.keywords["submodules"], MLPSubmodules):
+        mlp = partial(mlp, submodules=dataclasses.replace(mlp.keywords["submodules"], linear_fc1=linear))
+    parts = dataclasses.replace(
+        parts,
+        self_attention=attention,
+        mlp=mlp,
+        input_layernorm=IdentityOp,
+        pre_mlp_layernorm=IdentityOp,
+        sharded_state_dict_keys_map={},
+    )
+    return ModuleSpec(module=ParallelBlockLayer, params={"shared_layernorm": _norm(config)}, submodules=parts)
+
+
+def _norm(config: TransformerConfig) -> LayerNormBuilder:
+    """What builds a norm that is not fused into a linear layer."""
+    if config.transformer_impl == "local":
+        return build_norm
+    norm: LayerNormBuilder = get_backend(config.transformer_impl).layer_norm(rms_norm=config.normalization == "RMSNorm")
+    return norm
+
+
+def _of_epsilon(build: LayerNormBuilder, epsilon: float | None) -> LayerNormBuilder:
+    """The same with another epsilon, where one is given, than the layers'."""
+
+    def build_with(*, config: TransformerConfig, hidden_size: int, eps: float) -> Any:
+        return build(config=config, hidden_size=hidden_size, eps=eps if epsilon is None else epsilon)
+
+    return build_with
 
 
 def _with_norms(parts: Any, names: tuple[str, ...], replaced: Any) -> Any:
@@ -52,9 +141,23 @@ def _with_norms(parts: Any, names: tuple[str, ...], replaced: Any) -> Any:
     return dataclasses.replace(parts, **dict.fromkeys(held, build_norm))
 
 
+def _transformer_engine_keys(config: TransformerConfig, is_moe: bool) -> dict[str, str]:
+    """Keys of the local layer's norms in a checkpoint: where Transformer Engine's layer has them.
+
+    Megatron 0.19.2's own map says so of dense layers only: Transformer Engine fuses a norm into the linear layer behind
+    it, but there is none behind an MoE layer's, nor one behind the input of multi-latent attention.
+    """
+    keys = {} if config.multi_latent_attention else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return keys if is_moe else keys | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def _is_moe(mlp: Any) -> bool:
+    return isinstance(mlp, partial) and mlp.func is MoELayer
+
+
 def _modality_aware(mlp: Any, modality_routing: ModalityRoutingConfig, local: bool) -> Any:
     """An MoE layer's builder with our layer, router and (locally) experts; a dense layer's builder as it is."""
-    if not (isinstance(mlp, partial) and mlp.func is MoELayer):
+    if not _is_moe(mlp):
         return mlp
     parts = mlp.keywords["submodules"]
     experts = parts.experts

@@ -64,6 +64,8 @@ class ScaledDotProductAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         self.cp_group = (pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])).cp
@@ -97,14 +99,14 @@ class ScaledDotProductAttention(MegatronModule):
             packed_seq_params: Where the sequences of a pack begin; each attends to itself alone, causally.
 
         Returns:
-            [s, b, n * d], packed [s, 1, n * d].
+            [s, b, n * d], packed [s, n * d].
         """
         if attention_bias is not None:
             raise ValueError(
                 "attention biases need Transformer Engine's attention; use --transformer-impl transformer_engine."
             )
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.diff())
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.diff()).squeeze(1)
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         kept = None if causal or attention_mask is None else ~attention_mask
         if self.cp_group.size() > 1:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,17 +16,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_smar.model.connector import Connector, ConnectorType
-from megatron_smar.model.layer_specs import decoder_block_spec
+from megatron_smar.model.layer_specs import LayerConfig, decoder_block_spec
+from megatron_smar.model.parallel_block import add_output_bias
+from megatron_smar.model.parts import freeze_parameters, frozen_parts
 from megatron_smar.model.vision import VisionConfig, VisionEncoder
 from megatron_smar.routing.modalities import modality_mask_from_ids
 from megatron_smar.routing.router import ModalityRoutingConfig
 
-PARTS = ("vision", "connector", "language")
-
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """What GPTModel takes beside its TransformerConfig; names as Megatron's."""
+    """What GPTModel takes beside its TransformerConfig, names as Megatron's, and what it does not know.
+
+    Attributes:
+        output_bias: Whether the output layer has a bias (Phi).
+        layers: What the decoder's layers are beyond Megatron's.
+    """
 
     vocab_size: int
     max_sequence_length: int
@@ -39,6 +44,12 @@ class LanguageConfig:
     share_embeddings_and_output_weights: bool = False
     fp16_lm_cross_entropy: bool = False
     parallel_output: bool = True
+    output_bias: bool = False
+    layers: LayerConfig = field(default_factory=LayerConfig)
+
+    def of_gpt_model(self) -> dict[str, Any]:
+        """GPTModel's own arguments."""
+        return {name: value for name, value in vars(self).items() if name not in ("output_bias", "layers")}
 
 
 class VisionLanguageModel(MegatronModule):
@@ -53,7 +64,7 @@ class VisionLanguageModel(MegatronModule):
         vision: The vision encoder's.
         connector: Type of the connector.
         modality_routing: The routers'.
-        freeze: Parts that do not learn: any of `vision`, `connector`, `language`.
+        freeze: Parts that do not learn: any of `megatron_smar.model.parts.PARTS`.
         pre_process: Whether this is the first stage.
         post_process: Whether this is the last stage.
         pg_collection: Process groups.
@@ -84,20 +95,22 @@ class VisionLanguageModel(MegatronModule):
             self.vision_model = VisionEncoder(vision, config.params_dtype, trainable="vision" not in freeze)
             self.connector = Connector(
                 connector, self.vision_model.output_size, config.hidden_size, config.params_dtype
-            ).requires_grad_("connector" not in freeze)
+            )
         self.language_model = GPTModel(
             config=config,
-            transformer_layer_spec=decoder_block_spec(config, modality_routing, vp_stage),
+            transformer_layer_spec=decoder_block_spec(config, modality_routing, vp_stage, language.layers),
             pre_process=pre_process,
             post_process=post_process,
             # The whole sequence of embeddings is needed to put the features in; it is scattered afterwards.
             scatter_embedding_sequence_parallel=False,
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
-            **vars(language),
+            **language.of_gpt_model(),
         )
-        if "language" in freeze:
-            self.language_model.requires_grad_(False)
+        if post_process and language.output_bias:
+            add_output_bias(self.language_model.output_layer)
+        freeze_parameters(self, frozen_parts(freeze))
+        self.trains = any(parameter.requires_grad for parameter in self.parameters())
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Takes the previous stage's activations [s, b, h] (Megatron's schedules call it)."""
@@ -176,6 +189,9 @@ class VisionLanguageModel(MegatronModule):
             embeddings = torch.where((modality_ids > 0).t().unsqueeze(-1), placed, embeddings).contiguous()
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
+        if self.trains and torch.is_grad_enabled() and not embeddings.requires_grad:
+            # Recomputed layers get no gradient at all, unless their input takes one.
+            embeddings.requires_grad_()
         return embeddings
 
     def _unused_vision(self, like: Tensor) -> Tensor:

@@ -142,6 +142,20 @@ def load_distributed_adamw() -> None:
     DistributedOptimizer.load_state_dict = load_and_separate
 
 
+@adaptation("states that fit any layout have AdamW's `step` apart, and torch's optimizer has one beside the moments")
+def load_adamw_of_any_layout() -> None:
+    """A checkpoint with `--dist-ckpt-optim-fully-reshardable` loads; `load_distributed_adamw` then sets the steps."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(set_states)
+    def set_those_given(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, model_param, {"step": None} | tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_those_given
+
+
 ADAPTATIONS = (
     allow_no_cuda,
     skip_compiling_helpers,
@@ -150,4 +164,5 @@ ADAPTATIONS = (
     fuse_adamw,
     start_state_of_distributed_adamw,
     load_distributed_adamw,
+    load_adamw_of_any_layout,
 )

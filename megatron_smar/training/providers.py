@@ -12,12 +12,17 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
-from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
 
-from megatron_smar.arguments import data_config, language_config, modality_routing_config, vision_config
-from megatron_smar.checkpoint.fit import check_fit
+from megatron_smar.arguments import (
+    data_config,
+    language_config,
+    modality_routing_config,
+    transformer_config,
+    vision_config,
+)
+from megatron_smar.checkpoint.fit import check_fit, check_optimizer
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.conversations import get_template
 from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
@@ -50,7 +55,7 @@ def model_provider(
         )
     print_rank_0("building VisionLanguageModel ...")
     model = VisionLanguageModel(
-        config or core_transformer_config_from_args(args),
+        config or transformer_config(args),
         language_config(args),
         vision_config(args),
         args.connector,
@@ -61,7 +66,8 @@ def model_provider(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
-    check_fit(model, args.load)
+    check_fit(model, args.load, args.ckpt_step)
+    check_optimizer(args)
     return model
 
 

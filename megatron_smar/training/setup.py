@@ -8,6 +8,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
+from megatron_smar import __version__
 from megatron_smar.arguments import add_arguments, check_arguments, check_shape
 from megatron_smar.training.monitor import install_metrics
 from megatron_smar.training.providers import model_provider
@@ -44,6 +46,8 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
         fail(error)
     install_metrics()
     take_over_folder(args)
+    # Kept in checkpoints, with all other arguments.
+    args.program = {"megatron_smar": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
     return args
 
 

@@ -18,7 +18,7 @@ COMMON = [
     *f"""
     --seq-length {LENGTH} --max-position-embeddings {LENGTH} --init-method-std 0.1 --tokenizer-type NullTokenizer
     --vocab-size {VOCABULARY} --clip-grad 0 --weight-decay 0 --lr 1
-    --lr-decay-style constant --train-iters 1 --no-save-optim
+    --lr-decay-style constant --train-iters 1
     --smar-coeff 0.5 --smar-d-min 3 --smar-d-max 4 --smar-eps 1e-3
     """.split(),
 ]
@@ -42,11 +42,18 @@ MODELS: dict[str, list[str]] = {
         *["--num-experts", "8", "--moe-router-num-groups", "4", "--moe-router-group-topk", "2"],
         *["--moe-router-pre-softmax"],
     ],
+    "parallel block": ["--parallel-block", "--output-bias", "--normalization", "LayerNorm"],
+    "norms per head": ["--qk-layernorm"],
+    "norms over all heads": ["--qk-layernorm", "--qk-norm-scope", "projection"],
+    "latent attention": [
+        *["--multi-latent-attention", "--rope-type", "rope", "--qk-layernorm", "--q-lora-rank", "8"],
+        *["--kv-lora-rank", "12", "--qk-head-dim", "8", "--qk-pos-emb-head-dim", "4", "--v-head-dim", "6"],
+    ],
 }
 
 
-def make_batch(name: str) -> dict[str, Any]:
-    """A global batch of 8 rows of 32 positions.
+def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
+    """A global batch of 8 rows of 32 positions; another seed fills the same places with other tokens and pictures.
 
     `mixed`: pure text, mostly pictures, pictures and padding; every row has 8 loss tokens, of which each of two
     context-parallel shares has 4, since Megatron averages the means of replicas and shares.
@@ -57,8 +64,8 @@ def make_batch(name: str) -> dict[str, Any]:
     `packed`: the rows of `mixed` without their padding, four of them one behind the other in a row of 128.
     """
     if name == "packed":
-        return _packed(make_batch("mixed"))
-    generator = torch.Generator().manual_seed(3)
+        return _packed(make_batch("mixed", seed))
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(6, VOCABULARY, (ROWS, LENGTH), generator=generator)
     padding = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     mask = torch.zeros(ROWS, LENGTH)
@@ -168,7 +175,12 @@ class Case:
         layout = ["--global-batch-size", str(total), "--micro-batch-size", str(rows), *self.layout.split()]
         if packed:
             layout += ["--seq-length", str(PACK_LENGTH), "--max-position-embeddings", str(PACK_LENGTH)]
-        return [*COMMON, *optimizer, *MODELS[setting.model], *setting.flags, *layout]
+        model = MODELS[setting.model]
+        # Megatron refuses the two together, and a switch cannot be taken back.
+        common = [
+            flag for flag in COMMON if flag != "--group-query-attention" or "--multi-latent-attention" not in model
+        ]
+        return [*common, "--no-save-optim", *optimizer, *model, *setting.flags, *layout]
 
 
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -334,6 +346,14 @@ def _backbones() -> Iterator[Case]:
             yield Case(f"{model}, EP 2", 2, 2, EP, Setting(model=model))
     yield Case("dense layers between, PP 2", 2, 1, PP, Setting(model="dense layers between"))
     yield Case("shared experts, TP 2 + SP", 2, 1, TP_SP, Setting("shared experts"))
+    for model in ("parallel block", "norms per head", "norms over all heads", "latent attention"):
+        core = model != "norms per head"  # which are Megatron's own
+        yield Case(f"{model}, TP 2 + SP", 2, 1, TP_SP, Setting(model), core=core)
+        yield Case(f"{model}, PP 2", 2, 1, PP, Setting(model))
+        yield Case(f"{model}, CP 2", 2, 1, CP, Setting(model))
+        packs, alone = Setting(model, "packed", 2), Setting(model, micro_batches=2)
+        yield Case(f"{model}, packed, TP 2 + SP", 2, 1, TP_SP, packs, alone)
+    yield Case("parallel block, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, Setting("parallel block"))
     yield Case("without SMAR, EP 2", 2, 2, EP, Setting(flags=PLAIN))
     yield Case("without SMAR, CP 2", 2, 1, CP, Setting(flags=PLAIN))
 

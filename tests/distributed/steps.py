@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single training steps on given global batches, under whatever layouts their flags ask for.
+"""Training steps on given global batches, under whatever layouts their flags ask for.
 
 torchrun --nproc-per-node N steps.py JOBS.json
 
-Each job is {"batch", "folder", "save_before", "dtype", "flags"}. It leaves in its folder a checkpoint of the weights
-after the step (`iter_0000001`), with `save_before` one of those before it (`start`), and last the logged values
-(`values.json`). A job that fails leaves `error.txt` and ends the program, which goes on behind it when started again.
+Each job is {"batches", "folder", "save_before", "dtype", "flags"}. It trains from the step of the checkpoint in --load,
+or the first, to --train-iters, on one batch after the other. It leaves in its folder a checkpoint every --save-interval
+steps and one after the last, with `save_before` one of those before the first (`start`), and last the logged values
+of each step (`values.json`). A job that fails leaves `error.txt` and ends the program, which goes on behind it when
+started again.
 """
 
 import json
@@ -35,6 +37,7 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 from megatron.training.training import (  # noqa: E402
     destroy_global_state,
     disable_forward_pre_hook,
+    enable_forward_pre_hook,
     setup_model_and_optimizer,
     should_disable_forward_pre_hook,
     train_step,
@@ -76,7 +79,7 @@ def _rows(batch: dict[str, Any], rows: slice) -> VisionLanguageBatch:
     )
 
 
-def step(batch: dict[str, Any], model: list[Any], optimizer: Any, scheduler: Any) -> Values:
+def step(batch: dict[str, Any], iteration: int, model: list[Any], optimizer: Any, scheduler: Any) -> Values:
     """One optimizer step as `pretrain()` takes it; returns what it would log."""
     args, groups = get_args(), ProcessGroupCollection.use_mpu_process_groups()
     mine = micro_batches(batch, groups.dp.rank(), groups.dp.size())
@@ -98,9 +101,10 @@ def step(batch: dict[str, Any], model: list[Any], optimizer: Any, scheduler: Any
         scheduler,
         config,
         get_forward_backward_func(),
-        iteration=0,
+        iteration=iteration,
     )
     values = Values({name: float(value) for name, value in losses.items()})
+    values["learning rate"] = max(group["lr"] for group in optimizer.param_groups)
     get_moe_metrics_tracker().report(
         1 / get_num_microbatches(),
         1,
@@ -121,6 +125,16 @@ def _balancing() -> list[str]:
     return [kinds] if isinstance(kinds, str) else kinds
 
 
+def save(iteration: int, model: list[Any], optimizer: Any, scheduler: Any) -> None:
+    """A checkpoint as Megatron's loop writes it: the gathering of parameters may be under way."""
+    hooked = should_disable_forward_pre_hook(get_args())
+    if hooked:
+        disable_forward_pre_hook(model, optimizer)
+    save_checkpoint(iteration, model, optimizer, scheduler, 0)
+    if hooked:
+        enable_forward_pre_hook(model)
+
+
 def run_job(job: dict[str, Any]) -> None:
     """One job in a process group and a Megatron of its own."""
     folder = Path(job["folder"])
@@ -135,15 +149,17 @@ def run_job(job: dict[str, Any]) -> None:
         checkpointing_context={},
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
-    args.curr_iteration = 0
     if job["save_before"]:
         args.save = str(folder / "start")
         save_checkpoint(1, model, optimizer, scheduler, 0)
     args.save = str(folder)
-    values = step(torch.load(job["batch"]), model, optimizer, scheduler)
-    if should_disable_forward_pre_hook(args):  # as Megatron's loop does: the gathering of parameters may be under way
-        disable_forward_pre_hook(model, optimizer)
-    save_checkpoint(1, model, optimizer, scheduler, 0)
+    batches, values = [torch.load(batch) for batch in job["batches"]], []
+    for iteration in range(args.iteration, args.train_iters):
+        args.curr_iteration = iteration
+        values.append(step(batches[iteration % len(batches)], iteration, model, optimizer, scheduler))
+        args.consumed_train_samples += args.global_batch_size
+        if iteration + 1 == args.train_iters or (args.save_interval and (iteration + 1) % args.save_interval == 0):
+            save(iteration + 1, model, optimizer, scheduler)
     dist.barrier()
     if RANK == RANKS - 1:  # the last pipeline stage has the loss
         (folder / "values.json").write_text(json.dumps(values))

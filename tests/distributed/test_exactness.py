@@ -7,7 +7,6 @@ and the cross-entropy, whose last bits depend on the order of sums. `cases.py` h
 all of them and writes docs/exactness.md.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor
 
 from tests.distributed.cases import CASES, IMAGE, PLAIN, Case, Setting, make_batch
-from tests.launch import ROOT, load_weights, run
+from tests.distributed.laboratory import read_values, run_jobs
+from tests.launch import ROOT, load_weights
 
 Weights = dict[str, Tensor]
-IDLE = 120  # seconds without a sign of life, after which a job has hung
 REFERENCE, WITHOUT_SMAR = Setting(), Setting(flags=PLAIN)
 # Largest deviation of a gradient as a share of its parameter's largest: rounding of the float32 parts (6e-8 each) after
 # two layers; in float32 the subtraction of weights of size 1 also loses absolute accuracy (1.2e-7).
@@ -37,11 +36,6 @@ class Job:
     case: Case
     folder: Path
     loads: Path | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it has ended, well or not."""
-        return any((self.folder / name).exists() for name in ("values.json", "error.txt"))
 
 
 class Laboratory:
@@ -58,24 +52,12 @@ class Laboratory:
         self.references = {job.case.setting: job for job in alone}
         self.jobs = {case.name: self._job(case, i) for i, case in enumerate(cases)}
         for ranks in (1, 2, 4):
-            self._run([job for job in (*alone, *self.jobs.values()) if job.case.ranks == ranks])
+            jobs = [self._described(job) for job in (*alone, *self.jobs.values()) if job.case.ranks == ranks]
+            run_jobs(jobs, ranks, folder / f"jobs_{ranks}.json")
 
     def _job(self, case: Case, number: int) -> Job:
         start = self.references[case.reference or case.setting].folder / "start"
         return Job(case, self.folder / f"case_{number}", start)
-
-    def _run(self, jobs: list[Job]) -> None:
-        """Runs jobs in one launch; behind one that fails, or hangs, in another one."""
-        if not jobs:
-            return
-        listed = self.folder / f"jobs_{jobs[0].case.ranks}.json"
-        listed.write_text(json.dumps([self._described(job) for job in jobs]))
-        while pending := [job for job in jobs if not job.is_over]:
-            done = run("tests/distributed/steps.py", listed, ranks=pending[0].case.ranks, check=False, idle=IDLE)
-            left = [job for job in pending if not job.is_over]
-            if left and not any((job.folder / "error.txt").exists() for job in pending):
-                left[0].folder.mkdir(exist_ok=True)
-                (left[0].folder / "error.txt").write_text(f"hung for {IDLE} s, or died:\n{done.stdout[-3000:]}")
 
     def _described(self, job: Job) -> dict[str, Any]:
         batch = self.folder / f"{job.case.setting.batch}.pt"
@@ -83,7 +65,7 @@ class Laboratory:
             torch.save(make_batch(job.case.setting.batch), batch)
         start = ["--load", str(job.loads), "--finetune"] if job.loads else []
         return {
-            "batch": str(batch),
+            "batches": [str(batch)],
             "folder": str(job.folder),
             "save_before": job.loads is None,
             "dtype": job.case.dtype,
@@ -92,14 +74,14 @@ class Laboratory:
 
     def gradients(self, job: Job) -> tuple[Weights, dict[str, float]]:
         """The gradient of every parameter (and the change of every buffer), and the logged values."""
-        assert not (job.folder / "error.txt").exists(), (job.folder / "error.txt").read_text()
+        values = read_values(job.folder)[-1]
         before = load_weights((job.loads or job.folder / "start") / "iter_0000001")
         after = load_weights(job.folder / "iter_0000001")
         assert set(after) == set(before)
         steps = {n: before[n].double() - w.double() for n, w in after.items() if w.is_floating_point()}
         if job.case.adam:  # without moments its step is u = g / (|g| + 1)
             steps = {name: u / (1 - u.abs()) for name, u in steps.items()}
-        return steps, json.loads((job.folder / "values.json").read_text())
+        return steps, values
 
 
 @pytest.fixture(scope="module")

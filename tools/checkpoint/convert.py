@@ -8,6 +8,9 @@ pipeline-, expert- and data-parallel ranks.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -20,12 +23,26 @@ from megatron_smar import runtime
 runtime.install()
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.training import get_args  # noqa: E402
 
-from megatron_smar.arguments import CONNECTORS  # noqa: E402
-from megatron_smar.checkpoint.composite import Connection  # noqa: E402
-from megatron_smar.checkpoint.exporter import export_model  # noqa: E402
+from megatron_smar.arguments import CONNECTORS, vision_config  # noqa: E402
+from megatron_smar.checkpoint import composite  # noqa: E402
+from megatron_smar.checkpoint.composite import Connection, load_config  # noqa: E402
+from megatron_smar.checkpoint.exporter import export_model, read_checkpoint  # noqa: E402
 from megatron_smar.checkpoint.importer import write_model  # noqa: E402
+from megatron_smar.checkpoint.model import as_argv  # noqa: E402
 from megatron_smar.checkpoint.sources import Source, read_composite, read_parts  # noqa: E402
+from megatron_smar.checkpoint.upcycle import UpcyclingConfig, upcycled  # noqa: E402
+from megatron_smar.checkpoint.verify import (  # noqa: E402
+    Agreement,
+    build_inputs,
+    checkpoint_logits,
+    compare,
+    reference_logits,
+)
+from megatron_smar.model.vision import tokens_per_tile  # noqa: E402
+from megatron_smar.training.setup import start  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +62,23 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="folder with config and tokenizer: what was imported, or the import's hf/",
     )
-    for command in (imported, exported):
+    upcycle = commands.add_parser(
+        "upcycle", help="a dense model to a checkpoint of a mixture of experts that starts as it"
+    )
+    _add_source(upcycle)
+    upcycle.add_argument("--load", type=Path, help="or a dense model's checkpoint, whose config is in --hf")
+    _add_upcycling(upcycle)
+    verified = commands.add_parser(
+        "verify",
+        help="whether a checkpoint and a Hugging Face model have the same logits; exit status 1 where they differ",
+        description="Further flags are Megatron's (layout, --bf16 ...); several ranks are started by torchrun.",
+    )
+    verified.add_argument("--hf", type=Path, required=True, help="folder of the model, with its weights")
+    verified.add_argument("--load", type=Path, required=True, help="folder of the checkpoint")
+    verified.add_argument("--tolerance", type=float, default=1e-4, help="of a logit, absolute. Default: %(default)s")
+    verified.add_argument("--text", nargs="+", default=[], help="texts to compare on. Default: one of its own")
+    verified.add_argument("--image", nargs="+", type=Path, default=[], help="pictures. Default: one of matplotlib's")
+    for command in (imported, upcycle, exported):
         command.add_argument("--output", type=Path, required=True, help="new folder")
         command.add_argument("--dtype", choices=DTYPES, help="convert the weights. Default: as they are")
     return parser
@@ -67,6 +100,20 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parts.add_argument("--vision-feature-scale", type=float, default=default.feature_scale, help="default: %(default)s")
 
 
+def _add_upcycling(parser: argparse.ArgumentParser) -> None:
+    group, default = parser.add_argument_group("the mixture"), UpcyclingConfig()
+    numbers: dict[str, tuple[type, object, str]] = {
+        "num-experts": (int, default.num_experts, "experts per layer that has some"),
+        "moe-router-topk": (int, default.topk, "how many a token goes to"),
+        "every": (int, default.every, "every n-th layer gets experts, from the first on"),
+        "router-init-std": (float, default.router_init_std, "standard deviation of the new routers' weights"),
+        "noise": (float, default.noise, "relative standard deviation of noise on the experts' weights"),
+        "seed": (int, default.seed, "of routers and noise"),
+    }
+    for name, (kind, value, text) in numbers.items():
+        group.add_argument(f"--{name}", type=kind, default=value, help=f"{text}. Default: %(default)s")
+
+
 def read_source(args: argparse.Namespace, scratch: Path) -> Source:
     """What --hf, or --language and --vision, name.
 
@@ -74,21 +121,67 @@ def read_source(args: argparse.Namespace, scratch: Path) -> Source:
         ValueError: They name nothing that can be converted.
     """
     if args.hf is not None and args.language is None and args.vision is None:
-        return read_composite(args.hf)
+        load = getattr(args, "load", None)
+        return read_composite(args.hf) if load is None else read_checkpoint(load, args.hf)
     if args.hf is not None or args.language is None or args.vision is None:
         raise ValueError("give either --hf, or both --language and --vision.")
     connection = Connection(args.connector, args.pixel_shuffle, args.vision_feature_layer, args.vision_feature_scale)
     return read_parts(args.language, args.vision, connection, args.tokenizer_model or args.language, scratch)
 
 
+def upcycling_config(args: argparse.Namespace) -> UpcyclingConfig:
+    """The flags of upcycling."""
+    return UpcyclingConfig(
+        args.num_experts, args.moe_router_topk, args.every, args.router_init_std, args.noise, args.seed
+    )
+
+
+def verify(options: argparse.Namespace, flags: list[str]) -> bool:
+    """Compares a checkpoint with a Hugging Face model, and prints how far they agree.
+
+    Returns:
+        Whether they do, on every rank.
+    """
+    config = load_config(options.hf)
+    written = options.load / "flags.txt"  # import and upcycle leave the model's flags there
+    model_flags = written.read_text().split() if written.is_file() else as_argv(composite.flags(config))
+    vocabulary = ["--tokenizer-type", "NullTokenizer", "--vocab-size", config.text_config.vocab_size]
+    fixed = "--micro-batch-size 1 --global-batch-size 1 --skip-train --no-load-optim --no-load-rng --finetune".split()
+    given = ["--vision-model", options.hf, "--load", options.load, "--exit-on-missing-checkpoint"]
+    length = ["--seq-length", config.text_config.max_position_embeddings]
+    argv = [*model_flags, *vocabulary, *fixed, *given, *length, *flags]
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, value)  # torchrun sets them where there are several
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments
+        model, _, _ = start([str(word) for word in argv])
+    args = get_args()
+    ids, tiles = build_inputs(options.hf, config, options.text, options.image, args.tensor_model_parallel_size)
+    ours = checkpoint_logits(model, ids, tiles, config.image_token_id, tokens_per_tile(vision_config(args)))
+    found: list[Agreement | None] = [None]
+    if dist.get_rank() == 0:
+        found = [compare(reference_logits(options.hf, ids, tiles, args.params_dtype, runtime.device()), ours)]
+        print(found[0].table(options.tolerance), flush=True)
+    dist.broadcast_object_list(found)
+    dist.destroy_process_group()
+    assert found[0] is not None
+    return found[0].within(options.tolerance)
+
+
 def main() -> None:
     """Runs one command; a user's mistake is one sentence."""
     parser = build_parser()
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
+    if flags and args.command != "verify":
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
-        if args.command == "import":
+        if args.command == "verify":
+            sys.exit(0 if verify(args, flags) else 1)
+        if args.command in ("import", "upcycle"):
             with tempfile.TemporaryDirectory() as scratch:
-                write_model(read_source(args, Path(scratch)), args.output, DTYPES.get(args.dtype))
+                source = read_source(args, Path(scratch))
+                if args.command == "upcycle":
+                    source = upcycled(source, upcycling_config(args))
+                write_model(source, args.output, DTYPES.get(args.dtype))
         else:
             export_model(args.load, args.hf, args.output, args.iteration, DTYPES.get(args.dtype))
     except ValueError as error:

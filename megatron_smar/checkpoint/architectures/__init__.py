@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from megatron_smar.checkpoint.architectures import mixtral
+from megatron_smar.checkpoint.architectures import deepseek, dense, mixtral, olmoe, phi, qwen3_moe
 from megatron_smar.checkpoint.architectures.common import Flags, UnsupportedError
 from megatron_smar.checkpoint.weights import Weight
 
@@ -30,7 +30,17 @@ class Language:
 
 
 LANGUAGES: dict[str, Language] = {
+    "deepseek_v2": Language(deepseek.flags, deepseek.weights),
+    "deepseek_v3": Language(deepseek.flags, deepseek.weights),
+    "llama": Language(dense.flags, dense.weights),
+    "mistral": Language(dense.flags, dense.weights),
     "mixtral": Language(mixtral.flags, mixtral.weights),
+    "olmoe": Language(olmoe.flags, olmoe.weights),
+    "phi": Language(phi.flags, phi.weights),
+    "phi3": Language(phi.phi3_flags, phi.phi3_weights),
+    "qwen2": Language(dense.flags, dense.weights),
+    "qwen3": Language(dense.flags, dense.weights),
+    "qwen3_moe": Language(qwen3_moe.flags, qwen3_moe.weights),
 }
 
 
@@ -38,10 +48,16 @@ def language_of(config: PretrainedConfig) -> Language:
     """The architecture of a causal language model.
 
     Raises:
-        UnsupportedError: With the list of those that are known.
+        UnsupportedError: With the list of those that are known; or its weights are quantised.
     """
     if config.model_type not in LANGUAGES:
         raise UnsupportedError(
             f"the language model's type is {config.model_type!r}; supported are {', '.join(sorted(LANGUAGES))}."
+        )
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        raise UnsupportedError(
+            f"quantization_config is {quantisation!r} in the config of this {config.model_type} model; "
+            "give its weights in float32, bfloat16 or float16."
         )
     return LANGUAGES[config.model_type]

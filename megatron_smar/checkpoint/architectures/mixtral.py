@@ -10,6 +10,7 @@ from megatron_smar.checkpoint.architectures.common import (
     attention_weights,
     decoder_flags,
     expert_weights,
+    layers_of,
     moe_flags,
     outer_weights,
     refuse,
@@ -19,7 +20,7 @@ from megatron_smar.checkpoint.weights import Weight
 
 def flags(config: PretrainedConfig) -> Flags:
     """The trainer's flags for this model."""
-    refuse(config, hidden_act="silu", sliding_window=None, router_jitter_noise=0.0)
+    refuse(config, router_jitter_noise=0.0)
     moe = moe_flags(config, config.num_local_experts, config.intermediate_size, pre_softmax=False)
     return decoder_flags(config) | moe
 
@@ -27,8 +28,7 @@ def flags(config: PretrainedConfig) -> Flags:
 def weights(config: PretrainedConfig) -> list[Weight]:
     """The table."""
     experts = expert_weights(
-        config,
-        range(config.num_hidden_layers),
+        layers_of(config),
         config.num_local_experts,
         config.intermediate_size,
         "block_sparse_moe",

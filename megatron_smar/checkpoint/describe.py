@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a torch_dist checkpoint holds, told without reading a tensor of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_smar.checkpoint.metadata import DamagedError, read_common_state, read_contents, saved_arguments
+
+# Which arguments tell what, under the names of their flags.
+ARCHITECTURE = """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels multi_latent_attention
+    num_experts moe_router_topk moe_ffn_hidden_size moe_layer_freq moe_shared_expert_intermediate_size
+    moe_router_score_function normalization position_embedding_type rotary_base max_position_embeddings
+    padded_vocab_size untie_embeddings_and_output_weights vision_model image_size connector vision_feature_layer
+    vision_feature_scale
+""".split()
+LAYOUT = """
+    world_size tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
+    context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size sequence_parallel
+    use_distributed_optimizer
+""".split()
+ROUTING = """
+    modality_routing modality_router_bias smar_coeff smar_d_min smar_d_max smar_band_file smar_start_iter
+    smar_warmup_iters smar_eps smar_scope moe_aux_loss_coeff
+""".split()
+PARTS = {"vision": "vision_model.", "connector": "connector.", "language": "language_model."}
+OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights that differ in nothing but a number in their names.
+
+    Attributes:
+        name: Their common name, `*` for the number.
+        count: How many.
+        shape: Of each, whole: without any layout's cut, layers and experts stacked in front where Megatron does it.
+        dtype: Of each.
+        parameters: Elements of all of them.
+    """
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class CheckpointDescription:
+    """One checkpoint.
+
+    Attributes:
+        folder: Where it lies.
+        step: Optimizer steps made; None for a release, i.e. weights without a training's history.
+        samples: Training samples consumed; packs with --packing-buffer-size.
+        positions: At most so many token positions were trained on (samples times --seq-length); padding counts.
+        frozen: Parts that did not learn, as --freeze names them; None where the run did not say.
+        architecture: Arguments that shape the model.
+        family: Hugging Face's name of the model, where the checkpoint has a config.
+        weights: Groups of weights.
+        parameters: Parameters of each part, those of all experts and of the routers, and altogether.
+        routing: SMAR's settings.
+        layout: Under which layout it was saved.
+        program: With which releases it was saved; empty where the run did not say.
+        optimizer: How the optimizer's state lies in it; None without one.
+        optimizer_bytes: Its size.
+        data_states: For how many data-parallel ranks the data loader's state was saved.
+        size: Bytes on disk.
+        files: How many files they are in.
+        problems: What is missing; empty for a whole checkpoint.
+    """
+
+    folder: Path
+    step: int | None
+    samples: int
+    positions: int | None
+    frozen: tuple[str, ...] | None
+    architecture: dict[str, Any]
+    family: str | None
+    weights: tuple[WeightGroup, ...]
+    parameters: dict[str, int]
+    routing: dict[str, Any]
+    layout: dict[str, Any]
+    program: dict[str, str]
+    optimizer: str | None
+    optimizer_bytes: int
+    data_states: int
+    size: int
+    files: int
+    problems: tuple[str, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every file is there and as long as it has to be."""
+        return not self.problems
+
+    @property
+    def stage(self) -> str:
+        """What learns."""
+        if self.frozen is None:
+            return "not a training's"
+        known = {("language", "vision"): "stage 1, visual alignment", ("vision",): "stage 2, visual instruction tuning"}
+        name = known.get(tuple(sorted(self.frozen)))
+        frozen = f"frozen: {', '.join(self.frozen) or 'nothing'}"
+        return f"{name} ({frozen})" if name else frozen
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, in JSON's own types."""
+        content = dataclasses.asdict(self) | {"is_whole": self.is_whole, "stage": self.stage}
+        plain: dict[str, Any] = json.loads(json.dumps(content, default=str))
+        return plain
+
+    def table(self) -> str:
+        """All of it for a terminal."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        rows = [
+            ("checkpoint", self.folder),
+            ("whole", "yes" if self.is_whole else "NO: " + "; ".join(self.problems)),
+            ("size", f"{_bytes(self.size)} in {self.files} files"),
+            ("step", "none: a release, weights without a training's history" if self.step is None else self.step),
+            ("samples", self.samples),
+            ("positions", "not known" if self.positions is None else f"{self.positions} at most, padding among them"),
+            ("stage", self.stage),
+            ("data state", f"of {self.data_states} data-parallel ranks" if self.data_states else "none"),
+            ("optimizer", f"{self.optimizer}, {_bytes(self.optimizer_bytes)}" if self.optimizer else "none"),
+            ("saved with", _joined(self.program) or "not known"),
+            ("layout", _joined(self.layout) or "not known"),
+            ("routing", _joined(self.routing) or "not known"),
+            ("family", self.family or "not known: no hf/config.json beside it"),
+            ("architecture", _joined(self.architecture) or "not known"),
+            ("parameters", _joined({part: f"{number:,}" for part, number in self.parameters.items()})),
+        ]
+        yield from (f"{name:<13}{value}" for name, value in rows)
+        yield ""
+        width = max((len(group.name) for group in self.weights), default=0)
+        yield f"{'weight':<{width}}  count  {'dtype':<9}{'parameters':>16}  shape"
+        for group in self.weights:
+            shape = " x ".join(map(str, group.shape)) or "scalar"
+            yield f"{group.name:<{width}}  {group.count:>5}  {group.dtype:<9}{group.parameters:>16,}  {shape}"
+
+
+def describe(path: Path, iteration: int | None = None) -> CheckpointDescription:
+    """Describes one checkpoint; reads its table of contents and its run's arguments, and no tensor.
+
+    Args:
+        path: The folder that --load takes, or that of one of its checkpoints.
+        iteration: Which of its checkpoints; None for the latest.
+
+    Raises:
+        ValueError: There is no such checkpoint, or in another format than torch_dist, or it is damaged.
+    """
+    folder = find_checkpoint(path, iteration)
+    contents = read_contents(folder)
+    problems = tuple(_problems(folder, contents))
+    try:
+        state = read_common_state(folder, contents)
+    except DamagedError as error:
+        raise DamagedError(f"{folder} is damaged: {'; '.join(problems)}.") if problems else error from error
+    arguments = vars(saved_arguments(state))
+    is_release = folder.name == "release"
+    samples = int(arguments.get("consumed_train_samples") or 0)
+    weights = tuple(_groups(contents))
+    return CheckpointDescription(
+        folder=folder,
+        step=None if is_release else int(state["iteration"]),
+        samples=samples,
+        positions=samples * arguments["seq_length"] if samples and arguments.get("seq_length") else None,
+        frozen=None if is_release or "freeze" not in arguments else tuple(arguments["freeze"]),
+        architecture=_named(arguments, ARCHITECTURE),
+        family=_family(folder.parent / "hf" / "config.json"),
+        weights=weights,
+        parameters=_parameters(weights),
+        routing=_named(arguments, ROUTING),
+        layout=_named(arguments, LAYOUT),
+        program=dict(arguments.get("program") or {}),
+        optimizer=_optimizer(state, contents),
+        optimizer_bytes=sum(p.length for i, p in contents.storage_data.items() if OPTIMIZER.match(i.fqn)),
+        data_states=_data_states(folder, arguments.get("loader_state_folder")),
+        size=sum(file.stat().st_size for file in _files(folder)),
+        files=len(_files(folder)),
+        problems=problems,
+    )
+
+
+def find_checkpoint(path: Path, iteration: int | None = None) -> Path:
+    """The folder of one checkpoint.
+
+    Args:
+        path: The folder that --load takes, or that of one of its checkpoints.
+        iteration: Which one; None for the latest.
+
+    Raises:
+        ValueError: There is none, or not this one, or in another format than torch_dist.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; give that of a checkpoint, as --load takes it.")
+    tracker = Path(get_checkpoint_tracker_filename(str(path)))
+    folder = path
+    if iteration is not None:
+        folder = Path(get_checkpoint_name(str(path), iteration, False, return_base_dir=True))
+    elif tracker.is_file():
+        folder = Path(get_checkpoint_name(str(path), *_latest(tracker), return_base_dir=True))
+    elif not (path / ".metadata").is_file() and not any(path.glob("*.distcp")):
+        raise ValueError(f"{path} holds no checkpoint: it has no {tracker.name}; give the folder that --save named.")
+    if not folder.is_dir():
+        there = ", ".join(sorted(part.name for part in path.glob("iter_*"))) or "none"
+        raise ValueError(f"{path} has no {folder.name}; there are: {there}.")
+    if not (folder / ".metadata").is_file():
+        if any(folder.glob("*.distcp")):
+            raise ValueError(f"{folder} has no .metadata: its saving was cut off, or it is damaged; take another one.")
+        raise ValueError(f"{folder} is in another format than torch_dist; save it with --ckpt-format torch_dist.")
+    return folder
+
+
+def _latest(tracker: Path) -> tuple[int, bool]:
+    """The iteration, and whether it is a release; Megatron's own reader ends the program where it is neither."""
+    content = tracker.read_text(encoding="utf-8").strip()
+    if content == "release":
+        return 0, True
+    if not content.isdigit():
+        raise DamagedError(
+            f"{tracker} names no step but {content[:40]!r}; write the step of a checkpoint beside it there."
+        )
+    return int(content), False
+
+
+def _problems(folder: Path, contents: Metadata) -> Iterator[str]:
+    """Files that are missing or too short."""
+    needed: dict[str, int] = {}
+    for place in contents.storage_data.values():
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    for name, length in sorted(needed.items()):
+        file = folder / name
+        if not file.is_file():
+            yield f"{name} is missing"
+        elif file.stat().st_size < length:
+            yield f"{name} has {file.stat().st_size} of {length} bytes"
+    if not (folder / "metadata.json").is_file():
+        yield "metadata.json is missing"
+
+
+def _groups(contents: Metadata) -> Iterator[WeightGroup]:
+    """The model's weights, those that differ only in a number together, in the order of their names."""
+    groups: dict[tuple[str, tuple[int, ...], str], int] = {}
+    for key, data in contents.state_dict_metadata.items():
+        if isinstance(data, TensorStorageMetadata) and not OPTIMIZER.match(key):
+            kind = re.sub(r"\.\d+\.", ".*.", key), tuple(data.size), str(data.properties.dtype).removeprefix("torch.")
+            groups[kind] = groups.get(kind, 0) + 1
+    for (name, shape, dtype), count in sorted(groups.items()):
+        yield WeightGroup(name, count, shape, dtype, count * math.prod(shape))
+
+
+def _parameters(weights: Iterable[WeightGroup]) -> dict[str, int]:
+    groups = list(weights)
+    count = {part: sum(g.parameters for g in groups if g.name.startswith(prefix)) for part, prefix in PARTS.items()}
+    count["experts"] = sum(g.parameters for g in groups if ".mlp.experts." in g.name)
+    count["routers"] = sum(g.parameters for g in groups if ".mlp.router." in g.name)
+    return count | {"altogether": sum(g.parameters for g in groups)}
+
+
+def _optimizer(state: dict[str, Any], contents: Metadata) -> str | None:
+    """How the optimizer's state lies in it; None where there is none."""
+    if not any(OPTIMIZER.match(key) for key in contents.state_dict_metadata):
+        return None
+    kind = getattr(saved_arguments(state), "optimizer", "not known")
+    sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    if sharding is None:
+        return f"{kind}, for any layout"
+    reach = "any layout" if sharding == "fully_reshardable" else "any number of replicas"
+    return f"{kind}, of the distributed optimizer ({sharding}: for {reach})"
+
+
+def _data_states(folder: Path, elsewhere: str | None) -> int:
+    """Data-parallel ranks whose loader's state is there, beside the checkpoint or where the run was told to keep it."""
+    for states in (folder.parent / "dataloader", *([Path(elsewhere)] if elsewhere else [])):
+        found = {file.name for file in (states / folder.name).glob("*/train_dataloader_dprank*.pt")}
+        if found:
+            return len(found)
+    return 0
+
+
+def _family(config: Path) -> str | None:
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        parts = [content, content.get("text_config", {}), content.get("vision_config", {})]
+        return " with ".join(part["model_type"] for part in parts if "model_type" in part) or None
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+
+
+def _named(arguments: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: arguments[name] for name in names if arguments.get(name) is not None}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
+def _joined(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _bytes(number: int) -> str:
+    """A size in the unit that leaves one to three digits before the point."""
+    size, units = float(number), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, _ = size / 1000, units.pop(0)
+    return f"{size:.3g} {units[0]}"

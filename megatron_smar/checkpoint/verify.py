@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a checkpoint computes what a Hugging Face model does: the same logits, the same greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from matplotlib.cbook import get_sample_data
+from megatron.core import tensor_parallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging
+
+from megatron_smar.checkpoint import remote_code
+from megatron_smar.data.batch import VisionLanguageBatch
+from megatron_smar.data.tiling import ImageConfig, ImageProcessor
+from megatron_smar.model.vision import VisionConfig, normalisation, normalise, tokens_per_tile
+from megatron_smar.training.batch import prepare_batch
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog while the engineers measure, once more, whether two programs that "
+    "should compute the same numbers do so."
+)
+PICTURE = "grace_hopper.jpg"  # among the sample data that come with matplotlib
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models agree.
+
+    Attributes:
+        difference: Largest absolute difference between their logits.
+        largest: Largest absolute logit of the reference.
+        agreeing: Positions whose most likely token is the same.
+        positions: All positions that were compared.
+    """
+
+    difference: float
+    largest: float
+    agreeing: int
+    positions: int
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the logits differ by no more, and every greedy token is the same."""
+        return self.difference <= tolerance and self.agreeing == self.positions
+
+    def table(self, tolerance: float) -> str:
+        """For the terminal."""
+        return (
+            f"largest absolute logit difference  {self.difference:.3e}   (tolerance {tolerance:.1e})\n"
+            f"largest absolute logit             {self.largest:.3e}\n"
+            f"greedy tokens that agree           {self.agreeing} of {self.positions}"
+        )
+
+
+def build_inputs(
+    hf: Path, config: PretrainedConfig, texts: Sequence[str], pictures: Sequence[Path], multiple_of: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids and tiles that a model is compared on: a row of text alone, and one with a picture, for each of both.
+
+    Args:
+        hf: The model's folder; without a tokenizer in it the ids are drawn at random, the same each time.
+        config: The composite model's.
+        texts: Texts; empty for a sentence of our own.
+        pictures: Image files; empty for a photograph that comes with matplotlib.
+        multiple_of: Rows are cut to a length that is a multiple of it.
+
+    Returns:
+        Ids [b, s], and the tiles [n, 3, size, size] uint8 that go to their placeholders.
+    """
+    vision = VisionConfig(str(hf), _side(config.vision_config.image_size), config.downsample_ratio)
+    processor = ImageProcessor(ImageConfig(image_size=vision.image_size))
+    files = list(pictures) or [Path(get_sample_data(PICTURE, asfileobj=False))]
+    tiles = torch.cat([processor(file.read_bytes()) for file in files])
+    placeholders = torch.full((tokens_per_tile(vision),), config.image_token_id)
+    rows = []
+    for ids in _text_ids(hf, config, list(texts) or [TEXT]):
+        rows += [ids, *(torch.cat([ids[:4], placeholders, ids[4:]]) for _ in files)]
+    length = max(len(row) for row in rows) // multiple_of * multiple_of
+    # Repeating a text fills its row without padding, which a model that has no tokenizer has no token for.
+    filled = [torch.cat([row, *[_without(row, config.image_token_id)] * length])[:length] for row in rows]
+    return torch.stack(filled), tiles.repeat(len(texts) or 1, 1, 1, 1)
+
+
+def _text_ids(hf: Path, config: PretrainedConfig, texts: Sequence[str]) -> list[Tensor]:
+    if (hf / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(hf)
+        return [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, config.text_config.vocab_size, (len(texts), 48), generator=generator)
+    return [_without(row, config.image_token_id) for row in drawn]
+
+
+def _without(ids: Tensor, token: int) -> Tensor:
+    return ids[ids != token]
+
+
+def _side(size: Any) -> int:
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
+
+
+@torch.no_grad()
+def reference_logits(hf: Path, ids: Tensor, tiles: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """The Hugging Face model's logits [b, s, vocabulary] in float32; no code of the folder is run."""
+    logging.disable_progress_bar()
+    remote_code.register()
+    model = AutoModelForImageTextToText.from_pretrained(hf, dtype=dtype, use_safetensors=True).eval().to(device)
+    config = model.config
+    pixels = normalise(tiles, *normalisation(VisionConfig(str(hf), tiles.shape[-1], config.downsample_ratio)))
+    logits: Tensor = model(input_ids=ids.to(device), pixel_values=pixels.to(device, dtype)).logits
+    return logits.float().cpu()
+
+
+@torch.no_grad()
+def checkpoint_logits(model: list[Any], ids: Tensor, tiles: Tensor, image_token_id: int, tile_tokens: int) -> Tensor:
+    """The trainer's logits [b, s, padded vocabulary] in float32 on every rank; the context must not be split.
+
+    Args:
+        model: This rank's stages, as `training.setup.start` returns them.
+        ids: [b, s].
+        tiles: [n, 3, size, size] uint8, those of all rows.
+        image_token_id: The placeholder of one vision token.
+        tile_tokens: Vision tokens per tile.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    batch = VisionLanguageBatch(
+        __key__=[str(row) for row in range(len(ids))],
+        __restore_key__=(),
+        input_ids=ids,
+        labels=ids,
+        loss_mask=torch.ones(ids.shape),
+        padding_mask=torch.zeros(ids.shape, dtype=torch.bool),
+        pixel_values=tiles,
+    )
+    for chunk in model:
+        chunk.eval()
+    steps = [iter([batch]) for _ in model]
+    outputs = get_forward_backward_func()(
+        forward_step_func=partial(_forward, image_token_id, tile_tokens),
+        data_iterator=steps if len(model) > 1 else steps[0],
+        model=model,
+        num_microbatches=1,
+        seq_length=ids.shape[1],
+        micro_batch_size=ids.shape[0],
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    found: list[Tensor | None] = [outputs[0] if outputs else None]
+    last = dist.get_process_group_ranks(groups.pp)[-1]
+    dist.broadcast_object_list(found, src=last, group=groups.pp)
+    assert found[0] is not None
+    return found[0]
+
+
+def _forward(
+    image_token_id: int, tile_tokens: int, data: Iterator[VisionLanguageBatch], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with_images = get_attr_wrapped_model(model, "pre_process")
+    batch = prepare_batch(next(data), image_token_id, tile_tokens, with_images, groups)
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        modality_ids=batch.modality_ids,
+        pixel_values=batch.pixel_values,
+        vision_index=batch.vision_index,
+    )
+
+    def whole(logits: Tensor, non_loss_data: bool) -> Tensor:
+        return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=groups.tp).float().cpu()
+
+    return output, whole
+
+
+def compare(reference: Tensor, ours: Tensor) -> Agreement:
+    """How far logits [b, s, vocabulary] agree; ours may have rows of padding behind the vocabulary."""
+    ours = ours[..., : reference.shape[-1]]
+    return Agreement(
+        difference=float((reference - ours).abs().max()),
+        largest=float(reference.abs().max()),
+        agreeing=int((reference.argmax(-1) == ours.argmax(-1)).sum()),
+        positions=reference[..., 0].numel(),
+    )

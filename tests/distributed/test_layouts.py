@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint of one layout continues under another one: weights, optimizer, scheduler, and the losses that follow.
+
+Each transition trains under the layout before, saves on the way and trains on; the layout after takes up the checkpoint
+and has to log what the first run logged, uninterrupted, for the same steps. A step without the optimizer's moments, or
+with the learning rate of another step, is far outside of that (the last test shows it).
+"""
+
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.cases import COMMON, CP, EP, IMAGE, MODELS, PP, ROWS, SMAR, TP, TP_SP, VIRTUAL, make_batch
+from tests.distributed.laboratory import read_values, run_jobs
+
+STEPS, SAVED = 4, 2  # of the uninterrupted run, and where its checkpoint is taken up
+MICRO_BATCHES = 2
+TOLERANCE = 1e-4  # of the losses, absolute; they lie between 1 and 10
+SHARDED = "--use-distributed-optimizer"
+TRAINING = [
+    *COMMON,
+    *MODELS["four layers"],
+    *SMAR,
+    *"--optimizer adam --lr 5e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 1 --clip-grad 1".split(),
+    *f"--weight-decay 0.1 --global-batch-size {ROWS} --train-iters {STEPS} --lr-decay-iters {STEPS}".split(),
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model and the batch lie on the ranks, and the model where it is not the usual one."""
+
+    ranks: int
+    data_parallel: int
+    flags: str = ""
+    is_tied: bool = False
+
+    def job(self, folder: Path, name: str, *more: str) -> dict[str, Any]:
+        """As steps.py takes it."""
+        training = [flag for flag in TRAINING if not (self.is_tied and "untie" in flag)]
+        rows = ROWS // MICRO_BATCHES // self.data_parallel
+        flags = [*training, *self.flags.split(), "--micro-batch-size", str(rows), *more]
+        return {
+            "batches": [str(folder / f"batch_{step}.pt") for step in range(STEPS)],
+            "folder": str(folder / name),
+            "save_before": False,
+            "dtype": "float32",
+            "flags": [*flags, "--vision-model", str(folder / "vision")],
+        }
+
+
+def sharded(layout: Layout) -> Layout:
+    """The same with the distributed optimizer."""
+    return replace(layout, flags=f"{layout.flags} {SHARDED}")
+
+
+def tied(layout: Layout) -> Layout:
+    """The same with one matrix for embedding and output layer."""
+    return replace(layout, is_tied=True)
+
+
+ONE, DP_2, EP_2 = Layout(1, 1), Layout(2, 2), Layout(2, 2, EP)
+TP_2, TP_2_ETP_2, CP_2, PP_2, VPP_2 = (Layout(2, 1, flags) for flags in (TP_SP, TP, CP, PP, VIRTUAL))
+TP_2_EP_2_DP_2, PP_2_EP_2 = Layout(4, 2, f"{TP_SP} {EP}"), Layout(4, 2, f"{PP} {EP}")
+TP_2_CP_2, VPP_2_TP_2 = Layout(4, 1, f"{TP_SP} {CP}"), Layout(4, 1, f"{VIRTUAL} {TP}")
+
+TRANSITIONS = {
+    "DP 2 to TP 2": (DP_2, TP_2),
+    "TP 2 to PP 2": (TP_2, PP_2),
+    "PP 2 to VPP 2": (PP_2, VPP_2),
+    "VPP 2 to EP 2": (VPP_2, EP_2),
+    "EP 2 to TP 2 x ETP 2": (EP_2, TP_2_ETP_2),
+    "CP 2 to EP 2": (CP_2, EP_2),
+    "TP 2 x ETP 2 to EP 2, distributed optimizer": (sharded(TP_2_ETP_2), sharded(EP_2)),
+    "EP 2 to VPP 2, distributed optimizer": (sharded(EP_2), sharded(VPP_2)),
+    "EP 2 to one process, distributed optimizer": (sharded(EP_2), sharded(ONE)),
+    "PP 2 to TP 2, tied embeddings": (tied(PP_2), tied(TP_2)),
+}
+ON_FOUR_RANKS = {
+    "TP 2 x EP 2 x DP 2 to PP 2 x EP 2, distributed optimizer": (sharded(TP_2_EP_2_DP_2), sharded(PP_2_EP_2)),
+    "PP 2 x EP 2 to TP 2 x CP 2": (PP_2_EP_2, TP_2_CP_2),
+    "TP 2 x EP 2 x DP 2 to VPP 2 x TP 2 x ETP 2, distributed optimizer": (sharded(TP_2_EP_2_DP_2), sharded(VPP_2_TP_2)),
+    "VPP 2 x TP 2 x ETP 2 to EP 2": (VPP_2_TP_2, EP_2),
+}
+ALL = TRANSITIONS | ON_FOUR_RANKS
+CONTROL = "TP 2 to PP 2"  # once more without the optimizer's state
+
+
+class Runs:
+    """All runs of the session, those on as many ranks in one program."""
+
+    def __init__(self, folder: Path, wanted: list[str]) -> None:
+        from tests.models import build_hf_model
+
+        self.folder = folder
+        build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(folder / "vision")
+        for step in range(STEPS):
+            torch.save(make_batch("mixed", seed=step), folder / f"batch_{step}.pt")
+        befores = dict.fromkeys(ALL[name][0] for name in wanted)
+        self.before = {layout: f"before_{number}" for number, layout in enumerate(befores)}
+        self.after = {name: f"after_{number}" for number, name in enumerate(wanted)}
+        saving = ("--save-interval", str(SAVED))
+        first = [(layout, name, *saving) for layout, name in self.before.items()]
+        then = [(ALL[name][1], after, *self._loading(name)) for name, after in self.after.items()]
+        if CONTROL in wanted:
+            then.append((ALL[CONTROL][1], "forgetful", *self._loading(CONTROL), "--no-load-optim"))
+        # What runs on two ranks lies in the middle, so that one launch does for both.
+        first.sort(key=lambda run: -abs(run[0].ranks - 2))
+        then.sort(key=lambda run: abs(run[0].ranks - 2))
+        for number, (ranks, runs) in enumerate(groupby(first + then, key=lambda run: run[0].ranks)):
+            run_jobs([layout.job(folder, *rest) for layout, *rest in runs], ranks, folder / f"jobs_{number}.json")
+
+    def _loading(self, name: str) -> tuple[str, ...]:
+        return "--load", str(self.folder / self.before[ALL[name][0]]), "--ckpt-step", str(SAVED)
+
+    def logged(self, name: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+        """What the uninterrupted run logged after the checkpoint, and what the one that took it up did."""
+        return read_values(self.folder / self.before[ALL[name][0]])[SAVED:], read_values(self.folder / self.after[name])
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    wanted = [item.callspec.params["name"] for item in request.session.items if "continues_under" in item.name]
+    return Runs(tmp_path_factory.mktemp("layouts"), wanted)
+
+
+def largest_difference(expected: list[dict[str, float]], found: list[dict[str, float]]) -> float:
+    """Of the losses and distances, over all steps."""
+    pairs = list(zip(expected, found, strict=True))
+    assert len(pairs) == STEPS - SAVED
+    names = [name for name in expected[0] if "loss" in name or "mrd" in name]
+    assert {"lm loss", "smar loss", "mrd distance"} <= set(names) and all(a["smar loss"] > 0.1 for a in expected)
+    return max(abs(a[name] - b[name]) for a, b in pairs for name in names)
+
+
+LAYOUTS = [*TRANSITIONS, *(pytest.param(name, marks=pytest.mark.matrix) for name in ON_FOUR_RANKS)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_checkpoint_continues_under_another_layout(runs: Runs, name: str) -> None:
+    expected, found = runs.logged(name)
+    assert [step["learning rate"] for step in found] == pytest.approx([step["learning rate"] for step in expected])
+    assert largest_difference(expected, found) <= TOLERANCE
+
+
+def test_losses_without_the_optimizers_state_would_be_noticed(runs: Runs) -> None:
+    expected, _ = runs.logged(CONTROL)
+    assert largest_difference(expected, read_values(runs.folder / "forgetful")) > 10 * TOLERANCE

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that the trainer saved, with each form of the optimizer's state."""
+
+from pathlib import Path
+
+import pytest
+
+STEPS = 2
+FORMS = {
+    "plain": [],
+    "sharded": ["--use-distributed-optimizer"],
+    "as it lies": ["--use-distributed-optimizer", "--no-dist-ckpt-optim-fully-reshardable"],
+    "weights": ["--no-save-optim"],
+}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> dict[str, Path]:
+    """A folder of checkpoints, as --save names it, for each of `FORMS`; two steps of one process."""
+    import torch
+
+    from tests.distributed.cases import COMMON, IMAGE, ROWS, SMAR, make_batch
+    from tests.distributed.laboratory import read_values, run_jobs
+    from tests.models import build_hf_model
+
+    root = tmp_path_factory.mktemp("trained")
+    build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(root / "vision")
+    torch.save(make_batch("mixed"), root / "batch.pt")
+    flags = [*COMMON, *SMAR, "--optimizer", "adam", "--lr", "1e-3", "--train-iters", str(STEPS), "--save-interval", "1"]
+    flags += ["--global-batch-size", str(ROWS), "--micro-batch-size", str(ROWS), "--vision-model", str(root / "vision")]
+    folders = {form: root / form.replace(" ", "_") for form in FORMS}
+    jobs = [
+        {
+            "batches": [str(root / "batch.pt")],
+            "folder": str(folders[form]),
+            "save_before": False,
+            "dtype": "float32",
+            "flags": [*flags, *more],
+        }
+        for form, more in FORMS.items()
+    ]
+    run_jobs(jobs, 1, root / "jobs.json")
+    for folder in folders.values():
+        assert len(read_values(folder)) == STEPS
+    return folders
