@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from megatron_smar.checkpoint import composite
 from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing
-from megatron_smar.checkpoint.model import describe_model
+from megatron_smar.checkpoint.metadata import saved_arguments
+from megatron_smar.checkpoint.model import describe_model, differing_flags
 from megatron_smar.checkpoint.remote_code import RemoteFields, needs_remote_code, plain_config, write_remote_code
 from megatron_smar.checkpoint.safetensors_io import write_folder
 from megatron_smar.checkpoint.sources import Source
@@ -79,7 +80,12 @@ def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Sourc
     config = composite.load_config(hf)
     reader = CheckpointReader(load, iteration)
     table, flags = composite.weights(config, has_biases(reader)), composite.flags(config)
-    _, parts, _ = describe_model(config, flags, hf)
+    args, parts, _ = describe_model(config, flags, hf)
+    if differing := differing_flags(flags, args, saved_arguments(reader.common_state)):
+        raise ConversionError(
+            f"{reader.folder} was trained as another model than {hf}/config.json describes: {'; '.join(differing)}. "
+            "Give the --hf that it started from."
+        )
     return Source(config, as_hugging_face(reader, table, parts), table, flags, (hf,))
 
 

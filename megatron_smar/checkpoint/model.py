@@ -7,16 +7,21 @@ import contextlib
 import dataclasses
 import io
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import (
+    add_megatron_arguments,
+    parse_args,
+    validate_args,
+)
 from transformers import PretrainedConfig
 
 from megatron_smar.arguments import (
@@ -32,6 +37,16 @@ from megatron_smar.model.vlm import VisionLanguageModel
 
 # Megatron's parser asks for these too; they do not describe a model.
 TRAINING = "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-5 --tokenizer-type NullTokenizer".split()
+
+# These are among a model's flags and may still differ from run to run.
+CHOICES_OF_A_RUN = {
+    "attention-dropout",
+    "hidden-dropout",
+    "max-position-embeddings",
+    "moe-layer-freq",  # a number and a list can say the same, and the weights' shapes tell
+    "moe-router-load-balancing-type",
+    "moe-token-dispatcher-type",
+}
 
 
 def as_argv(flags: Flags) -> list[str]:
@@ -69,6 +84,24 @@ def parse(argv: Sequence[str], vocab_size: int) -> Namespace:
         sys.argv = saved
     args.padded_vocab_size = vocab_size
     return args
+
+
+def differing_flags(flags: Flags, expected: Namespace, saved: Any) -> list[str]:
+    """Where a run trained another model than flags describe, though its weights may have the same shapes.
+
+    Args:
+        flags: The model's.
+        expected: The trainer's arguments under these flags.
+        saved: The run's arguments, from its checkpoint; one that it does not have passes.
+    """
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    names = {option.removeprefix("--"): action.dest for action in parser._actions for option in action.option_strings}
+    values = {
+        name: (getattr(saved, names[name], getattr(expected, names[name])), getattr(expected, names[name]))
+        for name in flags
+        if name not in CHOICES_OF_A_RUN
+    }
+    return [f"--{name} was {was}, not {now}" for name, (was, now) in values.items() if was != now]
 
 
 def build_empty(args: Namespace) -> VisionLanguageModel:

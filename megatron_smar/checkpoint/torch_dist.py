@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_smar.checkpoint.metadata import read_contents
+from megatron_smar.checkpoint.metadata import read_common_state, read_contents
 
 SWEEP_BYTES = 1 << 25
 
@@ -203,6 +203,7 @@ class CheckpointReader:
     def __init__(self, directory: Path, iteration: int | None = None) -> None:
         self.folder = checkpoint_folder(directory, iteration)
         metadata = read_contents(self.folder)
+        self.common_state = read_common_state(self.folder, metadata)
         self.tensors = {
             key: data for key, data in metadata.state_dict_metadata.items() if isinstance(data, TensorStorageMetadata)
         }

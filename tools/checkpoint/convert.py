@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from megatron.training import get_args  # noqa: E402
 from megatron_smar.arguments import CONNECTORS, vision_config  # noqa: E402
 from megatron_smar.checkpoint import composite  # noqa: E402
 from megatron_smar.checkpoint.composite import Connection, load_config  # noqa: E402
+from megatron_smar.checkpoint.describe import describe  # noqa: E402
 from megatron_smar.checkpoint.exporter import export_model, read_checkpoint  # noqa: E402
 from megatron_smar.checkpoint.importer import write_model  # noqa: E402
 from megatron_smar.checkpoint.model import as_argv  # noqa: E402
@@ -68,6 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_source(upcycle)
     upcycle.add_argument("--load", type=Path, help="or a dense model's checkpoint, whose config is in --hf")
     _add_upcycling(upcycle)
+    inspected = commands.add_parser("inspect", help="what a checkpoint holds, read from its table of contents alone")
+    inspected.add_argument("load", type=Path, metavar="CHECKPOINT", help="folder of the checkpoint")
+    inspected.add_argument("--iteration", type=int, help="which of its checkpoints. Default: the latest")
+    inspected.add_argument("--json", action="store_true", help="as one JSON object")
     verified = commands.add_parser(
         "verify",
         help="whether a checkpoint and a Hugging Face model have the same logits; exit status 1 where they differ",
@@ -176,7 +182,10 @@ def main() -> None:
     try:
         if args.command == "verify":
             sys.exit(0 if verify(args, flags) else 1)
-        if args.command in ("import", "upcycle"):
+        if args.command == "inspect":
+            description = describe(args.load, args.iteration)
+            print(json.dumps(description.as_json()) if args.json else description.table())
+        elif args.command in ("import", "upcycle"):
             with tempfile.TemporaryDirectory() as scratch:
                 source = read_source(args, Path(scratch))
                 if args.command == "upcycle":

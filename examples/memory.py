@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the recipes' layouts need of a GPU's memory, by counting; nothing here has been measured on a GPU.
+
+    python examples/memory.py
+
+Weights are bf16 (2 bytes), Megatron's gradients fp32 (4), AdamW's main weights and moments fp32 (12). Experts are cut
+over the expert-parallel ranks and copied to the others; everything else is copied to all ranks; the distributed
+optimizer cuts 12 bytes a parameter over its copies. Layers are recomputed. A rank is taken to get twice the tokens of
+an even share, which is what SMAR's specialised experts may do to it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from architectures import ARCHITECTURES, Architecture
+from transformers import AutoModel, AutoModelForCausalLM
+
+WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
+IMBALANCE = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a recipe's stage runs.
+
+    Attributes:
+        gpus: Number of GPUs.
+        experts: --expert-model-parallel-size.
+        offload: Whether the optimizer's state lies in the host's memory (--optimizer-cpu-offload).
+        sequence: --seq-length.
+        micro_batch: --micro-batch-size.
+    """
+
+    gpus: int
+    experts: int
+    offload: bool
+    sequence: int = 4096
+    micro_batch: int = 1
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters.
+
+    Attributes:
+        experts: Of all experts.
+        rest: Of the rest of the language model.
+        vision: Of the vision tower.
+        trained_rest: How many of `rest` learn.
+    """
+
+    experts: int
+    rest: int
+    vision: int
+    trained_rest: int
+
+
+def count(architecture: Architecture) -> Parameters:
+    """Counts a recipe's parameters on the meta device; the connector's 21 million are left out."""
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(architecture.language)
+        vision = AutoModel.from_config(architecture.vision)
+    sizes = {name: parameter.numel() for name, parameter in language.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    rest = sum(sizes.values()) - experts
+    trained = rest
+    if architecture.upcycled:
+        number, _, every = architecture.upcycled
+        layers = range(0, architecture.language.num_hidden_layers, every)
+        replaced = sum(size for name, size in sizes.items() if _layer(name) in layers and ".mlp." in name)
+        experts, rest, trained = number * replaced, rest - replaced, 0
+    return Parameters(experts, rest, sum(p.numel() for p in vision.parameters()), trained)
+
+
+def _layer(name: str) -> int:
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def activations(architecture: Architecture, layout: Layout) -> float:
+    """Bytes of each layer's input, and of what one layer and the logits take for a moment."""
+    config, tokens = architecture.language, layout.sequence * layout.micro_batch
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    top_k = architecture.upcycled[1] if architecture.upcycled else config.num_experts_per_tok
+    ffn = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    gated = 1 if architecture.upcycled else 2  # Phi has no gate beside its first linear layer
+    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    attention = tokens * (4 * hidden + 4 * heads) * WEIGHT  # norms, residuals, queries, keys, values, output
+    experts = tokens * top_k * IMBALANCE * (2 * hidden + (gated + 1) * ffn) * WEIGHT
+    logits = tokens * config.vocab_size * (2 + 4 + 4)  # bf16, fp32, and their gradient
+    return layers * tokens * hidden * WEIGHT + attention + experts + logits
+
+
+def estimate(architecture: Architecture, layout: Layout) -> dict[str, float]:
+    """Bytes of one GPU, and of the host's memory per GPU."""
+    parameters = count(architecture)
+    experts = parameters.experts / layout.experts
+    optimizer = OPTIMIZER * (parameters.experts + parameters.trained_rest) / layout.gpus
+    return {
+        "weights": WEIGHT * (experts + parameters.rest + parameters.vision),
+        "gradients": GRADIENT * (experts + parameters.trained_rest),
+        "optimizer": 0.0 if layout.offload else optimizer,
+        "activations": activations(architecture, layout),
+        "host": optimizer if layout.offload else 0.0,
+    }
+
+
+# Of the last stage of each recipe, as its script has it.
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "mixtral_8x7b_internvit": (Layout(8, 8, True), Layout(64, 8, False)),
+    "qwen3_30b_a3b_internvl": (Layout(8, 8, True), Layout(64, 8, False)),
+    "moe_llava_phi": (
+        Layout(8, 1, False, 2048, micro_batch=4),
+        Layout(64, 1, False, 2048, micro_batch=2),
+    ),
+}
+
+
+def main() -> None:
+    """Prints the table, in GB of 10^9 bytes."""
+    names = ("weights", "gradients", "optimizer", "activations")
+    print(f"{'recipe':24}{'GPUs':>5}{'EP':>4}", *(f"{name:>12}" for name in (*names, "of a GPU", "host/GPU")))
+    for recipe, layouts in LAYOUTS.items():
+        for layout in layouts:
+            parts = estimate(ARCHITECTURES[recipe], layout)
+            values = [*(parts[name] for name in names), sum(parts[name] for name in names), parts["host"]]
+            place = f"{recipe:24}{layout.gpus:>5}{layout.experts:>4}"
+            print(place, *(f"{value / 1e9:>12.1f}" for value in values))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# The trained model goes back to Hugging Face's format, is compared with the checkpoint, and is measured.
+#
+#   TEXT=held_out.jsonl QUESTIONS=vqa.json IMAGES=images examples/mixtral_8x7b_internvit/evaluate.sh [--gpus 8|64]
+#   examples/mixtral_8x7b_internvit/evaluate.sh --tiny
+#
+# Comes after stage2.sh; CHECKPOINT names another checkpoint, OUTPUT/stage1 to measure before stage 2.
+# tools/evaluate.py says what the files hold; examples/common.sh has the options that all scripts take.
+set -euo pipefail
+RECIPE=mixtral_8x7b_internvit
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+read_options "$@"
+use_model
+CHECKPOINT=${CHECKPOINT:-$OUTPUT/stage2}
+[[ -f $CHECKPOINT/latest_checkpointed_iteration.txt ]] || die "$CHECKPOINT holds no checkpoint; run stage2.sh first."
+
+case $LAYOUT in
+  8 | 64) PLACE=(--bf16 --moe-grouped-gemm --expert-model-parallel-size 8) ;;
+  tiny)
+    TEXT=$INPUT/text.jsonl QUESTIONS=$INPUT/vqa.json IMAGES=$INPUT
+    PLACE=(--expert-model-parallel-size 2 --seq-length 256)
+    ;;
+esac
+need TEXT "held-out texts (JSON lines with text)"
+need QUESTIONS "questions with answers (a JSON list of image, question, answer)"
+need_folder IMAGES "the folder that their images' paths start from"
+
+EXPORT=$OUTPUT/export/${CHECKPOINT##*/}
+[[ -d $EXPORT ]] || "${CONVERT[@]}" export --load "$CHECKPOINT" --hf "$START/hf" --output "$EXPORT"
+"${CONVERT[@]}" verify --hf "$EXPORT" --load "$CHECKPOINT"
+launch evaluate tools/evaluate.py "${MODEL[@]}" --load "$CHECKPOINT" --conversation-template mistral \
+  --max-tiles 12 --use-thumbnail --seq-length 4096 --micro-batch-size 1 --global-batch-size "$GPUS" \
+  --text "$TEXT" --vqa "$QUESTIONS" --image-root "$IMAGES" --output "$OUTPUT/results.json" \
+  "${PLACE[@]}" ${MORE[@]+"${MORE[@]}"}

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# The trained model is measured. transformers has no class for a Phi with experts, so that it is not exported.
+#
+#   TEXT=held_out.jsonl QUESTIONS=vqa.json IMAGES=images examples/moe_llava_phi/evaluate.sh [--gpus 8|64]
+#   examples/moe_llava_phi/evaluate.sh --tiny
+#
+# Comes after stage3.sh; CHECKPOINT names another checkpoint, OUTPUT/start to measure the upcycled model.
+# tools/evaluate.py says what the files hold; examples/common.sh has the options that all scripts take.
+set -euo pipefail
+RECIPE=moe_llava_phi
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+read_options "$@"
+use_model
+CHECKPOINT=${CHECKPOINT:-$OUTPUT/stage3}
+[[ -f $CHECKPOINT/latest_checkpointed_iteration.txt ]] || die "$CHECKPOINT holds no checkpoint; run stage3.sh first."
+
+case $LAYOUT in
+  8 | 64) PLACE=(--bf16 --moe-grouped-gemm) ;;
+  tiny)
+    TEXT=$INPUT/text.jsonl QUESTIONS=$INPUT/vqa.json IMAGES=$INPUT
+    PLACE=(--seq-length 256)
+    ;;
+esac
+need TEXT "held-out texts (JSON lines with text)"
+need QUESTIONS "questions with answers (a JSON list of image, question, answer)"
+need_folder IMAGES "the folder that their images' paths start from"
+
+launch evaluate tools/evaluate.py "${MODEL[@]}" --load "$CHECKPOINT" --conversation-template vicuna_v1 \
+  --seq-length 2048 --micro-batch-size 1 --global-batch-size "$GPUS" \
+  --text "$TEXT" --vqa "$QUESTIONS" --image-root "$IMAGES" --output "$OUTPUT/results.json" \
+  "${PLACE[@]}" ${MORE[@]+"${MORE[@]}"}

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes' scripts as a user runs them with --tiny: from Hugging Face folders through all stages to the results."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_smar.analysis.scalars import read_scalars
+from megatron_smar.model.parts import part_of
+from tests.launch import ROOT, load_weights
+
+# Recipe -> its stages, each with the parts that learn there.
+ALL = {"connector", "embeddings", "attention", "norms", "experts", "router"}
+STAGES = {
+    "mixtral_8x7b_internvit": {"stage1": {"connector"}, "stage2": ALL},
+    "qwen3_30b_a3b_internvl": {"stage1": {"connector"}, "stage2": ALL},
+    "moe_llava_phi": {"stage3": {"experts", "router"}},
+}
+# What SMAR is told: Megatron prints all flags at the start of a stage.
+BANDS = {"stage1": None, "stage2": (1.5, 2.0), "stage3": (1.0, 1.5)}
+
+
+def run_script(recipe: str, script: str, output: Path, *options: str, **environment: str):
+    """Runs one script; a hang is a failure."""
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of the tests' own process group
+    inherited = {name: value for name, value in os.environ.items() if name not in left_out}
+    return subprocess.run(
+        ["bash", ROOT / "examples" / recipe / script, *options],
+        env=inherited | {"PYTHON": sys.executable, "OUTPUT": str(output)} | environment,
+        cwd=output.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )
+
+
+def run_recipe(recipe: str, output: Path) -> Path:
+    """All of a recipe's scripts."""
+    for script in ("convert.sh", *(f"{stage}.sh" for stage in STAGES[recipe]), "evaluate.sh"):
+        done = run_script(recipe, script, output, "--tiny")
+        assert done.returncode == 0, f"{script} failed:\n{done.stdout[-6000:]}"
+    return output
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> dict[str, Future[Path]]:
+    """The recipes' folders; two run at a time, since half of their programs use one core."""
+    root = tmp_path_factory.mktemp("recipes")
+    with ThreadPoolExecutor(2) as threads:
+        return {recipe: threads.submit(run_recipe, recipe, root / recipe) for recipe in STAGES}
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights by name."""
+    latest = (checkpoint / "latest_checkpointed_iteration.txt").read_text()
+    folder = latest if latest == "release" else f"iter_{int(latest):07d}"
+    return {name: value for name, value in load_weights(checkpoint / folder).items() if "_extra_state" not in name}
+
+
+def flags_of(log: Path) -> dict[str, str]:
+    """The flags that Megatron took, from its table of them."""
+    return dict(re.findall(r"^ *(\w+) \.{3,} *(\S+)", log.read_text(), flags=re.MULTILINE))
+
+
+def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Parts of which any weight differs; the vocabulary's padding does not count."""
+    assert before.keys() == after.keys()
+    return {part_of(n) for n, value in before.items() if not torch.equal(value, after[n][: len(value)].to(value.dtype))}
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_a_recipe_trains_what_it_says_from_conversion_to_results(outputs, recipe):
+    output = outputs[recipe].result()
+    before = weights_of(output / "start")
+    for stage, learns in STAGES[recipe].items():
+        after, scalars = weights_of(output / stage), read_scalars(output / stage / "tensorboard")
+        assert changed_parts(before, after) == learns, f"{stage} trained other parts than it says"
+        assert all(map(math.isfinite, scalars["lm loss"].values))
+        assert len(scalars["lm loss"].values) >= 5
+        flags = flags_of(output / "logs" / f"{stage}.log")
+        assert flags["modality_routing"] == ("smar" if BANDS[stage] else "none")
+        assert BANDS[stage] in (None, (float(flags["smar_d_min"]), float(flags["smar_d_max"])))
+        biases = torch.cat([value.flatten() for name, value in after.items() if name.endswith("modality_bias.bias")])
+        assert biases.any() == (stage != "stage1"), f"SMAR acts in {stage}" if biases.any() else f"none in {stage}"
+        before = after
+    results = json.loads((output / "results.json").read_text())
+    assert math.isfinite(results["text_perplexity"])
+    assert len(results["mrd_distance_by_layer"]) == sum(name.startswith("moe/mrd_distance_layer_") for name in scalars)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in STAGES if recipe != "moe_llava_phi"])
+def test_the_exported_model_loads_in_transformers_with_every_weight(outputs, recipe):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    folder = outputs[recipe].result() / "export" / "stage2"
+    model, loaded = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("The licence", return_tensors="pt")
+    answer = model.generate(input_ids=prompt["input_ids"], max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] > prompt["input_ids"].shape[1]
+
+
+MISTAKES = {
+    "another number of GPUs": (("--gpus", "12"), {}, "--gpus is 12; there are layouts for 8 and for 64."),
+    "no model": ((), {}, "holds no converted model; run convert.sh first"),
+    "nodes without SLURM": (("--gpus", "64"), {"DATA": "x"}, "needs 8 nodes; start this within SLURM"),
+    "no data": ((), {}, "DATA is not set; set it to shards of"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("recipe", STAGES)
+def test_a_script_says_in_one_sentence_what_is_missing(tmp_path, recipe, mistake):
+    options, environment, said = MISTAKES[mistake]
+    output, stage = tmp_path / "output", next(iter(STAGES[recipe]))
+    if mistake != "no model":  # as convert.sh leaves it, as far as the checks go
+        (output / "start").mkdir(parents=True)
+        (output / "start" / "flags.txt").write_text("--num-layers 2\n")
+        (output / "start" / "latest_checkpointed_iteration.txt").write_text("release")
+    done = run_script(recipe, f"{stage}.sh", output, *options, **environment)
+    assert done.returncode == 1
+    assert done.stdout.count("\n") == 1 and f"{stage}.sh: error: " in done.stdout and said in done.stdout, done.stdout
