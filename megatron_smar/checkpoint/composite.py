@@ -109,7 +109,11 @@ def combine(
             f"the vision tower's type is {tower.model_type!r}; supported: {', '.join(NORMALISATION)}."
         )
     text = type(language).from_dict(language.to_dict() | {"vocab_size": max(language.vocab_size, vocab_size)})
-    fields = RemoteFields(False, 2, connection.connector == "internvl", connection.feature_scale)
+    fields = RemoteFields(
+        projector_layer_norm=connection.connector == "internvl",
+        vision_feature_scale=connection.feature_scale,
+        lm_head_bias=text.model_type == "phi",
+    )
     kind = InternVLConfig if fields == RemoteFields() and tower.model_type == "internvl_vision" else None
     return (kind or ModalityAwareInternVLConfig)(
         text_config=text,

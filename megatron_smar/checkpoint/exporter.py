@@ -44,10 +44,13 @@ def export_model(
     source = read_checkpoint(load, hf, iteration)
     config, tensors = source.config, source.tensors
     connection = composite.connection_of(config)
+    biases = [tensor for name, tensor in tensors.items() if name.endswith(".modality_bias")]
     fields = RemoteFields(
-        modality_router_bias=any(name.endswith(".modality_bias") for name in tensors),
+        modality_router_bias=bool(biases),
+        num_modalities=biases[0].shape[0] if biases else RemoteFields.num_modalities,
         projector_layer_norm=connection.connector == "internvl",
         vision_feature_scale=connection.feature_scale,
+        lm_head_bias=composite.LANGUAGE + "lm_head.bias" in tensors,
     )
     content = json.loads((hf / "config.json").read_text(encoding="utf-8"))
     layout = {name: (tensor.shape, _exported(tensor.dtype, name, dtype)) for name, tensor in tensors.items()}
@@ -81,6 +84,11 @@ def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Sourc
     reader = CheckpointReader(load, iteration)
     table, flags = composite.weights(config, has_biases(reader)), composite.flags(config)
     args, parts, _ = describe_model(config, flags, hf)
+    if getattr(saved_arguments(reader.common_state), "num_experts", None) and "num-experts" not in flags:
+        raise ConversionError(
+            f"{reader.folder} is a mixture of experts that upcycling made of the {config.text_config.model_type} model "
+            f"in {hf}; transformers has no class for it: it can be trained and evaluated here, but not exported."
+        )
     if differing := differing_flags(flags, args, saved_arguments(reader.common_state)):
         raise ConversionError(
             f"{reader.folder} was trained as another model than {hf}/config.json describes: {'; '.join(differing)}. "

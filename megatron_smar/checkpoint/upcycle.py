@@ -82,6 +82,8 @@ def upcycled(source: Source, upcycling: UpcyclingConfig) -> Source:
             continue
         experts = (f"{part[1]}experts.local_experts.{n}.{part[3]}" for n in range(upcycling.num_experts))
         table += [_expert(row, name, upcycling) for name in experts]
+        if part[3] == "linear_fc1.bias":
+            table.append(Weight(f"{part[1]}router.bias", make=lambda shape, dtype: torch.zeros(shape, dtype=dtype)))
         if part[3] == "linear_fc1.weight":
             router = f"{part[1]}router.weight"
             table.append(Weight(router, make=partial(new_router, router, upcycling)))

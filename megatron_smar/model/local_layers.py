@@ -255,6 +255,9 @@ class LocalExperts(SequentialMLP):
                 for index, expert in enumerate(self.local_experts, start=first):
                     torch.manual_seed(seed + index)
                     self._draw(expert)
+        for expert in self.local_experts:
+            # Megatron adds the bias in place, which torch forbids to what a Function returned as it is.
+            expert.linear_fc2.register_forward_hook(lambda _, __, output: (output[0].clone(), output[1]))
         linears = [linear for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)]
         self._gated_silu = (
             self.config.gated_linear_unit

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import queue
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,6 +157,21 @@ def load_adamw_of_any_layout() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_those_given
 
 
+@adaptation("each first save starts a process for a queue, and that imports everything again: ten seconds or more")
+def collect_results_of_a_save_in_the_process() -> None:
+    """What a save's threads report goes through a plain queue, unless --async-save has another process write."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
+    from megatron.training import get_args
+
+    get_shared_queue = filesystem.get_write_results_queue
+
+    @functools.wraps(get_shared_queue)
+    def get_queue(mp_mode: str = "spawn") -> Any:
+        return get_shared_queue(mp_mode) if get_args().async_save else queue.Queue()
+
+    filesystem.get_write_results_queue = get_queue
+
+
 ADAPTATIONS = (
     allow_no_cuda,
     skip_compiling_helpers,
@@ -165,4 +181,5 @@ ADAPTATIONS = (
     start_state_of_distributed_adamw,
     load_distributed_adamw,
     load_adamw_of_any_layout,
+    collect_results_of_a_save_in_the_process,
 )

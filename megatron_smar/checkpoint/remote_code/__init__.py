@@ -33,12 +33,14 @@ class RemoteFields:
         num_modalities: M.
         projector_layer_norm: Whether the projector begins with a LayerNorm.
         vision_feature_scale: Multiplies the vision features before the pixel shuffle.
+        lm_head_bias: Whether the output layer has a bias, as Phi's has.
     """
 
     modality_router_bias: bool = False
     num_modalities: int = 2
     projector_layer_norm: bool = True
     vision_feature_scale: float = 1.0
+    lm_head_bias: bool = False
 
 
 def needs_remote_code(config: Mapping[str, Any], fields: RemoteFields) -> bool:
@@ -54,6 +56,7 @@ def needs_remote_code(config: Mapping[str, Any], fields: RemoteFields) -> bool:
         fields.modality_router_bias
         or not fields.projector_layer_norm
         or fields.vision_feature_scale != 1.0
+        or fields.lm_head_bias
         or not own_tower  # InternVLConfig reads any vision_config as InternViT's
     )
 

@@ -37,6 +37,7 @@ class ModalityAwareInternVLConfig(InternVLConfig):
         modality_router_bias: Whether the gates have the bias.
         projector_layer_norm: Whether the projector begins with a LayerNorm, as InternVL's does.
         vision_feature_scale: Multiplies the vision features before the pixel shuffle; VITA's checkpoints use 0.5.
+        lm_head_bias: Whether the output layer has a bias, as Phi's has.
     """
 
     model_type = "modality_aware_internvl"
@@ -50,6 +51,7 @@ class ModalityAwareInternVLConfig(InternVLConfig):
     modality_router_bias: bool = True
     projector_layer_norm: bool = True
     vision_feature_scale: float = 1.0
+    lm_head_bias: bool = False
 
 
 class OnLogits:
@@ -197,7 +199,7 @@ class ModalityAwareInternVLForConditionalGeneration(InternVLForConditionalGenera
         InternVLPreTrainedModel.__init__(self, config)  # InternVL's own would build its plain model first
         self.model = ModalityAwareInternVLModel(config)
         text: Any = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def prepare_inputs_for_generation(  # type: ignore[override]
