@@ -42,13 +42,17 @@ def run(
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of the tests' own process group
-    environment = {name: value for name, value in os.environ.items() if name not in launched} | {
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MEGATRON_SMAR_DEVICE": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-    } | dict(rank or {})
+    environment = (
+        {name: value for name, value in os.environ.items() if name not in launched}
+        | {
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "MEGATRON_SMAR_DEVICE": "cpu",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+        }
+        | dict(rank or {})
+    )
     process = subprocess.Popen(
         [sys.executable, *launch, *map(str, command)],
         cwd=ROOT,

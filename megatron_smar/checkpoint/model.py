@@ -26,13 +26,13 @@ from transformers import PretrainedConfig
 
 from megatron_smar.arguments import (
     add_arguments,
-    check_shape,
     language_config,
     modality_routing_config,
     transformer_config,
     vision_config,
 )
 from megatron_smar.checkpoint.architectures.common import Flags
+from megatron_smar.flag_checks import check_shape
 from megatron_smar.model.vlm import VisionLanguageModel
 
 # Megatron's parser asks for these too; they do not describe a model.

@@ -19,7 +19,8 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
 from megatron_smar import __version__
-from megatron_smar.arguments import add_arguments, check_arguments, check_shape
+from megatron_smar.arguments import add_arguments
+from megatron_smar.flag_checks import check_arguments, check_shape
 from megatron_smar.training.monitor import install_metrics
 from megatron_smar.training.providers import model_provider
 from megatron_smar.training.resume import take_over_folder

@@ -64,7 +64,7 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
     ],
 )
 def test_what_cannot_train_is_refused_in_one_sentence(monkeypatch, vision, flags, said):
-    from megatron_smar.arguments import check_arguments
+    from megatron_smar.flag_checks import check_arguments
 
     with pytest.raises(ValueError, match=said) as error:
         check_arguments(parse(monkeypatch, vision, *flags), needs_data=False)
@@ -91,7 +91,7 @@ def test_bands_of_single_layers_are_read_and_the_others_have_the_common_one(monk
     ],
 )
 def test_a_band_file_that_is_none_is_refused_in_one_sentence(monkeypatch, vision, tmp_path, content, said):
-    from megatron_smar.arguments import check_arguments
+    from megatron_smar.flag_checks import check_arguments
 
     (tmp_path / "bands.json").write_text(content)
     args = parse(monkeypatch, vision, "--modality-routing", "smar", "--smar-band-file", str(tmp_path / "bands.json"))

@@ -273,7 +273,7 @@ def test_flags_of_layers_that_do_not_go_together_are_refused(kind, more, message
     ],
 )
 def test_layouts_under_which_norms_or_gradients_would_be_wrong_are_refused(kind, layout, message, single_rank, tower):
-    from megatron_smar.arguments import check_shape
+    from megatron_smar.flag_checks import check_shape
 
     args = parse_changed(kind, tower)
     vars(args).update(layout)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags that cannot train, refused before Megatron starts anything: one sentence, the same on every rank."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron.training.checkpointing import checkpoint_exists
+
+from megatron_smar.arguments import data_config, image_config, modality_routing_config, vision_config
+from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts
+from megatron_smar.model.vision import load_vision_config
+from megatron_smar.routing.router import ModalityRoutingConfig
+from megatron_smar.training.monitor import MonitorConfig
+
+
+def check_shape(args: Namespace, is_known: bool = True) -> None:
+    """Refuses models and layouts that cannot train.
+
+    Args:
+        args: The flags.
+        is_known: False before a checkpoint has given the model's shape (--use-checkpoint-args).
+    """
+    _check_freeze(args, is_known)
+    _check_routing(args, modality_routing_config(args), is_known)
+    _check_layers(args)
+    _check_parallelism(args)
+
+
+def check_arguments(args: Namespace, needs_data: bool = True) -> None:
+    """Refuses what cannot train, in one sentence, on every rank alike.
+
+    Args:
+        args: As Megatron's parser returns them, before it validates its own.
+        needs_data: Whether the program reads --data-path.
+
+    Raises:
+        ValueError: With the flag, its value and the mend.
+    """
+    if args.vision_model is None:
+        raise ValueError("--vision-model is missing; give the folder or the hub name of a Hugging Face vision encoder.")
+    load_vision_config(vision_config(args))
+    image_config(args)
+    if needs_data:
+        if not args.data_path or len(args.data_path) != 1 or len(args.valid_data_path or []) > 1:
+            raise ValueError(
+                "--data-path (and --valid-data-path) takes one folder of shards made by tools/data/prepare.py, or one "
+                f"energon metadataset, not {args.data_path or 'nothing'}."
+            )
+        data_config(args)
+        if args.packing_buffer_size and args.eval_micro_batch_size not in (None, 1):
+            raise ValueError(
+                f"--eval-micro-batch-size {args.eval_micro_batch_size} with --packing-buffer-size: a micro-batch of "
+                "validation is one pack too; leave it out."
+            )
+    if args.finetune and not checkpoint_exists(args.load):
+        raise ValueError(f"--finetune starts from the checkpoint in --load, but {args.load} has none; give its folder.")
+    check_shape(args, is_known=not args.use_checkpoint_args)
+    MonitorConfig.from_arguments(args)
+    if args.dataloader_type != "external":
+        raise ValueError(
+            f"--dataloader-type is {args.dataloader_type}; conversations come through energon: leave the flag out."
+        )
+
+
+def _check_freeze(args: Namespace, shape_is_known: bool) -> None:
+    parts = {"vision", "connector", *LANGUAGE_PARTS}
+    if shape_is_known:
+        moe_layers = len(_moe_layers(args)) if args.num_experts else 0
+        parts -= {"experts", "router"} if not moe_layers else set()
+        parts -= {"dense"} if moe_layers == args.num_layers else set()
+    if parts <= frozen_parts(args.freeze):
+        raise ValueError(
+            f"--freeze {' '.join(args.freeze)} leaves nothing to train in this model; leave out at least one of them."
+        )
+
+
+def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_known: bool) -> None:
+    if routing.strategy == "smar" and not args.num_experts and shape_is_known:
+        raise ValueError(
+            "--modality-routing smar works on the routers of MoE layers, and this model has none; "
+            "give --num-experts, or --modality-routing none."
+        )
+    if routing.bands and routing.strategy != "smar":
+        raise ValueError(f"--smar-band-file has no effect with --modality-routing {routing.strategy}; leave it out.")
+    without = sorted(set(routing.bands) - set(_moe_layers(args)))
+    if without and shape_is_known:
+        raise ValueError(
+            f"--smar-band-file names layer {without[0]}, but the MoE layers are {_moe_layers(args)}; "
+            "correct its numbers."
+        )
+    if args.moe_pad_expert_input_to_capacity:
+        raise ValueError(
+            "--moe-pad-expert-input-to-capacity fills every expert, so that no statistics of the routing are left; "
+            "leave it out."
+        )
+    if args.moe_router_load_balancing_type in (["quantile_balancing"], "quantile_balancing"):
+        raise ValueError(
+            "--moe-router-load-balancing-type quantile_balancing cannot leave padding out; use aux_loss or none."
+        )
+
+
+def _check_layers(args: Namespace) -> None:
+    if args.gelu_tanh and (args.swiglu or args.squared_relu or args.quick_geglu):
+        raise ValueError(
+            "--gelu-tanh is one activation, --swiglu, --squared-relu and --quick-geglu are others; give one."
+        )
+    if args.parallel_block and args.multi_latent_attention:
+        raise ValueError("--parallel-block has no multi-latent attention; leave out one of the two flags.")
+    if args.multi_latent_attention and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with --multi-latent-attention needs "
+            "--sequence-parallel: without it gradients would be counted twice or in part; add --sequence-parallel."
+        )
+    if args.qk_norm_scope == "projection" and (not args.qk_layernorm or args.normalization != "RMSNorm"):
+        raise ValueError("--qk-norm-scope projection needs --qk-layernorm and --normalization RMSNorm; give both.")
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.qk_norm_scope == "projection" and groups and groups % args.tensor_model_parallel_size:
+        raise ValueError(
+            f"--qk-norm-scope projection needs --tensor-model-parallel-size to divide the {groups} heads of keys, and "
+            f"it is {args.tensor_model_parallel_size}; make it smaller."
+        )
+    if args.latent_norm_epsilon is not None and not (args.multi_latent_attention and args.qk_layernorm):
+        raise ValueError(
+            "--latent-norm-epsilon is of the norms in multi-latent attention; give --multi-latent-attention and "
+            "--qk-layernorm, or leave it out."
+        )
+
+
+def _moe_layers(args: Namespace) -> list[int]:
+    """Numbers, from 1, of the layers that are MoE layers (--moe-layer-freq)."""
+    frequency, layers = args.moe_layer_freq, range(1, (args.num_layers or 0) + 1)
+    if isinstance(frequency, int):
+        return [layer for layer in layers if (layer - 1) % frequency == 0]
+    return [layer for layer, is_moe in zip(layers, frequency, strict=False) if is_moe]
+
+
+def _check_parallelism(args: Namespace) -> None:
+    if args.hybrid_context_parallel:
+        raise ValueError("--hybrid-context-parallel cuts batches in another way than ours are; leave it out.")
+    if args.iterations_to_skip:
+        raise ValueError(
+            "--iterations-to-skip reads the data on one tensor-parallel rank only, where each reads its own; "
+            "leave it out."
+        )
+    if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with MoE layers needs "
+            "--sequence-parallel: without it every tensor-parallel rank would count the same tokens again; "
+            "add --sequence-parallel."
+        )
+    if getattr(args, "overlap_moe_expert_parallel_comm", False):
+        raise ValueError(
+            "--overlap-moe-expert-parallel-comm interleaves the layers of two micro-batches, which the routing "
+            "statistics do not support yet; leave it out."
+        )
+    kernels = {"layernorm", "moe_act", "mla_up_proj"} & set(args.recompute_modules or [])
+    if kernels and args.transformer_impl == "local":
+        raise ValueError(
+            f"--recompute-modules {' '.join(sorted(kernels))} needs Transformer Engine; use --transformer-impl "
+            "transformer_engine, or recompute core_attn or moe."
+        )
+    if args.cuda_graph_impl not in (None, "none"):
+        raise ValueError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} is not supported with modality-aware routing; leave it out."
+        )
