@@ -283,8 +283,11 @@ class LocalExperts(SequentialMLP):
         return (output * permuted_probs.unsqueeze(-1)).to(output.dtype), None
 
     def _grouped(self, name: str, tokens: Tensor, splits: list[int]) -> Tensor:
-        weights = [getattr(expert, name).weight for expert in self.local_experts]
-        return GroupedLinear.apply(tokens, splits, *weights)
+        linears = [getattr(expert, name) for expert in self.local_experts]
+        for linear in linears:  # --overlap-param-gather waits for a weight in a hook before its module's own forward
+            for hook in linear._forward_pre_hooks.values():
+                hook(linear, ())
+        return GroupedLinear.apply(tokens, splits, *(linear.weight for linear in linears))
 
     def _draw(self, expert: Any) -> None:
         place = {

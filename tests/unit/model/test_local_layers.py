@@ -48,3 +48,19 @@ def test_an_attention_mask_under_context_parallelism_is_refused(single_rank):
     attention.cp_group = _Place(0, 2)
     with pytest.raises(ValueError, match="--context-parallel-size > 1"):
         attention._mask_of_shard(torch.zeros(8, 1, 1, 1), False, torch.zeros(1, 1, 8, 8, dtype=torch.bool))
+
+
+def test_each_weight_is_waited_for_before_it_is_used(single_rank, tmp_path):
+    """--overlap-param-gather waits in hooks before a module's forward, which grouped experts go around."""
+    from tests.models import build_hf_model, build_model, prepare
+
+    build_hf_model(image_token_id=5).model.vision_tower.save_pretrained(tmp_path)
+    model = build_model(str(tmp_path))
+    waited = set()
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: waited.add(name))
+    ids = torch.arange(6, 14).unsqueeze(0)
+    ids[0, :4] = 5
+    model(**prepare(ids, torch.zeros_like(ids, dtype=torch.bool), torch.ones(1, 3, 32, 32), 5))
+    used = {name for name, part in model.named_modules() if any(p.requires_grad for p in part.parameters(False))}
+    assert used <= waited, f"never waited for: {sorted(used - waited)[:5]}"
