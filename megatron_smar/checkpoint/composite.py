@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, InternVLConfig, PretrainedConfig
 
 from megatron_smar.checkpoint.architectures import LANGUAGES, Flags, UnsupportedError, language_of
+from megatron_smar.checkpoint.architectures.common import refuse
+from megatron_smar.checkpoint.metadata import told
 from megatron_smar.checkpoint.remote_code import MODEL_TYPE, PLAIN_TYPE, RemoteFields
 from megatron_smar.checkpoint.remote_code.modeling_modality_aware import ModalityAwareInternVLConfig
 from megatron_smar.checkpoint.weights import Weight
@@ -27,6 +30,8 @@ from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.vision import NORMALISATION
 
 LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
+# Layouts that come with code of their own, which `original_layouts.py` reads.
+ORIGINAL_TYPES = ("internvl_chat", "intern_vit_6b", "vita-mixtral", "vita-Qwen2")
 MODALITY_BIAS = re.compile(r"(.*\.mlp\.router)\.weight")
 # Newer files of the same model name it as it lies in memory.
 IN_MEMORY = {
@@ -45,33 +50,71 @@ def load_config(folder: Path | str) -> PretrainedConfig:
     Raises:
         UnsupportedError: There is none, or transformers does not know its type.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UnsupportedError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kind = content.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UnsupportedError(f"{path} is no JSON object ({error}); fetch it again.") from error
+    content = read_content(folder)
+    kind = content.get("model_type")
+    if kind in ORIGINAL_TYPES:
+        raise UnsupportedError(
+            f"{folder} has the model type {kind!r}, a layout that is only read, by import and upcycle as --hf (a tower "
+            "as --vision); elsewhere give the import's hf/, or an export."
+        )
     try:
         if kind == MODEL_TYPE:
             config = ModalityAwareInternVLConfig.from_pretrained(folder)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UnsupportedError(
-            f"{folder} has the model type {kind!r}, which transformers does not know; supported are {supported()}."
+            f"{Path(folder) / 'config.json'} is of the model type {kind!r}, and transformers cannot read it "
+            f"({told(error)}); supported are {supported()}."
         ) from error
     if kind in (PLAIN_TYPE, MODEL_TYPE):
         text: Any = config.text_config
+        if "tie_word_embeddings" not in content:  # older files leave it to the language model's part
+            config.tie_word_embeddings = text.tie_word_embeddings
         text.tie_word_embeddings = config.tie_word_embeddings  # the whole's decides
     return config
+
+
+def load_composite(folder: Path | str) -> PretrainedConfig:
+    """The config of a composite model's folder.
+
+    Raises:
+        UnsupportedError: There is none, or it is another kind of model's.
+    """
+    config = load_config(folder)
+    if config.model_type not in (PLAIN_TYPE, MODEL_TYPE):
+        raise UnsupportedError(
+            f"--hf {folder} is a {config.model_type} model; it takes {supported()}. Give a language model alone as "
+            "--language, and a vision encoder with it as --vision."
+        )
+    return config
+
+
+def read_content(folder: Path | str) -> dict[str, Any]:
+    """config.json of a Hugging Face folder, as it is written.
+
+    Raises:
+        UnsupportedError: There is none, or it is damaged.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UnsupportedError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedError(f"{path} is no JSON object ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise UnsupportedError(f"{path} is no JSON object (it holds a {type(content).__name__}); fetch it again.")
+    return content
 
 
 def supported() -> str:
     """What can be converted, for a sentence."""
     languages, towers = ", ".join(sorted(LANGUAGES)), ", ".join(NORMALISATION)
-    return f"{PLAIN_TYPE} with a language model of the type {languages}, or one of these with a tower of {towers}"
+    return (
+        f"{PLAIN_TYPE} with a language model of the type {languages}, or one of these with a tower of {towers}; import "
+        f"and upcycle also read {', '.join(ORIGINAL_TYPES)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +134,20 @@ class Connection:
     feature_scale: float = 1.0
 
 
+def tower_of(vision: PretrainedConfig) -> PretrainedConfig:
+    """The config of a vision tower, given it or that of a model which has one.
+
+    Raises:
+        UnsupportedError: It is of another kind.
+    """
+    tower: PretrainedConfig = getattr(vision, "vision_config", vision)
+    if tower.model_type not in NORMALISATION:
+        raise UnsupportedError(
+            f"the vision tower's type is {tower.model_type!r}; supported: {', '.join(NORMALISATION)}."
+        )
+    return tower
+
+
 def combine(
     language: PretrainedConfig, vision: PretrainedConfig, connection: Connection, image_token_id: int, vocab_size: int
 ) -> PretrainedConfig:
@@ -103,11 +160,8 @@ def combine(
         image_token_id: The placeholder of one vision token.
         vocab_size: Of the tokenizer; the vocabulary grows to it where it is the larger.
     """
-    tower = getattr(vision, "vision_config", vision)
-    if tower.model_type not in NORMALISATION:
-        raise UnsupportedError(
-            f"the vision tower's type is {tower.model_type!r}; supported: {', '.join(NORMALISATION)}."
-        )
+    language_of(language)  # refuses what is none
+    tower = tower_of(vision)
     text = type(language).from_dict(language.to_dict() | {"vocab_size": max(language.vocab_size, vocab_size)})
     fields = RemoteFields(
         projector_layer_norm=connection.connector == "internvl",
@@ -121,10 +175,15 @@ def combine(
         image_token_id=image_token_id,
         downsample_ratio=connection.pixel_shuffle,
         vision_feature_layer=connection.feature_layer,
-        vision_feature_select_strategy="full" if tower.model_type == "siglip_vision_model" else "default",
+        vision_feature_select_strategy=selection_of(tower),
         tie_word_embeddings=language.tie_word_embeddings,
         **({} if kind else vars(fields)),
     )
+
+
+def selection_of(tower: PretrainedConfig) -> str:
+    """Which of a tower's features are taken: those behind the class token, which SigLIP does not have."""
+    return "full" if tower.model_type == "siglip_vision_model" else "default"
 
 
 def with_text(config: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
@@ -146,6 +205,12 @@ def flags(config: PretrainedConfig) -> Flags:
     """The flags under which the trainer builds a composite model (without --vision-model, which names a place)."""
     size = config.vision_config.image_size
     connection = connection_of(config)
+    refuse(config, projector_hidden_act="gelu", vision_feature_select_strategy=selection_of(config.vision_config))
+    if not isinstance(connection.feature_layer, int):
+        raise UnsupportedError(
+            f"vision_feature_layer is {connection.feature_layer!r} in the config of this {config.model_type} model; only "
+            "the features of one layer can be trained on here."
+        )
     return language_of(config.text_config).flags(config.text_config) | {
         "image-size": size[0] if isinstance(size, (list, tuple)) else size,
         "connector": connection.connector,

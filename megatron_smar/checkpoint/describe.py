@@ -12,10 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_smar.checkpoint.metadata import DamagedError, read_common_state, read_contents, saved_arguments
+from megatron_smar.checkpoint.metadata import (
+    DamagedError,
+    file_problems,
+    find_checkpoint,
+    read_common_state,
+    read_contents,
+    saved_arguments,
+)
 
 # Which arguments tell what, under the names of their flags.
 ARCHITECTURE = """
@@ -165,7 +171,7 @@ def describe(path: Path, iteration: int | None = None) -> CheckpointDescription:
     """
     folder = find_checkpoint(path, iteration)
     contents = read_contents(folder)
-    problems = tuple(_problems(folder, contents))
+    problems = tuple(file_problems(folder, contents))
     try:
         state = read_common_state(folder, contents)
     except DamagedError as error:
@@ -194,63 +200,6 @@ def describe(path: Path, iteration: int | None = None) -> CheckpointDescription:
         files=len(_files(folder)),
         problems=problems,
     )
-
-
-def find_checkpoint(path: Path, iteration: int | None = None) -> Path:
-    """The folder of one checkpoint.
-
-    Args:
-        path: The folder that --load takes, or that of one of its checkpoints.
-        iteration: Which one; None for the latest.
-
-    Raises:
-        ValueError: There is none, or not this one, or in another format than torch_dist.
-    """
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give that of a checkpoint, as --load takes it.")
-    tracker = Path(get_checkpoint_tracker_filename(str(path)))
-    folder = path
-    if iteration is not None:
-        folder = Path(get_checkpoint_name(str(path), iteration, False, return_base_dir=True))
-    elif tracker.is_file():
-        folder = Path(get_checkpoint_name(str(path), *_latest(tracker), return_base_dir=True))
-    elif not (path / ".metadata").is_file() and not any(path.glob("*.distcp")):
-        raise ValueError(f"{path} holds no checkpoint: it has no {tracker.name}; give the folder that --save named.")
-    if not folder.is_dir():
-        there = ", ".join(sorted(part.name for part in path.glob("iter_*"))) or "none"
-        raise ValueError(f"{path} has no {folder.name}; there are: {there}.")
-    if not (folder / ".metadata").is_file():
-        if any(folder.glob("*.distcp")):
-            raise ValueError(f"{folder} has no .metadata: its saving was cut off, or it is damaged; take another one.")
-        raise ValueError(f"{folder} is in another format than torch_dist; save it with --ckpt-format torch_dist.")
-    return folder
-
-
-def _latest(tracker: Path) -> tuple[int, bool]:
-    """The iteration, and whether it is a release; Megatron's own reader ends the program where it is neither."""
-    content = tracker.read_text(encoding="utf-8").strip()
-    if content == "release":
-        return 0, True
-    if not content.isdigit():
-        raise DamagedError(
-            f"{tracker} names no step but {content[:40]!r}; write the step of a checkpoint beside it there."
-        )
-    return int(content), False
-
-
-def _problems(folder: Path, contents: Metadata) -> Iterator[str]:
-    """Files that are missing or too short."""
-    needed: dict[str, int] = {}
-    for place in contents.storage_data.values():
-        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
-    for name, length in sorted(needed.items()):
-        file = folder / name
-        if not file.is_file():
-            yield f"{name} is missing"
-        elif file.stat().st_size < length:
-            yield f"{name} has {file.stat().st_size} of {length} bytes"
-    if not (folder / "metadata.json").is_file():
-        yield "metadata.json is missing"
 
 
 def _groups(contents: Metadata) -> Iterator[WeightGroup]:

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -21,6 +25,8 @@ from megatron_smar.checkpoint.safetensors_io import write_folder
 from megatron_smar.checkpoint.sources import Source
 from megatron_smar.checkpoint.torch_dist import CheckpointReader
 from megatron_smar.checkpoint.weights import Piece, Weight, inverted
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def export_model(
@@ -53,15 +59,32 @@ def export_model(
         lm_head_bias=composite.LANGUAGE + "lm_head.bias" in tensors,
     )
     content = json.loads((hf / "config.json").read_text(encoding="utf-8"))
-    layout = {name: (tensor.shape, _exported(tensor.dtype, name, dtype)) for name, tensor in tensors.items()}
+    layout: Layout = {name: (tensor.shape, _exported(tensor.dtype, name, dtype)) for name, tensor in tensors.items()}
     needed = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in layout.values())
     with whole_or_nothing(output, needed) as folder:
         copy_companions([hf], folder)
         remote = needs_remote_code(content, fields)
         content = write_remote_code(folder, content, fields) if remote else plain_config(content)
+        content = with_dtype(content, layout)
         (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         with tqdm(total=needed, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
             write_folder(folder, layout, lambda name: tensors[name].read(), bar.update)
+
+
+def with_dtype(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """config.json with the data type that most of the weights have: transformers loads all of them in it.
+
+    Args:
+        content: config.json, of the model or of a part of it.
+        layout: Shape and data type of each weight.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for shape, kind in layout.values():
+        sizes[kind] += math.prod(shape)
+    name = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    own = {field: value for field, value in content.items() if field not in ("dtype", "torch_dtype")}
+    parts = {part: with_dtype(own[part], layout) for part in ("text_config", "vision_config") if part in own}
+    return own | parts | {"dtype": name}
 
 
 def _exported(stored: torch.dtype, name: str, dtype: torch.dtype | None) -> torch.dtype:
@@ -80,10 +103,10 @@ def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Sourc
     Raises:
         ValueError: There is none, or it holds another model.
     """
-    config = composite.load_config(hf)
+    config = composite.load_composite(hf)
     reader = CheckpointReader(load, iteration)
     table, flags = composite.weights(config, has_biases(reader)), composite.flags(config)
-    args, parts, _ = describe_model(config, flags, hf)
+    args, parts, _ = describe_model(config, flags)
     if getattr(saved_arguments(reader.common_state), "num_experts", None) and "num-experts" not in flags:
         raise ConversionError(
             f"{reader.folder} is a mixture of experts that upcycling made of the {config.text_config.model_type} model "
@@ -148,6 +171,8 @@ def as_hugging_face(
     rows = {row.megatron: row for row in table}
     problems = []
     for name, row in rows.items():
+        if not row.hf:
+            continue  # a modality bias that is zero, or that the run was trained without
         part = parts[name][0]
         if part.key not in reader.tensors:
             problems.append(f"it has no {part.key}")

@@ -29,17 +29,19 @@ def whole_or_nothing(output: Path, needed: int) -> Iterator[Path]:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"--output {output} exists already; give a new folder.")
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial_output = output.with_name(output.name + ".partial")
-    if partial_output.exists():
-        shutil.rmtree(partial_output)  # an interrupted conversion left it
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise ConversionError(
-            f"--output {output} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free; make room or "
-            "give a folder on another disk."
-        )
-    partial_output.mkdir()
+    try:
+        if partial_output.exists():
+            shutil.rmtree(partial_output)  # an interrupted conversion left it
+        free = shutil.disk_usage(next(place for place in output.absolute().parents if place.exists())).free
+        if free < needed:
+            raise ConversionError(
+                f"--output {output} needs {needed / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free; make room "
+                "or give a folder on another disk."
+            )
+        partial_output.mkdir(parents=True)
+    except OSError as error:
+        raise ConversionError(f"--output {output} cannot be written ({error}); give another folder.") from error
     try:
         yield partial_output
         if output.exists():

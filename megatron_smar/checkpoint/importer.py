@@ -35,16 +35,16 @@ def write_model(source: Source, output: Path, dtype: torch.dtype | None = None) 
         ConversionError: A weight is missing, superfluous or of another shape, or `output` cannot be written.
     """
     check_names(source)
-    needed = sum(_bytes(tensor, dtype) for tensor in source.tensors.values())
+    args, tensors, objects = describe_model(source.config, source.flags)
+    args.vision_model = str((output / "hf").absolute())
+    shards = list(shards_of(source, tensors, dtype))
+    needed = sum(torch.Size(shard.sizes).numel() * shard.dtype.itemsize for shard in shards)
     with whole_or_nothing(output, needed) as folder:
         (folder / "hf").mkdir()
         copy_companions(source.folders, folder / "hf")
         source.config.save_pretrained(folder / "hf")
         write_flags(folder / "flags.txt", source.flags)
-        args, tensors, objects = describe_model(source.config, source.flags, folder / "hf")
-        shards = list(shards_of(source, tensors, dtype))
-        total = sum(torch.Size(shard.sizes).numel() * shard.dtype.itemsize for shard in shards)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
+        with tqdm(total=needed, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
             write_checkpoint(folder, shards, objects, args, bar.update)
 
 
@@ -92,7 +92,7 @@ def shards_of(source: Source, tensors: dict[str, list[ShardedTensor]], dtype: to
     for name, parts in tensors.items():
         row = rows[name]
         shape = tuple(parts[0].global_shape[parts[0].prepend_axis_num :])
-        problems += [_misfit(row, shape, source.tensors)]
+        problems += [_misfit(row, shape, source.tensors), _no_number(row, parts[0].dtype, source.tensors)]
         kind = row.dtype or _dtype(source, row, dtype)
         for part in parts:
             axes = part.prepend_axis_num
@@ -103,7 +103,8 @@ def shards_of(source: Source, tensors: dict[str, list[ShardedTensor]], dtype: to
             yield Shard(part.key, tuple(part.global_offset), sizes, tuple(part.global_shape), kind, read)
     if any(problems):
         raise ConversionError(
-            f"weights of another shape than config.json describes: {some([p for p in problems if p])}."
+            f"the weights do not fit the model that config.json describes: {some([p for p in problems if p])}; nothing "
+            "was written."
         )
 
 
@@ -142,7 +143,8 @@ def _read(piece: Piece, tensors: Mapping[str, Readable]) -> Tensor:
 
 def _grown(rows: Tensor, number: int) -> Tensor:
     """A vocabulary with more rows: new tokens start as the mean of the known ones."""
-    mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+    total = sum(part.sum(dim=0, dtype=torch.float32) for part in rows.split(1024))  # a float32 copy of all is too large
+    mean = (total / len(rows)).to(rows.dtype)
     return torch.cat([rows, mean.expand(number - len(rows), *rows.shape[1:])])
 
 
@@ -151,11 +153,13 @@ def _misfit(row: Weight, shape: tuple[int, ...], tensors: Mapping[str, Readable]
     for source, name in enumerate(row.hf):
         rows = max((run.start + run.length for run in row.runs if run.source == source), default=row.rows or shape[0])
         have = tuple(tensors[name].shape)
-        exact = not row.runs or sum(run.length for run in row.runs if run.source == source) == rows
-        if have[1:] != shape[1:] or (have[0] != rows if exact else have[0] < rows):
+        if have != (rows, *shape[1:]):
             return f"{name} is {list(have)}, not {[rows, *shape[1:]]}"
     return ""
 
 
-def _bytes(tensor: Readable, dtype: torch.dtype | None) -> int:
-    return torch.Size(tensor.shape).numel() * (dtype or tensor.dtype).itemsize
+def _no_number(row: Weight, dtype: torch.dtype, tensors: Mapping[str, Readable]) -> str:
+    """Which of a row's tensors has another kind of numbers than the trainer's weight, in a few words."""
+    kinds = {name: tensors[name].dtype for name in row.hf}
+    wrong = (f"{name} is {kind}" for name, kind in kinds.items() if kind.is_floating_point != dtype.is_floating_point)
+    return next(wrong, "")

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import sys
+import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def parse(argv: Sequence[str], vocab_size: int) -> Namespace:
             args.vocab_size = vocab_size
             validate_args(args)
             check_shape(args)
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:
         raise ValueError(f"the trainer refuses the model's flags: {error}") from error
     finally:
         sys.argv = saved
@@ -124,18 +125,18 @@ def build_empty(args: Namespace) -> VisionLanguageModel:
 
 
 def describe_model(
-    config: PretrainedConfig, flags: Flags, folder: Path
+    config: PretrainedConfig, flags: Flags
 ) -> tuple[Namespace, dict[str, list[ShardedTensor]], list[ShardedObject]]:
     """The trainer's arguments for a model, and what it would save of it.
 
     Args:
         config: Of the composite model.
         flags: The model's.
-        folder: Which holds its config.json, for the vision tower's shape.
     """
-    argv = [*as_argv(flags), "--vision-model", str(folder)]
-    args = parse(argv, config.text_config.vocab_size)
-    return args, *sharded_parts(build_empty(args))
+    with tempfile.TemporaryDirectory() as folder:  # the trainer takes the vision tower's shape from one
+        config.save_pretrained(folder)
+        args = parse([*as_argv(flags), "--vision-model", folder], config.text_config.vocab_size)
+        return args, *sharded_parts(build_empty(args))
 
 
 def sharded_parts(model: VisionLanguageModel) -> tuple[dict[str, list[ShardedTensor]], list[ShardedObject]]:

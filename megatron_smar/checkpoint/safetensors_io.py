@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
+from megatron_smar.checkpoint.folders import some
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -61,18 +64,14 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     Raises:
         ValueError: It has no safetensors, an index that names a missing file, or a damaged file.
     """
-    index = folder / INDEX
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if not files or missing:
-        what = f"{index.name} names {', '.join(missing)}, which it does not have" if missing else "it has none"
+    files = _weight_files(folder)
+    if not files:
         raise ValueError(
-            f"{folder} must hold the model's weights as *.safetensors, but {what}; other formats can run code when "
-            "they are opened: load the model with transformers where it comes from, and save_pretrained() it."
+            f"{folder} must hold the model's weights as *.safetensors, but it has none; other formats can run code "
+            "when they are opened: load the model with transformers where it comes from, and save_pretrained() it."
         )
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{folder / INDEX} names {some(missing)}, missing beside it; fetch the folder again.")
     tensors = {}
     for file in files:
         try:
@@ -85,6 +84,17 @@ def read_folder(folder: Path) -> dict[str, Stored]:
         except Exception as error:  # safetensors has an exception of its own, a plain Exception
             raise ValueError(f"{file} is no whole safetensors file ({error}); fetch it again.") from error
     return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that transformers would read: of the index, or the one that needs none, or whatever there is."""
+    index, single = folder / INDEX, folder / SINGLE
+    if not index.is_file():
+        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    try:
+        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of safetensors files ({error!r}); fetch it again.") from error
 
 
 def write_folder(
@@ -117,6 +127,8 @@ def write_folder(
                     raise RuntimeError(f"{name} was read as {list(tensor.shape)}, not {list(like[name].shape)}")
                 file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
                 progress(tensor.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
     if split.is_sharded:
         content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

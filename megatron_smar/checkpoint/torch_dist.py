@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import io
 import math
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename, read_metadata
+from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -42,7 +43,15 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_smar.checkpoint.metadata import read_common_state, read_contents
+from megatron_smar.checkpoint.folders import some
+from megatron_smar.checkpoint.metadata import (
+    DamagedError,
+    file_problems,
+    find_checkpoint,
+    read_common_state,
+    read_contents,
+    told,
+)
 
 SWEEP_BYTES = 1 << 25
 
@@ -183,8 +192,10 @@ def write_checkpoint(
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
     state = ShardedObject("common_state", common, (1,), (0,))
     named = {piece.unique_key: piece.data for piece in (*objects, state)}
-    writer = _FewTensorsPerFile(folder, sync_files=False, per_thread_copy_ahead=0)
-    dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(shards, named, progress), no_dist=True)
+    writer = _FewTensorsPerFile(folder, per_thread_copy_ahead=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is meant
+        dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(shards, named, progress), no_dist=True)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     Path(get_checkpoint_tracker_filename(str(directory))).write_text("release")
 
@@ -197,12 +208,14 @@ class CheckpointReader:
         iteration: Which of its checkpoints; None for the latest.
 
     Raises:
-        ValueError: There is no such checkpoint.
+        ValueError: There is no such checkpoint, or it is damaged.
     """
 
     def __init__(self, directory: Path, iteration: int | None = None) -> None:
-        self.folder = checkpoint_folder(directory, iteration)
+        self.folder = find_checkpoint(directory, iteration)
         metadata = read_contents(self.folder)
+        if problems := list(file_problems(self.folder, metadata)):
+            raise DamagedError(f"{self.folder} is damaged: {some(problems)}; take another of its checkpoints.")
         self.common_state = read_common_state(self.folder, metadata)
         self.tensors = {
             key: data for key, data in metadata.state_dict_metadata.items() if isinstance(data, TensorStorageMetadata)
@@ -248,7 +261,13 @@ class CheckpointReader:
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self._storage[MetadataIndex(key, chunk.offsets)]
         with open(self.folder / place.relative_path, "rb", buffering=0) as file:
-            tensor: Tensor = torch.load(cast(IO[bytes], _Window(file, place)), map_location="cpu", weights_only=True)
+            window = cast(IO[bytes], _Window(file, place))
+            try:
+                tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)
+            except Exception as error:  # a broken file raises whatever its bytes lead to
+                raise DamagedError(
+                    f"{file.name} does not give {key} ({told(error)}); the checkpoint is damaged, take another one."
+                ) from error
         return tensor
 
 
@@ -282,19 +301,3 @@ def _single_axes(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...
     while axes < min(2, len(sizes) - 1) and sizes[axes] == 1:
         axes += 1
     return tuple(offsets[:axes])
-
-
-def checkpoint_folder(directory: Path, iteration: int | None = None) -> Path:
-    """The folder of one checkpoint of those in `directory`.
-
-    Raises:
-        ValueError: There is none, or not this one, or in another format.
-    """
-    tracker = Path(get_checkpoint_tracker_filename(str(directory)))
-    if iteration is None and not tracker.is_file():
-        raise ValueError(f"--load {directory} holds no checkpoint: it has no {tracker.name}.")
-    latest, release = (iteration, False) if iteration is not None else read_metadata(str(tracker))
-    folder = Path(get_checkpoint_name(str(directory), latest, release, return_base_dir=True))
-    if not (folder / ".metadata").is_file():
-        raise ValueError(f"--load {directory} holds no torch_dist checkpoint in {folder.name}/; give another folder.")
-    return folder

@@ -50,8 +50,8 @@ class UpcyclingConfig:
     def __post_init__(self) -> None:
         if self.num_experts < 2:
             raise ValueError(f"--num-experts is {self.num_experts}; a mixture has 2 or more (MoE-LLaVA: 4).")
-        if not 1 <= self.topk <= self.num_experts:
-            raise ValueError(f"--moe-router-topk is {self.topk}; give 1 to --num-experts {self.num_experts}.")
+        if not 2 <= self.topk <= self.num_experts:  # the weight of a single one is 1 and teaches the router nothing
+            raise ValueError(f"--moe-router-topk is {self.topk}; give 2 to --num-experts {self.num_experts}.")
         if self.every < 1:
             raise ValueError(f"--every is {self.every}; give 1 for every layer, 2 for every second (MoE-LLaVA), ...")
         if self.router_init_std < 0 or self.noise < 0:

@@ -72,7 +72,7 @@ def make_model(folder: Path, layers: int, **smaller: int) -> tuple[int, int]:
     )
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
-    _, parts, _ = describe_model(config, composite.flags(config), folder)
+    _, parts, _ = describe_model(config, composite.flags(config))
     fused = {name: list(part[0].global_shape[part[0].prepend_axis_num :]) for name, part in parts.items()}
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, pieces in inverted(composite.weights(config, biases=False)).items():

@@ -29,11 +29,13 @@ from megatron.training import get_args  # noqa: E402
 
 from megatron_smar.arguments import CONNECTORS, vision_config  # noqa: E402
 from megatron_smar.checkpoint import composite  # noqa: E402
-from megatron_smar.checkpoint.composite import Connection, load_config  # noqa: E402
+from megatron_smar.checkpoint.composite import Connection, load_composite  # noqa: E402
 from megatron_smar.checkpoint.describe import describe  # noqa: E402
 from megatron_smar.checkpoint.exporter import export_model, read_checkpoint  # noqa: E402
 from megatron_smar.checkpoint.importer import write_model  # noqa: E402
+from megatron_smar.checkpoint.metadata import find_checkpoint  # noqa: E402
 from megatron_smar.checkpoint.model import as_argv  # noqa: E402
+from megatron_smar.checkpoint.safetensors_io import read_folder  # noqa: E402
 from megatron_smar.checkpoint.sources import Source, read_composite, read_parts  # noqa: E402
 from megatron_smar.checkpoint.upcycle import UpcyclingConfig, upcycled  # noqa: E402
 from megatron_smar.checkpoint.verify import (  # noqa: E402
@@ -92,10 +94,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     whole = parser.add_argument_group("a composite model")
-    whole.add_argument("--hf", type=Path, help="folder of an InternVL model, published or exported by this program")
+    whole.add_argument("--hf", type=Path, help="folder of an InternVL or VITA model, as published, or of an export")
     parts = parser.add_argument_group("or its parts, with a new connector")
     parts.add_argument("--language", type=Path, help="folder of a causal language model")
-    parts.add_argument("--vision", type=Path, help="folder of a vision encoder, or of a model that has one")
+    parts.add_argument(
+        "--vision",
+        type=Path,
+        help="folder of a vision encoder, or of a model that has one; with VITA as --hf, its InternViT",
+    )
     parts.add_argument(
         "--tokenizer-model", type=Path, help="tokenizer, to which image tokens are added. Default: that in --language"
     )
@@ -126,11 +132,13 @@ def read_source(args: argparse.Namespace, scratch: Path) -> Source:
     Raises:
         ValueError: They name nothing that can be converted.
     """
-    if args.hf is not None and args.language is None and args.vision is None:
-        load = getattr(args, "load", None)
-        return read_composite(args.hf) if load is None else read_checkpoint(load, args.hf)
+    load = getattr(args, "load", None)
+    if args.hf is not None and args.language is None and (load is None or args.vision is None):
+        return read_composite(args.hf, args.vision, scratch) if load is None else read_checkpoint(load, args.hf)
     if args.hf is not None or args.language is None or args.vision is None:
         raise ValueError("give either --hf, or both --language and --vision.")
+    if load is not None:
+        raise ValueError("--load goes with --hf, the folder that has the checkpoint's config; leave --language out.")
     connection = Connection(args.connector, args.pixel_shuffle, args.vision_feature_layer, args.vision_feature_scale)
     return read_parts(args.language, args.vision, connection, args.tokenizer_model or args.language, scratch)
 
@@ -148,7 +156,9 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
     Returns:
         Whether they do, on every rank.
     """
-    config = load_config(options.hf)
+    config = load_composite(options.hf)
+    read_folder(options.hf)  # a folder without weights is told before anything is built
+    find_checkpoint(options.load)
     written = options.load / "flags.txt"  # import and upcycle leave the model's flags there
     model_flags = written.read_text().split() if written.is_file() else as_argv(composite.flags(config))
     vocabulary = ["--tokenizer-type", "NullTokenizer", "--vocab-size", config.text_config.vocab_size]
