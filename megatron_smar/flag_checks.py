@@ -89,6 +89,13 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_kno
             f"--smar-band-file names layer {without[0]}, but the MoE layers are {_moe_layers(args)}; "
             "correct its numbers."
         )
+    learns_biases = routing.strategy != "none" and routing.router_bias
+    saves_optimizer = args.save and not args.no_save_optim
+    if learns_biases and saves_optimizer and (args.bf16 or args.fp16) and not args.use_distributed_optimizer:
+        raise ValueError(
+            "--bf16 and --fp16 leave the modality biases in float32, and Megatron saves the state of such an optimizer "
+            "only with --use-distributed-optimizer: give it, or --no-save-optim, or --no-modality-router-bias."
+        )
     if args.moe_pad_expert_input_to_capacity:
         raise ValueError(
             "--moe-pad-expert-input-to-capacity fills every expert, so that no statistics of the routing are left; "

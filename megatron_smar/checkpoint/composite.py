@@ -208,8 +208,8 @@ def flags(config: PretrainedConfig) -> Flags:
     refuse(config, projector_hidden_act="gelu", vision_feature_select_strategy=selection_of(config.vision_config))
     if not isinstance(connection.feature_layer, int):
         raise UnsupportedError(
-            f"vision_feature_layer is {connection.feature_layer!r} in the config of this {config.model_type} model; only "
-            "the features of one layer can be trained on here."
+            f"vision_feature_layer is {connection.feature_layer!r} in the config of this {config.model_type} model; "
+            "only one layer's features can be trained on here."
         )
     return language_of(config.text_config).flags(config.text_config) | {
         "image-size": size[0] if isinstance(size, (list, tuple)) else size,

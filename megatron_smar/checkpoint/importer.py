@@ -131,7 +131,7 @@ def read_rows(
         return row.make(torch.Size((whole, *shape[1:])), dtype)[start : start + shape[0]]
     have = row.rows if row.rows is not None else whole
     if start + shape[0] > have:
-        return _grown(tensors[row.hf[0]].read(), shape[0])
+        return _grown(tensors[row.hf[0]], have, shape)
     parts = [_read(piece, tensors) for piece in pieces_of(row, start, shape[0])]
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rows if row.change is None else row.change(rows, start)
@@ -141,11 +141,16 @@ def _read(piece: Piece, tensors: Mapping[str, Readable]) -> Tensor:
     return tensors[piece.name].read(piece.start, piece.length)
 
 
-def _grown(rows: Tensor, number: int) -> Tensor:
+def _grown(tensor: Readable, have: int, shape: tuple[int, ...]) -> Tensor:
     """A vocabulary with more rows: new tokens start as the mean of the known ones."""
-    total = sum(part.sum(dim=0, dtype=torch.float32) for part in rows.split(1024))  # a float32 copy of all is too large
-    mean = (total / len(rows)).to(rows.dtype)
-    return torch.cat([rows, mean.expand(number - len(rows), *rows.shape[1:])])
+    rows = torch.empty(shape, dtype=tensor.dtype)
+    total = torch.zeros(shape[1:])
+    for start in range(0, have, 4096):  # as a whole it would be in memory twice
+        part = tensor.read(start, min(4096, have - start))
+        rows[start : start + len(part)] = part
+        total += part.sum(dim=0, dtype=torch.float32)
+    rows[have:] = total / have
+    return rows
 
 
 def _misfit(row: Weight, shape: tuple[int, ...], tensors: Mapping[str, Readable]) -> str:

@@ -46,10 +46,22 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
     except (ValueError, AssertionError) as error:
         fail(error)
     install_metrics()
+    _set_biases_apart(args)
     take_over_folder(args)
     # Kept in checkpoints, with all other arguments.
     args.program = {"megatron_smar": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
     return args
+
+
+def _set_biases_apart(args: Namespace) -> None:
+    """Has the modality biases, float32 in a model of half precision, optimised in a parameter group of their own.
+
+    Within a group Megatron 0.19.2's distributed optimizer puts float32 parameters before the others, but looks their
+    state up in the model's order when it saves (`model_param_group_index_map`): a group with both cannot be saved. What
+    `--decoupled-lr` applies to has its own group, whatever the rate; the biases are marked as such (`ModalityBias`).
+    """
+    if (args.bf16 or args.fp16) and args.decoupled_lr is None:
+        args.decoupled_lr, args.decoupled_min_lr = args.lr, args.min_lr
 
 
 def fail(error: Exception) -> NoReturn:

@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # run from the project's folder, without installing it
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -59,7 +60,7 @@ from megatron_smar.checkpoint.weights import inverted  # noqa: E402
 ORDER = ("copy", "import", "copy", "export", "copy", "transformers")
 
 
-def make_model(folder: Path, layers: int, **smaller: int) -> tuple[int, int]:
+def make_model(folder: Path, layers: int, **smaller: Any) -> tuple[int, int]:
     """Writes the synthetic model; `smaller` are sizes other than Mixtral's.
 
     Returns:

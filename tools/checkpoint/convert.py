@@ -175,8 +175,9 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
     ours = checkpoint_logits(model, ids, tiles, config.image_token_id, tokens_per_tile(vision_config(args)))
     found: list[Agreement | None] = [None]
     if dist.get_rank() == 0:
-        found = [compare(reference_logits(options.hf, ids, tiles, args.params_dtype, runtime.device()), ours)]
-        print(found[0].table(options.tolerance), flush=True)
+        agreement = compare(reference_logits(options.hf, ids, tiles, args.params_dtype, runtime.device()), ours)
+        print(agreement.table(options.tolerance), flush=True)
+        found = [agreement]
     dist.broadcast_object_list(found)
     dist.destroy_process_group()
     assert found[0] is not None

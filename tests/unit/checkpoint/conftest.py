@@ -43,3 +43,27 @@ def trained(tmp_path_factory) -> dict[str, Path]:
     for folder in folders.values():
         assert len(read_values(folder)) == STEPS
     return folders
+
+
+IMAGE_TOKEN = 127
+
+
+@pytest.fixture(scope="session")
+def hf(tmp_path_factory) -> Path:
+    """A composite model's folder, as transformers saves it: InternVL with Mixtral."""
+    from tests.models import build_hf_model
+
+    folder = tmp_path_factory.mktemp("composite") / "hf"
+    build_hf_model(image_token_id=IMAGE_TOKEN).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory, hf, single_rank) -> Path:
+    """The checkpoint that it becomes."""
+    from megatron_smar.checkpoint.importer import write_model
+    from megatron_smar.checkpoint.sources import read_composite
+
+    folder = tmp_path_factory.mktemp("imported") / "checkpoint"
+    write_model(read_composite(hf), folder)
+    return folder

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tools/checkpoint/convert.py as a user runs it: from Hugging Face through a training and back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.launch import ROOT, run
+
+PROGRAM = "tools/checkpoint/convert.py"
+COMMANDS = ("import", "export", "upcycle", "inspect", "verify")
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+TOKENS = 400  # of the world's tokenizer
+TRAINING = """
+    --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --save-interval 2 --lr 1e-2 --lr-decay-style constant
+    --eval-iters 0 --num-workers 0 --log-interval 1 --seq-length 128 --tokenizer-type SentencePieceTokenizer --seed 7
+    --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 --expert-tensor-parallel-size 1
+    --modality-routing smar --smar-d-min 3 --smar-d-max 4 --smar-coeff 1 --bf16 --use-distributed-optimizer
+""".split()
+
+
+@pytest.fixture
+def convert(capsys, monkeypatch, single_rank):
+    """Runs the program within this process, which has imported Megatron already; its exit status and what it wrote."""
+    from tools.checkpoint.convert import main
+
+    def call(*argv: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [PROGRAM, *map(str, argv)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        written = capsys.readouterr()
+        return status, written.out + written.err
+
+    return call
+
+
+def language(kind: str, folder: Path, vocab_size: int = TOKENS - 3, **more: object) -> Path:
+    """A language model's folder; its vocabulary lacks the image tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=vocab_size, **SHAPE, **more)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(float(parameter.dim() == 1), 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def parts(world, folder: Path) -> list[object]:
+    """The flags that name a language model, the vision encoder and the tokenizer."""
+    tokenizer = world.root / "tokenizer.model"
+    return ["--language", folder, "--vision", world.root / "vision", "--tokenizer-model", tokenizer]
+
+
+@pytest.fixture(scope="module")
+def start(world, tmp_path_factory) -> Path:
+    """A checkpoint made of Mixtral and a vision encoder, by the program."""
+    root = tmp_path_factory.mktemp("start")
+    mixtral = language("mixtral", root / "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    run(PROGRAM, "import", *parts(world, mixtral), "--output", root / "checkpoint")
+    return root / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def trained(world, start) -> Path:
+    """What two ranks made of it in two steps, with SMAR."""
+    model = ["--vision-model", start / "hf", *(start / "flags.txt").read_text().split()]
+    data = ["--tokenizer-model", start / "hf" / "tokenizer.model", "--data-path", world.root / "shards" / "train"]
+    place = ["--load", start, "--finetune", "--save", start.parent / "trained"]
+    output = run("pretrain_vlm.py", *TRAINING, *model, *data, *place, ranks=2).stdout
+    assert "successfully loaded checkpoint" in output and "iteration        2/       2" in output
+    return start.parent / "trained"
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a Hugging Face folder."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two folders hold the same tensors, to the bit."""
+    found, expected = read(one), read(other)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_model_that_was_imported_and_trained_comes_out_as_it_was_trained(start, trained, convert, tmp_path):
+    output = tmp_path / "exported"
+    assert convert("export", "--load", trained, "--hf", start / "hf", "--output", output)[0] == 0
+    weights = read(output)
+    assert weights["language_model.lm_head.weight"].shape == (TOKENS, 32), "padding for tensor parallelism is left out"
+    assert any(tensor.any() for name, tensor in weights.items() if name.endswith("modality_bias")), (
+        "SMAR learnt nothing"
+    )
+    assert (output / "tokenizer.model").is_file()
+    same = run(PROGRAM, "verify", "--hf", output, "--load", trained)
+    assert "greedy tokens that agree" in same.stdout
+    other = run(PROGRAM, "verify", "--hf", output, "--load", start, check=False)
+    assert other.returncode == 1 and "largest absolute logit difference" in other.stdout, other.stdout[-2000:]
+    # What was exported is imported again, and comes out the same.
+    assert convert("import", "--hf", output, "--output", tmp_path / "again")[0] == 0
+    again = ["export", "--load", tmp_path / "again", "--hf", tmp_path / "again" / "hf"]
+    assert convert(*again, "--output", tmp_path / "same")[0] == 0
+    assert_same(tmp_path / "same", output)
+
+
+def test_a_separate_language_model_comes_in_with_rows_for_the_image_tokens(start, convert, tmp_path):
+    assert convert("export", "--load", start, "--hf", start / "hf", "--output", tmp_path / "out")[0] == 0
+    weights, given = read(tmp_path / "out"), read(start.parent / "mixtral")
+    for name, tensor in given.items():
+        found = weights["language_model." + name]
+        assert torch.equal(found[: len(tensor)], tensor), name
+        new = found[len(tensor) :]
+        assert len(new) == (3 if name in ("lm_head.weight", "model.embed_tokens.weight") else 0)
+        if len(new):
+            torch.testing.assert_close(new, tensor.mean(dim=0).expand_as(new))
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["text_config"]["vocab_size"] == TOKENS
+    # Nothing of the model that the tower may have been part of.
+    assert {path.name for path in (start / "hf").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "modeling_modality_aware.py",
+        "tokenizer.model",
+    }
+
+
+def test_inspect_tells_what_was_trained(trained, convert):
+    status, said = convert("inspect", trained)
+    assert status == 0 and "expert_model_parallel_size 2" in said and "modality_routing smar" in said
+    status, said = convert("inspect", trained, "--json")
+    assert status == 0 and json.loads(said.splitlines()[-1])["step"] == 2
+    assert convert("inspect", trained, "--iteration", 7)[0] == 2
+
+
+def test_an_upcycled_model_starts_as_the_dense_one(world, convert, tmp_path):
+    llama = language("llama", tmp_path / "llama")
+    assert convert("import", *parts(world, llama), "--output", tmp_path / "dense")[0] == 0
+    dense = ["--load", tmp_path / "dense", "--hf", tmp_path / "dense" / "hf"]
+    assert convert("export", *dense, "--output", tmp_path / "exported")[0] == 0
+    more = ["--num-experts", 4, "--moe-router-topk", 2, "--every", 1, "--router-init-std", 1]
+    assert convert("upcycle", *dense, *more, "--output", tmp_path / "mixture")[0] == 0
+    assert "--num-experts 4\n" in (tmp_path / "mixture" / "flags.txt").read_text()
+    run(PROGRAM, "verify", "--hf", tmp_path / "exported", "--load", tmp_path / "mixture")
+    # As Mixtral's, it is exported too.
+    mixture = ["--load", tmp_path / "mixture", "--hf", tmp_path / "mixture" / "hf"]
+    assert convert("export", *mixture, "--output", tmp_path / "out")[0] == 0
+    assert any("block_sparse_moe.experts.3" in name for name in read(tmp_path / "out"))
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated(world, convert, tmp_path):
+    output, partial = tmp_path / "checkpoint", tmp_path / "checkpoint.partial"
+    llama = language("llama", tmp_path / "llama", vocab_size=400_000)  # 100 MB, written long enough to be interrupted
+    command = [PROGRAM, "import", *parts(world, llama), "--output", output]
+    environment = os.environ | {"MEGATRON_SMAR_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 120
+    while not any(partial.glob("release/*.distcp")):
+        assert time.monotonic() < end and process.poll() is None, "it never began to write, or ended too soon"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert partial.is_dir() and not output.exists()
+    for folder in (output, partial):
+        status, said = convert("export", "--load", folder, "--hf", tmp_path, "--output", tmp_path / "out")
+        assert status == 2
+        assert convert("inspect", folder)[0] == 2
+    assert convert(*command[1:])[0] == 0
+    assert not partial.exists()
+    status, said = convert("inspect", output)
+    assert status == 0 and "whole        yes" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(convert, command):
+    status, said = convert(command, "--help")
+    assert status == 0 and said.startswith(f"usage: convert.py {command}")
+    assert len(said.splitlines()) > 5
+
+
+MISTAKES = {
+    "nothing to convert": (["import", "--output", "{new}"], "give either --hf, or both --language and --vision"),
+    "both forms": (["import", "--hf", "{hf}", "--language", "{hf}", "--output", "{new}"], "give either --hf, or both"),
+    "half a form": (["import", "--language", "{hf}", "--output", "{new}"], "give either --hf, or both"),
+    "a checkpoint with parts": (
+        ["upcycle", "--load", "{load}", "--language", "{hf}", "--vision", "{hf}", "--output", "{new}"],
+        "--load goes with --hf",
+    ),
+    "a flag that there is not": (["import", "--hf", "{hf}", "--output", "{new}", "--x"], "unrecognized arguments: --x"),
+    "no such folder": (["import", "--hf", "{new}", "--output", "{new}"], "has no config.json"),
+    "config without weights": (["import", "--hf", "{hf}", "--output", "{new}"], "must hold the model's weights"),
+    "a file as output": (["export", "--load", "{load}", "--hf", "{hf}", "--output", "{file}"], "exists already"),
+    "a full folder": (["export", "--load", "{load}", "--hf", "{hf}", "--output", "{hf}"], "exists already"),
+    "no checkpoint": (["export", "--load", "{hf}", "--hf", "{hf}", "--output", "{new}"], "holds no checkpoint"),
+    "another step": (
+        ["export", "--load", "{load}", "--iteration", "3", "--hf", "{hf}", "--output", "{new}"],
+        "has no iter_0000003; there are: none",
+    ),
+    "experts already": (
+        ["upcycle", "--load", "{load}", "--hf", "{hf}", "--output", "{new}"],
+        "has experts already; upcycling takes a dense model",
+    ),
+    "more choices than experts": (
+        ["upcycle", "--load", "{load}", "--hf", "{hf}", "--output", "{new}", "--moe-router-topk", "5"],
+        "--moe-router-topk is 5; give 2 to --num-experts 4",
+    ),
+    "nothing to compare with": (["verify", "--load", "{load}", "--hf", "{hf}"], "must hold the model's weights"),
+    "nothing to compare": (["verify", "--load", "{hf}", "--hf", "{exported}"], "holds no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_one_sentence_and_nothing_written(start, convert, tmp_path, mistake):
+    argv, message = MISTAKES[mistake]
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text((start / "hf" / "config.json").read_text())
+    save_file({"w": torch.zeros(1)}, tmp_path / "exported" / "model.safetensors")
+    names = {"hf": start / "hf", "load": start, "exported": tmp_path / "exported"}
+    names |= {name: tmp_path / name for name in ("new", "file")}
+    before = sorted(start.rglob("*"))
+    status, said = convert(*(word.format(**names) for word in argv))
+    assert status == 2
+    last = said.splitlines()[-1]
+    assert last.startswith("convert.py: error: ") and message in last, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "file"]
+    assert (tmp_path / "file").read_text() == "kept" and sorted(start.rglob("*")) == before
