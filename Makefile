@@ -7,7 +7,6 @@ PYTEST_FLAGS ?=
 python := $(VENV)/bin/python
 stamp := $(VENV)/.megatron_smar-installed
 native := $(wildcard megatron_smar/data/csrc/*)
-test_tiers := $(wildcard tests/unit tests/distributed tests/functional)
 typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py)
 
 .PHONY: help env demo test test-matrix lint clean interpreter
@@ -32,7 +31,8 @@ demo: env ## make data, train, resume and evaluate a tiny model; results in runs
 	$(python) examples/emoji_tiny/run.py
 
 test: env ## run the tests (PYTEST_FLAGS= adds options)
-	OMP_NUM_THREADS=1 $(python) -m pytest $(PYTEST_FLAGS) $(test_tiers)
+	OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) tests/unit
+	OMP_NUM_THREADS=1 $(python) -m pytest $(PYTEST_FLAGS) tests/distributed tests/functional
 
 test-matrix: env ## every parallel layout against one process, and resumed; writes docs/exactness.md
 	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/distributed

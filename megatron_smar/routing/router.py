@@ -140,7 +140,7 @@ class ModalityBias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_modalities, num_experts), requires_grad=trainable)
         # Each tensor-parallel rank sees its own shard of the sequence; Megatron sums the gradients of such parameters.
         self.bias.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
-        # Optimised as these are: at the rate of --decoupled-lr, in a group of its own; by AdamW where Muon does the rest.
+        # Optimised as these are: in a group of its own, at the rate of --decoupled-lr, and never by Muon.
         self.bias.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModalityBias:
