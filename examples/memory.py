@@ -5,8 +5,9 @@
 
 Weights are bf16 (2 bytes), Megatron's gradients fp32 (4), AdamW's main weights and moments fp32 (12). Experts are cut
 over the expert-parallel ranks and copied to the others; everything else is copied to all ranks; the distributed
-optimizer cuts 12 bytes a parameter over its copies. Layers are recomputed. A rank is taken to get twice the tokens of
-an even share, which is what SMAR's specialised experts may do to it.
+optimizer cuts 12 bytes a parameter over its copies. In the host's memory (--optimizer-cpu-offload) they are 16, with a
+copy of the gradients. What saving takes for a while is left out. Layers are recomputed. A rank is taken to get twice
+the tokens of an even share, which is what SMAR's specialised experts may do to it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from architectures import ARCHITECTURES, Architecture
 from transformers import AutoModel, AutoModelForCausalLM
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
+OFFLOADED = OPTIMIZER + GRADIENT  # Megatron keeps a pinned copy of the gradients beside the state
 IMBALANCE = 2
 
 
@@ -98,13 +100,13 @@ def estimate(architecture: Architecture, layout: Layout) -> dict[str, float]:
     """Bytes of one GPU, and of the host's memory per GPU."""
     parameters = count(architecture)
     experts = parameters.experts / layout.experts
-    optimizer = OPTIMIZER * (parameters.experts + parameters.trained_rest) / layout.gpus
+    own = (parameters.experts + parameters.trained_rest) / layout.gpus
     return {
         "weights": WEIGHT * (experts + parameters.rest + parameters.vision),
         "gradients": GRADIENT * (experts + parameters.trained_rest),
-        "optimizer": 0.0 if layout.offload else optimizer,
+        "optimizer": 0.0 if layout.offload else OPTIMIZER * own,
         "activations": activations(architecture, layout),
-        "host": optimizer if layout.offload else 0.0,
+        "host": OFFLOADED * own if layout.offload else 0.0,
     }
 
 

@@ -96,6 +96,11 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_kno
             "--bf16 and --fp16 leave the modality biases in float32, and Megatron saves the state of such an optimizer "
             "only with --use-distributed-optimizer: give it, or --no-save-optim, or --no-modality-router-bias."
         )
+    if learns_biases and args.optimizer_cpu_offload:
+        raise ValueError(
+            "--optimizer-cpu-offload cannot take up the modality biases, which are float32, from a checkpoint: leave "
+            "it out, or give --no-modality-router-bias."
+        )
     if args.moe_pad_expert_input_to_capacity:
         raise ValueError(
             "--moe-pad-expert-input-to-capacity fills every expert, so that no statistics of the routing are left; "
@@ -111,6 +116,11 @@ def _check_layers(args: Namespace) -> None:
     if args.gelu_tanh and (args.swiglu or args.squared_relu or args.quick_geglu):
         raise ValueError(
             "--gelu-tanh is one activation, --swiglu, --squared-relu and --quick-geglu are others; give one."
+        )
+    if args.num_experts and args.moe_grouped_gemm and args.add_bias_linear and args.bias_dropout_fusion:
+        raise ValueError(
+            "--moe-grouped-gemm with biases in the linear layers needs --no-bias-dropout-fusion: add it, or give "
+            "--disable-bias-linear for a model without biases."
         )
     if args.parallel_block and args.multi_latent_attention:
         raise ValueError("--parallel-block has no multi-latent attention; leave out one of the two flags.")

@@ -30,10 +30,11 @@ TRAINING=(
 
 GPU=(--bf16 --moe-grouped-gemm)
 # The optimizer's 12 bytes a parameter do not fit beside the model on 8 GPUs of 80 GB: the host's memory takes them.
+# Megatron cannot load float32 parameters into an optimizer on the host, so SMAR goes without its biases there.
 OFFLOAD=(--optimizer-cpu-offload --use-precision-aware-optimizer --overlap-cpu-optimizer-d2h-h2d)
 case $LAYOUT in
   # The experts of a layer over the 8 GPUs of a node, whose links carry their tokens. Nodes are replicas.
-  8) PLACE=("${GPU[@]}" --expert-model-parallel-size 8 "${OFFLOAD[@]}") ;;
+  8) PLACE=("${GPU[@]}" --expert-model-parallel-size 8 "${OFFLOAD[@]}" --no-modality-router-bias) ;;
   64) PLACE=("${GPU[@]}" --expert-model-parallel-size 8) ;;
   tiny)
     DATA=$INPUT/stage2

@@ -100,6 +100,13 @@ def check_optimizer(args: Namespace) -> None:
         raise CheckpointMismatchError(
             f"--load {args.load} was saved with --no-save-optim; give --finetune to start from its weights, {afresh}."
         )
+    rates = {name: (getattr(saved, name, None), getattr(args, name, None)) for name in ("lr", "min_lr")}
+    changed = [f"--{name.replace('_', '-')} was {was}, not {now}" for name, (was, now) in rates.items() if was != now]
+    if changed:
+        raise CheckpointMismatchError(
+            f"--load {args.load} cannot be continued at another rate, by which Megatron finds the optimizer's state: "
+            f"{', '.join(changed)}; give the same, {afresh}."
+        )
     if args.use_distributed_optimizer and sharding is None:
         raise CheckpointMismatchError(
             f"--use-distributed-optimizer cannot take up the optimizer's state in --load {args.load}, which was saved "

@@ -21,6 +21,16 @@ from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from torch.distributed.checkpoint.metadata import Metadata
 
+
+class OptimizerClass:
+    """Stands for an optimizer's class, which the state of `--optimizer-cpu-offload` names and nobody here needs."""
+
+
+_STAND_INS = [
+    (OptimizerClass, "torch.optim.adamw.AdamW"),
+    (OptimizerClass, "torch.optim.adam.Adam"),
+    (OptimizerClass, "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam"),
+]
 COMMON_STATE = "common_state/"  # the beginning of its key
 _CHECKPOINT = "torch.distributed.checkpoint"
 _ADMITTED = {
@@ -148,7 +158,7 @@ def read_common_state(folder: Path, contents: Metadata) -> dict[str, Any]:
             raise DamagedError(f"{folder} holds no arguments of a run; Megatron did not write it, or it is damaged.")
         path, offset, length = folder / place.relative_path, place.offset, place.length
     try:
-        with path.open("rb") as file, torch.serialization.safe_globals(SAFE_GLOBALS):
+        with path.open("rb") as file, torch.serialization.safe_globals([*SAFE_GLOBALS, *_STAND_INS]):
             file.seek(offset)
             content = torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
     except Exception as error:

@@ -3,11 +3,13 @@
 
 import json
 import math
+import os
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from megatron.training.checkpointing import get_checkpoint_name
 
 import megatron_smar
@@ -160,3 +162,17 @@ def test_what_is_no_checkpoint_is_told_in_a_sentence(copy, tmp_path):
     (copy / "latest_checkpointed_iteration.txt").write_text("soon")
     with pytest.raises(DamagedError, match="names no step but 'soon'"):
         describe(copy)
+
+
+def test_the_classes_that_an_offloaded_optimizer_names_do_not_make_a_checkpoint_unreadable(tmp_path):
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    from megatron_smar.checkpoint.metadata import DamagedError, read_common_state
+
+    group = {"lr": 1e-3, "cls": torch.optim.AdamW}
+    torch.save({"iteration": 3, "optimizer": {"param_groups": [group]}}, tmp_path / COMMON_STATE_FNAME)
+    assert read_common_state(tmp_path, Metadata({}))["iteration"] == 3
+    torch.save({"iteration": 3, "optimizer": os.system}, tmp_path / COMMON_STATE_FNAME)
+    with pytest.raises(DamagedError):
+        read_common_state(tmp_path, Metadata({}))

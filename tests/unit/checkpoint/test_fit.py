@@ -9,6 +9,7 @@ import pytest
 from megatron_smar.checkpoint.fit import MODEL_PARALLEL, CheckpointMismatchError, check_optimizer
 
 LOADING = dict(ckpt_step=None, finetune=False, no_load_optim=False, skip_train=False, use_distributed_optimizer=False)
+LOADING |= dict(lr=1e-3, min_lr=0.0)  # as `trained` was
 
 
 def check(folder, **changes):
@@ -23,6 +24,7 @@ REFUSED = {
         dict(use_distributed_optimizer=True, tensor_model_parallel_size=2, expert_model_parallel_size=4),
         ["--no-dist-ckpt-optim-fully-reshardable under no model parallelism", "does not fit TP 2, EP 4"],
     ),
+    "at one rate": (dict(lr=2e-3), ["--lr was 0.001, not 0.002"]),
     "weights": ({}, ["--no-save-optim", "--finetune"]),
 }
 
@@ -30,6 +32,7 @@ REFUSED = {
 @pytest.mark.parametrize("form", REFUSED)
 def test_a_state_that_megatron_cannot_take_up_is_refused_with_the_mend(trained, form):
     changes, said = REFUSED[form]
+    form = "plain" if form == "at one rate" else form
     with pytest.raises(CheckpointMismatchError) as refusal:
         check(trained[form], **changes)
     for part in [*said, str(trained[form]), "--no-load-optim"]:
