@@ -6,6 +6,8 @@ PYTEST_FLAGS ?=
 
 python := $(VENV)/bin/python
 stamp := $(VENV)/.megatron_smar-installed
+# Two files of tests at a time, the long ones first: programs that start leave one of two cores idle.
+two_at_a_time := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 native := $(wildcard megatron_smar/data/csrc/*)
 typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py)
 
@@ -31,8 +33,7 @@ demo: env ## make data, train, resume and evaluate a tiny model; results in runs
 	$(python) examples/emoji_tiny/run.py
 
 test: env ## run the tests (PYTEST_FLAGS= adds options)
-	OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) tests/unit
-	OMP_NUM_THREADS=1 $(python) -m pytest $(PYTEST_FLAGS) tests/distributed tests/functional
+	OMP_NUM_THREADS=1 $(python) -m pytest $(two_at_a_time) $(PYTEST_FLAGS) tests/functional tests/distributed tests/unit
 
 test-matrix: env ## every parallel layout against one process, and resumed; writes docs/exactness.md
 	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/distributed
