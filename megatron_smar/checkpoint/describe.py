@@ -71,7 +71,7 @@ class CheckpointDescription:
         folder: Where it lies.
         step: Optimizer steps made; None for a release, i.e. weights without a training's history.
         samples: Training samples consumed; packs with --packing-buffer-size.
-        positions: At most so many token positions were trained on (samples times --seq-length); padding counts.
+        tokens_at_most: No more tokens than these were trained on (samples times --seq-length): padding counts here.
         frozen: Parts that did not learn, as --freeze names them; None where the run did not say.
         architecture: Arguments that shape the model.
         family: Hugging Face's name of the model, where the checkpoint has a config.
@@ -91,7 +91,7 @@ class CheckpointDescription:
     folder: Path
     step: int | None
     samples: int
-    positions: int | None
+    tokens_at_most: int | None
     frozen: tuple[str, ...] | None
     architecture: dict[str, Any]
     family: str | None
@@ -139,7 +139,7 @@ class CheckpointDescription:
             ("size", f"{_bytes(self.size)} in {self.files} files"),
             ("step", "none: a release, weights without a training's history" if self.step is None else self.step),
             ("samples", self.samples),
-            ("positions", "not known" if self.positions is None else f"{self.positions} at most, padding among them"),
+            ("tokens", "not known" if self.tokens_at_most is None else f"at most {self.tokens_at_most:,}"),
             ("stage", self.stage),
             ("data state", f"of {self.data_states} data-parallel ranks" if self.data_states else "none"),
             ("optimizer", f"{self.optimizer}, {_bytes(self.optimizer_bytes)}" if self.optimizer else "none"),
@@ -184,7 +184,7 @@ def describe(path: Path, iteration: int | None = None) -> CheckpointDescription:
         folder=folder,
         step=None if is_release else int(state["iteration"]),
         samples=samples,
-        positions=samples * arguments["seq_length"] if samples and arguments.get("seq_length") else None,
+        tokens_at_most=samples * arguments["seq_length"] if samples and arguments.get("seq_length") else None,
         frozen=None if is_release or "freeze" not in arguments else tuple(arguments["freeze"]),
         architecture=_named(arguments, ARCHITECTURE),
         family=_family(folder.parent / "hf" / "config.json"),

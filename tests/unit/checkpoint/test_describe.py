@@ -43,7 +43,7 @@ def test_the_weights_are_told_whole_and_none_is_left_out(trained):
 
 def test_what_the_run_was_is_told(trained):
     told = describe(trained["sharded"])
-    assert (told.step, told.samples, told.positions) == (STEPS, STEPS * ROWS, STEPS * ROWS * LENGTH)
+    assert (told.step, told.samples, told.tokens_at_most) == (STEPS, STEPS * ROWS, STEPS * ROWS * LENGTH)
     assert told.stage == "stage 2, visual instruction tuning (frozen: vision)"
     assert told.architecture["num_experts"] == 4 and told.architecture["moe_router_topk"] == 2
     assert told.routing["modality_routing"] == "smar" and told.routing["smar_d_min"] == 3
