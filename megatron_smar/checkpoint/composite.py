@@ -27,7 +27,7 @@ from megatron_smar.checkpoint.remote_code import MODEL_TYPE, PLAIN_TYPE, RemoteF
 from megatron_smar.checkpoint.remote_code.modeling_modality_aware import ModalityAwareInternVLConfig
 from megatron_smar.checkpoint.weights import Weight
 from megatron_smar.model.connector import ConnectorType
-from megatron_smar.model.vision import NORMALISATION
+from megatron_smar.model.vision import NORMALISATION, side_in_pixels
 
 LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
 # Layouts that come with code of their own, which `original_layouts.py` reads.
@@ -203,7 +203,6 @@ def connection_of(config: PretrainedConfig) -> Connection:
 
 def flags(config: PretrainedConfig) -> Flags:
     """The flags under which the trainer builds a composite model (without --vision-model, which names a place)."""
-    size = config.vision_config.image_size
     connection = connection_of(config)
     refuse(config, projector_hidden_act="gelu", vision_feature_select_strategy=selection_of(config.vision_config))
     if not isinstance(connection.feature_layer, int):
@@ -212,7 +211,7 @@ def flags(config: PretrainedConfig) -> Flags:
             "only one layer's features can be trained on here."
         )
     return language_of(config.text_config).flags(config.text_config) | {
-        "image-size": size[0] if isinstance(size, (list, tuple)) else size,
+        "image-size": side_in_pixels(config.vision_config.image_size),
         "connector": connection.connector,
         "pixel-shuffle": connection.pixel_shuffle,
         "vision-feature-layer": connection.feature_layer,

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from megatron_smar.checkpoint import remote_code
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.tiling import ImageConfig, ImageProcessor
-from megatron_smar.model.vision import VisionConfig, normalisation, normalise, tokens_per_tile
+from megatron_smar.model.vision import VisionConfig, normalisation, normalise, side_in_pixels, tokens_per_tile
 from megatron_smar.training.batch import prepare_batch
 
 TEXT = (
@@ -77,7 +77,7 @@ def build_inputs(
     Returns:
         Ids [b, s], and the tiles [n, 3, size, size] uint8 that go to their placeholders.
     """
-    vision = VisionConfig(str(hf), _side(config.vision_config.image_size), config.downsample_ratio)
+    vision = VisionConfig(str(hf), side_in_pixels(config.vision_config.image_size), config.downsample_ratio)
     processor = ImageProcessor(ImageConfig(image_size=vision.image_size))
     files = list(pictures) or [Path(get_sample_data(PICTURE, asfileobj=False))]
     tiles = torch.cat([processor(file.read_bytes()) for file in files])
@@ -102,10 +102,6 @@ def _text_ids(hf: Path, config: PretrainedConfig, texts: Sequence[str]) -> list[
 
 def _without(ids: Tensor, token: int) -> Tensor:
     return ids[ids != token]
-
-
-def _side(size: Any) -> int:
-    return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
 @torch.no_grad()

@@ -90,13 +90,13 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
             f"--vision-model {vision.model!r} has the model type {tower.model_type!r}; "
             f"supported vision towers are {', '.join(NORMALISATION)}."
         )
-    expected = _side(tower.image_size)
+    expected = side_in_pixels(tower.image_size)
     if vision.image_size != expected:
         raise ValueError(
             f"--image-size is {vision.image_size}, but --vision-model {vision.model!r} takes tiles of {expected} px; "
             f"give --image-size {expected}."
         )
-    grid = expected // _side(tower.patch_size)
+    grid = expected // side_in_pixels(tower.patch_size)
     if grid % vision.shuffle_step:
         raise ValueError(
             f"--pixel-shuffle {vision.pixel_shuffle} needs a patch grid divisible by {vision.shuffle_step}, but "
@@ -108,7 +108,7 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
 def tokens_per_tile(vision: VisionConfig) -> int:
     """Vision tokens that one tile becomes (256 for InternViT-300M at 448 px)."""
     tower = load_vision_config(vision)
-    return (_side(tower.image_size) // _side(tower.patch_size) // vision.shuffle_step) ** 2
+    return (side_in_pixels(tower.image_size) // side_in_pixels(tower.patch_size) // vision.shuffle_step) ** 2
 
 
 def normalisation(vision: VisionConfig) -> tuple[Channels, Channels]:
@@ -123,8 +123,8 @@ def normalisation(vision: VisionConfig) -> tuple[Channels, Channels]:
         return NORMALISATION[load_vision_config(vision).model_type]
 
 
-def _side(size: Any) -> int:
-    """A side in pixels: Hugging Face stores 448 or [448, 448]."""
+def side_in_pixels(size: Any) -> int:
+    """A side of a picture or patch: Hugging Face stores 448 or [448, 448]."""
     return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
@@ -181,7 +181,7 @@ class VisionEncoder(nn.Module):
         self.tower = _load_tower(vision, tower_config, dtype)
         self.trainable = trainable
         self.tower.requires_grad_(trainable)
-        self.num_patches = (_side(tower_config.image_size) // _side(tower_config.patch_size)) ** 2
+        self.num_patches = (side_in_pixels(tower_config.image_size) // side_in_pixels(tower_config.patch_size)) ** 2
         self.tokens_per_tile = self.num_patches // vision.shuffle_step**2
         self.output_size = int(tower_config.hidden_size) * vision.shuffle_step**2
         self.train()
