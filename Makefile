@@ -11,7 +11,7 @@ two_at_a_time := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 native := $(wildcard megatron_smar/data/csrc/*)
 typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py)
 
-.PHONY: help env demo test test-matrix lint clean interpreter
+.PHONY: help env demo test test-matrix test-cuda-path test-te test-gpu lint clean interpreter
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,15 +29,30 @@ $(stamp): pyproject.toml constraints.txt setup.py $(native) | interpreter
 interpreter:
 	@tools/make_venv.sh "$(VENV)" "$(PYTHON)"
 
+# On the CPU, also where there are GPUs, unless MEGATRON_SMAR_DEVICE=cuda says otherwise.
+demo test test-matrix test-cuda-path: export MEGATRON_SMAR_DEVICE ?= cpu
+
 demo: env ## make data, train, resume and evaluate a tiny model; results in runs/demo
 	$(python) examples/emoji_tiny/run.py
 
 test: env ## run the tests (PYTEST_FLAGS= adds options)
-	OMP_NUM_THREADS=1 $(python) -m pytest $(two_at_a_time) $(PYTEST_FLAGS) tests/functional tests/distributed tests/unit
+	OMP_NUM_THREADS=1 $(python) -m pytest $(two_at_a_time) $(PYTEST_FLAGS) tests/functional tests/distributed tests/cuda_path tests/unit
 
 test-matrix: env ## every parallel layout against one process, and resumed; writes docs/exactness.md
 	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/distributed
 	OMP_NUM_THREADS=1 $(python) -m pytest --matrix -m matrix $(PYTEST_FLAGS) tests/functional
+
+test-cuda-path: env ## the CUDA path as far as it goes without a GPU: a claimed device, storage-less tensors, 8 and 64 ranks
+	OMP_NUM_THREADS=1 $(python) -m pytest --matrix --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) tests/cuda_path
+
+# Transformer Engine is compiled against torch: a quarter of an hour, in an environment of its own.
+test-te: ## build Transformer Engine into .venv-te and check layers, checkpoints and optimizers with it; needs no GPU
+	$(MAKE) env VENV=.venv-te
+	tools/make_te.sh .venv-te
+	OMP_NUM_THREADS=1 .venv-te/bin/python -m pytest $(PYTEST_FLAGS) tests/te
+
+test-gpu: env ## the first hour with one GPU in at most ten minutes: table, runs/gpu/report.json (ALLOW_NONE=1, GPU_FLAGS=)
+	$(python) -m tests.gpu $(if $(ALLOW_NONE),--allow-none) $(GPU_FLAGS)
 
 lint: env ## check style, format and types
 	$(python) -m ruff check

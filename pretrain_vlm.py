@@ -3,13 +3,14 @@
 
 On GPUs:      torchrun --nproc-per-node 8 pretrain_vlm.py --vision-model PATH --data-path PATH ...
 Without any:  the same command; Megatron then runs on the CPU with Gloo.
+The first line of a run says which, and what it changes; MEGATRON_SMAR_DEVICE=cpu or cuda decides it.
 """
 
 from __future__ import annotations
 
 from megatron_smar import runtime
 
-runtime.install()
+runtime.install_or_exit()
 
 from megatron.core.enums import ModelType  # noqa: E402  (the runtime comes before anything of Megatron)
 from megatron.training import pretrain  # noqa: E402

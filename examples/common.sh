@@ -7,6 +7,7 @@
 # Environment:
 #   OUTPUT           folder of the recipe's checkpoints and logs (default: runs/RECIPE, with --tiny runs/tiny/RECIPE)
 #   GPUS_PER_NODE    default: 8
+#   OMP_NUM_THREADS  host threads of each process; on GPUs the cores divided by GPUS_PER_NODE, for an optimizer on the host
 #   NODE_RANK, MASTER_ADDR, MASTER_PORT    torchrun's, for several nodes without SLURM
 #   PYTHON           the interpreter (default: python)
 # Within a SLURM allocation of several nodes (sbatch, salloc) srun starts one torchrun on each of them.
@@ -40,7 +41,7 @@ read_options() {
   GPUS=$LAYOUT
   OUTPUT=${OUTPUT:-$ROOT/runs/$RECIPE}
   if [[ $LAYOUT == tiny ]]; then
-    export MEGATRON_SMAR_DEVICE=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export MEGATRON_SMAR_DEVICE=${MEGATRON_SMAR_DEVICE:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     GPUS=2 GPUS_PER_NODE=2
     [[ $OUTPUT != "$ROOT/runs/$RECIPE" ]] || OUTPUT=$ROOT/runs/tiny/$RECIPE
   fi
@@ -84,6 +85,12 @@ start_from() {
 
 # launch NAME PROGRAM FLAGS...: runs a program of the project on all GPUs; its output goes to logs/NAME.log too.
 launch() {
+  if [[ $LAYOUT != tiny ]]; then
+    # GPUs that cannot be used end the run with a sentence; torchrun would give each process one host thread.
+    export MEGATRON_SMAR_DEVICE=${MEGATRON_SMAR_DEVICE:-cuda}
+    local threads=$(($(nproc) / GPUS_PER_NODE))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+  fi
   local log=$OUTPUT/logs/$1.log program=$ROOT/$2
   local torchrun=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE")
   if ((NNODES == 1)); then

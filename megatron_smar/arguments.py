@@ -32,7 +32,7 @@ CONNECTORS = get_args(ConnectorType)
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Adds our groups to Megatron's parser, and the defaults that this device needs (`extra_args_provider`)."""
+    """Adds our groups to Megatron's parser, and the defaults that this environment needs (`extra_args_provider`)."""
     _add_routing_arguments(parser)
     _add_vision_arguments(parser)
     _add_language_arguments(parser)

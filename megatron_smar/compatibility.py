@@ -7,6 +7,8 @@ Megatron nor Transformer Engine.
 
 from __future__ import annotations
 
+import os
+import sys
 import sysconfig
 import tomllib
 from importlib import metadata, util
@@ -20,6 +22,7 @@ _TRANSFORMER_ENGINE_PACKAGES = (
     "transformer-engine-cu13",
 )
 _TRANSFORMER_ENGINE_LIBRARIES = ("libtransformer_engine", "transformer_engine_torch")
+ALLOW_UNTESTED = "MEGATRON_SMAR_ALLOW_UNTESTED"
 _APEX_EXTENSIONS = ("amp_C", "fused_layer_norm_cuda")
 
 
@@ -31,7 +34,8 @@ def check_environment() -> None:
     Raises:
         ImportError: torch or megatron-core is missing or outside the tested range, another copy of Megatron comes first
             on the path, an importable `apex` is not a complete NVIDIA apex, or Transformer Engine is half installed.
-            The message is one sentence that says what to do.
+            The message is one sentence that says what to do. With MEGATRON_SMAR_ALLOW_UNTESTED=1 a version outside the
+            tested range is a warning.
     """
     for package in ("torch", "megatron-core"):
         _check_tested_version(package)
@@ -53,11 +57,14 @@ def _check_tested_version(package: str) -> None:
 
     wanted = _declared_requirement(package)
     # NVIDIA's containers carry builds such as 2.13.0a0+1234abcd.nv26.08, which count as their release.
-    if Version(version).base_version not in Requirement(wanted).specifier:
-        raise ImportError(
-            f"{package} {version} is installed, but megatron_smar is tested with {wanted} only: "
-            f"run `pip install '{wanted}'`."
-        )
+    if Version(version).base_version in Requirement(wanted).specifier:
+        return
+    message = f"{package} {version} is installed, but megatron_smar is tested with {wanted} only"
+    if os.environ.get(ALLOW_UNTESTED, "") not in ("", "0"):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"WARNING: {message} ({ALLOW_UNTESTED} is set).", file=sys.stderr)
+        return
+    raise ImportError(f"{message}: run `pip install '{wanted}'`, or set {ALLOW_UNTESTED}=1 to go on with a warning.")
 
 
 def _check_single_megatron() -> None:

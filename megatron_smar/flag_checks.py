@@ -7,6 +7,7 @@ from argparse import Namespace
 
 from megatron.training.checkpointing import checkpoint_exists
 
+from megatron_smar import runtime
 from megatron_smar.arguments import data_config, image_config, modality_routing_config, vision_config
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts
 from megatron_smar.model.vision import load_vision_config
@@ -37,6 +38,7 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
     Raises:
         ValueError: With the flag, its value and the mend.
     """
+    runtime.check_flags(args)
     if args.vision_model is None:
         raise ValueError("--vision-model is missing; give the folder or the hub name of a Hugging Face vision encoder.")
     load_vision_config(vision_config(args))

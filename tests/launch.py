@@ -47,8 +47,8 @@ def run(
         | {
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
-            "MEGATRON_SMAR_DEVICE": "cpu",
-            "PYTHONPATH": str(ROOT),
+            "MEGATRON_SMAR_DEVICE": os.environ.get("MEGATRON_SMAR_DEVICE", "cpu"),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYTHONUNBUFFERED": "1",
         }
         | dict(rank or {})

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_smar import runtime
 
-runtime.install()
+runtime.install_or_exit()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402  (the runtime comes before anything of Megatron)

@@ -84,6 +84,7 @@ def run_program(command: Sequence[str], log: Path, root: Path, threads: int) -> 
         StepError: It failed.
     """
     environment = os.environ | {
+        "MEGATRON_SMAR_DEVICE": os.environ.get("MEGATRON_SMAR_DEVICE", "cpu"),  # two ranks do not share one GPU
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # ranks and data workers share the cores: waiting must not spin
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")])),

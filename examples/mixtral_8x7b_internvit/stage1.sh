@@ -25,7 +25,7 @@ TRAINING=(
   --num-workers 8 --log-interval 1 --save-interval 500 --eval-iters 0
 )
 
-GPU=(--bf16 --moe-grouped-gemm)
+GPU=(--bf16 --moe-router-dtype fp32 --moe-grouped-gemm)
 case $LAYOUT in
   # The experts of a layer over the 8 GPUs of a node, whose links carry their tokens. Nodes are replicas.
   8 | 64) PLACE=("${GPU[@]}" --expert-model-parallel-size 8) ;;

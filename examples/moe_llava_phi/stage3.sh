@@ -30,7 +30,7 @@ TRAINING=(
 )
 
 # Phi has biases, and Megatron's grouped experts refuse them with this fusion.
-GPU=(--bf16 --moe-grouped-gemm --no-bias-dropout-fusion)
+GPU=(--bf16 --moe-router-dtype fp32 --moe-grouped-gemm --no-bias-dropout-fusion)
 case $LAYOUT in
   # 5.3 billion parameters fit on each GPU, and no token has to leave it.
   8) PLACE=("${GPU[@]}" --micro-batch-size 4) ;;

@@ -18,7 +18,7 @@ CHECKPOINT=${CHECKPOINT:-$OUTPUT/stage2}
 BIASES=() VERIFY=()
 case $LAYOUT in
   8 | 64)
-    PLACE=(--bf16 --moe-grouped-gemm --expert-model-parallel-size 8 --batch-size 2)
+    PLACE=(--bf16 --moe-router-dtype fp32 --moe-grouped-gemm --expert-model-parallel-size 8 --batch-size 2)
     # As stage2.sh trains; and a model of this depth adds up more rounding than a small one.
     [[ $LAYOUT == 64 ]] || BIASES=(--no-modality-router-bias)
     VERIFY=(--tolerance 1e-2)

@@ -28,7 +28,7 @@ TRAINING=(
   --num-workers 8 --log-interval 1 --save-interval 500 --eval-iters 0
 )
 
-GPU=(--bf16 --moe-grouped-gemm)
+GPU=(--bf16 --moe-router-dtype fp32 --moe-grouped-gemm)
 # The optimizer's 12 bytes a parameter do not fit beside the model on 8 GPUs of 80 GB: the host's memory takes them.
 # Megatron cannot load float32 parameters into an optimizer on the host, so SMAR goes without its biases there.
 OFFLOAD=(--optimizer-cpu-offload --use-precision-aware-optimizer --overlap-cpu-optimizer-d2h-h2d)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from megatron.training import print_rank_0
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename, read_metadata
 
 from megatron_smar.checkpoint.metadata import DamagedError, read_common_state, read_contents, saved_arguments
@@ -85,14 +87,8 @@ def check_optimizer(args: Namespace) -> None:
     Raises:
         CheckpointMismatchError: Megatron could not load it, or would leave a part of it out.
     """
-    folder = _folder(args.load, args.ckpt_step)
-    is_wanted = not (args.finetune or args.no_load_optim or args.skip_train)
-    if folder is None or folder.name == "release" or not is_wanted:
+    if args.finetune or args.no_load_optim or args.skip_train or (state := _common_state(args)) is None:
         return
-    try:
-        state = read_common_state(folder, read_contents(folder))
-    except DamagedError as error:
-        raise CheckpointMismatchError(f"--load {args.load} cannot be continued: {error}") from error
     saved = saved_arguments(state)
     sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
     afresh = "or --no-load-optim to start with a new optimizer"
@@ -121,6 +117,36 @@ def check_optimizer(args: Namespace) -> None:
             f"--load {args.load} was saved with --no-dist-ckpt-optim-fully-reshardable under {_layout(saved)}, and its "
             f"optimizer's state does not fit {_layout(args)}; give the same sizes, {afresh}."
         )
+
+
+def leave_other_random_state(args: Namespace) -> None:
+    """Sets --no-load-rng, and says so, where the checkpoint's generators are those of another kind of device.
+
+    A generator of CUDA has a state of 16 bytes, one of the CPU has 5,056: neither loads the other's.
+
+    Raises:
+        CheckpointMismatchError: The checkpoint's arguments cannot be read.
+    """
+    if args.finetune or args.no_load_rng or args.skip_train or (state := _common_state(args)) is None:
+        return
+    saved, now = getattr(saved_arguments(state), "program", {}).get("device"), args.program["device"]
+    if saved and saved != now:
+        args.no_load_rng = True
+        print_rank_0(
+            f"--load {args.load} was saved on {saved} and this run is on {now}: the random generators' states are "
+            "not loaded (--no-load-rng), so dropout, if there is any, draws other numbers than an undisturbed run."
+        )
+
+
+def _common_state(args: Namespace) -> dict[str, Any] | None:
+    """What a run stored beside the weights in the checkpoint that this one resumes from; None where there is none."""
+    folder = _folder(args.load, args.ckpt_step)
+    if folder is None or folder.name == "release":
+        return None
+    try:
+        return read_common_state(folder, read_contents(folder))
+    except DamagedError as error:
+        raise CheckpointMismatchError(f"--load {args.load} cannot be continued: {error}") from error
 
 
 def _layout(args: Namespace) -> str:

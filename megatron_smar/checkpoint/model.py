@@ -77,6 +77,7 @@ def parse(argv: Sequence[str], vocab_size: int) -> Namespace:
             args = parse_args(add_arguments)
             args.seq_length = args.seq_length or args.max_position_embeddings
             args.vocab_size = vocab_size
+            args.use_cpu_initialization = True  # Megatron's and Transformer Engine's layers name a GPU otherwise
             validate_args(args)
             check_shape(args)
     except (AssertionError, ValueError) as error:

@@ -8,6 +8,7 @@ drawn on the CPU, start out equal on every expert-parallel rank. These plug into
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 
 def zigzag_positions(
-    lengths: Tensor | int, context_parallel_size: int, device: torch.device | str | None = None
+    lengths: Sequence[int] | int, context_parallel_size: int, device: torch.device | str | None = None
 ) -> Tensor:
     """Positions that each context-parallel rank holds, [cp, s / cp], in its order.
 
@@ -35,12 +36,12 @@ def zigzag_positions(
     Transformer Engine expects.
 
     Args:
-        lengths: Length of the sequence, or of each sequence of a pack [n]; multiples of 2 cp.
+        lengths: Length of the sequence, or of each sequence of a pack; multiples of 2 cp.
         context_parallel_size: cp.
         device: Where the result lies.
     """
     parts, first = [], 0
-    for length in [lengths] if isinstance(lengths, int) else lengths.tolist():
+    for length in [lengths] if isinstance(lengths, int) else lengths:
         chunks = torch.arange(first, first + length, device=device).view(2 * context_parallel_size, -1)
         parts.append(torch.cat([chunks[:context_parallel_size], chunks.flip(0)[:context_parallel_size]], dim=1))
         first += length
@@ -96,7 +97,8 @@ class ScaledDotProductAttention(MegatronModule):
             attention_mask: None for the causal mask, else [b, 1, s, s] bool, True where masked (Megatron's polarity).
             attn_mask_type: Overrides the layer's own type.
             attention_bias: Not supported.
-            packed_seq_params: Where the sequences of a pack begin; each attends to itself alone, causally.
+            packed_seq_params: Where the sequences of a pack begin, best on the host, or this waits for the device; each
+                attends to itself alone, causally.
 
         Returns:
             [s, b, n * d], packed [s, n * d].
@@ -106,7 +108,7 @@ class ScaledDotProductAttention(MegatronModule):
                 "attention biases need Transformer Engine's attention; use --transformer-impl transformer_engine."
             )
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.diff()).squeeze(1)
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.diff().tolist()).squeeze(1)
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         kept = None if causal or attention_mask is None else ~attention_mask
         if self.cp_group.size() > 1:
@@ -114,20 +116,21 @@ class ScaledDotProductAttention(MegatronModule):
             kept, causal = self._mask_of_shard(key, causal, attention_mask), False
         return self._attend(query, key, value, kept, causal)
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
         """Block-diagonal causal attention: one sequence of the pack after another, [s, 1, n * d]."""
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
-            parts = zip(*(x.split(lengths.tolist()) for x in (query, key, value)), strict=True)
+            parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
             return torch.cat([self._attend(q, k, v, None, True) for q, k, v in parts])
         positions = zigzag_positions(lengths, size, key.device)
         key, value = (
             gather_from_sequence_parallel_region(x, group=self.cp_group)[positions.flatten().argsort()]
             for x in (key, value)
         )
-        queries = zip(*(x.split((lengths // size).tolist()) for x in (query, positions[rank])), strict=True)
-        keys = zip(*(x.split(lengths.tolist()) for x in (key, value)), strict=True)
+        shares = [length // size for length in lengths]
+        queries = zip(*(x.split(shares) for x in (query, positions[rank])), strict=True)
+        keys = zip(*(x.split(lengths) for x in (key, value)), strict=True)
         outputs, first = [], 0
         for (q, own), (k, v) in zip(queries, keys, strict=True):
             visible = own.unsqueeze(1) >= torch.arange(first, first + len(k), device=own.device)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -141,7 +141,8 @@ class VisionLanguageModel(MegatronModule):
             vision_index: [b, s], for a vision position the row of its token among the features of all tiles.
             labels: [b, s], or None.
             attention_mask: None for causal.
-            packed_seq_params: Where the sequences of a pack begin and end, for b = 1; each attends to itself alone.
+            packed_seq_params: Where the sequences of a pack begin and end, on the host, for b = 1; each attends to
+                itself alone.
 
         Returns:
             On the last stage the loss per token [b, s], or without labels the logits [b, s, vocabulary / tp]; on the
@@ -157,8 +158,20 @@ class VisionLanguageModel(MegatronModule):
             decoder_input=decoder_input,
             labels=labels,
             padding_mask=self._modality_mask(modality_ids),
-            packed_seq_params=packed_seq_params,
+            packed_seq_params=self._place_ends(packed_seq_params),
         )
+
+    def _place_ends(self, packed: PackedSeqParams | None) -> PackedSeqParams | None:
+        """The ends of a pack's sequences where the layers want them.
+
+        Local layers and Megatron's unfused rotary embedding cut by numbers: from the device they would be read again in
+        every layer and pass. The kernels of Transformer Engine take them on the device.
+        """
+        local = self.config.transformer_impl == "local" and not self.config.apply_rope_fusion
+        if packed is None or local:
+            return packed
+        ends = packed.cu_seqlens_q.pin_memory().cuda(non_blocking=True)
+        return replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
 
     def _modality_mask(self, modality_ids: Tensor) -> Tensor:
         """This rank's shard of the modality mask, [b, s / tp, M] under sequence parallelism, else [b, s, M]."""
@@ -184,7 +197,7 @@ class VisionLanguageModel(MegatronModule):
             if vision_index is None:
                 raise ValueError("pixel_values were given without vision_index; see megatron_smar.training.batch.")
             features = self.connector(self.vision_model.encode(pixel_values, self.pg_collection.tp_cp)).flatten(0, 1)
-            placed = features[vision_index.clamp(min=0)].transpose(0, 1).to(embeddings.dtype)
+            placed = features[_spread(vision_index, len(features))].transpose(0, 1).to(embeddings.dtype)
             # Contiguous, or its strides would last to the end of the stage, whose output is sent on.
             embeddings = torch.where((modality_ids > 0).t().unsqueeze(-1), placed, embeddings).contiguous()
         if self.config.sequence_parallel:
@@ -208,3 +221,12 @@ class VisionLanguageModel(MegatronModule):
         else:
             features = torch.zeros(1, 1, self.vision_model.output_size, device=like.device, dtype=like.dtype)
         return self.connector(features).sum().to(like.dtype) * 0.0
+
+
+def _spread(index: Tensor, rows: int) -> Tensor:
+    """Rows to read at each position [b, s]: those of `index`, and any where it is -1, each position another.
+
+    What is read there is not used, but its gradient, zeros, is added up: on CUDA one by one if they shared a row.
+    """
+    positions = torch.arange(index.numel(), device=index.device).view_as(index)
+    return torch.where(index < 0, positions % rows, index)

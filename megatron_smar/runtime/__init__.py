@@ -1,88 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA or CPU + Gloo: the only package that knows which one is running.
+"""CUDA or CPU + Gloo: the only package that knows which one is running, and what stands beside torch there.
 
-With CUDA nothing is touched. Without it, `install()` adapts Megatron so that its own `pretrain()` runs on the CPU. Call
-it before anything of Megatron is imported; calling it again is harmless.
+`install()` adapts Megatron to the environment of this process, so that its own `pretrain()` runs in it. Each adaptation
+acts where its reason holds: a few are about a missing device, the others are repairs that CUDA needs as well. Call it
+before anything of Megatron is imported; calling it again is harmless.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Literal
+from argparse import Namespace
+from typing import Any
 
-from megatron_smar.runtime.adaptation import Adaptation, adaptations
+from megatron_smar.runtime import defaults
+from megatron_smar.runtime.adaptation import Adaptation, Where, adaptations
+from megatron_smar.runtime.environment import Device, Environment, device, environment
 
-Device = Literal["cpu", "cuda"]
-DEVICE_VARIABLE = "MEGATRON_SMAR_DEVICE"
+__all__ = [
+    "Adaptation",
+    "Device",
+    "Environment",
+    "Where",
+    "adaptations",
+    "argument_defaults",
+    "check_flags",
+    "describe",
+    "device",
+    "environment",
+    "install",
+    "install_or_exit",
+]
 
-__all__ = ["Adaptation", "adaptations", "argument_defaults", "device", "install"]
-
-
-def device() -> Device:
-    """The device of this process: MEGATRON_SMAR_DEVICE if set, else cuda where there is one, else cpu.
-
-    Raises:
-        RuntimeError: MEGATRON_SMAR_DEVICE is neither cpu nor cuda, or is cuda on a machine without CUDA.
-    """
-    import torch
-
-    available = torch.cuda.is_available()
-    wanted = os.environ.get(DEVICE_VARIABLE, "")
-    if wanted not in ("", "cpu", "cuda"):
-        raise RuntimeError(f"{DEVICE_VARIABLE} is {wanted!r}; set it to cpu or cuda, or unset it to detect the device.")
-    if wanted == "cuda" and not available:
-        raise RuntimeError(f"{DEVICE_VARIABLE} is cuda, but torch finds no CUDA device; set it to cpu or unset it.")
-    if wanted:
-        return "cpu" if wanted == "cpu" else "cuda"
-    return "cuda" if available else "cpu"
+_INSTALLED: list[Environment] = []
 
 
-def install() -> Device:
-    """Adapts torch and Megatron to the device of this process, once.
+def install(wanted: Device | None = None) -> Device:
+    """Adapts torch and Megatron to the environment of this process, once.
+
+    Args:
+        wanted: The device, for a program that has no use for the other; None to detect it (see `device`).
 
     Returns:
         The device.
 
     Raises:
-        RuntimeError: See `device`; or Megatron was imported first, on a CPU with a Transformer Engine installed.
+        RuntimeError: See `environment`.
     """
-    chosen = device()
-    if chosen == "cpu":
-        _hide_transformer_engine()
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for sequence parallelism
-        from megatron_smar.runtime import cpu_megatron, cpu_torch
+    if not _INSTALLED:
+        _INSTALLED.append(environment(wanted))
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for tensor parallelism
+        if _INSTALLED[0].device == "cuda" and "LOCAL_RANK" in os.environ:
+            # Megatron asks for the card's capability before it sets the device: a context of each rank on GPU 0.
+            import torch
 
-        for adapt in (*cpu_torch.ADAPTATIONS, *cpu_megatron.ADAPTATIONS):
-            adapt()
-    return chosen
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        from megatron_smar.runtime import cpu_megatron, cpu_torch, repairs, torch_adam
+
+        for part in (cpu_torch, cpu_megatron, repairs, torch_adam):
+            for adapt in part.ADAPTATIONS:
+                adapt(_INSTALLED[0])
+    return _INSTALLED[0].device
+
+
+def install_or_exit(wanted: Device | None = None) -> Device:
+    """As `install`, for a program: an environment that cannot be used ends this rank with one sentence."""
+    try:
+        return install(wanted)
+    except RuntimeError as error:
+        # One write: several ranks share the terminal.
+        os.write(sys.stderr.fileno(), f"{os.path.basename(sys.argv[0])}: error: {error}\n".encode())
+        sys.exit(1)
+
+
+def current() -> Environment:
+    """The environment that `install()` found.
+
+    Raises:
+        RuntimeError: It was not called.
+    """
+    if not _INSTALLED:
+        raise RuntimeError("megatron_smar.runtime.install() has not been called; call it before importing Megatron.")
+    return _INSTALLED[0]
 
 
 def argument_defaults() -> dict[str, Any]:
-    """Defaults of Megatron's flags that differ on this device (none on CUDA); flags given by the user win."""
-    if device() == "cuda":
-        return {}
-    return {
-        "distributed_backend": "gloo",
-        "use_cpu_initialization": True,
-        "transformer_impl": "local",
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "bias_gelu_fusion": False,
-        "bias_swiglu_fusion": False,
-        "bias_dropout_fusion": False,
-        "apply_rope_fusion": False,
-        "no_persist_layer_norm": True,
-        "async_tensor_model_parallel_allreduce": False,
-    }
+    """Defaults of Megatron's flags that differ in this environment; flags given by the user win."""
+    return defaults.defaults_of(current())
 
 
-def _hide_transformer_engine() -> None:
-    """A healthy Transformer Engine makes Megatron choose FusedAdam and TE layers, which cannot run on a CPU."""
-    if sys.modules.get("transformer_engine") is None:
-        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
-    else:
-        raise RuntimeError(
-            "Transformer Engine was imported before megatron_smar.runtime.install() on a machine without CUDA; "
-            "import megatron_smar.runtime first."
-        )
+def describe() -> str:
+    """The environment and its defaults in one line."""
+    return defaults.description(current())
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuses flags that this environment cannot serve; see `defaults.check_flags`."""
+    defaults.check_flags(args, current())

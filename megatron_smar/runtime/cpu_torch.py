@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._device
 
-from megatron_smar.runtime.adaptation import adaptation
+from megatron_smar.runtime.adaptation import Where, adaptation
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def _on_cpu(device: Any) -> Any:
     return CPU if isinstance(device, torch.device) and device.type == "cuda" else device
 
 
-@adaptation("Megatron makes tensors with device='cuda'")
+@adaptation("Megatron makes tensors with device='cuda'", Where.CPU)
 def redirect_tensor_factories() -> None:
     """`torch.zeros(..., device="cuda")` and its kin make CPU tensors."""
 
@@ -137,7 +137,7 @@ def redirect_tensor_factories() -> None:
         setattr(torch, name, redirected(getattr(torch, name)))
 
 
-@adaptation("Megatron moves tensors and modules with .cuda() and pins host memory")
+@adaptation("Megatron moves tensors and modules with .cuda() and pins host memory", Where.CPU)
 def redirect_tensor_moves() -> None:
     """`.cuda()`, `.pin_memory()` and `.record_stream()` leave a tensor where it is."""
 
@@ -150,7 +150,7 @@ def redirect_tensor_moves() -> None:
     torch.Tensor.record_stream = stay  # type: ignore[method-assign]
 
 
-@adaptation("Megatron asks for the current device, sets it and synchronises with it")
+@adaptation("Megatron asks for the current device, sets it and synchronises with it", Where.CPU)
 def provide_current_device() -> None:
     """One device, the CPU, always current and always synchronised."""
     cuda: Any = torch.cuda
@@ -166,7 +166,7 @@ def provide_current_device() -> None:
     cuda.get_device_name = lambda device=None: "cpu"
 
 
-@adaptation("Megatron's schedules and timers use streams and events")
+@adaptation("Megatron's schedules and timers use streams and events", Where.CPU)
 def provide_streams() -> None:
     """Streams and events that are always in order."""
     cuda: Any = torch.cuda
@@ -179,7 +179,7 @@ def provide_streams() -> None:
     cuda.is_current_stream_capturing = lambda: False
 
 
-@adaptation("Megatron keeps one CUDA generator state per purpose")
+@adaptation("Megatron keeps one CUDA generator state per purpose", Where.CPU)
 def provide_random_states() -> None:
     """The CUDA generator is the CPU's."""
     cuda: Any = torch.cuda
@@ -189,7 +189,7 @@ def provide_random_states() -> None:
     cuda._lazy_call = lambda function, **kwargs: function()
 
 
-@adaptation("Megatron reports the allocator's statistics")
+@adaptation("Megatron reports the allocator's statistics", Where.CPU)
 def provide_memory_statistics() -> None:
     """No CUDA memory is in use."""
     cuda: Any = torch.cuda
@@ -199,7 +199,7 @@ def provide_memory_statistics() -> None:
     cuda.memory_stats = lambda device=None: collections.defaultdict(int)
 
 
-@adaptation("Megatron binds process groups and barriers to a CUDA device")
+@adaptation("Megatron binds process groups and barriers to a CUDA device", Where.CPU)
 def unbind_process_groups() -> None:
     """`device_id` and `device_ids` are NCCL's; Gloo refuses them."""
 
@@ -215,7 +215,7 @@ def unbind_process_groups() -> None:
     dist.barrier = without(dist.barrier, "device_ids")
 
 
-@adaptation("the token dispatcher leaves split sizes as tensors where there is no CUDA to copy them from")
+@adaptation("the token dispatcher leaves split sizes as tensors where there is no CUDA to copy them from", Where.CPU)
 def accept_tensor_split_sizes() -> None:
     """`all_to_all_single` takes split sizes as tensors too."""
     all_to_all_single = dist.all_to_all_single
@@ -239,7 +239,7 @@ def accept_tensor_split_sizes() -> None:
     dist.all_to_all_single = call
 
 
-@adaptation("Megatron's optimizers tell parameters by the name of their type, torch.cuda.FloatTensor")
+@adaptation("Megatron's optimizers tell parameters by the name of their type, torch.cuda.FloatTensor", Where.CPU)
 def name_tensor_types_as_cuda() -> None:
     """`tensor.type()` names the CUDA type of the same element type."""
     type_of = torch.Tensor.type
@@ -252,7 +252,10 @@ def name_tensor_types_as_cuda() -> None:
     torch.Tensor.type = cuda_type  # type: ignore[assignment, method-assign]
 
 
-@adaptation("without a GPU the absence of Transformer Engine and apex is right, and Megatron warns of it a dozen times")
+@adaptation(
+    "without a GPU the absence of Transformer Engine and apex is right, and Megatron warns of it a dozen times",
+    Where.CPU,
+)
 def silence_missing_gpu_packages() -> None:
     """Drops those warnings and no others."""
     for missing in (

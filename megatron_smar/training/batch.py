@@ -36,7 +36,7 @@ class ModelBatch:
         labels: [b, s].
         loss_mask: [b, s] float.
         pixel_values: [tiles, 3, H, W]; None but on the first pipeline stage.
-        packed_seq_params: Where the sequences of a pack begin and end; None without packing.
+        packed_seq_params: Where the sequences of a pack begin and end, on the host; None without packing.
         shares: What is logged as a share: name -> [part, whole].
     """
 
@@ -89,7 +89,7 @@ class CountedSteps:
         """The next micro-batch; the first of a step sets the step's `LossScale.tokens`."""
         if not self._step:
             self._step.extend(next(self.iterator) for _ in range(get_num_microbatches()))
-            tokens = torch.stack([batch.loss_mask.sum() for batch in self._step]).sum().cuda(non_blocking=True)
+            tokens = _on_device(torch.stack([batch.loss_mask.sum() for batch in self._step]).sum())
             dist.all_reduce(tokens, group=self.data_parallel)
             # Megatron divides by one token where there is none.
             LossScale.tokens = tokens.clamp(min=1) / get_num_microbatches()
@@ -137,17 +137,25 @@ def prepare_batch(
     cp = pg_collection.cp
     if batch.lengths is not None and cp.size() > 1:
         # Megatron's own cut of packs needs Transformer Engine; this is the same one.
-        held = zigzag_positions(batch.lengths, cp.size())[cp.rank()]
+        held = zigzag_positions(batch.lengths.tolist(), cp.size())[cp.rank()]
         sequences = {name: tensor[:, held] for name, tensor in sequences.items()}
-    sequences = {name: tensor.cuda(non_blocking=True) for name, tensor in sequences.items()}
+    sequences = {name: _on_device(tensor) for name, tensor in sequences.items()}
     if batch.lengths is None and cp.size() > 1:
         sequences = get_batch_on_this_cp_rank(sequences, is_hybrid_cp=False, cp_group=cp)
     return ModelBatch(
         **sequences,
-        pixel_values=batch.pixel_values.cuda(non_blocking=True) if with_images else None,
+        pixel_values=_on_device(batch.pixel_values) if with_images else None,
         packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
         shares=_shares(batch, data_wait),
     )
+
+
+def _on_device(tensor: Tensor) -> Tensor:
+    """The tensor on this rank's device, by a copy that nothing waits for: such a copy starts from pinned memory.
+
+    The loader's tensors are pinned already; what is made of them is not.
+    """
+    return tensor.contiguous().pin_memory().cuda(non_blocking=True)
 
 
 def _shares(batch: VisionLanguageBatch, data_wait: tuple[float, float] | None) -> dict[str, Tensor]:
@@ -158,7 +166,7 @@ def _shares(batch: VisionLanguageBatch, data_wait: tuple[float, float] | None) -
     }
     if data_wait:
         shares["data wait"] = data_wait
-    values = torch.tensor(list(shares.values()), dtype=torch.float32).cuda(non_blocking=True)
+    values = _on_device(torch.tensor(list(shares.values()), dtype=torch.float32))
     return dict(zip(shares, values, strict=True))
 
 
@@ -173,10 +181,12 @@ def _position_ids(batch: VisionLanguageBatch) -> Tensor:
 def _packed_seq_params(lengths: Tensor) -> PackedSeqParams:
     """Sequences of these lengths, one behind the other without gaps, for all context-parallel ranks together.
 
+    They stay on the host, where the local layers read them; the model copies them for those that want the device's.
+
     The longest length is that of a sequence: told the whole pack's, Megatron's rotary embedding would let positions run
     on through the pack. Its angles are relative, so that only long packs would show it, in bf16.
     """
-    ends = F.pad(lengths.cumsum(0), (1, 0)).int().cuda(non_blocking=True)
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest

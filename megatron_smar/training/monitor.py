@@ -7,7 +7,7 @@ import math
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from megatron_smar.routing.specialization import (
 from megatron_smar.routing.statistics import RoutingStatistics
 
 MSI = "msi"
-EXPERT_LOAD = "expert load"
+WINDOW = "sums since the last time"
 
 
 def modality_name(modality: int) -> str:
@@ -86,23 +86,45 @@ class MonitorConfig:
         )
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Sums over steps, on the host.
+
+    Attributes:
+        load: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
+        distances: [L, 2], MRD distances, and the number of micro-batches that they are of.
+    """
+
+    load: Tensor = field(default_factory=lambda: torch.zeros(()))
+    distances: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.load + other.load, self.distances + other.distances)
+
+
 class RoutingMetricsTracker(MoEMetricsTracker):
     """Megatron's tracker of MoE metrics, which also reports how the modalities are routed.
 
-    Every step: `smar loss` joins Megatron's per-interval averages; `mrd distance` is the mean over the layers and
-    micro-batches in which at least two modalities had tokens, and per layer it goes to `moe/mrd_distance_layer_N`, N
-    from 1.
+    On the console every --log-interval steps, in TensorBoard and W&B every --tensorboard-log-interval steps:
 
-    Every --tensorboard-log-interval steps, over all tokens since the last time: the scalars of `load_scalars`. Every
-    --log-interval steps, over all tokens since the last time: `msi` on the console, the images of `load_images`, and a
-    warning if routing collapses. The sums are added up on the device, and reduced only then.
+    - `smar loss` and Megatron's own auxiliary losses, as Megatron has the main loss: on the console the mean over the
+      steps since the last line, elsewhere the step's value;
+    - `mrd distance`, the mean over the layers and over the micro-batches since the last line or point, of those in
+      which at least two modalities had tokens; by layer in `moe/mrd_distance_layer_N`, N from 1, not on the console;
+    - `msi`, over all tokens since the last line or point; the other scalars of `load_scalars` not on the console.
+
+    Every --log-interval steps, over all tokens since the last time: the images of `load_images`, and a warning if
+    routing collapses. What is summed over steps is added up on the device; it is reduced and read only when something
+    is due, which all ranks know by the step.
     """
 
     def __init__(self, config: MonitorConfig | None = None) -> None:
         super().__init__()
         self.config = config or MonitorConfig()
-        self._window: Tensor | None = None  # [L, M, E + 1]: counts and tokens of this rank's layers, not yet reduced
-        self._unwritten = self._unprinted = torch.zeros(())  # the same after reduction, since the last point and line
+        # This rank's since the last reduction, on the device: counts and tokens; distances and their number.
+        self._window: Tensor | None = None  # [L, M, E + 1]
+        self._distances: Tensor | None = None  # [L, 2]
+        self._unwritten = self._unprinted = Sums()  # of all ranks, since the last point and line
         self._collapses = CollapseWatch(self.config)
         self._begun = False
 
@@ -121,17 +143,29 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         self, loss_scale: float, iteration: int, writer: Any = None, wandb_writer: Any = None, **kwargs: Any
     ) -> str:
         """As Megatron's, once per step on every rank; returns the console's part."""
-        names = [*(kwargs.pop("track_names", None) or []), SMAR_LOSS, MRD_DISTANCE, COMPARABLE]
-        distances = self._mean_distances(kwargs, names)
-        scalars: dict[str, float] = {}
-        if distances:
-            scalars = {f"moe/mrd_distance_layer_{layer}": value for layer, value in distances.items()}
-            scalars[MRD_DISTANCE] = fmean(distances.values())
-        self._log_scalars(scalars, iteration, writer, wandb_writer)
+        layers = _number_of_layers(kwargs)
+        names = [*(kwargs.pop("track_names", None) or []), SMAR_LOSS]
+        for name in (*names, MRD_DISTANCE, COMPARABLE):
+            self.ensure_initialized(name, layers)
+        self._add_distances()
+        first, self._begun = not self._begun, True  # Megatron also prints a line after its first step
+        writes = iteration % self.config.scalar_interval == 0
+        ends = iteration % self.config.console_interval == 0
+        due = (writer, wandb_writer) if writes else (None, None)
         kwargs["force_initialize"] = False
-        log = super().report(loss_scale, iteration, writer, wandb_writer, track_names=names[:-2], **kwargs)
-        log += f" {MRD_DISTANCE}: {scalars[MRD_DISTANCE]:.4f} |" if scalars else ""
-        return log + self._report_load(iteration, writer, wandb_writer, kwargs)
+        kwargs["per_layer_logging"] = writes and kwargs.get("per_layer_logging", False)  # it reads them on every rank
+        log = super().report(loss_scale, iteration, *due, track_names=names, **kwargs)
+        if writes or ends or first:
+            sums = self._reduced_sums(layers, kwargs.get("pg_collection"))
+            self._unwritten, self._unprinted = self._unwritten + sums, self._unprinted + sums
+        if due != (None, None):
+            self._log_scalars(sum_scalars(self._unwritten, self.config), iteration, *due)
+            self._unwritten = Sums()
+        if ends or first:
+            log += self._console_part()
+        if ends:
+            self._end_interval(iteration, writer, wandb_writer)
+        return log
 
     def _log_scalars(self, scalars: dict[str, Any], iteration: int, writer: Any, wandb_writer: Any) -> None:
         """As Megatron's, with one call of W&B for all: hundreds of them, one per scalar, take a noticeable time."""
@@ -139,56 +173,65 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         if wandb_writer is not None and scalars:
             wandb_writer.log(scalars, iteration)
 
-    def _mean_distances(self, kwargs: dict[str, Any], names: list[str]) -> dict[int, float]:
-        """Mean distance by layer, of the layers that had something to compare."""
-        layers = _number_of_layers(kwargs)
-        for name in names:
-            self.ensure_initialized(name, layers)
-        self._sync_metrics([MRD_DISTANCE, COMPARABLE], kwargs.get("pg_collection"))
-        sums = torch.stack([self.metrics[name].values for name in (MRD_DISTANCE, COMPARABLE)], dim=1).tolist()
-        return {layer: total / number for layer, (total, number) in enumerate(sums, start=1) if number > 0}
+    def _add_distances(self) -> None:
+        """Adds the step's distances, which Megatron's `report` then clears, to those since the last time."""
+        step = torch.stack([self.metrics[name].values.double() for name in (MRD_DISTANCE, COMPARABLE)], dim=1)
+        self._distances = step if self._distances is None else self._distances + step
 
-    def _report_load(self, iteration: int, writer: Any, wandb_writer: Any, kwargs: dict[str, Any]) -> str:
-        """Writes what is due of the experts' load; returns the console's part where Megatron prints a line."""
-        first, self._begun = not self._begun, True  # Megatron also prints a line after its first step
-        writes = iteration % self.config.scalar_interval == 0
-        ends = iteration % self.config.console_interval == 0
-        if not (writes or ends or first):
-            return ""
-        window = self._reduced_window(_number_of_layers(kwargs), kwargs.get("pg_collection"))
-        self._unwritten, self._unprinted = self._unwritten + window, self._unprinted + window
-        if writes and (writer is not None or wandb_writer is not None):
-            self._log_scalars(load_scalars(self._unwritten, self.config), iteration, writer, wandb_writer)
-            self._unwritten = torch.zeros(())
-        indices = layer_specialization(self._unprinted)
-        if ends:
-            _log_images(load_images(self._unprinted), iteration, writer, wandb_writer)
-            warning = self._collapses.check(self._unprinted)
-            if warning:
-                print_rank_last(f"WARNING: iteration {iteration}: {warning}")
-            self._unprinted = torch.zeros(())
-        return f" {MSI}: {fmean(indices.values()):.3f} |" if indices and (ends or first) else ""
-
-    def _reduced_window(self, layers: int, groups: Any) -> Tensor:
-        """Counts and tokens since the last time, of all layers and replicas, [L, M, E + 1] on the host.
+    def _reduced_sums(self, layers: int, groups: Any) -> Sums:
+        """The sums of all layers and replicas since the last time, by one reduction and one read of the device.
 
         Reduced as Megatron reduces its own values per layer: summed over the pipeline's stages, which hold different
-        layers, then averaged over replicas where those differ, which changes no share.
+        layers, then averaged over replicas where those differ, which changes no share and no mean.
         """
-        config = self.config
-        if self._window is None:  # a stage without MoE layers, or a step without any token
+        config, distances, window = self.config, self._distances, self._window
+        assert distances is not None
+        if window is None:  # a stage without MoE layers, or a step without any token
             shape = (layers, config.num_modalities, config.num_experts + 1)
-            self._window = torch.zeros(shape, dtype=torch.float64, device=self.metrics[COMPARABLE].values.device)
-        self._metrics[EXPERT_LOAD] = MetricEntry(self._window, needs_dp_avg=config.scope == "local")
-        self._sync_metrics([EXPERT_LOAD], groups)
-        del self._metrics[EXPERT_LOAD]  # Megatron's `clear` zeroes its entries every step and after evaluation
-        reduced = self._window.to("cpu", copy=True)
-        self._window.zero_()
-        return reduced
+            window = torch.zeros(shape, dtype=torch.float64, device=distances.device)
+        packed = torch.cat([window.flatten(1), distances], dim=1)
+        self._metrics[WINDOW] = MetricEntry(packed, needs_dp_avg=config.scope == "local")
+        self._sync_metrics([WINDOW], groups)
+        del self._metrics[WINDOW]
+        self._window = self._distances = None
+        load, distances = packed.cpu().split([packed.shape[1] - 2, 2], dim=1)
+        return Sums(load.unflatten(1, window.shape[1:]), distances)
+
+    def _console_part(self) -> str:
+        distances = mean_distances(self._unprinted.distances)
+        indices = layer_specialization(self._unprinted.load)
+        log = f" {MRD_DISTANCE}: {fmean(distances.values()):.4f} |" if distances else ""
+        return log + (f" {MSI}: {fmean(indices.values()):.3f} |" if indices else "")
+
+    def _end_interval(self, iteration: int, writer: Any, wandb_writer: Any) -> None:
+        """What an interval of the console ends with beside its line."""
+        _log_images(load_images(self._unprinted.load), iteration, writer, wandb_writer)
+        warning = self._collapses.check(self._unprinted.load)
+        if warning:
+            print_rank_last(f"WARNING: iteration {iteration}: {warning}")
+        self._unprinted = Sums()
 
 
 def _number_of_layers(kwargs: dict[str, Any]) -> int:
     return int(kwargs["num_layers"] + (kwargs.get("mtp_num_layers") or 0))
+
+
+def sum_scalars(sums: Sums, config: MonitorConfig) -> dict[str, float]:
+    """What is written of the sums since the last point, by tag: the distances, and `load_scalars`."""
+    distances = mean_distances(sums.distances)
+    scalars = {f"moe/mrd_distance_layer_{layer}": value for layer, value in distances.items()}
+    if distances:
+        scalars[MRD_DISTANCE] = fmean(distances.values())
+    return scalars | load_scalars(sums.load, config)
+
+
+def mean_distances(sums: Tensor) -> dict[int, float]:
+    """Mean MRD distance by layer number from 1, of the layers that had something to compare.
+
+    Args:
+        sums: [L, 2], the distances of each layer and the number of micro-batches that they are of.
+    """
+    return {layer: total / number for layer, (total, number) in enumerate(sums.tolist(), start=1) if number > 0}
 
 
 def layer_specialization(sums: Tensor) -> dict[int, float]:

@@ -22,7 +22,7 @@ from megatron_smar.arguments import (
     transformer_config,
     vision_config,
 )
-from megatron_smar.checkpoint.fit import check_fit, check_optimizer
+from megatron_smar.checkpoint.fit import check_fit, check_optimizer, leave_other_random_state
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.conversations import get_template
 from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
@@ -68,6 +68,7 @@ def model_provider(
     )
     check_fit(model, args.load, args.ckpt_step)
     check_optimizer(args)
+    leave_other_random_state(args)
     return model
 
 

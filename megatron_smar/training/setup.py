@@ -18,7 +18,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
-from megatron_smar import __version__
+from megatron_smar import __version__, runtime
 from megatron_smar.arguments import add_arguments
 from megatron_smar.flag_checks import check_arguments, check_shape
 from megatron_smar.training.monitor import install_metrics
@@ -38,6 +38,8 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
     """
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megatron_smar {__version__}: {runtime.describe()}", flush=True)
     try:
         check_arguments(parse_args(add_arguments), needs_data)
         args = parse_and_validate_args(add_arguments)
@@ -50,6 +52,7 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
     take_over_folder(args)
     # Kept in checkpoints, with all other arguments.
     args.program = {"megatron_smar": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
+    args.program["device"] = runtime.device()
     return args
 
 

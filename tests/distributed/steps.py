@@ -57,6 +57,9 @@ class Values(dict[str, float]):
     def add_scalar(self, name: str, value: Any, iteration: int) -> None:
         self[name] = float(value)
 
+    def add_image(self, *args: Any, **kwargs: Any) -> None:
+        """Images repeat the scalars."""
+
 
 def micro_batches(batch: dict[str, Any], rank: int, ranks: int) -> list[VisionLanguageBatch]:
     """This replica's rows of every micro-batch step; the steps cut the global batch in the same way for all layouts."""
@@ -107,7 +110,7 @@ def step(batch: dict[str, Any], iteration: int, model: list[Any], optimizer: Any
     values["learning rate"] = max(group["lr"] for group in optimizer.param_groups)
     get_moe_metrics_tracker().report(
         1 / get_num_microbatches(),
-        1,
+        args.log_interval,  # a step at which everything is written
         values,
         per_layer_logging=True,
         force_initialize=True,

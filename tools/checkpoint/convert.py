@@ -21,7 +21,8 @@ if __name__ == "__main__":  # run from the project's folder, without installing 
 
 from megatron_smar import runtime
 
-runtime.install()
+# Only `verify` runs a model; the others build it on the meta device, where a GPU is of no use.
+runtime.install_or_exit(None if "verify" in sys.argv[1:2] else "cpu")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -202,7 +202,7 @@ class ModalityAwareInternVLForConditionalGeneration(InternVLForConditionalGenera
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: Any,
         inputs_embeds: Tensor | None = None,
@@ -211,7 +211,7 @@ class ModalityAwareInternVLForConditionalGeneration(InternVLForConditionalGenera
     ) -> dict[str, Any]:
         """Names the two, as `generate(inputs_embeds=..., mm_token_type_ids=...)` asks of a model that takes them."""
         kwargs |= {"inputs_embeds": inputs_embeds, "mm_token_type_ids": mm_token_type_ids}
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
 
 # Transformers renames weights between disk and memory by model type and class name: ours are InternVL's.

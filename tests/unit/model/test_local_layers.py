@@ -22,7 +22,7 @@ def test_each_sequence_of_a_pack_is_shared_out_by_itself(chunks, ranks):
     lengths = torch.tensor(chunks) * 2 * ranks
     starts = (lengths.cumsum(0) - lengths).tolist()
     alone = [zigzag_positions(length, ranks) + start for start, length in zip(starts, lengths.tolist(), strict=True)]
-    assert torch.equal(zigzag_positions(lengths, ranks), torch.cat(alone, dim=1))
+    assert torch.equal(zigzag_positions(lengths.tolist(), ranks), torch.cat(alone, dim=1))
 
 
 class _Place:

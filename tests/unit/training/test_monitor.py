@@ -108,7 +108,7 @@ def test_real_tensorboard_takes_scalars_and_images(single_rank, tmp_path):
 
 def test_intervals_cover_all_steps_since_the_last_time_and_nothing_is_reduced_between(single_rank, monkeypatch):
     """Scalars every 2 steps and lines every 4: each covers its own steps, weighted by tokens, none twice."""
-    from megatron_smar.training.monitor import EXPERT_LOAD, RoutingMetricsTracker
+    from megatron_smar.training.monitor import WINDOW, RoutingMetricsTracker
 
     reduced = []
     sync = RoutingMetricsTracker._sync_metrics
@@ -126,7 +126,7 @@ def test_intervals_cover_all_steps_since_the_last_time_and_nothing_is_reduced_be
     assert lines == [True, False, False, True, False, False, False, True], "Megatron prints after step 1, too"
     # Steps 1 and 2: two of three micro-batches are APART; halves of the sums: text 22:20:4:2, vision 6:4:20:18 of 48.
     assert written == [None, pytest.approx(2 / 3), None, 1, None, 0, None, 0]
-    assert reduced.count(EXPERT_LOAD) == 5, "once after step 1, then every two steps"
+    assert reduced.count(WINDOW) == 5, "once after step 1, then every two steps"
 
 
 def test_console_covers_the_whole_interval(single_rank):
@@ -137,9 +137,29 @@ def test_console_covers_the_whole_interval(single_rank):
     assert line.endswith(" msi: 0.333 |")
 
 
+def test_distances_are_means_over_the_micro_batches_since_the_last_point_and_line(single_rank):
+    """Points every 2 steps, lines every 4; steps 3 and 6 have nothing to compare, step 7 two micro-batches."""
+    from megatron_smar.routing.router import COMPARABLE, MRD_DISTANCE
+
+    tracker, written, lines = tracker_of(scalar_interval=2, console_interval=4), [], []
+    for step, distances in enumerate(([1], [2], [], [4], [5], [], [6, 10], [9]), start=1):
+        for distance in distances:
+            for name, value in ((MRD_DISTANCE, distance), (COMPARABLE, 1)):
+                tracker.record(name, torch.tensor(float(value)), 2, 2, needs_dp_avg=False)
+        writer = Writer()
+        found = re.search(r"mrd distance: ([\d.]+) \|", report(tracker, step, writer))
+        lines.append(float(found[1]) if found else None)
+        written.append(writer.get("moe/mrd_distance_layer_2"))
+        assert writer.get("mrd distance") == written[-1] and "moe/mrd_distance_layer_1" not in writer
+        assert ("smar loss" in writer) == (step % 2 == 0), "written between two points"
+        tracker.clear()
+    assert written == [None, 1.5, None, 4, None, 5, None, 25 / 3]
+    assert lines == [1, None, None, 2.3333, None, None, None, 7.5]
+
+
 def test_layers_without_tokens_of_two_modalities_have_no_index(single_rank):
     tracker, writer = tracker_of(), Writer()
-    record(tracker, [[8, 8, 0, 0], [0, 0, 0, 0]])
+    tracker.record_statistics(statistics([[8, 8, 0, 0], [0, 0, 0, 0]]), 1, 2)
     assert "msi" not in report(tracker, 1, writer, layers=2)
     assert not [name for name in writer if "msi" in name or "vision" in name or "layer_2" in name]
     assert writer["moe/token_share/text"] == 1
@@ -148,7 +168,7 @@ def test_layers_without_tokens_of_two_modalities_have_no_index(single_rank):
 def test_third_modality_has_a_name_and_a_stage_without_moe_layers_reports_nothing(single_rank):
     tracker, writer = tracker_of(num_modalities=3), Writer()
     assert "msi" not in report(tracker, 1, writer)
-    record(tracker, [[4, 4, 0, 0], [0, 0, 4, 4], [0, 0, 8, 8]])
+    tracker.record_statistics(statistics([[4, 4, 0, 0], [0, 0, 4, 4], [0, 0, 8, 8]]), 1, 2)
     report(tracker, 2, writer, layers=2)
     assert writer["moe/token_share/modality_2"] == 0.5
 

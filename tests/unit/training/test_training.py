@@ -103,6 +103,57 @@ def test_samples_of_a_pack_do_not_see_each_other(single_rank, vision):
     assert not torch.allclose(before[6:12], after[6:12])
 
 
+def test_nothing_is_copied_to_the_device_but_from_pinned_memory(single_rank, monkeypatch):
+    """A copy from other memory is not asynchronous, whatever `non_blocking` says; views are pinned whole."""
+    pinned = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.is_contiguous(), "pin_memory keeps the strides, and cannot fill an expanded tensor"
+        pinned.append(tensor.data_ptr())
+        return tensor
+
+    def move(tensor: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        assert non_blocking and (tensor.data_ptr() in pinned or not tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "cuda", move)
+    batch = pack_of([3, 5, 4], torch.full((1, 12), 9))
+    moved = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    assert {tensor.data_ptr() for tensor in moved if tensor.numel()} < set(pinned)
+
+
+def test_text_positions_share_no_row_of_the_features_with_each_other():
+    """They are read and thrown away, but their gradients, zeros, are added up: on CUDA one by one in each row."""
+    from megatron_smar.model.vlm import _spread
+
+    index = torch.full((3, 40), -1)
+    index[1, 5:13] = torch.arange(8)
+    rows = _spread(index, 16)
+    assert torch.equal(rows[1, 5:13], index[1, 5:13])
+    assert rows.min() >= 0 and rows.flatten().bincount(minlength=16).max() <= -(-120 // 16) + 1
+    features = torch.randn(16, 4, requires_grad=True)
+    torch.where((index >= 0).unsqueeze(-1), features[rows], 0.0).sum().backward()
+    assert torch.equal(features.grad[:8], torch.ones(8, 4)) and torch.equal(features.grad[8:], torch.zeros(8, 4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_shown(single_rank, value):
+    from megatron.core import rerun_state_machine
+
+    from megatron_smar.training.loss import lm_loss
+
+    rerun_state_machine.initialize_rerun_state_machine()
+    try:
+        losses, mask = torch.tensor([[1.0, value]]), torch.ones(1, 2)
+        with pytest.raises(RuntimeError, match=rf"Unexpected result {value} \(message=.found NaN or Inf"):
+            lm_loss(mask, {}, True, losses)
+        lm_loss(mask, {}, False, losses)
+        lm_loss(mask, {}, True, torch.ones(1, 2))
+    finally:
+        rerun_state_machine.destroy_rerun_state_machine()
+
+
 def test_warm_up_rises_linearly_after_the_start_step():
     from megatron_smar.routing.router import ModalityRoutingConfig
 

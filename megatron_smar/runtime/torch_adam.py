@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repairs of Megatron's optimizers where torch's AdamW does the work: without Transformer Engine and apex.
+
+AdamW is the optimizer itself, or with --optimizer-cpu-offload the part of it on the host (HybridDeviceOptimizer).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_smar.runtime.adaptation import Where, adaptation
+
+
+def _torch_adams(optimizer: Any) -> list[torch.optim.Adam]:
+    """torch's AdamW in an optimizer: itself, or those that an offloaded optimizer consists of; none of another kind."""
+    parts = getattr(optimizer, "sub_optimizers", [optimizer])
+    return [part for part in parts if isinstance(part, torch.optim.Adam)]
+
+
+def _is_torch_adam(optimizer: Any) -> bool:
+    """Whether an optimizer is torch's AdamW or consists of it, perhaps without any parameter."""
+    return isinstance(optimizer, torch.optim.Adam) or hasattr(optimizer, "sub_optimizers")
+
+
+def _step_count(steps: float, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    """AdamW's count of steps of one parameter: beside it for the fused kernels, on the host otherwise."""
+    return torch.tensor(steps, dtype=torch.float32, device=parameter.device if group.get("fused") else "cpu")
+
+
+@adaptation(
+    "without Transformer Engine and apex, Megatron takes torch's AdamW in its slow form, pass after pass",
+    Where.TORCH_ADAM,
+)
+def fuse_adamw() -> None:
+    """The optimizer that `pretrain()` makes uses AdamW's fused kernels: the same update in one pass."""
+    import megatron.training.training as training
+
+    build = training.get_megatron_optimizer
+
+    @functools.wraps(build)
+    def build_fused(*args: Any, **kwargs: Any) -> Any:
+        optimizer = build(*args, **kwargs)
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            inner = getattr(part, "optimizer", None)
+            if _is_torch_adam(inner):
+                for group in inner.param_groups:  # type: ignore[union-attr]
+                    group["fused"] = True
+                inner.register_step_post_hook(_count_step)  # type: ignore[union-attr]
+        return optimizer
+
+    training.get_megatron_optimizer = build_fused
+
+
+@adaptation(
+    "the distributed optimizer asks AdamW for its step, which one without state or parameters does not know",
+    Where.TORCH_ADAM,
+)
+def start_state_of_distributed_adamw() -> None:
+    """`DistributedOptimizer.state_dict()` works before the first step, and without parameters.
+
+    Parameters are missing where the rank's shard, or its whole pipeline stage, has nothing to train. With apex or
+    Transformer Engine, Megatron 0.19.2 handles both itself.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    state_dict = DistributedOptimizer.state_dict
+
+    @functools.wraps(state_dict)
+    def state_dict_from_start(self: Any) -> Any:
+        if _is_torch_adam(self.optimizer) and not self.optimizer.state:
+            _make_state(self.optimizer)
+        with _step_without_parameters(self.optimizer):
+            return state_dict(self)
+
+    DistributedOptimizer.state_dict = state_dict_from_start
+
+
+def _make_state(optimizer: Any) -> None:
+    """The state of an AdamW that has made no step."""
+    for adam in _torch_adams(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                adam.state[parameter] = {
+                    "step": _step_count(0.0, parameter, group),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+    if hasattr(optimizer, "sub_optimizers"):
+        optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+@contextlib.contextmanager
+def _step_without_parameters(optimizer: Any) -> Iterator[None]:
+    """While it lasts, an AdamW without parameters has a state that tells the number of its steps."""
+    hides = _is_torch_adam(optimizer) and not optimizer.state
+    if hides:
+        optimizer.state["no parameter"] = {"step": torch.tensor(float(getattr(optimizer, "steps_made", 0)))}
+    try:
+        yield
+    finally:
+        if hides:
+            del optimizer.state["no parameter"]
+
+
+def _count_step(optimizer: Any, *_: Any) -> None:
+    optimizer.steps_made = getattr(optimizer, "steps_made", 0) + 1
+
+
+@adaptation(
+    "the distributed optimizer loads into views of leaves, and gives all parameters one `step` to raise",
+    Where.TORCH_ADAM,
+)
+def load_distributed_adamw() -> None:
+    """`DistributedOptimizer.load_state_dict()` runs without gradients; then each parameter counts its own steps."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    load_state_dict = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(load_state_dict)
+    def load_and_separate(self: Any, state_dict: dict[str, Any]) -> None:
+        with torch.no_grad():
+            load_state_dict(self, state_dict)
+        if _is_torch_adam(self.optimizer):
+            step = float(state_dict["optimizer"]["param_groups"][0]["step"])
+            self.optimizer.steps_made = int(step)
+            for adam in _torch_adams(self.optimizer):
+                for group in adam.param_groups:
+                    group["fused"] = True  # a checkpoint of FusedAdam does not say so
+                    for parameter in group["params"]:
+                        adam.state[parameter]["step"] = _step_count(step, parameter, group)
+
+    DistributedOptimizer.load_state_dict = load_and_separate
+
+
+@adaptation(
+    "states that fit any layout have AdamW's `step` apart, and torch's optimizer has one beside the moments",
+    Where.TORCH_ADAM,
+)
+def load_adamw_of_any_layout() -> None:
+    """A checkpoint with `--dist-ckpt-optim-fully-reshardable` loads; `load_distributed_adamw` then sets the steps."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(set_states)
+    def set_those_given(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, model_param, {"step": None} | tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_those_given
+
+
+@adaptation(
+    "without their multi-tensor kernels Megatron reads each gradient's norm from the device by itself, and scales one "
+    "gradient after another",
+    Where.TORCH_ADAM,
+)
+def clip_gradients_at_once() -> None:
+    """The gradient norm is read once per step, and all gradients are scaled in place by one operation."""
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.training.utils.common_utils as parameter_norm  # of --log-params-norm
+
+    clip_grads.l2_norm_impl = parameter_norm.multi_tensor_l2norm = l2_norm
+    clip_grads.multi_tensor_scale_impl = scale
+
+
+def l2_norm(
+    chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool
+) -> tuple[Tensor, None]:
+    """The norm of all tensors together, [1] float32 on their device (the signature of apex's multi_tensor_l2norm)."""
+    norms = torch.stack(torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors]))
+    return torch.linalg.vector_norm(norms.float()).unsqueeze(0), None
+
+
+def scale(chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
+    """Writes the first list's tensors, scaled, into the second's (the signature of apex's multi_tensor_scale)."""
+    sources, targets = tensor_lists
+    if any(source is not target for source, target in zip(sources, targets, strict=True)):
+        torch._foreach_copy_(targets, sources)
+    torch._foreach_mul_(targets, factor)
+
+
+ADAPTATIONS = (
+    fuse_adamw,
+    start_state_of_distributed_adamw,
+    load_distributed_adamw,
+    load_adamw_of_any_layout,
+    clip_gradients_at_once,
+)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the recipes' scripts would start on GPUs, taken from the scripts themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.launch import ROOT
+
+# Recipe -> its stages in order.
+STAGES = {
+    "mixtral_8x7b_internvit": ("stage1", "stage2"),
+    "qwen3_30b_a3b_internvl": ("stage1", "stage2"),
+    "moe_llava_phi": ("stage3",),
+}
+RECORDER = '#!/bin/bash\nprintf "%s\\0" "$@" >"$RECORD"\n'
+
+
+def run_script(recipe: str, script: str, output: Path, *options: str, **environment: str) -> None:
+    """Runs one of a recipe's scripts, with a recipe's folder of its own."""
+    subprocess.run(
+        ["bash", ROOT / "examples" / recipe / f"{script}.sh", *options],
+        env=os.environ | {"PYTHON": sys.executable, "OUTPUT": str(output)} | environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+
+
+def command_on_gpus(recipe: str, stage: str, gpus: int, output: Path, data: Path) -> tuple[str, list[str]]:
+    """The program that a stage starts on 8 or 64 GPUs and its flags, recorded in the place of the interpreter."""
+    recorder, record = output / "recorder.sh", output / f"{stage}-{gpus}.record"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    place = {"NODE_RANK": "0", "MASTER_ADDR": "localhost"} if gpus > 8 else {}
+    recording = {"PYTHON": str(recorder), "RECORD": str(record), "DATA": str(data)}
+    run_script(recipe, stage, output, "--gpus", str(gpus), **recording, **place)
+    words = record.read_bytes().decode().split("\0")[:-1]
+    program = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    return words[program], words[program + 1 :]

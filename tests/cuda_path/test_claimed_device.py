@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes' GPU commands on a process that claims GPUs: small models, every flag of the 8- and the 64-GPU layout.
+
+With torch alone they train, save, resume, evaluate and export; tests/redirected_cuda.py says what that leaves out.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_smar.analysis.scalars import read_scalars
+from tests.cuda_path.recipes import STAGES, command_on_gpus, run_script
+from tests.launch import run
+
+CLAIM = "tests/redirected_cuda.py"
+STEPS = 6
+# What a small model and a CPU need otherwise; everything else is as on GPUs.
+SMALL = (
+    "--global-batch-size 4 --micro-batch-size 1 --seq-length 256 --num-workers 0 --tensorboard-log-interval 1 "
+    f"--train-iters {STEPS} --lr 1e-3"
+).split()
+
+
+class Recipe:
+    """A recipe's small model, converted by its own script, and its runs on a claimed device."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.name, self.output, self.input = name, root / name, root / name / "input"
+        self.stage = STAGES[name][-1]
+        run_script(name, "convert", self.output, "--tiny")
+        for stage in STAGES[name][:-1]:  # the last stage starts from it
+            run_script(name, stage, self.output, "--tiny")
+
+    def train(self, gpus: int, ranks: int, *flags: object) -> list[float]:
+        """Runs the last stage with an 8- or 64-GPU layout's flags, or resumes it; returns the losses that it logged."""
+        program, given = command_on_gpus(self.name, self.stage, gpus, self.output, self.input / "stage2")
+        layout = ["--expert-model-parallel-size", ranks if "--expert-model-parallel-size" in given else 1]
+        run(CLAIM, program, *given, *SMALL, *layout, *flags, ranks=ranks)
+        return read_scalars(self.output / self.stage / "tensorboard")["lm loss"].values
+
+    def set_aside(self, name: str) -> None:
+        """Renames the stage's folder, so that the next run starts afresh."""
+        (self.output / self.stage).rename(self.output / name)
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    """Recipes by name, made when they are asked for."""
+    root, made = tmp_path_factory.mktemp("claimed"), {}
+
+    def get(name: str) -> Recipe:
+        if name not in made:
+            made[name] = Recipe(name, root)
+        return made[name]
+
+    return get
+
+
+CASES = [
+    pytest.param(recipe, gpus, ranks, id=f"{recipe}, {gpus} GPUs' flags on {ranks}", marks=marks)
+    for recipe in STAGES
+    for gpus, ranks in ((8, 2), (64, 1), (8, 1), (64, 2))
+    for marks in [() if (recipe, gpus, ranks) == ("qwen3_30b_a3b_internvl", 8, 2) else pytest.mark.matrix]
+]
+
+
+@pytest.mark.parametrize(("recipe", "gpus", "ranks"), CASES)
+def test_a_recipes_gpu_flags_train_save_and_resume_to_the_undisturbed_losses(recipes, recipe, gpus, ranks):
+    case = recipes(recipe)
+    undisturbed = case.train(gpus, ranks)
+    case.set_aside(f"{gpus}-on-{ranks}-undisturbed")
+    case.train(gpus, ranks, "--exit-interval", STEPS // 2)
+    continued = case.train(gpus, ranks)
+    case.set_aside(f"{gpus}-on-{ranks}")
+    assert len(undisturbed) == STEPS and continued == undisturbed
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("recipe", STAGES)
+def test_what_was_trained_on_a_claimed_device_evaluates_and_exports(recipes, recipe):
+    case = recipes(recipe)
+    case.train(64, 2)
+    run_script(recipe, "evaluate", case.output, "--tiny")
+    case.set_aside("evaluated")
+    assert json.loads((case.output / "results.json").read_text())["text_perplexity"] > 1

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which defaults an environment gets, and which flags it refuses."""
+
+from argparse import Namespace
+
+import pytest
+
+from megatron_smar.runtime.defaults import FP8_CAPABILITY, check_flags, defaults_of, description
+from megatron_smar.runtime.environment import Environment
+
+CPU = Environment("cpu")
+TORCH_ALONE = Environment("cuda")
+WITH_ENGINE = Environment("cuda", transformer_engine=True)
+WITH_APEX = Environment("cuda", apex=True, fused_weight_gradient=True)
+WITH_BOTH = Environment("cuda", transformer_engine=True, apex=True, fused_weight_gradient=True)
+
+
+def flags(environment: Environment, **given: object) -> Namespace:
+    """What Megatron's parser returns: its own defaults, the environment's, then the user's flags."""
+    megatron = {
+        "transformer_impl": "transformer_engine",
+        "apply_rope_fusion": True,
+        "gradient_accumulation_fusion": True,
+        "distributed_backend": "nccl",
+        "moe_grouped_gemm": False,
+        "fp8": None,
+        "fp8_recipe": "delayed",
+        "fp4": None,
+        "tp_comm_overlap": False,
+        "use_precision_aware_optimizer": False,
+        "optimizer_cpu_offload": False,
+    }
+    return Namespace(**(megatron | defaults_of(environment) | given))
+
+
+@pytest.mark.parametrize("environment", [CPU, TORCH_ALONE, WITH_ENGINE, WITH_APEX, WITH_BOTH], ids=description)
+def test_every_environment_serves_its_own_defaults(environment):
+    check_flags(flags(environment), environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "changed"),
+    [
+        (TORCH_ALONE, {"transformer_impl", "apply_rope_fusion", "gradient_accumulation_fusion", "moe_router_dtype"}),
+        (WITH_ENGINE, {"gradient_accumulation_fusion", "moe_router_dtype"}),
+        (WITH_APEX, {"transformer_impl", "apply_rope_fusion", "moe_router_dtype"}),
+        (WITH_BOTH, {"moe_router_dtype"}),
+    ],
+    ids=["torch alone", "Transformer Engine", "apex", "both"],
+)
+def test_only_what_is_missing_changes_a_default(environment, changed):
+    assert set(defaults_of(environment)) == changed
+
+
+@pytest.mark.parametrize("environment", [CPU, TORCH_ALONE, WITH_ENGINE, WITH_APEX, WITH_BOTH])
+def test_the_start_line_names_device_layers_and_optimizer(environment):
+    line = description(environment)
+    assert "\n" not in line and ("AdamW" in line) != ("FusedAdam" in line)
+    assert ("local layers" in line) == (not environment.transformer_engine)
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "said"),
+    [
+        (CPU, {"transformer_impl": "transformer_engine"}, "--transformer-impl transformer_engine needs"),
+        (CPU, {"moe_grouped_gemm": True}, "--moe-grouped-gemm needs a GPU"),
+        (CPU, {"distributed_backend": "nccl"}, "nccl needs GPUs"),
+        (CPU, {"fp8": "hybrid"}, "--fp8-format needs Transformer Engine, which is not used on the CPU"),
+        (CPU, {"gradient_accumulation_fusion": True}, "not used on the CPU"),
+        (TORCH_ALONE, {"transformer_impl": "transformer_engine"}, "give --transformer-impl local"),
+        (TORCH_ALONE, {"apply_rope_fusion": True}, "give --no-rope-fusion"),
+        (TORCH_ALONE, {"fp8": "hybrid"}, "--fp8-format needs Transformer Engine, which is not installed"),
+        (TORCH_ALONE, {"tp_comm_overlap": True}, "--tp-comm-overlap needs"),
+        (TORCH_ALONE, {"use_precision_aware_optimizer": True}, "without --optimizer-cpu-offload"),
+        (WITH_ENGINE, {"gradient_accumulation_fusion": True}, "fused_weight_gradient_mlp_cuda"),
+        (WITH_ENGINE, {"fp8": "hybrid", "fp8_recipe": "bogus"}, "it must be one of delayed, tensorwise"),
+    ],
+)
+def test_a_flag_that_the_environment_cannot_serve_gets_one_sentence(environment, given, said):
+    with pytest.raises(ValueError) as refused:
+        check_flags(flags(environment, **given), environment)
+    message = str(refused.value)
+    assert said in message and message.endswith(".") and "\n" not in message
+
+
+def test_offload_with_its_precision_aware_optimizer_needs_no_transformer_engine():
+    given = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
+    check_flags(flags(TORCH_ALONE, **given), TORCH_ALONE)
+
+
+@pytest.mark.parametrize(
+    ("capability", "recipe", "able"),
+    [
+        ((9, 0), "mxfp8", "delayed or tensorwise or blockwise"),
+        ((8, 9), "blockwise", "delayed or tensorwise"),
+        ((8, 0), "delayed", None),
+    ],
+)
+def test_a_recipe_that_the_card_has_no_units_for_is_refused_at_the_start(monkeypatch, capability, recipe, able):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    with pytest.raises(ValueError) as refused:
+        check_flags(flags(WITH_ENGINE, fp8="hybrid", fp8_recipe=recipe), WITH_ENGINE)
+    assert (f"give --fp8-recipe {able}, or" if able else "train in bf16") in str(refused.value)
+    fits = [name for name, least in FP8_CAPABILITY.items() if least <= capability]
+    for name in fits:
+        check_flags(flags(WITH_ENGINE, fp8="hybrid", fp8_recipe=name), WITH_ENGINE)
