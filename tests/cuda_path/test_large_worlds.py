@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks of 8 and of 64 of each recipe at its full size: what a rank would hold equals what the published sizes say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cuda_path.recipes import STAGES, command_on_gpus
+from tests.launch import ROOT
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+
+def write_start(recipe: str, output: Path) -> None:
+    """What convert.sh leaves of the published model, as far as a stage's start reads it: flags and config."""
+    from architectures import ARCHITECTURES
+
+    from megatron_smar.checkpoint.composite import Connection, combine, flags
+    from megatron_smar.checkpoint.model import write_flags
+    from megatron_smar.checkpoint.upcycle import UpcyclingConfig, mixture_flags
+
+    architecture = ARCHITECTURES[recipe]
+    text = architecture.language
+    connection = Connection(pixel_shuffle=1.0, feature_layer=-2) if architecture.upcycled else Connection()
+    config = combine(text, architecture.vision, connection, text.vocab_size - 1, text.vocab_size)
+    described = flags(config)
+    if architecture.upcycled:
+        experts, chosen, every = architecture.upcycled
+        described |= mixture_flags(described, UpcyclingConfig(experts, chosen, every))
+    for folder in ("start", STAGES[recipe][0]):
+        (output / folder).mkdir(parents=True)
+        (output / folder / "latest_checkpointed_iteration.txt").write_text("release")
+    write_flags(output / "start" / "flags.txt", described)
+    config.save_pretrained(output / "start" / "hf")
+
+
+def held_by(recipe: str, gpus: int, rank: int, output: Path) -> dict:
+    """What one rank of the recipe's last stage holds."""
+    write_start(recipe, output)
+    from architectures import ARCHITECTURES
+
+    program, given = command_on_gpus(recipe, STAGES[recipe][-1], gpus, output, output)
+    assert program.endswith("pretrain_vlm.py")
+    vocabulary = ["--tokenizer-type", "NullTokenizer", "--vocab-size", ARCHITECTURES[recipe].language.vocab_size - 1]
+    result = output / "held.json"
+    command = [sys.executable, ROOT / "tests/cuda_path/large_world.py", result, *given, *vocabulary]
+    place = {"RANK": rank, "WORLD_SIZE": gpus, "LOCAL_RANK": rank % 8, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    environment = os.environ | {name: str(value) for name, value in place.items()} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return json.loads(result.read_text())
+
+
+CASES = [
+    pytest.param(
+        recipe,
+        gpus,
+        rank,
+        id=f"{recipe}, rank {rank} of {gpus}",
+        marks=() if (recipe, gpus, rank) == ("mixtral_8x7b_internvit", 64, 63) else pytest.mark.matrix,
+    )
+    for recipe in STAGES
+    for gpus in (8, 64)
+    for rank in (0, gpus // 2 - 1, gpus - 1)
+]
+
+
+def published(recipe: str) -> dict[str, int]:
+    """Numbers of parameters as Hugging Face's classes of the published sizes have them, and of those that learn."""
+    from architectures import ARCHITECTURES
+    from memory import count
+
+    counted, architecture = count(ARCHITECTURES[recipe]), ARCHITECTURES[recipe]
+    sizes = {"experts": counted.experts, "rest": counted.rest, "vision": counted.vision}
+    text = architecture.language
+    experts = architecture.upcycled[0] if architecture.upcycled else experts_of(text)
+    layers = text.num_hidden_layers // (architecture.upcycled[2] if architecture.upcycled else 1)
+    if architecture.upcycled:  # Phi has no routers; they come with biases, as all its linear layers do
+        sizes["routers"] = layers * experts * (text.hidden_size + 1)
+        sizes["rest"] += sizes["routers"]
+    return sizes | {"biases": layers * 2 * experts}
+
+
+def experts_of(text: Any) -> int:
+    """Experts of a layer."""
+    return getattr(text, "num_local_experts", None) or text.num_experts
+
+
+@pytest.mark.parametrize(("recipe", "gpus", "rank"), CASES)
+def test_a_rank_holds_what_the_published_sizes_and_the_layout_say(tmp_path, recipe, gpus, rank):
+    held, sizes = held_by(recipe, gpus, rank, tmp_path), published(recipe)
+    expert_parallel = 1 if recipe == "moe_llava_phi" else 8
+    offloaded = expert_parallel == 8 and gpus == 8
+    parameters = held["parameters"]
+    assert set(held["devices"]) == {"meta"}, "a part of the model was left on the host"
+    assert parameters["experts"] == sizes["experts"] / expert_parallel
+    assert (parameters["rest"], parameters["vision"]) == (sizes["rest"], sizes["vision"])
+    assert parameters.get("biases", 0) == (0 if offloaded else sizes["biases"])
+
+    # CLIP's tower numbers its 24 x 24 patches and the class token; nothing else is neither computed nor learnt.
+    assert held["buffers"] == (24 * 24 + 1 if recipe == "moe_llava_phi" else 0)
+
+    learns = sizes["routers"] if recipe == "moe_llava_phi" else parameters["rest"] + parameters["connector"]
+    learns += parameters.get("biases", 0)
+    padding = held["gradients"]["dense"] - learns  # parameters begin at multiples of 64 elements, shards are even
+    assert held["gradients"]["experts"] == parameters["experts"] and 0 <= padding < 64 * 1000
+
+    # The distributed optimizer's shard: of the experts over their replicas, of everything else over all ranks.
+    shard = parameters["experts"] / (gpus // expert_parallel) + learns / gpus
+    assert abs(held["optimizer"] - shard) <= padding
+    assert held["optimizers"] == ["HybridDeviceOptimizer" if offloaded else "AdamW"]
+    assert set(held["dtypes"]) == {"torch.bfloat16" if offloaded else "torch.float32"}
