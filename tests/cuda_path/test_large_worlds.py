@@ -104,7 +104,7 @@ def test_a_rank_holds_what_the_published_sizes_and_the_layout_say(tmp_path, reci
     assert (parameters["rest"], parameters["vision"]) == (sizes["rest"], sizes["vision"])
     assert parameters.get("biases", 0) == (0 if offloaded else sizes["biases"])
 
-    # CLIP's tower numbers its 24 x 24 patches and the class token; nothing else is neither computed nor learnt.
+    # CLIP's tower numbers its 24 x 24 patches and the class token.
     assert held["buffers"] == (24 * 24 + 1 if recipe == "moe_llava_phi" else 0)
 
     learns = sizes["routers"] if recipe == "moe_llava_phi" else parameters["rest"] + parameters["connector"]
