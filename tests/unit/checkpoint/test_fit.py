@@ -6,7 +6,12 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_smar.checkpoint.fit import MODEL_PARALLEL, CheckpointMismatchError, check_optimizer
+from megatron_smar.checkpoint.fit import (
+    MODEL_PARALLEL,
+    CheckpointMismatchError,
+    check_optimizer,
+    leave_other_random_state,
+)
 
 LOADING = dict(ckpt_step=None, finetune=False, no_load_optim=False, skip_train=False, use_distributed_optimizer=False)
 LOADING |= dict(lr=1e-3, min_lr=0.0)  # as `trained` was
@@ -64,3 +69,12 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence_of_its_own(trained, tmp_p
     (damaged / "iter_0000002" / ".metadata").write_bytes(b"cut off")
     with pytest.raises(CheckpointMismatchError, match=r"cannot be continued: .*\.metadata cannot be read"):
         check(damaged)
+
+
+@pytest.mark.parametrize(("now", "left"), [("cpu", False), ("cuda", True)])
+def test_generators_of_another_kind_of_device_are_left_and_that_is_said(trained, capsys, now, left):
+    """`trained` was saved on the CPU: its generators' states have 5,056 bytes, and CUDA takes 16."""
+    args = Namespace(**LOADING, load=str(trained["plain"]), no_load_rng=False, program={"device": now})
+    leave_other_random_state(args)
+    assert args.no_load_rng == left
+    assert ("was saved on cpu and this run is on cuda" in capsys.readouterr().out) == left
