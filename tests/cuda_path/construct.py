@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds model and optimizer as a run on a claimed device would, and writes which optimizers and what state they save.
 
-    python tests/cuda_path/construct.py RESULT FLAGS...
+python tests/cuda_path/construct.py RESULT FLAGS...
 """
 
 from __future__ import annotations

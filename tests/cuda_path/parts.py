@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs every part of the model on tensors without storage and writes down what was read and what came out.
+
+    python -m tests.cuda_path.parts FOLDER    # where a vision encoder is put, and the result: results.json
+
+On `cuda` the forward pass; on `meta`, where torch's autograd asks no driver for a stream, the backward pass too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # torch.compile would ask the driver for a stream
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.conftest import free_port
+from tests.cuda_path import storage_less
+from tests.models import build_hf_model, transformer_config
+
+IMAGE, SIDE, TOKENS, HIDDEN, EXPERTS = 5, 32, 4, 48, 4
+PACK = [10, 8, 6]
+LENGTH = sum(PACK)
+Part = Callable[[], Any]
+
+
+def answer(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Values of what is read: each expert has as many tokens, a pack's sequences have PACK; all else is zero."""
+    if dtype.is_floating_point or shape.numel() not in (EXPERTS, len(PACK)):
+        return torch.zeros(shape)
+    return torch.full(shape, 2 * LENGTH // EXPERTS) if shape.numel() == EXPERTS else torch.tensor(PACK)
+
+
+def build(folder: Path, config: Any) -> Any:
+    """A tiny model in bf16 as the trainer makes it, all of it learning, on the CPU."""
+    from megatron_smar.model.vision import VisionConfig
+    from megatron_smar.model.vlm import LanguageConfig, VisionLanguageModel
+    from megatron_smar.routing.router import ModalityRoutingConfig
+
+    model = VisionLanguageModel(
+        config,
+        LanguageConfig(vocab_size=128, max_sequence_length=256),
+        VisionConfig(str(folder), image_size=SIDE),
+        "mlp2x_gelu",
+        ModalityRoutingConfig(strategy="smar"),
+        freeze=frozenset(),
+    )
+    return model.bfloat16().train()
+
+
+def configs() -> list[Any]:
+    """Of a model with grouped queries, one with multi-latent attention, and the first with full recomputation."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    half = {"bf16": True, "params_dtype": torch.bfloat16, "moe_router_dtype": "fp32", "num_layers": 2}
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    latent = MLATransformerConfig(
+        hidden_size=HIDDEN,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_head_dim=12,
+        qk_pos_emb_head_dim=8,
+        v_head_dim=16,
+        rope_type="rope",
+        num_moe_experts=EXPERTS,
+        moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="none",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        **half,
+    )
+    return [transformer_config(**half), latent, transformer_config(**half, **recompute)]
+
+
+def batch(lengths: list[int] | None = None, images: int = 1) -> Any:
+    """One micro-batch of one row, from the host's memory to the device by `prepare_batch`."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_smar.data.batch import VisionLanguageBatch
+    from megatron_smar.training.batch import prepare_batch
+
+    ids = torch.tensor([[IMAGE] * TOKENS * images + [9] * (LENGTH - TOKENS * images)])
+    host = VisionLanguageBatch(
+        __key__=["0"],
+        __restore_key__=(),
+        input_ids=ids,
+        labels=ids,
+        loss_mask=torch.ones(1, LENGTH),
+        padding_mask=torch.tensor([[False] * LENGTH]),
+        pixel_values=torch.zeros(images, 3, SIDE, SIDE, dtype=torch.uint8),
+        lengths=None if lengths is None else torch.tensor(lengths),
+    )
+    return prepare_batch(host, IMAGE, TOKENS, True, ProcessGroupCollection.use_mpu_process_groups(), (0.1, 0.2))
+
+
+def whole(model: Any, inputs: Any) -> Tensor:
+    """The model's loss of a batch, as the forward step makes it."""
+    from megatron_smar.training.loss import lm_loss
+
+    names = ("input_ids", "position_ids", "modality_ids", "vision_index", "labels", "pixel_values", "packed_seq_params")
+    output = model(**{name: getattr(inputs, name) for name in names})
+    return lm_loss(inputs.loss_mask, inputs.shares, True, output)[0]
+
+
+def parts(model: Any, latent: Any, recomputed: Any, device: torch.device) -> Iterator[tuple[str, Any, Part]]:
+    """Name, what has parameters in it, and the forward pass of each part."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    def values(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+
+    def rotary(of: Any) -> Any:
+        return of.language_model.rotary_pos_emb(LENGTH, packed_seq=True)
+
+    layer, latent_layer = (of.language_model.decoder.layers[0] for of in (model, latent))
+    attention, moe, language = layer.self_attention, layer.mlp, model.language_model
+    core, plain, packed = attention.core_attention, batch(), batch(PACK)
+    hidden = (LENGTH, 1, HIDDEN)
+    mask = torch.ones(LENGTH, 1, 2, dtype=torch.bool, device=device)
+    tiles = torch.empty(1, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
+    ends = packed.packed_seq_params
+    yield "batch", None, lambda: batch(PACK).loss_mask
+    yield "vision encoder", model.vision_model, lambda: model.vision_model(tiles)
+    yield "connector", model.connector, lambda: model.connector(values(1, TOKENS, model.vision_model.output_size))
+    yield (
+        "embedding merge",
+        (language.embedding, model.connector),
+        lambda: model._embed(plain.input_ids, plain.position_ids, plain.modality_ids, tiles, plain.vision_index),
+    )
+    yield "norm", layer.input_layernorm, lambda: layer.input_layernorm(values(*hidden))
+    for name, groups in (("attention", 4), ("attention, grouped queries", 2)):
+        shapes = [(LENGTH, 1, heads, 12) for heads in (4, groups, groups)]
+        yield (
+            name,
+            core,
+            lambda shapes=shapes: core(*(values(*shape) for shape in shapes), None, attn_mask_type=AttnMaskType.causal),
+        )
+    yield (
+        "attention, packed",
+        core,
+        lambda: core(*(values(LENGTH, heads, 12) for heads in (4, 2, 2)), None, packed_seq_params=ends),
+    )
+    yield (
+        "attention layer, packed",
+        attention,
+        lambda: attention(values(*hidden), None, rotary_pos_emb=rotary(model), packed_seq_params=ends)[0],
+    )
+    on_device = dataclasses.replace(ends, cu_seqlens_q=ends.cu_seqlens_q.cuda(), cu_seqlens_kv=ends.cu_seqlens_q.cuda())
+    yield (
+        "attention layer, packed, lengths on the device",
+        attention,
+        lambda: attention(values(*hidden), None, rotary_pos_emb=rotary(model), packed_seq_params=on_device)[0],
+    )
+    latent_attention = latent_layer.self_attention
+    yield "latent attention layer", latent_attention, lambda: latent_attention(values(*hidden), None)[0]
+    yield (
+        "latent attention layer, packed",
+        latent_attention,
+        lambda: latent_attention(values(*hidden), None, packed_seq_params=ends)[0],
+    )
+    yield "router", moe.router, lambda: moe.router(values(*hidden), mask)[0]
+    yield "routing statistics", moe.router, lambda: _statistics(moe.router, values(*hidden), mask).weights
+    splits = torch.tensor([2 * LENGTH // EXPERTS] * EXPERTS)
+    yield (
+        "experts",
+        moe.experts,
+        lambda: moe.experts(values(2 * LENGTH, HIDDEN), splits, values(2 * LENGTH, dtype=torch.float32))[0],
+    )
+    yield "MoE layer", moe, lambda: moe(values(*hidden), padding_mask=mask.transpose(0, 1))[0]
+    yield (
+        "output layer and loss",
+        language.output_layer,
+        lambda: language.compute_language_model_loss(plain.labels, language.output_layer(values(*hidden))[0]),
+    )
+    yield "model", model, lambda: whole(model, batch())
+    yield "model, text only", model, lambda: whole(model, batch(images=0))
+    yield "model, packed", model, lambda: whole(model, batch(PACK))
+    yield "model, packed, recomputed", recomputed, lambda: whole(recomputed, batch(PACK))
+    yield "model, latent attention, packed", latent, lambda: whole(latent, batch(PACK))
+
+
+def _statistics(router: Any, hidden: Tensor, mask: Tensor) -> Any:
+    router(hidden, mask)
+    return router._pending.wait()
+
+
+def measure(owner: Any, forward: Part, device: torch.device, mode: FakeTensorMode) -> dict[str, Any]:
+    """Reads of both passes and the types of what they give; an error is a result too."""
+    modules = [] if owner is None else owner if isinstance(owner, tuple) else (owner,)
+    parameters = {name: p for module in modules for name, p in module.named_parameters()}
+    found: dict[str, Any] = {"parameters": {name: str(p.dtype) for name, p in parameters.items()}}
+    try:
+        with storage_less.Reads(mode, answer) as reads:
+            output = forward()
+        found |= {"forward": dict(reads.by), "output": str(output.dtype), "device": output.device.type}
+        if device.type == "meta" and output.requires_grad:
+            with storage_less.Reads(mode, answer) as reads:
+                output.sum().backward()
+            grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+            found |= {"backward": dict(reads.by), "gradients": {name: str(g.dtype) for name, g in grads.items()}}
+            found["without gradient"] = [n for n, p in parameters.items() if p.requires_grad and p.grad is None]
+            for parameter in parameters.values():
+                parameter.grad = None
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
+    return found
+
+
+def logged(mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
+    """Reads of the metrics' tracker, which the models before have fed, at a step with nothing due and at one with."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    class Writer:
+        def add_scalar(self, name: str, value: Any, iteration: int) -> None:
+            float(value)  # as TensorBoard reads it
+
+        def add_image(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    found = {}
+    for step in (1, 2, 10):  # the first is always logged
+        with storage_less.Reads(mode, answer) as reads:
+            get_moe_metrics_tracker().report(
+                1.0, step, Writer(), num_layers=2, total_loss_dict={}, track_names=[], per_layer_logging=False
+            )
+        found[str(step)] = dict(reads.by)
+    return found
+
+
+def main() -> None:
+    """Builds the models and runs the parts on both devices."""
+    folder = Path(sys.argv[1])
+    storage_less.stand_for_cuda()
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    dist.init_process_group("gloo")
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from megatron_smar.training.monitor import MonitorConfig, RoutingMetricsTracker
+
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(folder)
+    results: dict[str, Any] = {}
+    for name in ("cuda", "meta"):
+        storage_less.current = torch.device("cpu")
+        models = [build(folder, config) for config in configs()]
+        device = storage_less.current = torch.device(name)
+        config = MonitorConfig(num_experts=4, top_k=2, scalar_interval=5, console_interval=10)
+        with FakeTensorMode() as mode:
+            MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones((), device=device)  # as Megatron's schedules do
+            with storage_less.Reads(mode, answer):
+                set_moe_metrics_tracker(RoutingMetricsTracker(config))
+            models = [storage_less.move(model, device) for model in models]
+            results[name] = {
+                part: measure(owner, forward, device, mode) for part, owner, forward in parts(*models, device)
+            }
+            results[name]["metrics"] = logged(mode, device)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
