@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_smar.runtime import defaults
 from megatron_smar.runtime.adaptation import Adaptation, Where, adaptations
-from megatron_smar.runtime.environment import Device, Environment, device, environment
+from megatron_smar.runtime.environment import Device, Environment, detect_device, detect_environment
 
 __all__ = [
     "Adaptation",
@@ -25,9 +25,9 @@ __all__ = [
     "adaptations",
     "argument_defaults",
     "check_flags",
+    "current",
     "describe",
     "device",
-    "environment",
     "install",
     "install_or_exit",
 ]
@@ -39,16 +39,17 @@ def install(wanted: Device | None = None) -> Device:
     """Adapts torch and Megatron to the environment of this process, once.
 
     Args:
-        wanted: The device, for a program that has no use for the other; None to detect it (see `device`).
+        wanted: The device, for a program that has no use for the other; None to detect it (see `detect_device`).
+            Without effect in a process that has one already.
 
     Returns:
         The device.
 
     Raises:
-        RuntimeError: See `environment`.
+        RuntimeError: See `detect_environment`.
     """
     if not _INSTALLED:
-        _INSTALLED.append(environment(wanted))
+        _INSTALLED.append(detect_environment(wanted))
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for tensor parallelism
         if _INSTALLED[0].device == "cuda" and "LOCAL_RANK" in os.environ:
             # Megatron asks for the card's capability before it sets the device: a context of each rank on GPU 0.
@@ -82,6 +83,11 @@ def current() -> Environment:
     if not _INSTALLED:
         raise RuntimeError("megatron_smar.runtime.install() has not been called; call it before importing Megatron.")
     return _INSTALLED[0]
+
+
+def device() -> Device:
+    """The device of this process, as `install()` found it or would."""
+    return _INSTALLED[0].device if _INSTALLED else detect_device()
 
 
 def argument_defaults() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 import os
 import sys
@@ -42,17 +41,16 @@ class Environment:
         return self.transformer_engine or self.apex
 
 
-@functools.cache
-def environment(wanted: Device | None = None) -> Environment:
-    """The environment of this process; decided once, before Megatron is imported.
+def detect_environment(wanted: Device | None = None) -> Environment:
+    """The environment of this process; asked once, before Megatron is imported.
 
     Args:
-        wanted: As for `device`.
+        wanted: As for `detect_device`.
 
     Raises:
-        RuntimeError: See `device`; or a package of `GPU_PACKAGES` was imported already, on the CPU.
+        RuntimeError: See `detect_device`; or a package of `GPU_PACKAGES` was imported already, on the CPU.
     """
-    if device(wanted) == "cpu":
+    if detect_device(wanted) == "cpu":
         _hide_gpu_packages()
         return Environment("cpu")
     return Environment(
@@ -60,7 +58,7 @@ def environment(wanted: Device | None = None) -> Environment:
     )
 
 
-def device(wanted: Device | None = None) -> Device:
+def detect_device(wanted: Device | None = None) -> Device:
     """The device of this process: MEGATRON_SMAR_DEVICE if set, else cuda where there is one, else cpu.
 
     On the CPU the machine's GPUs are hidden from this process and from those that it starts.
