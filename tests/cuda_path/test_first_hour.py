@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make test-gpu` where there is no GPU: what it says then, and its steps on the CPU, to try the program."""
+
+import json
+import os
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.context import ROOT, Context, Findings
+from tests.gpu.plan import STEPS
+from tests.gpu.programs import Program, ProgramError, run
+from tests.gpu.runner import Settings, run_steps
+from tests.gpu.waits import is_ours, waits
+from tests.launch import run as run_program
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "MEGATRON_SMAR_DEVICE": ""}
+# What the steps may not need: they are for machines without a package index.
+NOT_NEEDED = ("pytest", "hypothesis", "wandb", "moto", "mistral_common", "matplotlib", "tensorboard", "torchvision")
+
+
+def first_hour(*options, **environment):
+    """The command, without a GPU; a failed step is no error of ours."""
+    return run_program("-m", "tests.gpu", *options, rank=NO_GPU | environment, check=False, timeout=1500)
+
+
+def on_the_cpu(folder: Path, *options):
+    """The command with --device cpu; returns it, and its report's steps by name."""
+    done = first_hour("--device", "cpu", "--quick", "--json", folder / "report.json", *options)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["environment"]["device"] == "cpu"
+    return done, {step["step"]: step for step in report["steps"]}
+
+
+@pytest.mark.parametrize(("options", "status"), [((), 1), (("--allow-none",), 0)])
+def test_without_a_gpu_it_says_so_in_one_sentence(options, status):
+    done = first_hour(*options)
+    assert done.returncode == status
+    assert done.stdout.count("\n") == 1 and done.stdout.startswith("There is no usable NVIDIA GPU here: torch "), (
+        done.stdout
+    )
+
+
+def test_a_step_passes_fails_or_is_skipped_for_a_package_that_is_named(tmp_path):
+    only = ("--only", "environment", "routing", "te", "waits", "nccl")
+    done, steps = on_the_cpu(tmp_path, *only, "--tolerance-factor", "1e-9")
+    assert done.returncode == 1
+    assert {name: (step["result"], step["reason"].partition(" is ")[0]) for name, step in steps.items()} == {
+        "environment": ("passed", ""),
+        "routing": ("FAILED", "float32 weight sums"),
+        "te": ("skipped", "needs transformer-engine"),
+        "waits": ("skipped", "needs a GPU"),
+        "nccl": ("skipped", "needs --nproc 2 or more"),
+    }
+    assert "1 passed, 1 FAILED, 3 skipped" in done.stdout and "FAILED: routing" in done.stdout
+    assert "proves nothing about a GPU" in done.stdout
+    assert steps["routing"]["tolerances"].keys() <= steps["routing"]["figures"].keys()
+
+
+def settings(folder: Path, seconds: float = 60.0) -> Settings:
+    return Settings("cpu", True, 1, 1.0, folder, seconds)
+
+
+def test_a_step_that_breaks_or_hangs_fails_and_the_next_one_runs(tmp_path):
+    """A function that is not there, no time for imports, and then a step as it is."""
+    broken, hanging = replace(STEPS["compile"], place="kernels:nothing"), replace(STEPS["pixels"], limit=0.01)
+    rows = run_steps([broken, hanging, STEPS["routing"]], settings(tmp_path), lambda row, left: None)
+    assert [row.result for row in rows] == ["FAILED", "FAILED", "passed"]
+    assert "AttributeError" in rows[0].reason and "took longer than its 0 s" in rows[1].reason
+
+
+def test_what_follows_failed_files_or_a_time_that_is_over_is_not_run_and_fails(tmp_path):
+    (tmp_path / "files").write_text("a file where the step makes its folder")
+    with pytest.raises(OSError):
+        run_steps([STEPS["files"]], settings(tmp_path), lambda row, left: None)
+    rows = run_steps([STEPS["routing"]], settings(tmp_path, 0.0), lambda row, left: None)
+    assert rows[0].result == "FAILED" and "are over" in rows[0].reason
+
+
+def test_a_program_that_fails_is_told_with_its_words_and_ends_its_other_ranks(tmp_path):
+    context = Context("cpu", True, 1, 1.0, tmp_path, tmp_path)
+    code = "import os, time; time.sleep(60 * (os.environ['RANK'] == '0')); raise ValueError('this rank fails')"
+    begin = time.monotonic()
+    with pytest.raises(ProgramError, match=r"ranks \(exit status 1\): ValueError: this rank fails"):
+        run(context, Program("ranks", ["-c", code], "cpu", ranks=2))
+    assert time.monotonic() - begin < 30
+
+
+def test_a_figure_that_is_not_a_number_is_a_failure():
+    findings = Findings()
+    findings.at_most("error", float("nan"), 1.0)
+    assert findings.failures and findings.tolerances == {"error": 1.0}
+
+
+def test_a_wait_is_told_by_the_line_that_causes_it():
+    source = 'warnings.warn("called a synchronizing CUDA operation")'
+    ours, other = ROOT / "megatron_smar" / "model" / "vlm.py", Path(os.__file__)
+    with waits() as lines:
+        for path in (ours, ours, other):
+            exec(compile("\n" * 6 + source, str(path), "exec"), {"warnings": warnings})
+        warnings.warn("something else", stacklevel=1)
+    assert lines == {f"{ours}:7": 2, f"{other}:7": 1}
+    assert is_ours(f"{ours}:7") and not is_ours(f"{other}:7")
+
+
+def test_the_steps_import_nothing_that_a_gpu_machine_may_lack():
+    names = sorted({step.place.partition(":")[0] for step in STEPS.values()} | {"__main__", "runner", "report"})
+    code = f"import sys\nfor name in {NOT_NEEDED}: sys.modules[name] = None\n"
+    code += "import importlib\n" + "\n".join(f"importlib.import_module('tests.gpu.{name}')" for name in names)
+    run_program("-c", code)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("program", ["watched", "laboratory"])
+def test_the_programs_of_the_steps_import_nothing_that_a_gpu_machine_may_lack(program):
+    code = f"import sys\nfor name in {NOT_NEEDED}: sys.modules[name] = None\nimport tests.gpu.{program}"
+    run_program("-c", code, rank={"RANK": "0", "WORLD_SIZE": "1"})
+
+
+@pytest.mark.matrix
+def test_operations_of_the_model_are_counted_as_torch_counts_them(tmp_path):
+    """Of our own step, whose experts are plain products; torch counts no attention on the CPU, which is 2 % here."""
+    code = f"""
+from pathlib import Path
+from torch.utils.flop_counter import FlopCounterMode
+from tests.gpu.context import Context
+from tests.gpu import speed
+ours, theirs, _ = speed.build(Context("cpu", True, 1, 1.0, Path({str(tmp_path)!r}), Path({str(tmp_path)!r})))
+with FlopCounterMode(display=False) as counter:
+    ours()
+print(counter.get_total_flops() / speed.model_flops(speed.QUICK))
+"""
+    done = run_program("-c", code)
+    assert float(done.stdout.strip().splitlines()[-1]) == pytest.approx(0.98, abs=0.01)
+
+
+@pytest.mark.matrix
+def test_all_steps_run_on_the_cpu(tmp_path):
+    done, steps = on_the_cpu(tmp_path, "--minutes", "25", "--nproc", "2")
+    assert done.returncode == 0, done.stdout
+    needs_gpu = {step.name for step in STEPS.values() if step.needs_cuda}
+    assert {name for name, step in steps.items() if step["result"] == "skipped"} == needs_gpu

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single functions on the device against the CPU, or against float64."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from tests.gpu.context import Context, Findings
+
+
+def compile_function(context: Context, findings: Findings) -> None:
+    """The step `compile`: Megatron compiles its fused functions with torch.compile, on every rank."""
+    compiled = torch.compile(lambda x: silu(x) * x)
+    for size in (999, 4097):  # another size is compiled again, for any size
+        x = torch.linspace(-4, 4, size, device=context.device)
+        expected = silu(x.double()) * x.double()
+        # exp, a division and two products in float32, 6e-8 each, of values up to 16.
+        findings.at_most(f"error at {size}", float((compiled(x) - expected).abs().max()), 1e-5)
+
+
+def attention(context: Context, findings: Findings) -> None:
+    """The step `attention`: grouped queries as the local layers give them."""
+    _attention_values(context, findings)
+    length, heads, groups, width = (256, 8, 2, 32) if context.quick else (4096, 32, 8, 128)
+    shape = f"{heads} heads on {groups} groups, {length}"
+    half = _qkv(context, 1, heads, groups, length, width, torch.bfloat16)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        peak = _peak_bytes(context, lambda: scaled_dot_product_attention(*half, is_causal=True, enable_gqa=True))
+    findings.note(f"flash, bf16, {shape}", "runs")
+    findings.note("bf16 peak MB", peak)
+    full = _qkv(context, 1, heads, groups, length, width, torch.float32)
+    findings.note("float32 takes", _backends(*full))
+    peak = _peak_bytes(context, lambda: scaled_dot_product_attention(*full, is_causal=True, enable_gqa=True))
+    findings.note("float32 peak MB", peak)
+    findings.note("all scores MB", round(4 * heads * length**2 / 1e6, 1))
+
+
+def _attention_values(context: Context, findings: Findings) -> None:
+    """Values and gradients on a small shape against the definition in float64."""
+    # bf16: output and probabilities are rounded (2^-9 each), which a gradient meets twice; x 2 in reserve. float32:
+    # sums of 256 products of rounding 6e-8, in another order.
+    for dtype, tolerance in ((torch.bfloat16, 2**-7), (torch.float32, 1e-5)):
+        given = [tensor.requires_grad_() for tensor in _qkv(context, 2, 8, 2, 256, 64, dtype)]
+        exact = [tensor.detach().double().cpu().requires_grad_() for tensor in given]
+        out = scaled_dot_product_attention(*given, is_causal=True, enable_gqa=True)
+        expected = _attention_in_float64(*exact)
+        weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        out.backward(weight.to(out.device, dtype))
+        expected.backward(weight.to(dtype).double())
+        findings.at_most(f"{_name(dtype)} error", _relative(out, expected), tolerance)
+        errors = [_relative(a.grad, b.grad) for a, b in zip(given, exact, strict=True)]
+        findings.at_most(f"{_name(dtype)} gradient error", max(errors), 2 * tolerance)
+
+
+def _attention_in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+
+
+def _qkv(
+    context: Context, batch: int, heads: int, groups: int, length: int, width: int, dtype: torch.dtype
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, count, length, width) for count in (heads, groups, groups)]
+    return [torch.randn(shape, generator=generator).to(context.device, dtype) for shape in shapes]
+
+
+def _backends(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The forms of attention that take these tensors, by trying each alone."""
+    able = []
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        except RuntimeError:  # torch's "No available kernel"
+            continue
+        able.append(backend.name.lower())
+    return ", ".join(able) or "math alone"
+
+
+def _peak_bytes(context: Context, function: Any) -> float | str:
+    """The most MB that a call takes beside what is there."""
+    if context.device == "cpu":
+        function()
+        return "not counted on the CPU"
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
+def pixels(context: Context, findings: Findings) -> None:
+    """The step `pixels`."""
+    from megatron_smar.model.vision import NORMALISATION, normalise
+
+    tiles = torch.randint(0, 256, (4, 3, 448, 448), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for name, constants in NORMALISATION.items():
+        found = normalise(tiles.to(context.device), *constants).cpu()
+        exact = (tiles.double() / 255 - _channels(constants[0])) / _channels(constants[1])
+        # One product and one sum, fused or not, of values up to 2.7: a unit in the last place is 2.4e-7.
+        findings.at_most(f"{name}: from the CPU", float((found - normalise(tiles, *constants)).abs().max()), 1e-6)
+        findings.at_most(f"{name}: from float64", float((found - exact).abs().max()), 1e-6)
+
+
+def _channels(values: tuple[float, float, float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1)
+
+
+def routing(context: Context, findings: Findings) -> None:
+    """The step `routing`: 2 and 3 modalities, with padding, and one without tokens; 8 and 64 experts."""
+    worst = {name: 0.0 for dtype in ("float32", "bf16") for name in _routing_names(dtype)}
+    counts_differ = 0
+    for (experts, top_k), modalities, absent in product(((8, 2), (64, 8)), (2, 3), (False, True)):
+        for dtype in (torch.float32, torch.bfloat16):
+            weights, chosen, ids = _routed(experts, top_k, modalities, absent, dtype)
+            arguments = (modalities, top_k)
+            found = _routing_values(
+                weights.to(context.device), chosen.to(context.device), ids.to(context.device), *arguments
+            )
+            exact = _routing_values(weights.double(), chosen, ids, *arguments)
+            counts_differ += int((found[0] != exact[0]).sum())
+            for name, value, expected in zip(_routing_names(_name(dtype)), found[1:], exact[1:], strict=True):
+                worst[name] = max(worst[name], _relative(value, expected))
+    findings.at_most("counts that differ", counts_differ, 0)  # sums of ones, exact up to 2^24
+    for name, error in worst.items():
+        # The statistics add up in float32 whatever the weights are, and the reference starts from the same rounded
+        # weights: sums of 4,096 numbers of rounding 6e-8 each (4e-6), divided by each other and their logarithm taken.
+        # A gradient for bf16 weights is itself rounded to bf16 (2^-9).
+        findings.at_most(name, error, 2**-8 if name == "bf16 gradient" else 1e-4)
+
+
+def _routing_names(dtype: str) -> tuple[str, ...]:
+    return tuple(f"{dtype} {name}" for name in ("weight sums", "distribution", "distance", "loss", "gradient"))
+
+
+def _routed(
+    experts: int, top_k: int, modalities: int, absent: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-k weights [N, E], the experts chosen and the modality of 4,096 tokens, some of them padding."""
+    generator = torch.Generator().manual_seed(experts + modalities)
+    ids = torch.randint(-1, modalities, (4096,), generator=generator)
+    if absent:
+        ids[ids == modalities - 1] = 0
+    preference = torch.randn(modalities + 1, experts, generator=generator)[ids]  # modalities route differently
+    scores = (torch.randn(4096, experts, generator=generator) + preference).softmax(-1)
+    top = scores.topk(top_k)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, top.indices, True)
+    weights = torch.where(chosen, scores, 0)
+    return (weights / weights.sum(-1, keepdim=True)).to(dtype), chosen, ids
+
+
+def _routing_values(weights: Tensor, chosen: Tensor, ids: Tensor, modalities: int, top_k: int) -> list[Tensor]:
+    """Counts, weight sums, distribution, distance, loss and the loss's gradient, on the host."""
+    from megatron_smar.routing import modality_routing_distribution, mrd_distance, routing_statistics, smar_loss
+
+    weights = weights.requires_grad_()
+    statistics = routing_statistics(weights, chosen, ids, modalities)
+    mrd = modality_routing_distribution(statistics, top_k)
+    distance = mrd_distance(mrd, statistics.tokens > 0)
+    loss = smar_loss(distance, 50.0, 60.0)  # far outside of the band: the gradient is there
+    # With one modality left there is nothing to compare, and no gradient.
+    (gradient,) = torch.autograd.grad(loss, weights) if distance.requires_grad else (torch.zeros_like(weights),)
+    values = (statistics.counts, statistics.weights, mrd, distance, loss, gradient)
+    return [value.detach().cpu() for value in values]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype is torch.bfloat16 else "float32"
+
+
+def _relative(found: Any, expected: Any) -> float:
+    """The largest deviation as a share of the largest value."""
+    found, expected = found.detach().double().cpu(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

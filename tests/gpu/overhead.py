@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SMAR costs in a step: Megatron's router and ours by turns on the same weights, timed by the device's events."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import Any
+from unittest.mock import patch
+
+from tests.gpu.context import Context, Findings
+
+SECONDS = 30.0  # for the turns; a slow card makes fewer
+
+# The benchmark's shapes: hidden, ffn, layers, sequence, micro-batch, vocabulary; and heads, groups, experts, top-k.
+MIXTRAL: dict[str, Any] = dict(hidden=4096, ffn=14336, layers=1, seq_length=4096, micro_batch_size=1, vocabulary=512)
+MIXTRAL |= dict(heads=32, groups=8, experts=8, top_k=2)
+SMALL: dict[str, Any] = dict(hidden=2048, ffn=1024, layers=1, seq_length=4096, micro_batch_size=1, vocabulary=512)
+SMALL |= dict(heads=16, groups=16, experts=64, top_k=8)
+WAITS: dict[str, Any] = dict(hidden=256, ffn=512, layers=2, seq_length=256, micro_batch_size=2, vocabulary=512)
+QUICK: dict[str, Any] = dict(hidden=64, ffn=128, seq_length=128, heads=4, groups=2)
+
+BYTES_PER_PARAMETER = 18  # weight in bf16, gradient, main weight and two moments in float32
+
+
+def mixtral(context: Context, findings: Findings) -> None:
+    """The step `smar-mixtral`."""
+    _measure(context, findings, MIXTRAL)
+
+
+def small_experts(context: Context, findings: Findings) -> None:
+    """The step `smar-small`."""
+    _measure(context, findings, SMALL)
+
+
+def fitting(context: Context, shape: dict[str, Any]) -> dict[str, Any]:
+    """The shape, with its widths halved until its state takes at most half of the card's memory."""
+    if context.quick:
+        return shape | QUICK
+    import torch
+
+    if context.device == "cpu":
+        return shape | {"hidden": shape["hidden"] // 16, "ffn": shape["ffn"] // 16, "seq_length": 512}
+    memory, shape = torch.cuda.get_device_properties(0).total_memory, dict(shape)
+    while BYTES_PER_PARAMETER * parameters(shape) > memory / 2:
+        shape |= {name: shape[name] // 2 for name in ("hidden", "ffn", "heads", "groups")}
+    return shape
+
+
+def parameters(shape: dict[str, Any]) -> int:
+    """Parameters of the layers, the experts' and the attention's."""
+    experts = shape["experts"] * 3 * shape["hidden"] * shape["ffn"]
+    return shape["layers"] * (experts + 4 * shape["hidden"] ** 2)
+
+
+def build(context: Context, shape: dict[str, Any], extra: tuple[str, ...] = ()) -> Any:
+    """The benchmark's model, on one rank and in bf16, with grouped experts where Transformer Engine has them."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
+    from megatron_smar import runtime
+
+    runtime.install()
+    import importlib.util
+
+    from tools.benchmark import smar_overhead
+
+    sized = smar_overhead.Shape(**shape, triples=0, quick_triples=0)
+    if context.device == "cuda" and importlib.util.find_spec("transformer_engine"):
+        extra = (*extra, "--moe-grouped-gemm")
+    folder = str(context.folder / "vision")
+    smar_overhead.save_vision_model(folder)
+    flags = smar_overhead.flags
+    with patch.object(smar_overhead, "flags", lambda *args: [*flags(*args), *extra]):
+        return smar_overhead.Training(sized, 1, folder, bf16=True)
+
+
+def device_seconds(training: Any, setting: str) -> float:
+    """The device's time for one step."""
+    import torch
+
+    training.use(setting)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    training.step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _measure(context: Context, findings: Findings, shape: dict[str, Any]) -> None:
+    from tools.benchmark.smar_overhead import percent_over, time_parts
+
+    shape = fitting(context, shape)
+    training = build(context, shape)
+    times = _turns(training, *((1, 3) if context.quick else (10, 100)))
+    overhead, quartiles = percent_over(times["smar"], times["none"])
+    step = statistics.median(times["none"])
+    findings.note("layer", "{hidden} x {ffn}, {experts} experts, {seq_length} tokens".format(**shape))
+    findings.note("step ms", round(1e3 * step, 2))
+    findings.note("SMAR %", round(overhead, 2))
+    findings.note("quartiles", "{:.2f} to {:.2f}".format(*quartiles))
+    findings.note("steps", len(times["none"]))
+    findings.note("times", times)
+    parts = time_parts(training, 2 if context.quick else 5)
+    findings.note("exposed reduction %", round(100 * parts["exposed_wait"] / step, 3))
+    findings.note("parts us", {name: round(1e6 * value / shape["layers"], 1) for name, value in parts.items()})
+    findings.finite("times", [*times["none"], *times["smar"]])
+    _count_kernels(context, findings, training)
+
+
+def _turns(training: Any, warm_up: int, pairs: int) -> dict[str, list[float]]:
+    """Seconds of steps by setting; which goes first changes with every pair, so that drift cancels."""
+    settings = ("none", "smar")
+    for _ in range(warm_up):
+        for setting in settings:
+            device_seconds(training, setting)
+    times: dict[str, list[float]] = {setting: [] for setting in settings}
+    end = time.monotonic() + SECONDS
+    for pair in range(pairs):
+        for setting in settings if pair % 2 == 0 else reversed(settings):
+            times[setting].append(device_seconds(training, setting))
+        if time.monotonic() > end and pair > 0:
+            break
+    return times
+
+
+def _count_kernels(context: Context, findings: Findings, training: Any) -> None:
+    """What SMAR adds per layer: kernels and copies of the device; on the CPU, operations that torch dispatches."""
+    layers = len(training.routers)
+    if context.device == "cpu":
+        from tools.benchmark.smar_overhead import count
+
+        findings.note("operations per layer", count(training)["smar"]["operations"])
+        return
+    kernels = {setting: profiled_kernels(training, setting) for setting in ("none", "smar")}
+    for kind in ("kernels", "copies"):
+        with_smar, without = kernels["smar"][kind], kernels["none"][kind]
+        findings.note(f"{kind} of a step", without)
+        findings.note(f"{kind} per layer", (with_smar - without) / layers)
+    findings.require(kernels["none"]["kernels"] > 0, "the profiler saw no kernel")
+
+
+def profiled_kernels(training: Any, setting: str) -> dict[str, int]:
+    """Kernels and copies of one step, by torch's profiler."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    device_seconds(training, setting)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        training.step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    copies = [name for name in names if name.startswith(("Memcpy", "Memset"))]
+    annotations = [name for name in names if "ProfilerStep" in name or "#" in name or name.startswith("nccl:")]
+    return {"kernels": len(names) - len(copies) - len(annotations), "copies": len(copies)}
