@@ -209,14 +209,14 @@ def measure(owner: Any, forward: Part, device: torch.device, mode: FakeTensorMod
     parameters = {name: p for module in modules for name, p in module.named_parameters()}
     found: dict[str, Any] = {"parameters": {name: str(p.dtype) for name, p in parameters.items()}}
     try:
-        with storage_less.Reads(mode, answer) as reads:
+        with storage_less.Waits(mode, answer) as waits:
             output = forward()
-        found |= {"forward": dict(reads.by), "output": str(output.dtype), "device": output.device.type}
+        found |= {"forward": dict(waits.by), "output": str(output.dtype), "device": output.device.type}
         if device.type == "meta" and output.requires_grad:
-            with storage_less.Reads(mode, answer) as reads:
+            with storage_less.Waits(mode, answer) as waits:
                 output.sum().backward()
             grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-            found |= {"backward": dict(reads.by), "gradients": {name: str(g.dtype) for name, g in grads.items()}}
+            found |= {"backward": dict(waits.by), "gradients": {name: str(g.dtype) for name, g in grads.items()}}
             found["without gradient"] = [n for n, p in parameters.items() if p.requires_grad and p.grad is None]
             for parameter in parameters.values():
                 parameter.grad = None
@@ -238,11 +238,11 @@ def logged(mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
 
     found = {}
     for step in (1, 2, 10):  # the first is always logged
-        with storage_less.Reads(mode, answer) as reads:
+        with storage_less.Waits(mode, answer) as waits:
             get_moe_metrics_tracker().report(
                 1.0, step, Writer(), num_layers=2, total_loss_dict={}, track_names=[], per_layer_logging=False
             )
-        found[str(step)] = dict(reads.by)
+        found[str(step)] = dict(waits.by)
     return found
 
 
@@ -270,7 +270,7 @@ def main() -> None:
         config = MonitorConfig(num_experts=4, top_k=2, scalar_interval=5, console_interval=10)
         with FakeTensorMode() as mode:
             MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones((), device=device)  # as Megatron's schedules do
-            with storage_less.Reads(mode, answer):
+            with storage_less.Waits(mode, answer):
                 set_moe_metrics_tracker(RoutingMetricsTracker(config))
             models = [storage_less.move(model, device) for model in models]
             results[name] = {

@@ -84,7 +84,6 @@ def test_apex_is_taken_on_cuda_and_its_optimizer_saves_the_state_that_torchs_doe
     assert alone["flags"]["transformer_impl"] == beside["flags"]["transformer_impl"] == "local"
 
 
-@pytest.mark.matrix
 def test_apex_without_its_fused_gradients_starts_all_the_same(apex, output, monkeypatch, tmp_path):
     for name in FILES:
         if name != "fused_weight_gradient_mlp_cuda.py":
@@ -95,7 +94,6 @@ def test_apex_without_its_fused_gradients_starts_all_the_same(apex, output, monk
     assert set(made["optimizers"]) == {"FusedAdam"} and not made["flags"]["gradient_accumulation_fusion"]
 
 
-@pytest.mark.matrix
 def test_a_tiny_recipe_trains_on_the_cpu_with_apex_beside_it(apex, output):
     run_script(output.name, "stage1", output, "--tiny", PYTHONPATH=str(apex))
     assert (output / "stage1" / "latest_checkpointed_iteration.txt").read_text() == "5"
