@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every part of the model on tensors without storage and writes down what was read and what came out.
+"""Runs every part of the model on tensors without storage and writes down what the host waited for and what came out.
 
     python -m tests.cuda_path.parts FOLDER    # where a vision encoder is put, and the result: results.json
 
@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.conftest import free_port
-from tests.cuda_path import storage_less
+from tests.cuda_path import controls, storage_less
 from tests.models import build_hf_model, transformer_config
 
 IMAGE, SIDE, TOKENS, HIDDEN, EXPERTS = 5, 32, 4, 48, 4
@@ -178,6 +179,8 @@ def parts(model: Any, latent: Any, recomputed: Any, device: torch.device) -> Ite
         lambda: latent_attention(values(*hidden), None, packed_seq_params=ends)[0],
     )
     yield "router", moe.router, lambda: moe.router(values(*hidden), mask)[0]
+    yield "router's logits", moe.router, lambda: moe.router.gating(values(*hidden))
+    yield "router without modality biases", moe.router, lambda: _without_biases(moe.router, values(*hidden), mask)
     yield "routing statistics", moe.router, lambda: _statistics(moe.router, values(*hidden), mask).weights
     splits = torch.tensor([2 * LENGTH // EXPERTS] * EXPERTS)
     yield (
@@ -196,6 +199,46 @@ def parts(model: Any, latent: Any, recomputed: Any, device: torch.device) -> Ite
     yield "model, packed", model, lambda: whole(model, batch(PACK))
     yield "model, packed, recomputed", recomputed, lambda: whole(recomputed, batch(PACK))
     yield "model, latent attention, packed", latent, lambda: whole(latent, batch(PACK))
+    yield "gradient norm and clipping", None, lambda: _clipped([values(*hidden).detach().float() for _ in range(3)])
+    yield "evaluation, a batch", None, lambda: _evaluated(model, device)
+
+
+def _without_biases(router: Any, hidden: Tensor, mask: Tensor) -> Tensor:
+    """As the layouts that leave the biases out: the weights then have the router's own type."""
+    biases, router.modality_bias = router.modality_bias, None
+    try:
+        return router(hidden, mask)[0]
+    finally:
+        router.modality_bias = biases
+
+
+def _clipped(gradients: list[Tensor]) -> Tensor:
+    """The norm, which Megatron then reads once, and the scaling."""
+    from megatron_smar.runtime import torch_adam
+
+    norm, _ = torch_adam.l2_norm(0, overflow := gradients[0].new_zeros(1), [gradients], False)
+    torch_adam.scale(0, overflow, [gradients, gradients], 0.5)
+    return norm
+
+
+def _evaluated(model: Any, device: torch.device) -> Tensor:
+    """One sample scored, as many tokens as `answer` shares out; it and its collation are the host's own."""
+    from megatron_smar.data.batch import EncodedSample, collate
+    from megatron_smar.training import evaluation
+
+    with _disable_current_modes():
+        ids = torch.tensor([IMAGE] * TOKENS + [9] * (LENGTH - TOKENS))
+        sample = EncodedSample(
+            __key__="0",
+            __restore_key__=(),
+            input_ids=ids,
+            labels=ids,
+            loss_mask=torch.ones(LENGTH),
+            pixel_values=torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8),
+        )
+    evaluation.collate = storage_less.on_host(collate)
+    scores = evaluation.Evaluator(model, IMAGE, TOKENS, 0)._score_batch([sample])
+    return torch.ones(len(scores), device=device)
 
 
 def _statistics(router: Any, hidden: Tensor, mask: Tensor) -> Any:
@@ -204,7 +247,7 @@ def _statistics(router: Any, hidden: Tensor, mask: Tensor) -> Any:
 
 
 def measure(owner: Any, forward: Part, device: torch.device, mode: FakeTensorMode) -> dict[str, Any]:
-    """Reads of both passes and the types of what they give; an error is a result too."""
+    """Waits of both passes and the types of what they give; an error is a result too."""
     modules = [] if owner is None else owner if isinstance(owner, tuple) else (owner,)
     parameters = {name: p for module in modules for name, p in module.named_parameters()}
     found: dict[str, Any] = {"parameters": {name: str(p.dtype) for name, p in parameters.items()}}
@@ -226,7 +269,7 @@ def measure(owner: Any, forward: Part, device: torch.device, mode: FakeTensorMod
 
 
 def logged(mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
-    """Reads of the metrics' tracker, which the models before have fed, at a step with nothing due and at one with."""
+    """Waits of the metrics' tracker, which the models before have fed, at a step with nothing due and at one with."""
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
     class Writer:
@@ -237,7 +280,7 @@ def logged(mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
             pass
 
     found = {}
-    for step in (1, 2, 10):  # the first is always logged
+    for step in (1, 2, 5, 10):  # the first is always logged
         with storage_less.Waits(mode, answer) as waits:
             get_moe_metrics_tracker().report(
                 1.0, step, Writer(), num_layers=2, total_loss_dict={}, track_names=[], per_layer_logging=False
@@ -277,6 +320,9 @@ def main() -> None:
                 part: measure(owner, forward, device, mode) for part, owner, forward in parts(*models, device)
             }
             results[name]["metrics"] = logged(mode, device)
+            results[name]["controls"] = {
+                control: measure(None, forward, device, mode) for control, forward in controls.of(models[0], device)
+            }
     (folder / "results.json").write_text(json.dumps(results))
 
 

@@ -8,6 +8,7 @@ host keep their values, as far as they are small.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import megatron_smar
 
@@ -115,6 +116,19 @@ def _wait(*args: Any) -> None:
         _counting[-1].by[f"wait {_who()}"] += 1
 
 
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of real tensors that makes a dataclass of them, which then are fake and keep their values."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            made = function(*args, **kwargs)
+        values = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(made, **{name: _counting[-1].known(lambda v=v: v) for name, v in tensors.items()})
+
+    return call
+
+
 def stand_for_cuda() -> None:
     """What Megatron asks torch.cuda for, beside tensors: the current device, streams, events and generator states."""
     from megatron_smar.runtime import cpu_torch
@@ -144,6 +158,12 @@ def _answer_methods() -> None:
         with unset_fake_temporarily():
             return host.constant.tolist()
 
+    make = torch.tensor
+
+    def through_the_host(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
+        """As on CUDA, by a blocking copy; on `meta` torch makes none."""
+        return make(data, **kwargs) if device is None else make(data, **kwargs).to(device)
+
     def pin_memory(self: Any) -> Any:
         """The tensor itself if it is pinned already, as torch does; views of it do not know here that they are."""
         if getattr(self, "pinned", False):
@@ -152,6 +172,7 @@ def _answer_methods() -> None:
         copy.pinned = True
         return copy
 
+    torch.tensor = through_the_host  # type: ignore[assignment]
     fake.tolist = tolist
     fake.is_cuda = property(_on_device)  # `meta` stands for CUDA too
     tensor.cuda = lambda self, device=None, non_blocking=False: self.to(current, non_blocking=non_blocking)

@@ -13,6 +13,8 @@ import pytest
 from tests.cuda_path.recipes import command_on_gpus, run_script
 from tests.launch import run
 
+pytestmark = pytest.mark.matrix
+
 RAISES = """
 def __getattr__(name):
     def kernel(*args, **kwargs):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every part of the model on tensors without storage: devices never mix, types are as planned, few reads wait."""
+"""Every part of the model on tensors without storage: no mixed devices, planned types, few waits."""
 
 import json
 from typing import Any
@@ -8,17 +8,20 @@ import pytest
 
 from tests.launch import run
 
-# Megatron's dispatcher takes two tensors to the host, tokens by expert on this rank and by sender: one wait for both.
-SPLITS = {"moe_utils:maybe_move_tensor_to_cpu": 2}
 LAYERS = 2
+# Megatron's dispatcher takes two tensors to the host, tokens by expert on this rank and by sender: the all-to-all wants
+# its split sizes there. One event is waited for, for both copies.
+SPLITS = {"read moe_utils:maybe_move_tensor_to_cpu": 2, "wait token_dispatcher:_maybe_dtoh_and_synchronize": 1}
+EVERY_LAYER = {who: LAYERS * number for who, number in SPLITS.items()}
 # Whether the loss is a number, once per micro-batch: --no-check-for-nan-in-loss-and-grad switches it off.
-STEP = {"moe_utils:maybe_move_tensor_to_cpu": 2 * LAYERS, "rerun_state_machine:validate_result": 1}
+STEP = EVERY_LAYER | {"read rerun_state_machine:validate_result": 1}
 # What a pack would cost each layer, were its lengths on the device: Megatron's rotary embedding reads them for queries
 # and keys, twice each, and our attention once.
-LENGTHS = {"rope_utils:_apply_rotary_pos_emb_thd": 4, "local_layers:forward": 1}
+LENGTHS = {"read rope_utils:_apply_rotary_pos_emb_thd": 4, "read local_layers:forward": 1}
 
-# The host's reads of the device by part: in the forward pass, in the backward pass.
-READS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+# What the host waits for, by part: in the forward pass, in the backward pass. No part has an upload: copies to the
+# device start from pinned memory and block nothing.
+WAITS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "batch": ({}, {}),
     "vision encoder": ({}, {}),
     "connector": ({}, {}),
@@ -32,6 +35,8 @@ READS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "latent attention layer": ({}, {}),
     "latent attention layer, packed": ({}, {}),
     "router": ({}, {}),
+    "router's logits": ({}, {}),
+    "router without modality biases": ({}, {}),
     "routing statistics": ({}, {}),
     "experts": ({}, {}),
     "MoE layer": (SPLITS, {}),
@@ -39,10 +44,36 @@ READS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "model": (STEP, {}),
     "model, text only": (STEP, {}),
     "model, packed": (STEP, {}),
-    "model, packed, recomputed": (STEP, {"moe_utils:maybe_move_tensor_to_cpu": 2 * LAYERS}),
+    "model, packed, recomputed": (STEP, EVERY_LAYER),
     "model, latent attention, packed": (STEP, {}),
+    "gradient norm and clipping": ({}, {}),  # Megatron then reads the norm, once
+    "evaluation, a batch": (EVERY_LAYER | {"read evaluation:_loss_and_hit": 1}, {}),
 }
-FLOAT32 = {"batch", "router", "routing statistics", "output layer and loss"} | {p for p in READS if p[:5] == "model"}
+NO_BACKWARD = ("batch", "gradient norm and clipping", "evaluation, a batch")
+BFLOAT16 = ("vision encoder", "connector", "embedding merge", "norm", "experts", "MoE layer")
+BFLOAT16 += tuple(part for part in WAITS if "attention" in part and not part.startswith("model"))
+
+# What the harness must notice, were it in the model (`controls`): the kind of wait, None where there is none.
+NOTICED = {
+    "work on the device": None,
+    "a number": "read",
+    "a decision": "read",
+    "a list": "read",
+    "a copy to the host": "read",
+    "an asynchronous copy to the host": "read",
+    "a copy into a tensor of the host": "read",
+    "numbers made into a tensor": "upload",
+    "a copy from pageable memory": "upload",
+    "a blocking copy from pinned memory": "upload",
+    "a copy from pinned memory": None,
+    "a pageable copy into a tensor of the device": "upload",
+    "indices of the host": "upload",
+    "an event": "wait",
+    "the device": "wait",
+}
+SIZES = ("a size that the device knows", "a choice by a mask")
+MIXED = ("a tensor of the host", "a tensor of the host within the model")
+DEVICES = ("cuda", "meta")
 
 
 @pytest.fixture(scope="module")
@@ -59,38 +90,70 @@ def part_of(results: dict[str, Any], device: str, part: str) -> dict[str, Any]:
 
 
 def test_every_part_is_in_the_table(results):
-    assert [*results["cuda"]] == [*results["meta"]] == [*READS, "metrics"]
+    assert [*results["cuda"]] == [*results["meta"]] == [*WAITS, "metrics", "controls"]
 
 
-@pytest.mark.parametrize("part", READS)
-def test_a_part_stays_on_the_device_and_the_host_reads_no_more_than_the_table_says(results, part):
-    forward, backward = READS[part]
-    on_cuda, on_meta = (part_of(results, device, part) for device in ("cuda", "meta"))
-    assert (on_cuda["device"], on_meta["device"]) == ("cuda", "meta")
+@pytest.mark.parametrize("part", WAITS)
+def test_a_part_stays_on_the_device_and_the_host_waits_no_more_than_the_table_says(results, part):
+    forward, backward = WAITS[part]
+    on_cuda, on_meta = (part_of(results, device, part) for device in DEVICES)
+    assert (on_cuda["device"], on_meta["device"]) == DEVICES
     assert on_cuda["forward"] == on_meta["forward"] == forward
     assert on_meta.get("backward", {}) == backward
 
 
-@pytest.mark.parametrize("part", READS)
+@pytest.mark.parametrize("part", WAITS)
 def test_types_are_as_planned(results, part):
-    """bf16, but float32 for modality biases, the router's weights, statistics and losses."""
+    """bf16, but float32 for modality biases, the router's logits and weights, statistics and losses."""
     found = part_of(results, "meta", part)
-    output = "torch.float32" if part in FLOAT32 else "torch.bfloat16"
+    output = "torch.bfloat16" if part in BFLOAT16 else "torch.float32"
     assert part_of(results, "cuda", part)["output"] == found["output"] == output
     for types in (found["parameters"], found.get("gradients", {})):
         for name, dtype in types.items():
             assert dtype == ("torch.float32" if "modality_bias" in name else "torch.bfloat16"), name
-    assert part == "batch" or "gradients" in found, "no backward pass was made"
+    assert ("gradients" in found) != (part in NO_BACKWARD)
 
 
 def test_every_parameter_gets_a_gradient_with_and_without_images(results):
-    for part in ("model", "model, text only", "model, packed", "model, packed, recomputed"):
+    for part in (part for part in WAITS if part.startswith("model")):
         left_out = [name for name in part_of(results, "meta", part)["without gradient"] if "mask_token" not in name]
         assert not left_out, f"{part}: {left_out}"
 
 
-@pytest.mark.parametrize("device", ["cuda", "meta"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_metrics_are_read_only_at_steps_that_log_them(results, device):
     """Points every 5 steps, lines every 10, of which step 1 has one too; Megatron writes `smar loss` itself."""
-    own = {"monitor:_reduced_sums": 1}
-    assert results[device]["metrics"] == {"1": own, "2": {}, "10": own | {"moe_logging:_log_scalars": 1}}
+    own = {"read monitor:_reduced_sums": 1}
+    megatrons = {"read moe_logging:_log_scalars": 1}
+    assert results[device]["metrics"] == {"1": own, "2": {}, "5": own | megatrons, "10": own | megatrons}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_control_is_tried(results, device):
+    assert {*results[device]["controls"]} == {*NOTICED, *SIZES, *MIXED, "a number read within the model"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("control", "kind"), NOTICED.items())
+def test_each_way_of_waiting_would_be_counted(results, device, control, kind):
+    found = results[device]["controls"][control]
+    assert "error" not in found, found["error"]
+    assert found["forward"] == ({} if kind is None else {f"{kind} a test": 1})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("control", SIZES)
+def test_a_size_that_only_the_device_knows_would_be_an_error(results, device, control):
+    assert results[device]["controls"][control]["error"].startswith("DynamicOutputShapeException")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("control", MIXED)
+def test_a_tensor_of_the_host_among_those_of_the_device_would_be_an_error(results, device, control):
+    assert results[device]["controls"][control]["error"].startswith("FakeTensorDeviceMismatchError")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_read_that_comes_back_is_counted_where_it_is_made(results, device):
+    found = results[device]["controls"]["a number read within the model"]
+    assert found["forward"] == STEP | {"read vlm:_embed": 1}
