@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_smar.data.batch import EncodedSample, VisionLanguageBatch, collate
 from megatron_smar.model.vlm import VisionLanguageModel
-from megatron_smar.training.batch import prepare_batch
+from megatron_smar.training.batch import ModelBatch, prepare_batch
 
 # Positions whose logits are in float32 at once: of a vocabulary of 150,000, 0.6 GB where a whole batch has many.
 _POSITIONS = 1024
@@ -94,8 +94,8 @@ class Evaluator:
         return [score for part in gathered for score in part][: len(samples)]
 
     def _score_batch(self, samples: list[EncodedSample]) -> list[Score]:
-        logits, batch = self._logits(samples)
-        losses, hit = _loss_and_hit(logits, batch.labels)
+        logits, batch, placed = self._logits(samples)
+        losses, hit = _loss_and_hit(logits, placed.labels)
         mask = batch.loss_mask > 0
         continues = torch.zeros_like(mask)
         if self.continues_word is not None:
@@ -106,8 +106,8 @@ class Evaluator:
         ]
 
     @torch.no_grad()
-    def _logits(self, samples: list[EncodedSample]) -> tuple[Tensor, VisionLanguageBatch]:
-        """Logits [b, s, vocabulary] as the model gives them, and the batch, still on the host."""
+    def _logits(self, samples: list[EncodedSample]) -> tuple[Tensor, VisionLanguageBatch, ModelBatch]:
+        """Logits [b, s, vocabulary] as the model gives them, and the batch, on the host and on the device."""
         longest = max(len(sample.input_ids) for sample in samples)
         length = -(-longest // self.multiple_of) * self.multiple_of
         host = collate([[sample] for sample in samples], num_rows=len(samples), length=length, pad_id=self.pad_id)
@@ -120,7 +120,7 @@ class Evaluator:
             vision_index=batch.vision_index,
         )
         logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.groups.tp)
-        return logits, host
+        return logits, host, batch
 
     def generate(self, prompts: Sequence[EncodedSample], max_new_tokens: int, stop_id: int) -> list[list[int]]:
         """Greedy continuations of prompts (their `input_ids`), every rank all of them.
@@ -141,7 +141,7 @@ class Evaluator:
                 )
                 for prompt, ids in zip(prompts, current, strict=True)
             ]
-            logits, _ = self._logits(rows)
+            logits, *_ = self._logits(rows)
             last = torch.stack([row[len(ids) - 1] for row, ids in zip(logits, current, strict=True)])
             for ids, new in zip(current, last.argmax(dim=-1).tolist(), strict=True):
                 ids.append(new)
@@ -153,11 +153,11 @@ def _loss_and_hit(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: [b, s, vocabulary] on the device, of any precision.
-        labels: [b, s] on the host.
+        labels: [b, s] on the device.
     """
-    targets = labels.flatten().to(logits.device)
     parts = []
-    for scores, target in zip(logits.flatten(0, 1).split(_POSITIONS), targets.split(_POSITIONS), strict=True):
+    pieces = (tensor.split(_POSITIONS) for tensor in (logits.flatten(0, 1), labels.flatten()))
+    for scores, target in zip(*pieces, strict=True):
         loss = torch.nn.functional.cross_entropy(scores.float(), target, reduction="none")
         parts.append(torch.stack([loss, (scores.argmax(dim=-1) == target).float()]))
     losses, hit = torch.cat(parts, dim=1).cpu().view(2, *labels.shape)
