@@ -59,7 +59,7 @@ def decoder_block_spec(
         config, use_transformer_engine=not local, normalization=config.normalization, vp_stage=vp_stage
     )
     specs = [_extended(layer, config, modality_routing, layers or LayerConfig()) for layer in block.layer_specs]
-    return dataclasses.replace(block, layer_specs=specs, layer_norm=build_norm if local else block.layer_norm)
+    return dataclasses.replace(block, layer_specs=specs, layer_norm=_as_saved(block.layer_norm, config))
 
 
 def _extended(
@@ -67,22 +67,21 @@ def _extended(
 ) -> ModuleSpec:
     local = config.transformer_impl == "local"
     parts = layer.submodules
-    norms = parts.input_layernorm  # Megatron's local one, wherever the local spec has a norm
-    attention = _attention(parts.self_attention, norms, config, layers)
+    attention = _attention(parts.self_attention, config, layers)
     mlp = _modality_aware(parts.mlp, modality_routing, local)
     parts = dataclasses.replace(parts, self_attention=attention, mlp=mlp)
+    parts = _with_norms(parts, ("input_layernorm", "pre_mlp_layernorm"), config)
     if local:
-        parts = _with_norms(parts, ("input_layernorm", "pre_mlp_layernorm"), norms)
         parts.sharded_state_dict_keys_map = _transformer_engine_keys(config, _is_moe(layer.submodules.mlp))
     return _parallel(parts, config) if layers.parallel_block else dataclasses.replace(layer, submodules=parts)
 
 
-def _attention(attention: ModuleSpec, norms: Any, config: TransformerConfig, layers: LayerConfig) -> ModuleSpec:
+def _attention(attention: ModuleSpec, config: TransformerConfig, layers: LayerConfig) -> ModuleSpec:
     """The attention's spec with our core attention (locally) and norms."""
-    local = config.transformer_impl == "local"
-    inner, module, names = attention.submodules, attention.module, ("q_layernorm", "k_layernorm", "kv_layernorm")
-    if local:
-        inner = _with_norms(dataclasses.replace(inner, core_attention=ScaledDotProductAttention), names, norms)
+    module = attention.module
+    inner = _with_norms(attention.submodules, ("q_layernorm", "k_layernorm", "kv_layernorm"), config)
+    if config.transformer_impl == "local":
+        inner = dataclasses.replace(inner, core_attention=ScaledDotProductAttention)
     if config.qk_layernorm and module is MLASelfAttention:
         norm = _of_epsilon(_norm(config), layers.latent_norm_epsilon)
         linear = get_backend(config.transformer_impl).column_parallel_linear()
@@ -120,10 +119,35 @@ def _parallel(parts: TransformerLayerSubmodules, config: TransformerConfig) -> M
 
 def _norm(config: TransformerConfig) -> LayerNormBuilder:
     """What builds a norm that is not fused into a linear layer."""
+    backend = get_backend(config.transformer_impl)
+    return _as_saved(backend.layer_norm(rms_norm=config.normalization == "RMSNorm"), config)
+
+
+def _as_saved(build: LayerNormBuilder, config: TransformerConfig) -> LayerNormBuilder:
+    """Our norm in place of Megatron's local one; Transformer Engine's own without its extra state in checkpoints.
+
+    That state is FP8's, of which a norm has none, but Megatron asks every checkpoint for it: one of local layers, and
+    so every imported one, could not be loaded.
+    """
     if config.transformer_impl == "local":
         return build_norm
-    norm: LayerNormBuilder = get_backend(config.transformer_impl).layer_norm(rms_norm=config.normalization == "RMSNorm")
-    return norm
+
+    def build_with(*args: Any, **kwargs: Any) -> Any:
+        norm = build(*args, **kwargs)
+        norm.register_state_dict_post_hook(_drop_extra_state)
+        norm.register_load_state_dict_pre_hook(_give_extra_state)
+        return norm
+
+    return build_with
+
+
+def _drop_extra_state(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state.pop(f"{prefix}_extra_state", None)
+
+
+def _give_extra_state(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """None stands for none; a missing key would be an error."""
+    state.setdefault(f"{prefix}_extra_state")
 
 
 def _of_epsilon(build: LayerNormBuilder, epsilon: float | None) -> LayerNormBuilder:
@@ -135,10 +159,10 @@ def _of_epsilon(build: LayerNormBuilder, epsilon: float | None) -> LayerNormBuil
     return build_with
 
 
-def _with_norms(parts: Any, names: tuple[str, ...], replaced: Any) -> Any:
-    """The same submodules with every norm of Megatron's local spec (and no IdentityOp) taken over by ours."""
-    held = [name for name in names if getattr(parts, name, None) is replaced]
-    return dataclasses.replace(parts, **dict.fromkeys(held, build_norm))
+def _with_norms(parts: Any, names: tuple[str, ...], config: TransformerConfig) -> Any:
+    """The same submodules with every norm (and no IdentityOp) as checkpoints have it."""
+    held = {name: build for name in names if (build := getattr(parts, name, None)) not in (None, IdentityOp)}
+    return dataclasses.replace(parts, **{name: _as_saved(build, config) for name, build in held.items()})
 
 
 def _transformer_engine_keys(config: TransformerConfig, is_moe: bool) -> dict[str, str]:

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A claimed GPU for the whole process, and programs beside it that have none."""
+
+import os
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+if util.find_spec("transformer_engine") is None:
+    raise pytest.UsageError(
+        "tests/te needs Transformer Engine, which this environment does not have: run `make test-te`."
+    )
+
+from tests.redirected_cuda import claim_cuda, stand_for_the_device_in_megatron
+
+claim_cuda()
+
+from megatron_smar import runtime  # noqa: E402  (the claim comes first)
+from megatron_smar.runtime.environment import DEVICE_VARIABLE  # noqa: E402
+
+runtime.install()
+os.environ[DEVICE_VARIABLE] = "cpu"  # programs that the tests start
+stand_for_the_device_in_megatron()
+
+from tests.functional.conftest import world  # noqa: E402, F401
+from tests.launch import ROOT  # noqa: E402
+from tests.te.building import Layout, rank_of  # noqa: E402
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A layout of one rank."""
+    with rank_of(Layout()):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory) -> str:
+    """A vision tower's folder, which every model of the trainer has."""
+    from transformers import InternVLVisionConfig, InternVLVisionModel
+
+    folder = tmp_path_factory.mktemp("tower")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+    InternVLVisionModel(InternVLVisionConfig(**sizes, image_size=[32, 32], patch_size=[8, 8])).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def python_without_te() -> Path:
+    """The interpreter of an environment that Transformer Engine is not in: `make env`'s."""
+    python = Path(os.environ.get("PYTHON_WITHOUT_TE", ROOT / ".venv" / "bin" / "python"))
+    assert python.is_file(), f"{python} is missing: run `make test-te`, or name another one by PYTHON_WITHOUT_TE=."
+    return python
