@@ -126,6 +126,13 @@ def _check_layers(args: Namespace) -> None:
         )
     if args.parallel_block and args.multi_latent_attention:
         raise ValueError("--parallel-block has no multi-latent attention; leave out one of the two flags.")
+    if args.multi_latent_attention and args.rope_type == "rope" and args.apply_rope_fusion:
+        raise ValueError(
+            "--rope-type rope with --multi-latent-attention has no fused kernel, which knows YaRN only; give "
+            "--no-rope-fusion."
+        )
+    if args.qk_l2_norm:
+        raise ValueError("--qk-l2-norm is in none of the layers here and would have no effect; leave it out.")
     if args.multi_latent_attention and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ValueError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with --multi-latent-attention needs "

@@ -47,6 +47,7 @@ CHOICES_OF_A_RUN = {
     "moe-layer-freq",  # a number and a list can say the same, and the weights' shapes tell
     "moe-router-load-balancing-type",
     "moe-token-dispatcher-type",
+    "no-rope-fusion",
 }
 
 

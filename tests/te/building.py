@@ -82,8 +82,6 @@ def parse(name: str, tower: str, *more: str) -> Namespace:
     kind, upcycled = MODELS[name]
     config = build_config(kind)
     flags = model.as_argv(language_of(config).flags(config))
-    if "--multi-latent-attention" in flags and "yarn" not in flags:
-        flags.append("--no-rope-fusion")  # Megatron's fused kernel for these latents knows YaRN only
     args = model.parse([*flags, *upcycled, "--vision-model", tower, "--image-size", "32", *more], VOCABULARY)
     args.use_cpu_initialization = False  # what this parser sets for conversions
     return args

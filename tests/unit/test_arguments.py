@@ -61,6 +61,7 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         (["--moe-pad-expert-input-to-capacity"], "--moe-pad-expert-input-to-capacity"),
         (["--moe-router-load-balancing-type", "quantile_balancing"], "quantile_balancing"),
         (["--dataloader-type", "cyclic"], "--dataloader-type is cyclic"),
+        (["--qk-l2-norm"], "--qk-l2-norm is in none of the layers"),
         (["--bf16", "--modality-routing", "smar", "--save", "run"], "only with --use-distributed-optimizer"),
     ],
 )
@@ -70,6 +71,16 @@ def test_what_cannot_train_is_refused_in_one_sentence(monkeypatch, vision, flags
     with pytest.raises(ValueError, match=said) as error:
         check_arguments(parse(monkeypatch, vision, *flags), needs_data=False)
     assert "\n" not in str(error.value)
+
+
+def test_latent_attention_without_yarn_is_refused_where_rope_fusion_would_meet_it(monkeypatch, vision):
+    from megatron_smar.flag_checks import check_shape
+
+    args = parse(monkeypatch, vision, "--multi-latent-attention", "--rope-type", "rope")
+    check_shape(args)
+    args.apply_rope_fusion = True  # the default where there is Transformer Engine
+    with pytest.raises(ValueError, match="give --no-rope-fusion"):
+        check_shape(args)
 
 
 def test_bands_of_single_layers_are_read_and_the_others_have_the_common_one(monkeypatch, vision, tmp_path):

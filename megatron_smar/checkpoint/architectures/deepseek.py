@@ -73,7 +73,8 @@ def rope_flags(config: PretrainedConfig) -> Flags:
     require(config, "rope_type in rope_parameters", kind, ("default", "yarn"))
     require(config, "partial_rotary_factor in rope_parameters", rope.get("partial_rotary_factor", 1.0), (1.0,))
     if kind == "default":
-        return {"rotary-base": rope_theta(config), "rope-type": "rope"}
+        # Megatron's fused kernel for these latents knows YaRN only.
+        return {"rotary-base": rope_theta(config), "rope-type": "rope", "no-rope-fusion": True}
     # Megatron has no flags for these.
     original = rope_field(config, "original_max_position_embeddings")
     require(config, "original_max_position_embeddings in rope_parameters", original, (4096,))
