@@ -42,7 +42,7 @@ def answer(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, 2 * LENGTH // EXPERTS) if shape.numel() == EXPERTS else torch.tensor(PACK)
 
 
-def build(folder: Path, config: Any) -> Any:
+def build(folder: Path, config: Any, **language: Any) -> Any:
     """A tiny model in bf16 as the trainer makes it, all of it learning, on the CPU."""
     from megatron_smar.model.vision import VisionConfig
     from megatron_smar.model.vlm import LanguageConfig, VisionLanguageModel
@@ -50,7 +50,7 @@ def build(folder: Path, config: Any) -> Any:
 
     model = VisionLanguageModel(
         config,
-        LanguageConfig(vocab_size=128, max_sequence_length=256),
+        LanguageConfig(vocab_size=128, max_sequence_length=256, **language),
         VisionConfig(str(folder), image_size=SIDE),
         "mlp2x_gelu",
         ModalityRoutingConfig(strategy="smar"),
@@ -59,9 +59,25 @@ def build(folder: Path, config: Any) -> Any:
     return model.bfloat16().train()
 
 
-def configs() -> list[Any]:
-    """Of a model with grouped queries, one with multi-latent attention, and the first with full recomputation."""
+def towers(folder: Path) -> list[Any]:
+    """The vision encoders that are not InternVL's: CLIP's and SigLIP's, in bf16 and learning, on the CPU."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+    from megatron_smar.model.vision import VisionConfig, VisionEncoder
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"image_size": SIDE, "patch_size": 8}
+    CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(folder / "clip")
+    SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(folder / "siglip")
+    configs = (VisionConfig(str(folder / kind), image_size=SIDE, feature_layer=-2) for kind in ("clip", "siglip"))
+    return [VisionEncoder(config, torch.bfloat16, trainable=True) for config in configs]
+
+
+def build_models(folder: Path) -> list[Any]:
+    """With grouped queries, with multi-latent attention, the first recomputed, like Phi, like OLMoE; then `towers`."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from megatron_smar.model.layer_specs import LayerConfig
 
     half = {"bf16": True, "params_dtype": torch.bfloat16, "moe_router_dtype": "fp32", "num_layers": 2}
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -89,7 +105,14 @@ def configs() -> list[Any]:
         persist_layer_norm=False,
         **half,
     )
-    return [transformer_config(**half), latent, transformer_config(**half, **recompute)]
+    phi = {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu, "add_bias_linear": True}
+    models = [build(folder, config) for config in (transformer_config(**half), latent)]
+    models.append(build(folder, transformer_config(**half, **recompute)))
+    parallel = transformer_config(**half, **phi, normalization="LayerNorm")
+    models.append(build(folder, parallel, output_bias=True, layers=LayerConfig(parallel_block=True)))
+    normed = transformer_config(**half, qk_layernorm=True)
+    models.append(build(folder, normed, layers=LayerConfig(qk_norm_scope="projection")))
+    return models + towers(folder)
 
 
 def batch(lengths: list[int] | None = None, images: int = 1) -> Any:
@@ -122,8 +145,9 @@ def whole(model: Any, inputs: Any) -> Tensor:
     return lm_loss(inputs.loss_mask, inputs.shares, True, output)[0]
 
 
-def parts(model: Any, latent: Any, recomputed: Any, device: torch.device) -> Iterator[tuple[str, Any, Part]]:
-    """Name, what has parameters in it, and the forward pass of each part."""
+def parts(models: list[Any], device: torch.device) -> Iterator[tuple[str, Any, Part]]:
+    """Name, what has parameters in it, and the forward pass of each part of `build_models`."""
+    model, latent, recomputed, phi, olmoe, clip, siglip = models
     from megatron.core.transformer.enums import AttnMaskType
 
     def values(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -141,6 +165,8 @@ def parts(model: Any, latent: Any, recomputed: Any, device: torch.device) -> Ite
     ends = packed.packed_seq_params
     yield "batch", None, lambda: batch(PACK).loss_mask
     yield "vision encoder", model.vision_model, lambda: model.vision_model(tiles)
+    yield "vision encoder, CLIP", clip, lambda: clip(tiles)
+    yield "vision encoder, SigLIP", siglip, lambda: siglip(tiles)
     yield "connector", model.connector, lambda: model.connector(values(1, TOKENS, model.vision_model.output_size))
     yield (
         "embedding merge",
@@ -199,6 +225,8 @@ def parts(model: Any, latent: Any, recomputed: Any, device: torch.device) -> Ite
     yield "model, packed", model, lambda: whole(model, batch(PACK))
     yield "model, packed, recomputed", recomputed, lambda: whole(recomputed, batch(PACK))
     yield "model, latent attention, packed", latent, lambda: whole(latent, batch(PACK))
+    yield "model, parallel blocks and biases, packed", phi, lambda: whole(phi, batch(PACK))
+    yield "model, norms of projections, packed", olmoe, lambda: whole(olmoe, batch(PACK))
     yield "gradient norm and clipping", None, lambda: _clipped([values(*hidden).detach().float() for _ in range(3)])
     yield "evaluation, a batch", None, lambda: _evaluated(model, device)
 
@@ -308,7 +336,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name in ("cuda", "meta"):
         storage_less.current = torch.device("cpu")
-        models = [build(folder, config) for config in configs()]
+        models = build_models(folder)
         device = storage_less.current = torch.device(name)
         config = MonitorConfig(num_experts=4, top_k=2, scalar_interval=5, console_interval=10)
         with FakeTensorMode() as mode:
@@ -317,7 +345,7 @@ def main() -> None:
                 set_moe_metrics_tracker(RoutingMetricsTracker(config))
             models = [storage_less.move(model, device) for model in models]
             results[name] = {
-                part: measure(owner, forward, device, mode) for part, owner, forward in parts(*models, device)
+                part: measure(owner, forward, device, mode) for part, owner, forward in parts(models, device)
             }
             results[name]["metrics"] = logged(mode, device)
             results[name]["controls"] = {

@@ -137,13 +137,13 @@ def stand_for_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: current
     cuda.synchronize = _wait
-    cpu_torch.CpuStream.synchronize = cpu_torch.CpuEvent.synchronize = _wait  # type: ignore[method-assign]
+    cpu_torch.CpuStream.synchronize = cpu_torch.CpuEvent.synchronize = _wait
     for name in ("get_rng_state", "set_rng_state", "manual_seed"):
         setattr(cuda, name, lambda *args, **kwargs: None)
     import megatron.core.tensor_parallel.random as random
 
-    random._get_cuda_rng_state = random._set_cuda_rng_state = lambda *args, **kwargs: None  # type: ignore[assignment]
-    random._lazy_call = lambda function, **kwargs: None  # type: ignore[attr-defined]
+    random._get_cuda_rng_state = random._set_cuda_rng_state = lambda *args, **kwargs: None
+    random._lazy_call = lambda function, **kwargs: None
     _answer_methods()
 
 
@@ -172,7 +172,7 @@ def _answer_methods() -> None:
         copy.pinned = True
         return copy
 
-    torch.tensor = through_the_host  # type: ignore[assignment]
+    torch.tensor = through_the_host
     fake.tolist = tolist
     fake.is_cuda = property(_on_device)  # `meta` stands for CUDA too
     tensor.cuda = lambda self, device=None, non_blocking=False: self.to(current, non_blocking=non_blocking)

@@ -24,6 +24,8 @@ LENGTHS = {"read rope_utils:_apply_rotary_pos_emb_thd": 4, "read local_layers:fo
 WAITS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "batch": ({}, {}),
     "vision encoder": ({}, {}),
+    "vision encoder, CLIP": ({}, {}),
+    "vision encoder, SigLIP": ({}, {}),
     "connector": ({}, {}),
     "embedding merge": ({}, {}),
     "norm": ({}, {}),
@@ -46,12 +48,14 @@ WAITS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "model, packed": (STEP, {}),
     "model, packed, recomputed": (STEP, EVERY_LAYER),
     "model, latent attention, packed": (STEP, {}),
+    "model, parallel blocks and biases, packed": (STEP, {}),
+    "model, norms of projections, packed": (STEP, {}),
     "gradient norm and clipping": ({}, {}),  # Megatron then reads the norm, once
     "evaluation, a batch": (EVERY_LAYER | {"read evaluation:_loss_and_hit": 1}, {}),
 }
 NO_BACKWARD = ("batch", "gradient norm and clipping", "evaluation, a batch")
-BFLOAT16 = ("vision encoder", "connector", "embedding merge", "norm", "experts", "MoE layer")
-BFLOAT16 += tuple(part for part in WAITS if "attention" in part and not part.startswith("model"))
+BFLOAT16 = {"connector", "embedding merge", "norm", "experts", "MoE layer"}
+BFLOAT16 |= {part for part in WAITS if part.startswith(("vision encoder", "attention", "latent attention"))}
 
 # What the harness must notice, were it in the model (`controls`): the kind of wait, None where there is none.
 NOTICED = {
