@@ -31,14 +31,14 @@ def run_script(recipe: str, script: str, output: Path, *options: str, **environm
     )
 
 
-def command_on_gpus(recipe: str, stage: str, gpus: int, output: Path, data: Path) -> tuple[str, list[str]]:
-    """The program that a stage starts on 8 or 64 GPUs and its flags, recorded in the place of the interpreter."""
-    recorder, record = output / "recorder.sh", output / f"{stage}-{gpus}.record"
+def command_on_gpus(recipe: str, script: str, gpus: int, output: Path, **files: str) -> tuple[str, list[str]]:
+    """The program that a script starts last on 8 or 64 GPUs and its flags, recorded in the interpreter's place."""
+    recorder, record = output / "recorder.sh", output / f"{script}-{gpus}.record"
     recorder.write_text(RECORDER)
     recorder.chmod(0o755)
     place = {"NODE_RANK": "0", "MASTER_ADDR": "localhost"} if gpus > 8 else {}
-    recording = {"PYTHON": str(recorder), "RECORD": str(record), "DATA": str(data)}
-    run_script(recipe, stage, output, "--gpus", str(gpus), **recording, **place)
+    recording = {"PYTHON": str(recorder), "RECORD": str(record)}
+    run_script(recipe, script, output, "--gpus", str(gpus), **recording, **place, **files)
     words = record.read_bytes().decode().split("\0")[:-1]
     program = next(index for index, word in enumerate(words) if word.endswith(".py"))
     return words[program], words[program + 1 :]

@@ -69,7 +69,7 @@ def output(tmp_path_factory) -> Path:
 
 def constructed(output: Path) -> dict:
     """What a run of the 64-GPU layout makes on a claimed device."""
-    _, given = command_on_gpus(output.name, "stage1", 64, output, output / "input" / "stage1")
+    _, given = command_on_gpus(output.name, "stage1", 64, output, DATA=str(output / "input" / "stage1"))
     small = ["--freeze", "vision", "--expert-model-parallel-size", 1, "--global-batch-size", 1, "--seq-length", 256]
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     run("tests/cuda_path/construct.py", output / "made.json", *given, *small, rank=place)

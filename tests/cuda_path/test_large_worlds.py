@@ -44,7 +44,7 @@ def held_by(recipe: str, gpus: int, rank: int, output: Path) -> dict:
     write_start(recipe, output)
     from architectures import ARCHITECTURES
 
-    program, given = command_on_gpus(recipe, STAGES[recipe][-1], gpus, output, output)
+    program, given = command_on_gpus(recipe, STAGES[recipe][-1], gpus, output, DATA=str(output))
     assert program.endswith("pretrain_vlm.py")
     vocabulary = ["--tokenizer-type", "NullTokenizer", "--vocab-size", ARCHITECTURES[recipe].language.vocab_size - 1]
     result = output / "held.json"
