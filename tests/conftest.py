@@ -11,6 +11,8 @@ from hypothesis import settings
 settings.register_profile("no timing", deadline=None)  # the machine's load is no property of the code
 settings.load_profile("no timing")
 os.environ.setdefault("MEGATRON_SMAR_DEVICE", "cpu")  # a machine's GPUs are tested by `make test-gpu`
+if os.environ["MEGATRON_SMAR_DEVICE"] == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hidden before any test has torch count them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks and data workers share the cores
 # energon leaves each loader's index files open until its process ends, and the data tests open a hundred loaders.
 _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)

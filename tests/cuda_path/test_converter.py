@@ -32,7 +32,7 @@ def test_a_model_is_described_without_a_byte_on_the_gpu():
 
 def test_the_converter_runs_on_the_cpu_where_the_gpus_cannot_be_used(tmp_path):
     """As on a login node with CUDA_VISIBLE_DEVICES set and no driver: training is refused, converting is not."""
-    place = {"MEGATRON_SMAR_DEVICE": "", "CUDA_VISIBLE_DEVICES": "0"}
+    place = {"MEGATRON_SMAR_DEVICE": "", "CUDA_VISIBLE_DEVICES": "99"}  # there is no such GPU
     done = run("pretrain_vlm.py", rank=place, check=False)
     assert done.returncode == 1 and "GPUs are expected here" in done.stdout
     done = run("tools/checkpoint/convert.py", "inspect", tmp_path, rank=place, check=False)

@@ -38,9 +38,9 @@ def test_a_machine_or_job_with_gpus_is_not_taken_for_one_without(variables, file
 
 
 def test_expected_gpus_that_torch_cannot_use_end_the_run_instead_of_a_silent_cpu_run():
-    done = python("from megatron_smar import runtime; runtime.install_or_exit()", CUDA_VISIBLE_DEVICES="0")
+    done = python("from megatron_smar import runtime; runtime.install_or_exit()", CUDA_VISIBLE_DEVICES="99")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "GPUs are expected here (CUDA_VISIBLE_DEVICES=0)" in done.stderr
+    assert done.stderr.count("\n") == 1 and "GPUs are expected here (CUDA_VISIBLE_DEVICES=99)" in done.stderr
     assert "set MEGATRON_SMAR_DEVICE=cpu" in done.stderr
 
 
