@@ -15,7 +15,7 @@ typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py)
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 env: $(stamp) ## create .venv and install the project into it (PYTHON= picks the interpreter, VENV= the place)
 
@@ -46,13 +46,14 @@ test-cuda-path: env ## the CUDA path as far as it goes without a GPU: a claimed 
 	OMP_NUM_THREADS=1 $(python) -m pytest --matrix --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) tests/cuda_path
 
 # Transformer Engine is compiled against torch: a quarter of an hour, in an environment of its own.
-test-te: ## build Transformer Engine into .venv-te and check layers, checkpoints and optimizers with it; needs no GPU
+test-te: env ## build Transformer Engine into .venv-te and check layers, checkpoints and optimizers with it; needs no GPU
 	$(MAKE) env VENV=.venv-te
 	tools/make_te.sh .venv-te
 	OMP_NUM_THREADS=1 .venv-te/bin/python -m pytest $(PYTEST_FLAGS) tests/te
 
-test-gpu: env ## the first hour with one GPU in at most ten minutes: table, runs/gpu/report.json (ALLOW_NONE=1, GPU_FLAGS=)
-	$(python) -m tests.gpu $(if $(ALLOW_NONE),--allow-none) $(GPU_FLAGS)
+# Installs nothing: a machine with a GPU may have its own torch and no package index.
+test-gpu: ## the first hour with one GPU, at most ten minutes: table, runs/gpu/report.json (PYTHON=, ALLOW_NONE=1, GPU_FLAGS=)
+	$(or $(PYTHON),$(if $(wildcard $(python)),$(python),python3)) -m tests.gpu $(if $(ALLOW_NONE),--allow-none) $(GPU_FLAGS)
 
 lint: env ## check style, format and types
 	$(python) -m ruff check
