@@ -60,14 +60,14 @@ def waits() -> Iterator[Counter[str]]:
 
 
 def is_ours(line: str) -> bool:
-    """Whether a `file:line` lies in the package."""
+    """Whether a `file:line` is in the package."""
     return Path(line.rpartition(":")[0]).is_relative_to(_OURS)
 
 
 def _caller() -> str:
     """The innermost frame that is neither torch's, this file's nor Python's own.
 
-    What waits within a backward pass is told by torch when the pass is over: its line is unknown, and the one that
+    What waits within a backward pass is reported by torch when the pass is over: its line is unknown, and the one that
     began the pass is marked.
     """
     inner = (str(Path(torch.__file__).parent), __file__, warnings.__file__)
