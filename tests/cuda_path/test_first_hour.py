@@ -9,14 +9,42 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from tests.gpu.context import ROOT, Context, Findings
-from tests.gpu.plan import STEPS
+from tests.gpu.overhead import count_on_device
+from tests.gpu.plan import STEPS, chosen
 from tests.gpu.programs import Program, ProgramError, run
 from tests.gpu.runner import Settings, run_steps
+from tests.gpu.speed import peak_of
 from tests.gpu.waits import is_ours, waits
 from tests.launch import run as run_program
 
+# For a step's processes, as Python starts: they claim a GPU, and what tests/redirected_cuda.py leaves to torch stays on
+# the CPU (`.to`, and the thread that pins batches). The mode that reports waits has no effect.
+CLAIM = """
+import os
+if os.environ.get("MEGATRON_SMAR_DEVICE") == "cuda":
+    import torch
+    from tests import redirected_cuda
+    redirected_cuda.claim_cuda(gpus=1)
+    from megatron_smar import runtime
+    from megatron_smar.runtime.cpu_torch import _on_cpu
+    install = runtime.install
+    def install_once(wanted=None):
+        installed = bool(runtime._INSTALLED)
+        device = install(wanted)
+        if not installed:
+            redirected_cuda.stand_for_the_device_in_megatron()
+        return device
+    def staying(move):
+        on_cpu = lambda value: value if isinstance(value, bool) else _on_cpu(value)
+        return lambda self, *args, **kwargs: move(self, *map(on_cpu, args), **kwargs)
+    runtime.install = install_once
+    torch.Tensor.to, torch.nn.Module.to = staying(torch.Tensor.to), staying(torch.nn.Module.to)
+    torch.accelerator.set_device_index = torch.cuda.set_sync_debug_mode = lambda value: None
+"""
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "MEGATRON_SMAR_DEVICE": ""}
 # What the steps may not need: they are for machines without a package index.
 NOT_NEEDED = ("pytest", "hypothesis", "wandb", "moto", "mistral_common", "matplotlib", "tensorboard", "torchvision")
@@ -89,6 +117,40 @@ def test_a_program_that_fails_is_told_with_its_words_and_ends_its_other_ranks(tm
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA RTX A1000", None),  # no A100
+        ("NVIDIA RTX A4000", None),  # no A40
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_peak_is_that_of_the_very_card_or_left_out(card, peak):
+    assert peak_of(card) == peak
+
+
+def test_kernels_are_counted_whatever_their_names_and_named_ranges_are_not():
+    def event(name, device_type=DeviceType.CUDA, **more):
+        return FunctionEvent(id=0, name=name, thread=0, start_us=0, end_us=1, device_type=device_type, **more)
+
+    events = [
+        event("void at::native::vectorized_elementwise_kernel<4, at::native::silu()::{lambda(float)#1}>"),
+        event("ncclDevKernel_AllReduce_Sum_f32_RING_LL"),
+        event("Memcpy DtoH (Device -> Pinned)"),
+        event("Memset (Device)"),
+        event("Optimizer.step#AdamW.step", is_user_annotation=True),
+        event("aten::silu", DeviceType.CPU),
+    ]
+    assert count_on_device(events) == {"kernels": 2, "copies": 2}
+
+
 def test_a_figure_that_is_not_a_number_is_a_failure():
     findings = Findings()
     findings.at_most("error", float("nan"), 1.0)
@@ -115,8 +177,9 @@ def test_the_steps_import_nothing_that_a_gpu_machine_may_lack():
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("program", ["watched", "laboratory"])
-def test_the_programs_of_the_steps_import_nothing_that_a_gpu_machine_may_lack(program):
-    code = f"import sys\nfor name in {NOT_NEEDED}: sys.modules[name] = None\nimport tests.gpu.{program}"
+def test_the_programs_of_the_steps_import_nothing_that_a_gpu_machine_may_lack_and_keep_float32(program):
+    code = f"import sys\nfor name in {NOT_NEEDED}: sys.modules[name] = None\nimport torch, tests.gpu.{program}\n"
+    code += "assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32"
     run_program("-c", code, rank={"RANK": "0", "WORLD_SIZE": "1"})
 
 
@@ -135,6 +198,22 @@ print(counter.get_total_flops() / speed.model_flops(speed.QUICK))
 """
     done = run_program("-c", code)
     assert float(done.stdout.strip().splitlines()[-1]) == pytest.approx(0.98, abs=0.01)
+
+
+@pytest.mark.matrix
+def test_the_steps_take_their_cuda_branches_on_a_claimed_device(tmp_path, monkeypatch):
+    """What measures a device finds nothing there, and fails: it cannot pass without having measured."""
+    (tmp_path / "sitecustomize.py").write_text(CLAIM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    names = "environment attention routing files bf16 moves packing latent recompute grouped offload waits speed memory"
+    on_cuda = replace(settings(tmp_path, 1500.0), device="cuda")
+    steps = [replace(step, limit=4 * step.limit) for step in chosen(names.split(), "cuda", 1)]
+    rows = {row.step: row for row in run_steps(steps, on_cuda, lambda row, left: None)}
+    failed = {name: row.reason for name, row in rows.items() if row.result != "passed"}
+    assert failed.keys() == {"waits", "memory"}, failed
+    assert failed["waits"] == "torch did not report a wait that was there"
+    assert failed["memory"].startswith("counted / after a step is")
+    assert rows["environment"].figures["card"] == "claimed H100" and rows["offload"].figures["resumed"] == 0
 
 
 @pytest.mark.matrix

@@ -65,17 +65,24 @@ def main() -> int:
     )
     environment = described(options.device)
     print(report.heading(environment), flush=True)
-    rows = run_steps(steps, settings, show)
+    rows = run_steps(steps, settings, Progress(len(steps)))
     report.write(path, environment, rows, {name: str(value) for name, value in vars(options).items()})
     print(report.summary(rows) + f". Report: {path}")
     return 1 if any(row.result == "FAILED" for row in rows) else 0
 
 
-def show(row: Row, left: float) -> None:
-    """Prints a step's line; on a terminal, how long the rest takes at most."""
-    print(report.line(row), flush=True)
-    if sys.stderr.isatty() and left > 0:
-        print(f"  ... at most {left:.0f} s left", end="\r", file=sys.stderr, flush=True)
+class Progress:
+    """Prints a line when a step ends; on a terminal, which one is next and how long the rest takes at most."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.done = steps, 0
+
+    def __call__(self, row: Row, left: float) -> None:
+        self.done += 1
+        print(report.line(row, self.done, self.steps), flush=True)
+        if sys.stderr.isatty() and self.done < self.steps:
+            rest = f"step {self.done + 1} of {self.steps}, at most {left:.0f} s left"
+            print(f"  ... {rest}", end="\r", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

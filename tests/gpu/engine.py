@@ -9,7 +9,8 @@ import torch
 
 from tests.gpu.batches import ROWS
 from tests.gpu.context import Context, Findings
-from tests.gpu.exactness import LOCAL, Job, compare_values, run_jobs, start_of
+from tests.gpu.exactness import Job, compare_values, run_jobs, start_of
+from tests.gpu.files import LOCAL
 from tests.gpu.programs import ProgramError
 
 ENGINE = ("--transformer-impl", "transformer_engine")

@@ -13,7 +13,7 @@ import torch
 
 from tests.gpu.batches import LENGTH, ROWS, VOCABULARY, make_batch
 from tests.gpu.context import Context, Device, Findings
-from tests.gpu.files import MODEL
+from tests.gpu.files import LOCAL, MODEL
 from tests.gpu.programs import Program, run_together
 
 # Both devices draw the same weights on the host; every layer's distance lies outside of the band: SMAR has a gradient.
@@ -22,7 +22,6 @@ COMMON = """
     --lr 1e-3 --lr-decay-style constant --train-iters 10 --modality-routing smar --freeze vision --smar-coeff 0.5
     --smar-d-min 3 --smar-d-max 4 --smar-eps 1e-3 --no-save-optim
 """.split()
-LOCAL = "--transformer-impl local --no-rope-fusion --no-gradient-accumulation-fusion".split()
 # A switch cannot be taken back, and Megatron refuses latent attention with grouped queries.
 _GROUPED_QUERIES = "--group-query-attention --num-query-groups 2"
 LATENT_ATTENTION = """
@@ -117,9 +116,9 @@ def _against_the_cpu(
     context: Context, findings: Findings, flags: list[str], cpu_flags: list[str], packed: bool = False
 ) -> None:
     """The same three steps on both, losses and distances of each, every gradient of the first."""
-    size = {"packed": packed, "rows": 1 if packed else ROWS}
-    device = Job("device", context.device, [*LOCAL, *flags], **size)
-    found, expected = run_jobs(context, [device, Job("cpu", "cpu", cpu_flags, **size)])
+    size = 1 if packed else ROWS
+    device = Job("device", context.device, [*LOCAL, *flags], packed, size)
+    found, expected = run_jobs(context, [device, Job("cpu", "cpu", cpu_flags, packed, size)])
     compare_values(findings, "values", found["values"], expected["values"], FIRST_VALUES, LATER_VALUES)
     compare_gradients(findings, found["gradients"], expected["gradients"])
     learning = [name for name, gradient in expected["gradients"].items() if gradient.abs().max() > GRADIENT_FLOOR]

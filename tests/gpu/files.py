@@ -22,6 +22,8 @@ MODEL = """
     --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0
     --hidden-dropout 0 --make-vocab-size-divisible-by 64 --seed 7
 """.split()
+# One kind of layers on both devices, also where Transformer Engine or apex would change Megatron's defaults.
+LOCAL = "--transformer-impl local --no-rope-fusion --no-gradient-accumulation-fusion".split()
 SMAR = "--modality-routing smar --smar-d-min 3 --smar-d-max 4 --smar-coeff 0.1 --freeze vision".split()
 
 

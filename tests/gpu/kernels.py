@@ -32,12 +32,12 @@ def attention(context: Context, findings: Findings) -> None:
     shape = f"{heads} heads on {groups} groups, {length}"
     half = _qkv(context, 1, heads, groups, length, width, torch.bfloat16)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        peak = _peak_bytes(context, lambda: scaled_dot_product_attention(*half, is_causal=True, enable_gqa=True))
+        peak = _peak_bytes(context, lambda: _attend(*half))
     findings.note(f"flash, bf16, {shape}", "runs")
     findings.note("bf16 peak MB", peak)
     full = _qkv(context, 1, heads, groups, length, width, torch.float32)
     findings.note("float32 takes", _backends(*full))
-    peak = _peak_bytes(context, lambda: scaled_dot_product_attention(*full, is_causal=True, enable_gqa=True))
+    peak = _peak_bytes(context, lambda: _attend(*full))
     findings.note("float32 peak MB", peak)
     findings.note("all scores MB", round(4 * heads * length**2 / 1e6, 1))
 
@@ -49,7 +49,7 @@ def _attention_values(context: Context, findings: Findings) -> None:
     for dtype, tolerance in ((torch.bfloat16, 2**-7), (torch.float32, 1e-5)):
         given = [tensor.requires_grad_() for tensor in _qkv(context, 2, 8, 2, 256, 64, dtype)]
         exact = [tensor.detach().double().cpu().requires_grad_() for tensor in given]
-        out = scaled_dot_product_attention(*given, is_causal=True, enable_gqa=True)
+        out = _attend(*given)
         expected = _attention_in_float64(*exact)
         weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         out.backward(weight.to(out.device, dtype))
@@ -57,6 +57,10 @@ def _attention_values(context: Context, findings: Findings) -> None:
         findings.at_most(f"{_name(dtype)} error", _relative(out, expected), tolerance)
         errors = [_relative(a.grad, b.grad) for a, b in zip(given, exact, strict=True)]
         findings.at_most(f"{_name(dtype)} gradient error", max(errors), 2 * tolerance)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def _attention_in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ def _backends(q: Tensor, k: Tensor, v: Tensor) -> str:
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
             with sdpa_kernel(backend):
-                scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                _attend(q, k, v)
         except RuntimeError:  # torch's "No available kernel"
             continue
         able.append(backend.name.lower())

@@ -23,6 +23,9 @@ from megatron.training.checkpointing import save_checkpoint
 from megatron_smar.training.setup import start
 from tests.gpu.programs import read_json
 
+# A convolution of float32 (the tower's patches) is rounded to 10 bits on the GPU alone, by torch's default.
+torch.backends.cudnn.allow_tf32 = False
+
 
 def gradients(model: list[Any]) -> dict[str, torch.Tensor]:
     """The gradient of every parameter that learns, after all of Megatron's reductions."""

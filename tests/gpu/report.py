@@ -14,7 +14,7 @@ from tests.gpu.plan import STEPS, Step
 from tests.gpu.runner import Row
 
 WIDTH = 118
-_INDENT = 31
+_INDENT = 39
 _OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 
 
@@ -29,15 +29,15 @@ def heading(environment: dict[str, Any]) -> str:
     )
     trial = ["Tried on the CPU: this proves nothing about a GPU."] if environment["device"] == "cpu" else []
     trial += [f"{_OVERRIDE} is set; the steps run without it."] if _OVERRIDE in environment["variables"] else []
-    return "\n".join([*trial, first, packages, "", f"{'step':14}{'result':9}{'s':>6}  figures"])
+    return "\n".join([*trial, first, packages, "", f"{'n of N':>7} {'step':14}{'result':9}{'s':>6}  figures"])
 
 
-def line(row: Row) -> str:
-    """One step: its result, and its figures or what is wrong."""
+def line(row: Row, number: int, of: int) -> str:
+    """One step, the first being number 1: its result, and its figures or what is wrong."""
     figures = ", ".join(f"{name} {_short(row, name)}" for name, value in row.figures.items() if not _is_long(value))
     words = "; ".join(filter(None, [row.reason, figures]))
     wrapped = textwrap.wrap(words, WIDTH - _INDENT, break_long_words=False) or [""]
-    first = f"{row.step:14}{row.result:9}{row.seconds:6.1f}  {wrapped[0]}"
+    first = f"{f'{number}/{of}':>7} {row.step:14}{row.result:9}{row.seconds:6.1f}  {wrapped[0]}"
     return "\n".join([first, *(" " * _INDENT + more for more in wrapped[1:])])
 
 

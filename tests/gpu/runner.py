@@ -68,7 +68,8 @@ def run_steps(steps: Sequence[Step], settings: Settings, show: Callable[[Row, fl
 
     Steps that only compare run some at a time where there are processors for it: they mostly wait for imports.
     """
-    end, rows = time.monotonic() + settings.seconds, []
+    end = time.monotonic() + settings.seconds
+    rows: list[Row] = []
     threads = ThreadPoolExecutor(max(1, min(3, (os.cpu_count() or 1) // 4)))
     try:
         for _, group in itertools.groupby(enumerate(steps), lambda item: item[0] if item[1].alone else -1):
@@ -80,8 +81,8 @@ def run_steps(steps: Sequence[Step], settings: Settings, show: Callable[[Row, fl
                 show(row, min(left, end - time.monotonic()))
     except BaseException:  # Ctrl-C too: what runs is in process groups of its own
         threads.shutdown(wait=False, cancel_futures=True)
-        for group in list(_RUNNING):
-            _kill(group)
+        for running in list(_RUNNING):
+            _kill(running)
         raise
     return rows
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
 
 from tests.gpu.context import Context, Findings
 
-# Dense bf16 FLOP/s by NVIDIA's data sheets (without sparsity), by a part of torch's name of the card; the first fits.
+# Dense bf16 FLOP/s by NVIDIA's data sheets (without sparsity), by words of torch's name of the card; the first fits.
 PEAKS: dict[str, float] = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -23,8 +24,10 @@ PEAKS: dict[str, float] = {
     "B200": 2250e12,
     "A100": 312e12,
     "A800": 312e12,
+    "H800 PCIe": 756e12,
     "H800": 989e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "A10": 125e12,
@@ -40,6 +43,8 @@ QUICK = argparse.Namespace(
     hidden_size=128, ffn_hidden_size=256, num_layers=1, num_experts=4, micro_batch_size=2, seq_length=128, bf16=True
 )
 SECONDS = 20.0
+# Less than the card of that name: a slice of it, other clocks, fewer units.
+_OTHER_CARDS = re.compile(r"\b(MIG|Laptop|Max-Q|D|Ti)\b")
 _NO_PEAK = "left out: this device's peak is not in the table"
 
 
@@ -136,5 +141,11 @@ def _peak(context: Context) -> float | None:
     """The card's most FLOP/s in bf16, if it is a known one."""
     import torch
 
-    name = torch.cuda.get_device_name() if context.device == "cuda" else ""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name()) if context.device == "cuda" else None
+
+
+def peak_of(name: str) -> float | None:
+    """The peak of a card by torch's name of it: whole words, for an RTX A1000 is no A100, and an L40 no L4."""
+    if _OTHER_CARDS.search(name):
+        return None
+    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)

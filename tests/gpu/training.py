@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tests.gpu.context import Context, Device, Findings
-from tests.gpu.files import training_flags
+from tests.gpu.files import LOCAL, training_flags
 from tests.gpu.programs import Program, read_json, run, run_together
 
 Losses = dict[int, float]
@@ -62,9 +62,9 @@ def bfloat16(context: Context, findings: Findings) -> None:
 def packing(context: Context, findings: Findings) -> None:
     """The step `packing`: --packing-buffer-size on the device and on the CPU, in float32."""
     flags = "--micro-batch-size 1 --global-batch-size 2 --packing-buffer-size 20 --lr 1e-3 --train-iters 5".split()
-    flags += ["--use-cpu-initialization", "--transformer-impl", "local"]
-    records = train(context, {"device": (flags, context.device), "cpu": (flags, "cpu")})
-    _compare(findings, "loss from the CPU's", *map(losses_of, records), SEVERAL_STEPS)
+    flags += ["--use-cpu-initialization", *LOCAL]
+    device, cpu = map(losses_of, train(context, {"device": (flags, context.device), "cpu": (flags, "cpu")}))
+    _compare(findings, "loss from the CPU's", device, cpu, SEVERAL_STEPS)
 
 
 def resume(context: Context, findings: Findings) -> None:
@@ -90,7 +90,7 @@ def resume(context: Context, findings: Findings) -> None:
 def moves(context: Context, findings: Findings) -> None:
     """The step `moves`: 6 steps on each device, saved after 3, and the other three on the other device, in float32."""
     common = ["--use-distributed-optimizer", "--lr", "1e-3", "--train-iters", 6, "--save-interval", 3]
-    common += ["--use-cpu-initialization", "--transformer-impl", "local"]
+    common += ["--use-cpu-initialization", *LOCAL]
     places: dict[str, Device] = {"device": context.device, "cpu": "cpu"}
     runs = {n: ([*common, "--save", context.folder / f"saved-{n}"], place) for n, place in places.items()}
     device, cpu = map(losses_of, train(context, runs))
@@ -119,7 +119,7 @@ def offload(context: Context, findings: Findings) -> None:
     findings.at_most("resumed", max(abs(resumed[step] - whole[step]) for step in resumed), 1e-2)
 
 
-def train(context: Context, runs: dict[str, tuple[Sequence[Any], Device]]) -> list[dict[str, Any]]:
+def train(context: Context, runs: Mapping[str, tuple[Sequence[Any], Device]]) -> list[dict[str, Any]]:
     """Runs pretrain_vlm.py at the same time with different flags, each (flags, device) by name; returns the records."""
     programs = []
     for name, (flags, device) in runs.items():

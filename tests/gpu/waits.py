@@ -32,9 +32,13 @@ def count(context: Context, findings: Findings) -> None:
     with waits() as lines:
         torch.cuda.set_sync_debug_mode("warn")
         try:
+            torch.ones(1, device=context.device).item()
+            noticed = lines.total()
+            lines.clear()
             training.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    findings.require(noticed > 0, "torch did not report a wait that was there")
     ours = {line: number for line, number in lines.items() if is_ours(line)}
     findings.note("all", lines.total())
     findings.note("in backward passes", sum(n for line, n in lines.items() if line.startswith(_BACKWARD)))
@@ -71,7 +75,7 @@ def _caller() -> str:
     began the pass is marked.
     """
     inner = (str(Path(torch.__file__).parent), __file__, warnings.__file__)
-    within_torch = []
+    within_torch: list[str] = []
     for frame, line in traceback.walk_stack(sys._getframe()):
         name = frame.f_code.co_filename
         if not name.startswith(inner):

@@ -20,6 +20,9 @@ import pretrain_vlm  # first: it prepares Megatron for the device
 import torch
 from megatron.training import get_args, training
 
+# A convolution of float32 (the tower's patches) is rounded to 10 bits on the GPU alone, by torch's default.
+torch.backends.cudnn.allow_tf32 = False
+
 
 class Record:
     """What happened, by Megatron's own functions wrapped where its loop finds them."""
