@@ -45,13 +45,14 @@ def collect_results_of_a_save_in_the_process() -> None:
 
 @adaptation(
     "NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1: float32 routers, modality biases and the sums of the "
-    "routing statistics would be rounded to 10 bits",
+    "routing statistics would be rounded to 10 bits, as torch's default rounds float32 convolutions",
     Where.CUDA,
     needed_by="torch 2.11 to 2.13",
 )
 def keep_float32_products() -> None:
-    """Matrix products of float32 are computed in float32; those of bf16 are not concerned."""
+    """Products and convolutions of float32 are computed in float32; those of bf16 are not concerned."""
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @adaptation(

@@ -56,6 +56,7 @@ Where = runtime.Where
 assert {a.where for a in runtime.adaptations()} == {Where.ANYWHERE, Where.CUDA, Where.TORCH_ADAM}
 import megatron.core.datasets.utils as helpers
 helpers.compile_helpers()  # there is no Makefile: Megatron's own would end the process
+assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
 defaults = runtime.argument_defaults()
 assert defaults["transformer_impl"] == "local" and "distributed_backend" not in defaults, defaults
 """
