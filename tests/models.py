@@ -1,38 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small real models that the tests share."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# What every small mixture here has; any TransformerConfig takes it.
+MIXTURE: dict[str, Any] = dict(
+    num_moe_experts=4,
+    moe_token_dispatcher_type="alltoall",
+    moe_router_load_balancing_type="none",
+    gated_linear_unit=True,
+    activation_func=torch.nn.functional.silu,
+    add_bias_linear=False,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    transformer_impl="local",
+    use_cpu_initialization=True,
+    bias_dropout_fusion=False,
+    persist_layer_norm=False,
+)
 
 
 def transformer_config(**changes: Any) -> Any:
     """A Mixtral-shaped TransformerConfig: 3 layers, 4 experts, top-2, grouped queries."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    settings = dict(
+    settings = MIXTURE | dict(
         num_layers=3,
         hidden_size=48,
         ffn_hidden_size=96,
         moe_ffn_hidden_size=96,
         num_attention_heads=4,
         num_query_groups=2,
-        num_moe_experts=4,
         moe_router_topk=2,
-        moe_token_dispatcher_type="alltoall",
-        moe_router_load_balancing_type="none",
         normalization="RMSNorm",
         layernorm_epsilon=1e-5,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        transformer_impl="local",
-        use_cpu_initialization=True,
-        bias_dropout_fusion=False,
-        persist_layer_norm=False,
     )
     return TransformerConfig(**(settings | changes))
 
@@ -57,6 +62,15 @@ def build_model(
         ModalityRoutingConfig(**(routing or {})),
         freeze=freeze,
     )
+
+
+def save_tower(folder: Path) -> str:
+    """A vision tower's folder: an InternViT of one layer, for tiles of 32 px."""
+    from transformers import InternVLVisionConfig, InternVLVisionModel
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+    InternVLVisionModel(InternVLVisionConfig(**sizes, image_size=[32, 32], patch_size=[8, 8])).save_pretrained(folder)
+    return str(folder)
 
 
 def build_hf_model(image_token_id: int) -> Any:

@@ -79,15 +79,19 @@ def _first_mismatch(model: MegatronModule, folder: Path | None) -> str:
     return ""
 
 
-def check_optimizer(args: Namespace) -> None:
+def check_optimizer(args: Namespace, state: dict[str, Any] | None) -> None:
     """Compares how the optimizer's state lies in the checkpoint with how this run would take it up.
 
     The files are the same for all ranks, and so is the outcome.
 
+    Args:
+        args: The run's.
+        state: Of `resumed_state`.
+
     Raises:
         CheckpointMismatchError: Megatron could not load it, or would leave a part of it out.
     """
-    if args.finetune or args.no_load_optim or args.skip_train or (state := _common_state(args)) is None:
+    if args.no_load_optim or state is None:
         return
     saved = saved_arguments(state)
     sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
@@ -119,15 +123,16 @@ def check_optimizer(args: Namespace) -> None:
         )
 
 
-def leave_other_random_state(args: Namespace) -> None:
+def leave_other_random_state(args: Namespace, state: dict[str, Any] | None) -> None:
     """Sets --no-load-rng, and says so, where the checkpoint's generators are those of another kind of device.
 
     A generator of CUDA has a state of 16 bytes, one of the CPU has 5,056: neither loads the other's.
 
-    Raises:
-        CheckpointMismatchError: The checkpoint's arguments cannot be read.
+    Args:
+        args: The run's; `no_load_rng` may be set.
+        state: Of `resumed_state`.
     """
-    if args.finetune or args.no_load_rng or args.skip_train or (state := _common_state(args)) is None:
+    if args.no_load_rng or state is None:
         return
     saved, now = getattr(saved_arguments(state), "program", {}).get("device"), args.program["device"]
     if saved and saved != now:
@@ -138,10 +143,14 @@ def leave_other_random_state(args: Namespace) -> None:
         )
 
 
-def _common_state(args: Namespace) -> dict[str, Any] | None:
-    """What a run stored beside the weights in the checkpoint that this one resumes from; None where there is none."""
+def resumed_state(args: Namespace) -> dict[str, Any] | None:
+    """What a run stored beside the weights in the checkpoint that this one resumes from; None if it resumes from none.
+
+    Raises:
+        CheckpointMismatchError: It cannot be read.
+    """
     folder = _folder(args.load, args.ckpt_step)
-    if folder is None or folder.name == "release":
+    if folder is None or folder.name == "release" or args.finetune or args.skip_train:
         return None
     try:
         return read_common_state(folder, read_contents(folder))

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.conftest import free_port
 from tests.cuda_path import controls, storage_less
-from tests.models import build_hf_model, transformer_config
+from tests.models import MIXTURE, build_hf_model, transformer_config
 
 IMAGE, SIDE, TOKENS, HIDDEN, EXPERTS = 5, 32, 4, 48, 4
 PACK = [10, 8, 6]
@@ -91,18 +91,7 @@ def build_models(folder: Path) -> list[Any]:
         qk_pos_emb_head_dim=8,
         v_head_dim=16,
         rope_type="rope",
-        num_moe_experts=EXPERTS,
-        moe_token_dispatcher_type="alltoall",
-        moe_router_load_balancing_type="none",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        transformer_impl="local",
-        use_cpu_initialization=True,
-        bias_dropout_fusion=False,
-        persist_layer_norm=False,
+        **MIXTURE,
         **half,
     )
     phi = {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu, "add_bias_linear": True}

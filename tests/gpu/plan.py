@@ -95,7 +95,7 @@ _ALL = (
     Step("bf16", "50 steps of pretrain_vlm.py: the loss falls", "training:bfloat16", 120, needs_files=True, alone=True),
     Step("cpu-path", "pretrain_vlm.py trains on the CPU of this machine", "training:on_the_cpu", 90, needs_files=True),
     Step("float32", "a training step equals the CPU's: losses, gradients", "exactness:rows", 90, needs_files=True),
-    Step("resume", "a stopped run goes on as if it had not been", "training:resume", 120, needs_files=True),
+    Step("resume", "a stopped run resumes to the undisturbed losses", "training:resume", 120, needs_files=True),
     Step("moves", "checkpoints go from the GPU to the CPU, and back", "training:moves", 150, needs_files=True),
     Step(
         "packing",

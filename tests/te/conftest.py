@@ -26,6 +26,7 @@ stand_for_the_device_in_megatron()
 
 from tests.functional.conftest import world  # noqa: E402, F401
 from tests.launch import ROOT  # noqa: E402
+from tests.models import save_tower  # noqa: E402
 from tests.te.building import Layout, rank_of  # noqa: E402
 
 
@@ -39,12 +40,7 @@ def alone() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tower(tmp_path_factory) -> str:
     """A vision tower's folder, which every model of the trainer has."""
-    from transformers import InternVLVisionConfig, InternVLVisionModel
-
-    folder = tmp_path_factory.mktemp("tower")
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
-    InternVLVisionModel(InternVLVisionConfig(**sizes, image_size=[32, 32], patch_size=[8, 8])).save_pretrained(folder)
-    return str(folder)
+    return save_tower(tmp_path_factory.mktemp("tower"))
 
 
 @pytest.fixture(scope="session")

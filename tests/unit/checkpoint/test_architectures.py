@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.architectures import CASES, FIRST, build_config, build_hf, sample_ids
+from tests.models import save_tower
 
 IMAGE = 5
 
@@ -18,12 +19,7 @@ IMAGE = 5
 @pytest.fixture(scope="session")
 def tower(tmp_path_factory) -> str:
     """A vision tower, which every model of the trainer has."""
-    from transformers import InternVLVisionConfig, InternVLVisionModel
-
-    folder = tmp_path_factory.mktemp("tower")
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
-    InternVLVisionModel(InternVLVisionConfig(**sizes, image_size=[32, 32], patch_size=[8, 8])).save_pretrained(folder)
-    return str(folder)
+    return save_tower(tmp_path_factory.mktemp("tower"))
 
 
 def on_disk(hf: Any, folder: Path) -> dict[str, Tensor]:

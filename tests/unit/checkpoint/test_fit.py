@@ -11,6 +11,7 @@ from megatron_smar.checkpoint.fit import (
     CheckpointMismatchError,
     check_optimizer,
     leave_other_random_state,
+    resumed_state,
 )
 
 LOADING = dict(ckpt_step=None, finetune=False, no_load_optim=False, skip_train=False, use_distributed_optimizer=False)
@@ -19,7 +20,8 @@ LOADING |= dict(lr=1e-3, min_lr=0.0)  # as `trained` was
 
 def check(folder, **changes):
     sizes = dict.fromkeys(MODEL_PARALLEL.values(), 1)
-    check_optimizer(Namespace(**LOADING | sizes | {"load": str(folder)} | changes))
+    args = Namespace(**LOADING | sizes | {"load": str(folder)} | changes)
+    check_optimizer(args, resumed_state(args))
 
 
 REFUSED = {
@@ -61,7 +63,8 @@ def test_a_state_that_fits_is_let_through(trained, form, changes):
 
 def test_nothing_to_load_is_nothing_to_refuse(tmp_path):
     check(tmp_path, use_distributed_optimizer=True)
-    check_optimizer(Namespace(**LOADING, load=None))
+    args = Namespace(**LOADING, load=None)
+    check_optimizer(args, resumed_state(args))
 
 
 def test_a_damaged_checkpoint_is_refused_in_a_sentence_of_its_own(trained, tmp_path):
@@ -75,6 +78,6 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence_of_its_own(trained, tmp_p
 def test_generators_of_another_kind_of_device_are_left_and_that_is_said(trained, capsys, now, left):
     """`trained` was saved on the CPU: its generators' states have 5,056 bytes, and CUDA takes 16."""
     args = Namespace(**LOADING, load=str(trained["plain"]), no_load_rng=False, program={"device": now})
-    leave_other_random_state(args)
+    leave_other_random_state(args, resumed_state(args))
     assert args.no_load_rng == left
     assert ("was saved on cpu and this run is on cuda" in capsys.readouterr().out) == left
