@@ -5,6 +5,7 @@ Vocabularies are odd, so that no tensor-parallel layout divides them; norms lie 
 that one which is lost or misplaced shows.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,6 +142,28 @@ def build_hf(name: str) -> Any:
             mean, deviation = (0.0, 0.3) if "bias" in key else (1.0, 0.2) if tensor.dim() == 1 else (0.0, 0.15)
             tensor.normal_(mean, deviation)
     return model
+
+
+def composite_source(hf: Any, tower: Path, folder: Path, image_token: int = VOCABULARY - 1) -> Any:
+    """A language model with a vision tower and a fresh connector, to be imported.
+
+    Args:
+        hf: The language model; its vocabulary has the image tokens already.
+        tower: The tower's folder.
+        folder: Where the language model is saved.
+        image_token: The placeholder of one vision token.
+    """
+    from megatron_smar.checkpoint import composite
+    from megatron_smar.checkpoint.safetensors_io import read_folder
+    from megatron_smar.checkpoint.sources import Source
+
+    hf.save_pretrained(folder)
+    vision = composite.load_config(tower)
+    config = composite.combine(hf.config, vision, composite.Connection(), image_token, hf.config.vocab_size)
+    parts = ((folder, composite.LANGUAGE), (tower, composite.VISION))
+    tensors = {part + name: tensor for place, part in parts for name, tensor in read_folder(place).items()}
+    table = composite.weights(config, biases=False, connector_seed=0)
+    return Source(config, tensors, table, composite.flags(config), ())
 
 
 def sample_ids() -> Tensor:

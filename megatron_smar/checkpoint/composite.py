@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,21 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, InternVLConfig, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    InternVLConfig,
+    PretrainedConfig,
+)
 
 from megatron_smar.checkpoint.architectures import LANGUAGES, Flags, UnsupportedError, language_of
 from megatron_smar.checkpoint.architectures.common import refuse
 from megatron_smar.checkpoint.metadata import told
 from megatron_smar.checkpoint.remote_code import MODEL_TYPE, PLAIN_TYPE, RemoteFields
 from megatron_smar.checkpoint.remote_code.modeling_modality_aware import ModalityAwareInternVLConfig
-from megatron_smar.checkpoint.weights import Weight
+from megatron_smar.checkpoint.weights import Weight, generator_of
 from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.vision import NORMALISATION, side_in_pixels
 
@@ -219,21 +226,35 @@ def flags(config: PretrainedConfig) -> Flags:
     }
 
 
-def weights(config: PretrainedConfig, biases: bool, fresh_connector: bool = False) -> list[Weight]:
+def weights(config: PretrainedConfig, biases: bool, connector_seed: int | None = None) -> list[Weight]:
     """The table of a composite model.
 
     Args:
         config: The model's.
         biases: Whether Hugging Face's side has the modality biases; new ones are zero.
-        fresh_connector: Whether its connector is new.
+        connector_seed: Of a new connector; None where Hugging Face's side has one.
     """
     language = [row.prefixed(LANGUAGE, LANGUAGE) for row in language_of(config.text_config).weights(config.text_config)]
+    text = in_float32(language, config.text_config, MODEL_FOR_CAUSAL_LM_MAPPING)
     return [
-        *language,
+        *text,
         *modality_biases(language, biases),
-        *vision_weights(config.vision_config),
-        *connector_weights(connection_of(config).connector, fresh_connector),
+        *in_float32(vision_weights(config.vision_config), config.vision_config, MODEL_MAPPING),
+        *connector_weights(connection_of(config).connector, connector_seed),
     ]
+
+
+def in_float32(rows: list[Weight], config: PretrainedConfig, classes: Mapping[Any, Any]) -> list[Weight]:
+    """A part's table in which the weights that transformers' class never has in half precision stay in float32.
+
+    Args:
+        rows: The table.
+        config: The part's.
+        classes: transformers' classes by the config's.
+    """
+    kind = classes[type(config)]
+    kept = {*(kind._keep_in_fp32_modules or ()), *(kind._keep_in_fp32_modules_strict or ())}
+    return [replace(row, keeps_float32=any(part in name for name in row.hf for part in kept)) for row in rows]
 
 
 def modality_biases(language: list[Weight], stored: bool) -> list[Weight]:
@@ -256,28 +277,32 @@ def vision_weights(tower: PretrainedConfig) -> list[Weight]:
     return [Weight(f"vision_model.tower.{name}", (VISION + name,)) for name in names]
 
 
-def connector_weights(connector: ConnectorType, fresh: bool) -> list[Weight]:
-    """The connector's rows; a fresh one starts as torch's layers do."""
+def connector_weights(connector: ConnectorType, seed: int | None) -> list[Weight]:
+    """The connector's rows.
+
+    Args:
+        connector: --connector.
+        seed: Of a new one, which starts as torch's layers do; None for one that is read.
+    """
     rows = []
     for ours, theirs in (("norm", "layer_norm"), ("linear_1", "linear_1"), ("linear_2", "linear_2")):
         if ours == "norm" and connector != "internvl":
             continue
         for kind in ("weight", "bias"):
-            hf = () if fresh else (f"{PROJECTOR}{theirs}.{kind}",)
-            rows.append(
-                Weight(f"connector.{ours}.{kind}", hf, make=partial(fresh_layer, ours, kind) if fresh else None)
-            )
+            name = f"connector.{ours}.{kind}"
+            read = Weight(name, (f"{PROJECTOR}{theirs}.{kind}",))
+            rows.append(read if seed is None else Weight(name, make=partial(fresh_layer, name, seed)))
     return rows
 
 
-def fresh_layer(layer: str, kind: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def fresh_layer(name: str, seed: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A weight or bias of a new connector: LayerNorm's one and zero, a linear layer's uniform weights and zero bias."""
-    if kind == "bias":
+    if name.endswith(".bias"):
         return torch.zeros(shape, dtype=dtype)
-    if layer == "norm":
+    if name == "connector.norm.weight":
         return torch.ones(shape, dtype=dtype)
     weight = torch.empty(shape)
-    nn.init.kaiming_uniform_(weight, a=5**0.5)
+    nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator_of(name, seed))
     return weight.to(dtype)
 
 

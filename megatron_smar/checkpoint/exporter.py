@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def export_model(
         lm_head_bias=composite.LANGUAGE + "lm_head.bias" in tensors,
     )
     content = json.loads((hf / "config.json").read_text(encoding="utf-8"))
-    layout: Layout = {name: (tensor.shape, _exported(tensor.dtype, name, dtype)) for name, tensor in tensors.items()}
+    rows = {name: row for row in source.table for name in row.hf}
+    layout: Layout = {name: (t.shape, rows[name].converted(dtype, t.dtype)) for name, t in tensors.items()}
     needed = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in layout.values())
     with whole_or_nothing(output, needed) as folder:
         copy_companions([hf], folder)
@@ -85,11 +87,6 @@ def with_dtype(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     own = {field: value for field, value in content.items() if field not in ("dtype", "torch_dtype")}
     parts = {part: with_dtype(own[part], layout) for part in ("text_config", "vision_config") if part in own}
     return own | parts | {"dtype": name}
-
-
-def _exported(stored: torch.dtype, name: str, dtype: torch.dtype | None) -> torch.dtype:
-    """The modality biases stay in fp32, whatever the rest becomes."""
-    return stored if dtype is None or name.endswith(".modality_bias") or not stored.is_floating_point else dtype
 
 
 def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Source:
@@ -191,8 +188,8 @@ def as_hugging_face(
         number = rows[pieces[0].name].rows or whole[0]
         if pieces[0].start is not None:
             number = max(piece.target + piece.length for piece in pieces)
-        dtype = reader.tensors[first.key].properties.dtype
         found = tuple((piece, parts[piece.name][0]) for piece in pieces)
+        dtype = reduce(torch.promote_types, (reader.tensors[part.key].properties.dtype for _, part in found))
         tensors[name] = Assembled((number, *whole[1:]), dtype, reader, found)
     return tensors
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ def write_model(source: Source, output: Path, dtype: torch.dtype | None = None) 
     check_names(source)
     args, tensors, objects = describe_model(source.config, source.flags)
     args.vision_model = str((output / "hf").absolute())
+    args.true_vocab_size = source.config.text_config.vocab_size  # what lies behind it in a run is padding
     shards = list(shards_of(source, tensors, dtype))
     needed = sum(torch.Size(shard.sizes).numel() * shard.dtype.itemsize for shard in shards)
     with whole_or_nothing(output, needed) as folder:
@@ -59,7 +60,9 @@ def check_names(source: Source) -> None:
     spare = sorted(name for name in set(source.tensors) - read if not composite.COMPUTED.fullmatch(name))
     if source.config.text_config.tie_word_embeddings and TIED in spare:
         spare.remove(TIED)
-        if not torch.equal(source.tensors[TIED].read(), source.tensors[EMBEDDING].read()):
+        one, other = source.tensors[TIED].read(), source.tensors[EMBEDDING].read()
+        kind = torch.promote_types(one.dtype, other.dtype)
+        if not torch.equal(one.to(kind), other.to(kind)):
             raise ConversionError(
                 f"config.json says tie_word_embeddings, but {TIED} is another tensor than {EMBEDDING}; nothing was "
                 "written. Correct the one that is wrong."
@@ -89,13 +92,13 @@ def shards_of(source: Source, tensors: dict[str, list[ShardedTensor]], dtype: to
     if set(rows) != set(tensors):
         raise RuntimeError(f"the table and the trainer's model differ: {some(sorted(set(rows) ^ set(tensors)))}")
     problems = []
+    kinds = dtypes_of(source, tensors, dtype)
     for name, parts in tensors.items():
         row = rows[name]
         shape = tuple(parts[0].global_shape[parts[0].prepend_axis_num :])
         problems += [_misfit(row, shape, source.tensors), _no_number(row, parts[0].dtype, source.tensors)]
-        kind = row.dtype or _dtype(source, row, dtype)
         for part in parts:
-            axes = part.prepend_axis_num
+            axes, kind = part.prepend_axis_num, kinds[part.key]
             local = tuple(part.local_shape)
             start = part.global_offset[axes]
             read = partial(read_rows, row, source.tensors, start, local, shape[0], kind)
@@ -108,10 +111,26 @@ def shards_of(source: Source, tensors: dict[str, list[ShardedTensor]], dtype: to
         )
 
 
-def _dtype(source: Source, row: Weight, wanted: torch.dtype | None) -> torch.dtype:
-    like = row if row.hf else next(other for other in source.table if other.hf)  # a new weight is as the others are
-    stored = source.tensors[like.hf[0]].dtype
-    return wanted if wanted is not None and stored.is_floating_point else stored
+def dtypes_of(
+    source: Source, tensors: dict[str, list[ShardedTensor]], wanted: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The data type of each of the checkpoint's tensors: the widest of all that it is put together from.
+
+    A checkpoint keeps the layers' and the experts' weights of one kind as one tensor, and that has one type.
+
+    Args:
+        source: The model.
+        tensors: The checkpoint's weights by name, with their parts.
+        wanted: What --dtype asks for; None for what there is.
+    """
+    kinds: dict[str, torch.dtype] = {}
+    for row in source.table:
+        like = row if row.hf else next(other for other in source.table if other.hf)  # a new weight is as the others are
+        stored = reduce(torch.promote_types, (source.tensors[name].dtype for name in like.hf))
+        kind = row.converted(wanted, stored)
+        for part in tensors[row.megatron]:
+            kinds[part.key] = torch.promote_types(kinds.get(part.key, kind), kind)
+    return kinds
 
 
 def read_rows(

@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_smar.checkpoint.folders import some
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
+SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -62,39 +65,126 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     """The tensors of a Hugging Face folder by name; from the files' headers, no data is read.
 
     Raises:
-        ValueError: It has no safetensors, an index that names a missing file, or a damaged file.
+        ValueError: It has no safetensors, or not those of one model, or an index that does not belong to its files, or
+            a damaged file.
     """
-    files = _weight_files(folder)
+    files, weight_map = weight_files(folder)
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in _read_header(file).items():
+            if name in tensors:
+                raise ValueError(
+                    f"{folder}: {name} is in both {tensors[name].file.name} and {file.name}, and nothing says which of "
+                    "the two is the model's; take away the file that is not, or fetch the folder again."
+                )
+            tensors[name] = stored
+    for name, place in weight_map.items():
+        if name not in tensors or tensors[name].file != folder / place:
+            raise ValueError(
+                f"the index in {folder} says that {name} is in {place}, which does not hold it: they are not of "
+                "one model; fetch the folder again."
+            )
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    tensors = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # it is no dictionary
+                part = opened.get_slice(name)
+                tensors[name] = Stored(file, name, tuple(part.get_shape()), NAMES[part.get_dtype()])
+    except KeyError as error:
+        raise ValueError(f"{file} holds tensors of the type {error}, which cannot be converted.") from error
+    except Exception as error:  # safetensors has an exception of its own, a plain Exception
+        raise ValueError(f"{file} is no whole safetensors file ({error}); fetch it again.") from error
+    return tensors
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that transformers reads, and what their index says: the name of each tensor's file.
+
+    Like transformers it takes the file that config.json names in `transformers_weights`, else `model.safetensors`, else
+    what the index names. Where there is none of these it takes safetensors of another name, which transformers does
+    not, if only one set of them is there. What is left out is printed.
+
+    Raises:
+        ValueError: There are none, or of several models, or some are missing.
+    """
+    if (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"{folder} has {ADAPTER}: an adapter, which is not part of the weights beside it; merge it into the model "
+            "(peft's merge_and_unload) and save_pretrained() that."
+        )
+    chosen = _named_in_config(folder) or next((folder / n for n in (SINGLE, INDEX) if (folder / n).is_file()), None)
+    weight_map = {} if chosen is None or chosen.suffix != ".json" else _read_index(chosen)
+    if weight_map:
+        files = sorted({folder / place for place in weight_map.values()})
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ValueError(f"{chosen} names {some(missing)}, missing beside it; fetch the folder again.")
+    else:
+        files = [chosen] if chosen is not None else _one_set(folder)
+    spare = [path.name for path in sorted(folder.glob("*.safetensors")) if path not in files]
+    spare += [INDEX] if (folder / INDEX).is_file() and chosen != folder / INDEX else []
+    if spare:
+        tqdm.write(f"{folder}: {(chosen or files[0]).name} is read, as transformers does; left out: {some(spare)}.")
+    return files, weight_map
+
+
+def _named_in_config(folder: Path) -> Path | None:
+    """The file that config.json asks transformers to load, if it names one."""
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None  # there is no config here, or it is refused where it is read
+    if name is None:
+        return None
+    path = folder / str(name)
+    if not str(name).endswith((".safetensors", ".safetensors.index.json")) or not _is_inside(str(name)):
+        raise ValueError(f"{folder}/config.json names {name!r} as transformers_weights; only safetensors beside it do.")
+    if not path.is_file():
+        raise ValueError(f"{folder}/config.json names {name} as transformers_weights, missing beside it; fetch it.")
+    return path
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        outside = [place for place in weight_map.values() if not _is_inside(place)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of safetensors files ({error!r}); fetch it again.") from error
+    if outside or not weight_map:
+        problem = f"it names {outside[0]}, outside its folder" if outside else "it names no file"
+        raise ValueError(f"{path} is no index of safetensors files ({problem}); fetch it again.")
+    return dict(weight_map)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file's name stays within the folder that it is in."""
+    path = PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _one_set(folder: Path) -> list[Path]:
+    """The only safetensors of a folder: one file, or all the shards of one model.
+
+    Raises:
+        ValueError: There are none, or more than one model's, or shards are missing.
+    """
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
             f"{folder} must hold the model's weights as *.safetensors, but it has none; other formats can run code "
             "when they are opened: load the model with transformers where it comes from, and save_pretrained() it."
         )
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{folder / INDEX} names {some(missing)}, missing beside it; fetch the folder again.")
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # it is no dictionary
-                    part = opened.get_slice(name)
-                    tensors[name] = Stored(file, name, tuple(part.get_shape()), NAMES[part.get_dtype()])
-        except KeyError as error:
-            raise ValueError(f"{file} holds tensors of the type {error}, which cannot be converted.") from error
-        except Exception as error:  # safetensors has an exception of its own, a plain Exception
-            raise ValueError(f"{file} is no whole safetensors file ({error}); fetch it again.") from error
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Those that transformers would read: of the index, or the one that needs none, or whatever there is."""
-    index, single = folder / INDEX, folder / SINGLE
-    if not index.is_file():
-        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    try:
-        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of safetensors files ({error!r}); fetch it again.") from error
+    parts = [SHARD.fullmatch(file.name) for file in files]
+    sets = {(part[1], int(part[3])) if part else (file.name, 1) for part, file in zip(parts, files, strict=True)}
+    if len(sets) > 1 or next(iter(sets))[1] != len(files):
+        raise ValueError(
+            f"{folder} has neither {SINGLE} nor {INDEX}, and {some(file.name for file in files)} are not the whole of "
+            f"one model; fetch the folder again, or rename the model's file to {SINGLE}."
+        )
+    return files
 
 
 def write_folder(

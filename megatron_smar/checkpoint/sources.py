@@ -23,6 +23,7 @@ from megatron_smar.data.tokens import IMAGE_CONTEXT, add_tokens
 
 # What is taken from the folder of a model in another layout beside its tokenizer.
 COMPANIONS = ("preprocessor_config.json", "generation_config.json")
+CONNECTOR_SEED = 1234  # upcycling's and the trainer's default too
 
 
 class Readable(Protocol):
@@ -83,7 +84,12 @@ def read_composite(folder: Path, vision: Path | None = None, scratch: Path | Non
 
 
 def read_parts(
-    language: Path, vision: Path, connection: composite.Connection, tokenizer: Path, scratch: Path
+    language: Path,
+    vision: Path,
+    connection: composite.Connection,
+    tokenizer: Path,
+    scratch: Path,
+    seed: int = CONNECTOR_SEED,
 ) -> Source:
     """A language model and a vision encoder, with a fresh connector between them.
 
@@ -95,6 +101,7 @@ def read_parts(
         connection: What lies between them.
         tokenizer: Folder of a Hugging Face tokenizer, or a SentencePiece model.
         scratch: Folder for the tokenizer; the source needs it as long as it is used.
+        seed: Of the connector.
 
     Raises:
         ValueError: One of them cannot be used.
@@ -105,7 +112,7 @@ def read_parts(
     stored = read_folder(language)
     names = composite.part_of(stored, composite.LANGUAGE)
     tensors = {ours: stored[name] for name, ours in names.items()} | tower.tensors
-    table = composite.weights(config, biases=False, fresh_connector=True)
+    table = composite.weights(config, biases=False, connector_seed=seed)
     table = _stored_rows(_with_tower(table, tower.table), text.vocab_size)
     # What else lies there belongs to the tokenizer without the image tokens, or to the model that the tower was of.
     companions = (vision / "preprocessor_config.json", language / "generation_config.json")

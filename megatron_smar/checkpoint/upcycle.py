@@ -8,7 +8,6 @@ whatever its new router says (Komatsuzaki et al., Sparse Upcycling, arXiv 2212.0
 from __future__ import annotations
 
 import re
-import zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from megatron_smar.checkpoint import composite
 from megatron_smar.checkpoint.architectures import Flags
 from megatron_smar.checkpoint.folders import ConversionError
 from megatron_smar.checkpoint.sources import Source
-from megatron_smar.checkpoint.weights import Weight
+from megatron_smar.checkpoint.weights import Weight, generator_of
 
 FEED_FORWARD = re.compile(r"(.*decoder\.layers\.(\d+)\.mlp\.)(linear_fc[12]\.(?:weight|bias))")
 
@@ -135,7 +134,7 @@ def _common(fields: dict[str, Any], kind: type[PretrainedConfig]) -> dict[str, A
 
 def new_router(name: str, upcycling: UpcyclingConfig, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A router's weights [E, h], normally distributed; the same for the same seed, whatever else is converted."""
-    return (torch.randn(shape, generator=_generator(name, upcycling)) * upcycling.router_init_std).to(dtype)
+    return (torch.randn(shape, generator=generator_of(name, upcycling.seed)) * upcycling.router_init_std).to(dtype)
 
 
 def _expert(row: Weight, name: str, upcycling: UpcyclingConfig) -> Weight:
@@ -145,9 +144,5 @@ def _expert(row: Weight, name: str, upcycling: UpcyclingConfig) -> Weight:
 
 def with_noise(name: str, upcycling: UpcyclingConfig, rows: Tensor, start: int) -> Tensor:
     """Rows of an expert's weight, from row `start`, with noise of their own."""
-    noise = torch.randn(rows.shape, generator=_generator(f"{name}/{start}", upcycling))
+    noise = torch.randn(rows.shape, generator=generator_of(f"{name}/{start}", upcycling.seed))
     return (rows.float() + noise * rows.float().std() * upcycling.noise).to(rows.dtype)
-
-
-def _generator(name: str, upcycling: UpcyclingConfig) -> torch.Generator:
-    return torch.Generator().manual_seed(upcycling.seed + zlib.crc32(name.encode()))

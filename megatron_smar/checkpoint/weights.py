@@ -7,6 +7,7 @@ and value one after another, gate above up. A table says so row by row; which wa
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,7 @@ class Weight:
         rows: Rows that Hugging Face's tensor has where Megatron's has more: a vocabulary that was padded or has grown.
         change: Applied to the rows that were read, which begin at the given one (upcycling's noise).
         dtype: The data type that the weight has whatever the rest is converted to; None for the rest's.
+        keeps_float32: Whether a conversion to half precision leaves it in float32, as transformers' own model does.
     """
 
     megatron: str
@@ -50,6 +52,20 @@ class Weight:
     rows: int | None = None
     change: Callable[[Tensor, int], Tensor] | None = None
     dtype: torch.dtype | None = None
+    keeps_float32: bool = False
+
+    def converted(self, wanted: torch.dtype | None, stored: torch.dtype) -> torch.dtype:
+        """The data type that the weight is written in.
+
+        Args:
+            wanted: What --dtype asks for; None for what there is.
+            stored: What there is.
+        """
+        if self.dtype is not None:
+            return self.dtype
+        if wanted is None or not stored.is_floating_point:
+            return stored
+        return torch.float32 if self.keeps_float32 else wanted
 
     def prefixed(self, megatron: str, hf: str) -> Weight:
         """The same row in a model that holds this one as a part."""
@@ -108,6 +124,11 @@ def stacked(*lengths: int) -> tuple[Run, ...]:
 def rows_of(start: int, length: int) -> tuple[Run, ...]:
     """A part of one tensor."""
     return (Run(0, start, length),)
+
+
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """The random numbers of a new weight: the same for the same seed, whatever else is converted, in any order."""
+    return torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
 
 
 @dataclass(frozen=True)

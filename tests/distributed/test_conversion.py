@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.architectures import FIRST, VOCABULARY, build_hf, sample_ids
+from tests.architectures import FIRST, VOCABULARY, build_hf, composite_source, sample_ids
 from tests.distributed.cases import EP, PP, TP_SP
 from tests.launch import run
 
@@ -26,19 +26,9 @@ IMAGE = VOCABULARY - 1  # the placeholder, which no text has
 
 def import_model(hf: Any, tower: Path, folder: Path) -> None:
     """Writes a language model as a checkpoint, as convert.py does; its vocabulary has the image tokens already."""
-    from megatron_smar.checkpoint import composite
     from megatron_smar.checkpoint.importer import write_model
-    from megatron_smar.checkpoint.safetensors_io import read_folder
-    from megatron_smar.checkpoint.sources import Source
 
-    hf.save_pretrained(folder / "language")
-    config = composite.combine(
-        hf.config, composite.load_config(tower), composite.Connection(), IMAGE, hf.config.vocab_size
-    )
-    parts = ((folder / "language", composite.LANGUAGE), (tower, composite.VISION))
-    tensors = {part + name: tensor for place, part in parts for name, tensor in read_folder(place).items()}
-    table = composite.weights(config, biases=False, fresh_connector=True)
-    write_model(Source(config, tensors, table, composite.flags(config), ()), folder / "checkpoint")
+    write_model(composite_source(hf, tower, folder / "language"), folder / "checkpoint")
 
 
 @pytest.fixture(scope="module")

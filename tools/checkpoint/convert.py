@@ -37,7 +37,7 @@ from megatron_smar.checkpoint.importer import write_model  # noqa: E402
 from megatron_smar.checkpoint.metadata import find_checkpoint  # noqa: E402
 from megatron_smar.checkpoint.model import as_argv  # noqa: E402
 from megatron_smar.checkpoint.safetensors_io import read_folder  # noqa: E402
-from megatron_smar.checkpoint.sources import Source, read_composite, read_parts  # noqa: E402
+from megatron_smar.checkpoint.sources import CONNECTOR_SEED, Source, read_composite, read_parts  # noqa: E402
 from megatron_smar.checkpoint.upcycle import UpcyclingConfig, upcycled  # noqa: E402
 from megatron_smar.checkpoint.verify import (  # noqa: E402
     Agreement,
@@ -111,6 +111,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parts.add_argument("--pixel-shuffle", type=float, default=default.pixel_shuffle, help="default: %(default)s")
     parts.add_argument("--vision-feature-layer", type=int, default=default.feature_layer, help="default: %(default)s")
     parts.add_argument("--vision-feature-scale", type=float, default=default.feature_scale, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=CONNECTOR_SEED, help="of weights that are drawn. Default: %(default)s"
+    )
 
 
 def _add_upcycling(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +124,6 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
         "every": (int, default.every, "every n-th layer gets experts, from the first on"),
         "router-init-std": (float, default.router_init_std, "standard deviation of the new routers' weights"),
         "noise": (float, default.noise, "relative standard deviation of noise on the experts' weights"),
-        "seed": (int, default.seed, "of routers and noise"),
     }
     for name, (kind, value, text) in numbers.items():
         group.add_argument(f"--{name}", type=kind, default=value, help=f"{text}. Default: %(default)s")
@@ -141,7 +143,8 @@ def read_source(args: argparse.Namespace, scratch: Path) -> Source:
     if load is not None:
         raise ValueError("--load goes with --hf, the folder that has the checkpoint's config; leave --language out.")
     connection = Connection(args.connector, args.pixel_shuffle, args.vision_feature_layer, args.vision_feature_scale)
-    return read_parts(args.language, args.vision, connection, args.tokenizer_model or args.language, scratch)
+    tokenizer = args.tokenizer_model or args.language
+    return read_parts(args.language, args.vision, connection, tokenizer, scratch, args.seed)
 
 
 def upcycling_config(args: argparse.Namespace) -> UpcyclingConfig:

@@ -4,6 +4,7 @@
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.architectures import FIRST, VOCABULARY, build_hf, composite_source
 from tests.launch import load_weights
-from tests.models import build_hf_model, build_model, copy_weights
+from tests.models import build_hf_model, build_model, copy_weights, save_tower
 from tests.unit.checkpoint.conftest import IMAGE_TOKEN
 
 LANGUAGE, LAYER = "language_model.model.", "language_model.model.layers.1."
@@ -29,6 +31,12 @@ def variant(hf: Path, folder: Path, change: Any = None, config: Any = None) -> P
         content = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config(content)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision tower's folder."""
+    return Path(save_tower(tmp_path_factory.mktemp("tower")))
 
 
 def convert(hf: Path, output: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -96,6 +104,42 @@ def test_weights_are_converted_and_the_modality_biases_stay_in_float32(hf, tmp_p
     assert {found[name].dtype for name in set(found) - biases} == {dtype or torch.bfloat16}
     theirs = load_file(source / "model.safetensors")[LANGUAGE + "embed_tokens.weight"]
     assert torch.equal(found["language_model.embedding.word_embeddings.weight"], theirs.to(dtype or torch.bfloat16))
+
+
+# What is float32 among weights of bfloat16, and a tensor of the checkpoint that it is a part of.
+DECODER = "language_model.decoder.layers."
+MIXED = {
+    "keys and values": (("k_proj", "v_proj"), f"{DECODER}self_attention.linear_qkv.weight"),
+    "values of one layer": (("layers.2.self_attn.v_proj",), f"{DECODER}self_attention.linear_qkv.weight"),
+    "up projections": ((".w3.",), f"{DECODER}mlp.experts.experts.linear_fc1.weight"),
+    "one expert of one layer": (
+        ("layers.1.block_sparse_moe.experts.3",),
+        f"{DECODER}mlp.experts.experts.linear_fc2.weight",
+    ),
+    "norms of one layer": (("layers.2.input_layernorm",), f"{DECODER}self_attention.linear_qkv.layer_norm_weight"),
+}
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", MIXED)
+def test_no_part_of_a_fused_weight_is_rounded_to_anothers_type(hf, tmp_path, single_rank, case, wide):
+    parts, key = MIXED[case]
+    exact = {}
+
+    def mixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, tensor in weights.items():
+            exact[name] = tensor.to(wide if any(part in name for part in parts) else torch.bfloat16)
+        return dict(exact)
+
+    source = variant(hf, tmp_path / "hf", mixed)
+    found = convert(source, tmp_path / "output")
+    expected = convert(
+        variant(hf, tmp_path / "wide", lambda _: {name: tensor.float() for name, tensor in exact.items()}),
+        tmp_path / "expected",
+    )
+    assert found[key].dtype == torch.float32, "of bfloat16 and float16 too: neither holds the other's numbers"
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].float(), tensor.float()), name
 
 
 def grown(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -242,3 +286,148 @@ def test_the_disk_must_have_room_for_what_is_written_and_not_only_for_what_is_re
         convert(source, tmp_path / "output", torch.float32)  # and the biases, which the folder does not have
     assert not (tmp_path / "output").exists()
     convert(source, tmp_path / "output")
+
+
+# transformers' own lists of these two; the other types' models have all their weights in half precision.
+FLOAT32 = {
+    "deepseek_v2": ("mlp.gate.weight",),
+    "deepseek_v3": ("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+}
+
+
+@pytest.mark.parametrize("kind", FIRST)
+def test_what_transformers_keeps_in_float32_stays_so_in_and_out(tower, tmp_path, single_rank, kind):
+    from transformers import AutoModelForCausalLM
+
+    from megatron_smar.checkpoint.exporter import export_model
+    from megatron_smar.checkpoint.importer import write_model
+
+    source = composite_source(build_hf(FIRST[kind]), tower, tmp_path / "language")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "language", dtype=torch.bfloat16).state_dict()
+    wide = {name for name, tensor in reference.items() if tensor.dtype == torch.float32}
+    for place, dtype in (("as it is", None), ("half", torch.bfloat16)):
+        write_model(source, tmp_path / place, dtype)
+    export_model(tmp_path / "as it is", tmp_path / "half" / "hf", tmp_path / "out", dtype=torch.bfloat16)
+    export_model(tmp_path / "half", tmp_path / "half" / "hf", tmp_path / "out of half")
+    stored = load_file(tmp_path / "language" / "model.safetensors")
+    for folder in ("out", "out of half"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        kept = {name for name, tensor in found.items() if tensor.dtype == torch.float32}
+        assert kept == {f"language_model.{name}" for name in wide}
+        assert all(name.endswith(FLOAT32.get(kind, ())) for name in kept) and bool(kept) == (kind in FLOAT32)
+        for name in kept:
+            assert torch.equal(found[name], stored[name.removeprefix("language_model.")]), name
+
+
+def test_a_fresh_connector_is_the_same_for_the_same_seed_and_another_for_another(tower, tmp_path, single_rank):
+    from megatron_smar.checkpoint import composite
+    from megatron_smar.checkpoint.importer import write_model
+
+    source = composite_source(build_hf(FIRST["mixtral"]), tower, tmp_path / "language")
+    drawn = []
+    for number, seed in enumerate((7, 7, 8)):
+        table = composite.weights(source.config, biases=False, connector_seed=seed)
+        torch.manual_seed(number)
+        write_model(replace(source, table=table), tmp_path / str(number))
+        found = load_weights(tmp_path / str(number) / "release")
+        drawn.append([found[f"connector.linear_{layer}.weight"] for layer in (1, 2)])
+    for one, again, other in zip(*drawn, strict=True):
+        assert torch.equal(one, again) and not torch.equal(one, other)
+        bound = 1 / one.shape[1] ** 0.5  # of torch.nn.Linear's own weights
+        assert 0.9 * bound < one.max() <= bound and -bound <= one.min() < -0.9 * bound
+
+
+COMMON = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "parallel_block": False,
+    "use_rope_scaling": False,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_topk_scaling_factor": None,
+    "multi_latent_attention": False,
+    "untie_embeddings_and_output_weights": True,
+    "true_vocab_size": VOCABULARY,
+}
+# Megatron's checks take these away; none describes a model.
+DEPRECATED = "batch_size warmup model_parallel_size checkpoint_activations recompute_activations".split()
+DEPRECATED += ["cuda_graph_scope_deprecated"]
+# What no shape of a weight shows, for each of `FIRST`: as transformers' code of the type computes.
+STORED = {
+    "mixtral": {"num_experts": 4, "moe_router_topk": 2, "layernorm_epsilon": 1e-5, "rotary_base": 1000000},
+    "qwen3_moe": {"qk_layernorm": True, "qk_norm_scope": "head", "moe_router_topk": 2, "moe_layer_freq": [0, 1]},
+    "olmoe": {"qk_layernorm": True, "qk_norm_scope": "projection", "moe_router_pre_softmax": True},
+    "deepseek_v2": {
+        "moe_router_pre_softmax": True,
+        "moe_router_topk": 3,
+        "moe_router_dtype": "fp32",
+        "moe_router_topk_scaling_factor": 1.0,
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": 40.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.9,
+        "latent_norm_epsilon": 1e-6,
+        "layernorm_epsilon": 1e-6,
+    },
+    "deepseek_v3": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_router_topk": 4,
+        "moe_router_dtype": "fp32",
+        "moe_router_topk_scaling_factor": 2.5,
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "rope_type": "yarn",
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0,
+    },
+    "llama": {"rotary_base": 500000, "use_rope_scaling": True, "rope_scaling_factor": 32.0, "layernorm_epsilon": 1e-6},
+    "mistral": {"kv_channels": 16, "layernorm_epsilon": 1e-6},
+    "qwen2": {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False},
+    "qwen3": {"qk_layernorm": True, "qk_norm_scope": "head", "kv_channels": 16},
+    "phi3": {"rotary_percent": 0.5, "layernorm_epsilon": 1e-5},
+    "phi": {
+        "parallel_block": True,
+        "output_bias": True,
+        "gelu_tanh": True,
+        "normalization": "LayerNorm",
+        "rotary_percent": 0.5,
+        "swiglu": False,
+        "add_bias_linear": True,
+        "add_qkv_bias": True,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FIRST)
+def test_an_import_stores_every_flag_of_its_model_for_later_runs_to_compare(tower, tmp_path, single_rank, kind):
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_smar.arguments import add_arguments
+    from megatron_smar.checkpoint.importer import write_model
+    from megatron_smar.checkpoint.torch_dist import CheckpointReader
+
+    write_model(composite_source(build_hf(FIRST[kind]), tower, tmp_path / "language"), tmp_path / "checkpoint")
+    saved = vars(CheckpointReader(tmp_path / "checkpoint").common_state["args"])
+    expected = COMMON | STORED[kind]
+    assert {name: saved[name] for name in expected} == expected
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    missing = {action.dest for action in parser._actions} - saved.keys()
+    assert missing <= {"help", *DEPRECATED}, "a flag that is not stored cannot be compared"

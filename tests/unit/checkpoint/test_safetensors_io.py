@@ -2,6 +2,7 @@
 """Folders of safetensors: what is written is what the library and transformers read, and the other way round."""
 
 import json
+import shutil
 import weakref
 
 import pytest
@@ -75,12 +76,89 @@ def test_no_tensor_is_kept_once_it_is_written(tmp_path):
     write_folder(tmp_path, {str(n): ((1000,), torch.float32) for n in range(10)}, read, lambda _: None)
 
 
-def test_a_single_file_or_the_index_decides_and_not_what_else_lies_there(tmp_path):
-    for name in ("model", "consolidated"):
-        save_file({name: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
-    assert list(read_folder(tmp_path)) == ["model"]
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"consolidated": "consolidated.safetensors"}}))
-    assert list(read_folder(tmp_path)) == ["consolidated"]
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two models of one shape, each as one file (`one`, `two`) and as an index with shards (`one_cut`, `two_cut`)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("models")
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    for name in ("one", "two"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False))
+        model.save_pretrained(root / name)
+        model.save_pretrained(root / f"{name}_cut", max_shard_size="6KB")
+    return root
+
+
+def put(folder, origin, pattern):
+    """Copies the files of one name pattern into a folder."""
+    found = list(origin.glob(pattern))
+    assert found
+    for file in found:
+        shutil.copyfile(file, folder / file.name)
+
+
+def name_the_file(folder, models):
+    put(folder, models / "one", "model.safetensors")
+    shutil.copyfile(models / "two" / "model.safetensors", folder / "other.safetensors")
+    content = json.loads((models / "one" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"transformers_weights": "other.safetensors"}))
+
+
+SHARDS, CUT = "model-*.safetensors", "model*"
+BOTH = {
+    "new file beside an old index": lambda f, m: [put(f, m / "two_cut", CUT), put(f, m / "one", "model.safetensors")],
+    "whole file, index without its shards": lambda f, m: [put(f, m / "two_cut", INDEX), put(f, m / "one", "model.s*")],
+    "pickles beside it": lambda f, m: [put(f, m / "one_cut", CUT), (f / "pytorch_model.bin").write_bytes(b"no")],
+    "another variant": lambda f, m: [
+        put(f, m / "one", "model.safetensors"),
+        shutil.copyfile(m / "two" / "model.safetensors", f / "model.fp16.safetensors"),
+    ],
+    "an index of another variant": lambda f, m: [
+        put(f, m / "one_cut", CUT),
+        (f / "model.fp16.safetensors.index.json").write_text("{}"),
+    ],
+    "shards that the index does not name": lambda f, m: [
+        put(f, m / "one_cut", CUT),
+        shutil.copyfile(m / "two" / "model.safetensors", f / "model-00001-of-00001.safetensors"),
+    ],
+    "consolidated weights beside it": lambda f, m: [
+        put(f, m / "one_cut", CUT),
+        shutil.copyfile(m / "two" / "model.safetensors", f / "consolidated.safetensors"),
+    ],
+    "a file that config.json names": name_the_file,
+}
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_of_several_weights_files_those_are_read_that_transformers_reads(models, tmp_path, case, capsys):
+    from transformers import AutoModelForCausalLM
+
+    put(tmp_path, models / "one", "config.json")
+    BOTH[case](tmp_path, models)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    found = read_folder(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, stored in found.items():
+        assert torch.equal(stored.read(), expected[name]), name
+    spare = {file.name for file in tmp_path.glob("*.safetensors")} - {stored.file.name for stored in found.values()}
+    said = capsys.readouterr().out
+    assert all(name in said for name in spare), "what is left out is named"
+
+
+def test_safetensors_of_another_name_are_read_if_they_are_one_set(models, tmp_path):
+    shutil.copyfile(models / "one" / "model.safetensors", tmp_path / "consolidated.safetensors")
+    assert read_folder(tmp_path).keys() == load_file(tmp_path / "consolidated.safetensors").keys()
+    (tmp_path / "consolidated.safetensors").unlink()
+    put(tmp_path, models / "one_cut", SHARDS)
+    assert read_folder(tmp_path).keys() == load_file(models / "one" / "model.safetensors").keys()
+
+
+def index(folder, weight_map):
+    """Two files with a tensor each, and an index."""
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({"v": torch.zeros(1)}, folder / "b.safetensors")
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def break_file(folder):
@@ -94,11 +172,41 @@ BROKEN = {
         "as .*safetensors, but it has",
     ),
     "cut off": (break_file, "model.safetensors is no whole safetensors file .*fetch it again"),
-    "no index": (lambda f: (f / INDEX).write_text("{"), f"{INDEX} is no index of safetensors files .*fetch it again"),
-    "index without names": (lambda f: (f / INDEX).write_text("{}"), f"{INDEX} is no index of safetensors files"),
-    "index of a missing file": (
-        lambda f: (f / INDEX).write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}})),
-        f"{INDEX} names gone.safetensors, missing beside it",
+    "no index": (lambda f: [index(f, {}), (f / INDEX).write_text("{")], f"{INDEX} is no index of .*fetch it again"),
+    "index without names": (
+        lambda f: [index(f, {}), (f / INDEX).write_text("{}")],
+        f"{INDEX} is no index of safetensors files",
+    ),
+    "empty index": (lambda f: index(f, {}), f"{INDEX} is no index of safetensors files .it names no file"),
+    "index of a missing file": (lambda f: index(f, {"w": "c.safetensors"}), f"{INDEX} names c.safetensors, missing"),
+    "index of a file elsewhere": (lambda f: index(f, {"w": "../a.safetensors"}), "a.safetensors, outside its folder"),
+    "index of another file": (
+        lambda f: index(f, {"w": "b.safetensors", "v": "b.safetensors"}),
+        "says that w is in b.safetensors, which does not hold it",
+    ),
+    "index of a tensor in no file": (
+        lambda f: index(f, {"w": "a.safetensors", "x": "b.safetensors"}),
+        "says that x is in b.safetensors, which does not hold it",
+    ),
+    "one tensor in two shards": (
+        lambda f: [
+            index(f, {"w": "a.safetensors", "v": "b.safetensors"}),
+            save_file({"v": torch.zeros(1), "w": torch.ones(1)}, f / "b.safetensors"),
+        ],
+        "w is in both a.safetensors and b.safetensors",
+    ),
+    "two files and no index": (
+        lambda f: [index(f, {}), (f / INDEX).unlink()],
+        f"neither model.safetensors nor {INDEX}, and a.safetensors, b.safetensors are not the whole",
+    ),
+    "a shard of two": (
+        lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
+        "model-00001-of-00002.safetensors are not the whole of one model",
+    ),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "an adapter.*; merge it"),
+    "a pickle that config.json names": (
+        lambda f: (f / "config.json").write_text('{"transformers_weights": "pytorch_model.bin"}'),
+        "names 'pytorch_model.bin' as transformers_weights; only safetensors",
     ),
     "a type of quantised weights": (
         lambda f: save_file({"w": torch.zeros(2).to(torch.float8_e4m3fn)}, f / "model.safetensors"),

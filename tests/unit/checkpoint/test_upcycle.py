@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.architectures import LENGTH, VOCABULARY, build_hf
+from tests.architectures import LENGTH, VOCABULARY, build_hf, composite_source
 
 IMAGE = VOCABULARY - 1
 
@@ -29,20 +29,8 @@ def tower(tmp_path_factory) -> Path:
 
 
 def source_of(name: str, tower: Path, folder: Path) -> Any:
-    """One of the dense models with a tower and a fresh connector; its vocabulary has the image tokens already."""
-    from megatron_smar.checkpoint import composite
-    from megatron_smar.checkpoint.safetensors_io import read_folder
-    from megatron_smar.checkpoint.sources import Source
-
-    hf = build_hf(name)
-    hf.save_pretrained(folder)
-    config = composite.combine(
-        hf.config, composite.load_config(tower), composite.Connection(), IMAGE, hf.config.vocab_size
-    )
-    parts = ((folder, composite.LANGUAGE), (tower, composite.VISION))
-    tensors = {part + name: tensor for place, part in parts for name, tensor in read_folder(place).items()}
-    table = composite.weights(config, biases=False, fresh_connector=True)
-    return Source(config, tensors, table, composite.flags(config), ())
+    """One of the dense models with a tower and a fresh connector."""
+    return composite_source(build_hf(name), tower, folder)
 
 
 def build(source: Any, tower: Path) -> Any:
@@ -56,7 +44,6 @@ def build(source: Any, tower: Path) -> Any:
     parts = (transformer_config(args), language_config(args), vision_config(args), args.connector)
     model = VisionLanguageModel(*parts, modality_routing_config(args), freeze=frozenset()).eval()
     weights = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    torch.manual_seed(0)  # of the fresh connector
     assert weights.keys() == {row.megatron for row in source.table}
     for row in source.table:
         target = weights[row.megatron]
