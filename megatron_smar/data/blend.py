@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fixed share of text-only samples, held exactly rather than on average."""
+"""The shares of a blend: on every worker or refused, in validation too; a fixed share of text-only samples."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -13,12 +14,87 @@ from megatron.energon import SavableDataset, WorkerConfig
 from megatron.energon.flavors.base_dataset import add_sample_restore_key
 from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
+from megatron.energon.flavors.webdataset.sharder import Sharder
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
 from megatron_smar.data.rejects import DataError
 
 TEXT_PART, IMAGE_PART = "train_text", "train_image"
+
+
+def num_samples(source: LoadedDataset) -> int:
+    """Return the samples of a source on all workers together."""
+    dataset: Any = source.dataset
+    if dataset.subset is None:
+        return len(dataset)
+    start, end = dataset.subset.compute_subset(len(dataset))
+    return end - start
+
+
+def blend_weight(source: LoadedDataset) -> float:
+    """Return what a source has of its blend: its weight, or its samples as often as they are repeated."""
+    if source.repetitions is not None:
+        return num_samples(source) * source.repetitions
+    return 1.0 if source.weight is None else float(source.weight)
+
+
+def check_sizes(sources: Sequence[LoadedDataset], workers: WorkerConfig, place: str, kind: str) -> None:
+    """Check that every worker of every rank has samples of every source.
+
+    energon divides each source among all workers, and one that has none of a source draws from the others instead. The
+    check looks at all ranks, so that all say the same.
+
+    Args:
+        sources: As energon loaded them.
+        workers: The ranks and their workers.
+        place: Flag and path, for the message.
+        kind: What is counted, for the message.
+
+    Raises:
+        DataError: A source has too few.
+    """
+    total, layout = _count(workers)
+    for source in sources:
+        # A part of a repetition is rounded down on each worker.
+        part = math.modf(source.repetitions or 1)[0] or 1
+        samples = num_samples(source)
+        if samples * part >= total:
+            continue
+        if len(sources) == 1:
+            raise DataError(
+                f"{place} has fewer {kind} than there are workers ({layout}), only {samples}: lower --num-workers, or "
+                "prepare more."
+            )
+        repeated = f", repeated {source.repetitions} times," if part < 1 else ""
+        raise DataError(
+            f"{place}: the source {source.dataset.paths[0]} has {samples} {kind}{repeated} for {total} workers "
+            f"({layout}), and without any of them on some workers the blend's shares would be others: lower "
+            "--num-workers, or switch the source off with weight 0."
+        )
+
+
+def check_ranks(source: LoadedDataset, workers: WorkerConfig, place: str, kind: str) -> None:
+    """Check that every rank has samples of a single source, though some of its workers may have none.
+
+    Raises:
+        DataError: A rank has none.
+    """
+    samples = num_samples(source)
+    for rank in range(workers.world_size):
+        place_of_rank = WorkerConfig(rank=rank, world_size=workers.world_size, num_workers=workers.num_workers)
+        ends = Sharder.split_samples_to_workers(0, samples, place_of_rank)
+        if ends[0] == ends[-1]:
+            total, layout = _count(workers)
+            raise DataError(
+                f"{place} has no {kind} for data-parallel rank {rank} of {workers.world_size}, only {samples} in all: "
+                f"it needs at least {total} for {layout} workers."
+            )
+
+
+def _count(workers: WorkerConfig) -> tuple[int, str]:
+    of_rank = max(1, workers.num_workers)
+    return workers.world_size * of_rank, f"{workers.world_size} data-parallel ranks x {of_rank}"
 
 
 def split_by_image(
@@ -45,6 +121,11 @@ def split_by_image(
     parts: dict[str, list[LoadedDataset]] = {TEXT_PART: [], IMAGE_PART: []}
     for dataset in datasets:
         source: Any = dataset.dataset
+        if source.subset is not None:
+            raise DataError(
+                f"--text-only-ratio needs all of {source.path}, but the blend has a `subset` of it: take it out, or "
+                "prepare the samples that are wanted in a folder of their own."
+            )
         found = {name: part for name in parts if (part := _part_of(source, name)) is not None}
         if sum(len(part.shards) for part in found.values()) != len(source.shards):
             raise DataError(
@@ -70,6 +151,61 @@ def _part_of(source: Any, split_part: str) -> Any:
     part = copy.copy(source)
     part.shards = [shard for shard in source.shards if shard.name in names]
     return part if part.shards else None
+
+
+class MixtureDataset[T](BaseWrapperDataset[T, T]):
+    """Draws from endless datasets by turns, so that no share strays by more than about a sample.
+
+    Ends when each dataset has been read once, the small ones more often. The turns of a worker begin one further on
+    than those of the worker before, so that the shares hold over all of them in every step too.
+
+    Args:
+        datasets: Endless datasets.
+        weights: Of each.
+        worker_config: energon's worker configuration.
+    """
+
+    _savable_fields = ()
+
+    def __init__(
+        self, datasets: Sequence[SavableDataset[T]], weights: Sequence[float], *, worker_config: WorkerConfig
+    ) -> None:
+        """Keep the parts."""
+        super().__init__(tuple(datasets), worker_config=worker_config)
+        self.shares = [weight / sum(weights) for weight in weights]
+
+    def reset_state_own(self) -> None:
+        """There is none: a pass always begins at its beginning."""
+
+    def len_worker(self, worker_idx: int | None = None) -> int:
+        """Return the samples of a pass on a worker, one more or less."""
+        lengths = [dataset.len_worker(worker_idx) for dataset in self.datasets]
+        return max(math.ceil(length / share - 1e-9) for length, share in zip(lengths, self.shares, strict=True))
+
+    def __iter__(self) -> Iterator[T]:
+        """Yield the samples of a pass."""
+        iterators = [iter(dataset) for dataset in self.datasets]
+        left = [dataset.len_worker() for dataset in self.datasets]
+        owed = [0.0] * len(iterators)
+        for turn in itertools.count(-self.worker_config.global_worker_id()):
+            owed = [amount + share for amount, share in zip(owed, self.shares, strict=True)]
+            index = max(range(len(owed)), key=owed.__getitem__)
+            owed[index] -= 1
+            if turn < 0:
+                continue
+            yield add_sample_restore_key(next(iterators[index]), index, src=self)
+            left[index] -= 1
+            if max(left) <= 0:
+                return
+
+    def config(self) -> dict[str, Any]:
+        """Return what decides the order of samples, as energon's wrappers do."""
+        return {
+            "type": type(self).__qualname__,
+            "datasets": [dataset.config() for dataset in self.datasets],
+            "shares": self.shares,
+            "worker_config": self.worker_config.config(),
+        }
 
 
 class RatioDataset[T](BaseWrapperDataset[T, T]):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_smar.data.conversations import get_template
+from megatron_smar.data.metadataset import check_sources
 from megatron_smar.data.packing import pack
 from megatron_smar.data.paths import check_data_path
 from megatron_smar.data.tiling import ImageConfig
@@ -105,9 +106,10 @@ class DataConfig:
         if not 0 <= self.max_skip_ratio <= 1:
             raise ValueError(f"--max-skip-ratio {self.max_skip_ratio} is no share: give one from 0 to 1.")
         get_template(self.template)
-        check_data_path(self.data_path, "--data-path")
-        if self.valid_data_path is not None:
-            check_data_path(self.valid_data_path, "--valid-data-path")
+        for path, flag in ((self.data_path, "--data-path"), (self.valid_data_path, "--valid-data-path")):
+            if path is not None:
+                check_data_path(path, flag)
+                check_sources(path, flag)
 
     def _check_packing(self) -> None:
         if self.packing_buffer_size is None:

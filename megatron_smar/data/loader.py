@@ -17,15 +17,13 @@ from megatron.energon import (
     WorkerConfig,
     get_loader,
     get_savable_loader,
-    get_train_dataset,
-    get_val_dataset,
 )
 from megatron.energon.savable_loader import BasicDataLoader
 
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.config import DataConfig
 from megatron_smar.data.conversations import get_template
-from megatron_smar.data.paths import check_data_path, energon_path
+from megatron_smar.data.metadataset import open_sources
 from megatron_smar.data.rejects import DataError, RejectLog
 from megatron_smar.data.state import WORKER_BATCHES, pack, unpack
 from megatron_smar.data.task_encoder import ConversationTaskEncoder
@@ -57,25 +55,25 @@ def build_train_loader(
     """
     workers = _worker_config(config, data_parallel_rank, data_parallel_size)
     rejects = _reject_log(config, config.data_path, "train", data_parallel_rank, announce_rejects)
+    encoder = ConversationTaskEncoder(config, _text_encoder(config, tokenizer), rejects, decode_images=decode_images)
     try:
-        dataset = get_train_dataset(
-            energon_path(config.data_path),
+        sources = open_sources(config.data_path, "train", "--data-path").get_datasets(
+            training=True,
+            split_part="train",
+            worker_config=workers,
+            max_samples_per_sequence=config.max_samples_per_sequence,
+            decoder=encoder.decoder,
+        )
+        dataset = encoder.build_train_datasets(
+            datasets=sources.datasets,
+            blend_mode=sources.blend_mode,
             worker_config=workers,
             batch_size=config.micro_batch_size,
             packing_buffer_size=config.packing_buffer_size,
             shuffle_buffer_size=config.shuffle_buffer_size,
-            max_samples_per_sequence=config.max_samples_per_sequence,
-            task_encoder=ConversationTaskEncoder(
-                config, _text_encoder(config, tokenizer), rejects, decode_images=decode_images
-            ),
         )
-    except (AssertionError, KeyError, OSError) as error:
+    except (AssertionError, KeyError, OSError, ValueError) as error:
         raise DataError(f"--data-path {config.data_path} cannot be read as a training set ({error}).") from error
-    if not all(dataset.len_worker(worker) for worker in range(max(1, workers.num_workers))):
-        raise DataError(
-            f"--data-path {config.data_path} has fewer training samples than there are workers "
-            f"({data_parallel_size} data-parallel ranks x {max(1, workers.num_workers)}): lower --num-workers."
-        )
     return get_savable_loader(dataset)
 
 
@@ -103,36 +101,32 @@ def build_valid_loader(
         announce_rejects: False on all but one of the ranks that read the same samples, so that rejects show once.
 
     Raises:
-        DataError: The split is not there, or has no sample for this rank.
+        DataError: The split is not there, or has too few samples for so many ranks.
         ValueError: The tokenizer lacks tokens, or `num_batches` is below 1.
     """
     if num_batches < 1:
         raise ValueError(f"Validation needs at least one micro-batch, not {num_batches}: see --eval-iters.")
-    path, flag = config.valid_data_path or config.data_path, "--valid-data-path"
-    check_data_path(path, flag)
+    path = config.valid_data_path or config.data_path
+    flag = "--valid-data-path" if config.valid_data_path else "--data-path"
     workers = _worker_config(config, data_parallel_rank, data_parallel_size)
     rejects = _reject_log(config, path, "valid", data_parallel_rank, announce_rejects)
+    encoder = ConversationTaskEncoder(config, _text_encoder(config, tokenizer), rejects, decode_images=decode_images)
     try:
-        dataset = get_val_dataset(
-            energon_path(path),
+        sources = open_sources(path, "val", flag).get_datasets(
+            training=False, split_part="val", worker_config=workers, decoder=encoder.decoder
+        )
+        dataset = encoder.build_val_datasets(
+            datasets=sources.datasets,
             worker_config=workers,
             batch_size=config.micro_batch_size,
             packing_buffer_size=config.packing_buffer_size,
             limit=num_batches,
-            task_encoder=ConversationTaskEncoder(
-                config, _text_encoder(config, tokenizer), rejects, decode_images=decode_images
-            ),
         )
-    except (AssertionError, KeyError, OSError) as error:
+    except (AssertionError, KeyError, OSError, ValueError) as error:
         raise DataError(
             f"{flag} {path} cannot be read as a validation set, a split called `val` ({error}): prepare the data "
             "with --valid FILE, or run without validation (--eval-iters 0)."
         ) from error
-    if len(dataset) == 0:
-        raise DataError(
-            f"{flag} {path} has no validation sample for data-parallel rank {data_parallel_rank} of "
-            f"{data_parallel_size}: it needs at least {data_parallel_size * max(1, workers.num_workers)}."
-        )
     return get_loader(dataset)
 
 

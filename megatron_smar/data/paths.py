@@ -14,8 +14,9 @@ from megatron_smar.data import http_storage
 
 http_storage.register()
 
-_PREPARE = "make it with `python tools/data/prepare.py --train RECORDS.json --image-root IMAGES --output FOLDER`"
-_META = ".nv-meta/dataset.yaml"
+PREPARE = "make it with `python tools/data/prepare.py --train RECORDS.json --image-root IMAGES --output FOLDER`"
+META_FOLDER = ".nv-meta"
+_META = f"{META_FOLDER}/dataset.yaml"
 _REMOTE = ("msc", *(protocol for protocol in PROTOCOL_TO_PROVIDER_TYPE_MAPPING if protocol != "file"))
 
 
@@ -44,11 +45,11 @@ def check_data_path(path: str, flag: str) -> None:
         return
     place = Path(path)
     if not place.exists():
-        raise ValueError(f"{flag} {path} does not exist: {_PREPARE}.")
+        raise ValueError(f"{flag} {path} does not exist: {PREPARE}.")
     if place.is_dir() and not (place / _META).is_file():
-        raise ValueError(f"{flag} {path} has no {_META}, so it holds no prepared shards: {_PREPARE}.")
+        raise ValueError(f"{flag} {path} has no {_META}, so it holds no prepared shards: {PREPARE}.")
     if place.is_file() and place.suffix != ".yaml":
-        raise ValueError(f"{flag} {path} is neither a folder of shards nor an energon metadataset .yaml: {_PREPARE}.")
+        raise ValueError(f"{flag} {path} is neither a folder of shards nor an energon metadataset .yaml: {PREPARE}.")
 
 
 def _check_url(path: str, flag: str) -> None:
@@ -59,7 +60,7 @@ def _check_url(path: str, flag: str) -> None:
         place = EPath(energon_path(path))
     except (ImportError, ValueError) as error:
         raise ValueError(
-            f"{flag} {path} names storage that cannot be used ({_sentence(error)}): describe its profile in the file "
+            f"{flag} {path} names storage that cannot be used ({reason(error)}): describe its profile in the file "
             "that MSC_CONFIG names, and install what its kind of storage needs (S3: pip install 'megatron_smar[s3]')."
         ) from error
     try:
@@ -71,12 +72,12 @@ def _check_url(path: str, flag: str) -> None:
             raise FileNotFoundError(".nv-meta/.info.json is missing")
     except FileNotFoundError as error:
         raise ValueError(
-            f"{flag} {path} holds no prepared shards ({_sentence(error)}): {_PREPARE}, and copy the folder there with "
+            f"{flag} {path} holds no prepared shards ({reason(error)}): {PREPARE}, and copy the folder there with "
             "all files whose names begin with a dot."
         ) from error
     except Exception as error:  # each store has errors of its own
         raise ValueError(
-            f"{flag} {path} cannot be read ({_sentence(error)}): check the address, the server and the credentials."
+            f"{flag} {path} cannot be read ({reason(error)}): check the address, the server and the credentials."
         ) from error
 
 
@@ -84,8 +85,8 @@ def _is_remote(path: str) -> bool:
     return "://" in path and urlsplit(path).scheme in _REMOTE
 
 
-def _sentence(error: BaseException) -> str:
-    """The innermost reason, on one line: the client wraps the store's error in its own."""
+def reason(error: BaseException) -> str:
+    """Return the innermost reason, on one line: the client wraps the store's error in its own."""
     while error.__cause__ is not None and not isinstance(error, FileNotFoundError):
         error = error.__cause__
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

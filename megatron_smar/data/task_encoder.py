@@ -26,9 +26,17 @@ from megatron.energon import (
 )
 from megatron.energon.edataclass import edataclass
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+from megatron.energon.wrappers import LimitDataset, RepeatDataset
 
 from megatron_smar.data.batch import EncodedSample, Pack, TokenizedSample, VisionLanguageBatch, collate, padded_length
-from megatron_smar.data.blend import RatioDataset, split_by_image
+from megatron_smar.data.blend import (
+    MixtureDataset,
+    RatioDataset,
+    blend_weight,
+    check_ranks,
+    check_sizes,
+    split_by_image,
+)
 from megatron_smar.data.config import DataConfig
 from megatron_smar.data.conversations import Segment, get_template, record_segments, tokenize_segments
 from megatron_smar.data.images import read_image, read_size
@@ -279,14 +287,18 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         change the ratio.
         """
         self._labels = _labels(datasets)
+        place = f"--data-path {self.config.data_path}"
         build = functools.partial(
             super().build_train_datasets, worker_config=worker_config, shuffle_buffer_size=shuffle_buffer_size
         )
         if self.config.text_only_ratio is None:
+            check_sizes(datasets, worker_config, place, "training samples")
             return build(datasets=datasets, blend_mode=blend_mode, **batching)
+        kinds = split_by_image(datasets, blend_mode)
+        for part, kind in zip(kinds, ("text-only training samples", "training samples with images"), strict=True):
+            check_sizes(part, worker_config, place, kind)
         text, image = (
-            build(datasets=part, blend_mode=DatasetBlendMode.DATASET_WEIGHT, batch_size=None)
-            for part in split_by_image(datasets, blend_mode)
+            build(datasets=part, blend_mode=DatasetBlendMode.DATASET_WEIGHT, batch_size=None) for part in kinds
         )
         ratio = self.config.text_only_ratio
         mixed: RatioDataset[TokenizedSample] = RatioDataset(text, image, ratio, worker_config=worker_config)
@@ -294,11 +306,31 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         return self.build_batch(mixed, worker_config=worker_config, **batching)
 
     def build_val_datasets(
-        self, *, datasets: list[LoadedDataset], **settings: Any
+        self, *, datasets: list[LoadedDataset], worker_config: WorkerConfig, limit: int | None = None, **batching: Any
     ) -> SavableDataset[VisionLanguageBatch]:
-        """Build energon's chain of datasets for validation."""
+        """Build energon's chain of datasets for validation, where a blend keeps its shares.
+
+        energon itself reads one source after the other there, so that a short pass would see the first one alone.
+        """
         self._labels = _labels(datasets)
-        return super().build_val_datasets(datasets=datasets, **settings)
+        place = f"{'--valid-data-path' if self.config.valid_data_path else '--data-path'} {self.rejects.source}"
+        if len(datasets) == 1:
+            check_ranks(datasets[0], worker_config, place, "validation samples")
+            return super().build_val_datasets(datasets=datasets, worker_config=worker_config, limit=limit, **batching)
+        check_sizes(datasets, worker_config, place, "validation samples")
+        mixed: SavableDataset[Any] = MixtureDataset(
+            [
+                RepeatDataset(self._load_dataset(source, 0, worker_config), worker_config=worker_config)
+                for source in datasets
+            ],
+            [blend_weight(source) for source in datasets],
+            worker_config=worker_config,
+        )
+        encoded = self.build_encode_sample(mixed, worker_config=worker_config)
+        batches = self.build_batch(encoded, worker_config=worker_config, **batching)
+        if limit is None:
+            return batches
+        return LimitDataset(batches, length=limit, worker_config=worker_config, reset_after_epoch=True)
 
     def build_batch(self, dataset: SavableDataset[Any], *, batch_size: int | None, **settings: Any) -> Any:
         """Batch a dataset; a part of a blend, without a batch size, is left as it is, its images undecoded."""

@@ -46,6 +46,29 @@ def test_a_wrong_flag_ends_with_its_sentence_on_every_rank(world, mistake):
         assert part in errors[0]
 
 
+def test_a_blend_file_with_a_mistake_or_with_code_is_refused_on_every_rank_before_it_is_read(world, tmp_path):
+    """The folder's dataset.yaml names a file beside it, which energon would run."""
+    shutil.copytree(world.root / "shards" / "text", tmp_path / "text")
+    meta = tmp_path / "text" / ".nv-meta"
+    (meta / "sample_loader.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+    safe = (meta / "dataset.yaml").read_text()
+    head = "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n"
+    blend = tmp_path / "data.yaml"
+    for weight, dataset, said in (
+        ("'1'", safe, "source 1 (./text): weight is the text '1', but must be a number"),
+        (
+            "1",
+            safe + "sample_loader: sample_loader.py:fn\npart_filter: [json]\n",
+            "has the unknown key `sample_loader`",
+        ),
+    ):
+        (meta / "dataset.yaml").write_text(dataset)
+        blend.write_text(f"{head}      - path: ./text\n        weight: {weight}\n")
+        errors = world.errors(*SIZES, "--data-path", blend)
+        assert errors[0] == errors[1] and f"--data-path {blend}" in errors[0] and said in errors[0]
+    assert not (tmp_path / "mark").exists()
+
+
 def test_a_checkpoint_of_another_shape_is_refused_in_one_sentence(world, tmp_path):
     world.train(*SIZES, "--save", tmp_path, "--save-interval", "2", ranks=2)
     wrong = ["--load", tmp_path, "--finetune", "--ffn-hidden-size", "96"]

@@ -168,8 +168,20 @@ def test_too_few_samples_for_the_workers_are_said_so(make_config: Make, tokenize
         DataError, match=r"fewer training samples than there are workers \(60 data-parallel ranks x 1\)"
     ):
         train(make_config(), tokenizer, 59, 60)
-    with pytest.raises(DataError, match="no validation sample for data-parallel rank"):
+    with pytest.raises(DataError, match="no validation samples for data-parallel rank"):
         valid(make_config(), tokenizer, 2, 11, 12)
+
+
+def test_all_ranks_say_the_same_of_too_few_samples(make_config: Make, tokenizer: Any) -> None:
+    """A rank that had some would go on and wait for the others for ever."""
+
+    def sentence(build: Callable[[], Any]) -> str:
+        with pytest.raises(DataError) as error:
+            build()
+        return str(error.value)
+
+    assert len({sentence(lambda: train(make_config(), tokenizer, rank, 60)) for rank in range(60)}) == 1  # noqa: B023
+    assert len({sentence(lambda: valid(make_config(), tokenizer, 2, rank, 12)) for rank in range(12)}) == 1  # noqa: B023
 
 
 def test_a_missing_validation_split_is_said_so(

@@ -150,7 +150,7 @@ def test_a_metadataset_reads_http_and_s3_as_it_reads_folders(
         return str(tmp_path / name)
 
     local = blend("local.yaml", str(shards), str(shards))
-    remote = blend("remote.yaml", energon_path(f"{http_url}/{shards.name}"), f"msc://{profile}/team/shards")
+    remote = blend("remote.yaml", f"{http_url}/{shards.name}", f"msc://{profile}/team/shards")
     there, here = (first_samples(configuration(path, 0), tokenizer) for path in (remote, local))
     assert [rest for _, *rest in there] == [rest for _, *rest in here]
     for remote_keys, local_keys in zip((keys for keys, *_ in there), (keys for keys, *_ in here), strict=True):
