@@ -81,7 +81,7 @@ def _train_byte_level(special: list[str], output: Path) -> None:
 def make_model(recipe: str, output: Path) -> None:
     """Writes the small language model and the small vision tower, with random weights, biases and norms too."""
     torch.manual_seed(0)
-    vocab_size = len(AutoTokenizer.from_pretrained(output / "language"))
+    vocab_size = len(AutoTokenizer.from_pretrained(output / "language", trust_remote_code=False))
     # Qwen's and Phi's vocabularies have more rows than tokens, Mixtral's has not.
     language, vision = ARCHITECTURES[recipe].tiny(-(-vocab_size // 128) * 128)
     for name, model in (

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Running the project's programs as a user would, and reading what they leave."""
 
+import contextlib
 import os
 import select
 import signal
@@ -33,12 +34,13 @@ def run(
     idle: int | None = None,
     check: bool = True,
     rank: Mapping[str, str] | None = None,
+    answers: str = "",
 ) -> subprocess.CompletedProcess[str]:
     """Runs a program of the project, on one process or on several under torchrun; a hang is a failure.
 
     The output is both streams together. The program is killed, all its ranks with it, when it takes longer than
     `timeout` or, where `idle` is given instead, when it writes nothing for that many seconds. `rank` holds the
-    environment of one rank of several, for `run_each_rank`.
+    environment of one rank of several, for `run_each_rank`, and `answers` what the program finds on its input.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of the tests' own process group
@@ -57,10 +59,14 @@ def run(
         [sys.executable, *launch, *map(str, command)],
         cwd=ROOT,
         env=environment,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as answering:
+        answering.write(answers.encode())
     output, end = bytearray(), time.monotonic() + timeout
     assert process.stdout is not None
     events = select.poll()  # select.select would take none of the thousands of descriptors that unit tests leave open

@@ -94,7 +94,7 @@ def convert(llava: Path, vision: Path, output: Path) -> None:
     partial = output.with_name(output.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     add_tokens(llava, partial)
-    tokenizer = AutoTokenizer.from_pretrained(partial)
+    tokenizer = AutoTokenizer.from_pretrained(partial, trust_remote_code=False)
     if len(tokenizer) > language.vocab_size:
         raise ValueError(f"the vocabulary of {llava} has no room for the image tokens ({language.vocab_size} rows).")
     image_token_id = tokenizer.get_vocab()[IMAGE_CONTEXT]

@@ -74,12 +74,21 @@ def load_config(folder: Path | str) -> PretrainedConfig:
             f"{Path(folder) / 'config.json'} is of the model type {kind!r}, and transformers cannot read it "
             f"({told(error)}); supported are {supported()}."
         ) from error
+    _forget_code(config)
     if kind in (PLAIN_TYPE, MODEL_TYPE):
         text: Any = config.text_config
         if "tie_word_embeddings" not in content:  # older files leave it to the language model's part
             config.tie_word_embeddings = text.tie_word_embeddings
         text.tie_word_embeddings = config.tie_word_embeddings  # the whole's decides
     return config
+
+
+def _forget_code(config: PretrainedConfig) -> None:
+    """Takes out `auto_map`, which would be saved with the config and name code that is not taken along."""
+    config.__dict__.pop("auto_map", None)
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            _forget_code(part)
 
 
 def load_composite(folder: Path | str) -> PretrainedConfig:

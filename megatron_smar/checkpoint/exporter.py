@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_smar.checkpoint import composite
-from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing
+from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing, without_code
 from megatron_smar.checkpoint.metadata import saved_arguments
 from megatron_smar.checkpoint.model import describe_model, differing_flags
 from megatron_smar.checkpoint.remote_code import RemoteFields, needs_remote_code, plain_config, write_remote_code
@@ -59,7 +59,7 @@ def export_model(
         vision_feature_scale=connection.feature_scale,
         lm_head_bias=composite.LANGUAGE + "lm_head.bias" in tensors,
     )
-    content = json.loads((hf / "config.json").read_text(encoding="utf-8"))
+    content = without_code(json.loads((hf / "config.json").read_text(encoding="utf-8")))
     rows = {name: row for row in source.table for name in row.hf}
     layout: Layout = {name: (t.shape, rows[name].converted(dtype, t.dtype)) for name, t in tensors.items()}
     needed = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in layout.values())

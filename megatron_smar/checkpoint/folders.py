@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 
@@ -65,6 +67,24 @@ def copy_companions(origins: Iterable[Path], folder: Path) -> None:
             is_other = is_weight or path.suffix == ".py" or path.name == "config.json"
             if path.is_file() and not is_other and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
+                if path.suffix == ".json":
+                    _forget_code(folder / path.name)
+
+
+def without_code(content: Any) -> Any:
+    """A Hugging Face JSON without any `auto_map`: it names code to be run, and code is not taken along."""
+    if isinstance(content, dict):
+        return {name: without_code(value) for name, value in content.items() if name != "auto_map"}
+    return content
+
+
+def _forget_code(path: Path) -> None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # whoever reads it says so
+    if (kept := without_code(content)) != content:
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def some(names: Iterable[str]) -> str:

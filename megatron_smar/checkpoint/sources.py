@@ -221,10 +221,10 @@ def _with_image_tokens(tokenizer: Path, scratch: Path) -> tuple[int, int]:
             add_tokens(tokenizer, scratch)
         except ValueError as error:
             raise ValueError(
-                f"{tokenizer} has no tokenizer that transformers can read; give one as --tokenizer-model: the folder "
-                "of a Hugging Face tokenizer, or a SentencePiece model."
+                f"{str(error).rstrip('.')}; give another as --tokenizer-model: the folder of a Hugging Face tokenizer, "
+                "or a SentencePiece model."
             ) from error
-        made = AutoTokenizer.from_pretrained(scratch)
+        made = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
         return made.get_vocab()[IMAGE_CONTEXT], len(made)
     add_tokens(tokenizer, scratch / "tokenizer.model")
     pieces = SentencePieceProcessor(model_file=str(scratch / "tokenizer.model"))

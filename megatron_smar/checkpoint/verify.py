@@ -93,7 +93,7 @@ def build_inputs(
 
 def _text_ids(hf: Path, config: PretrainedConfig, texts: Sequence[str]) -> list[Tensor]:
     if (hf / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(hf)
+        tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False)
         return [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, config.text_config.vocab_size, (len(texts), 48), generator=generator)
@@ -109,7 +109,8 @@ def reference_logits(hf: Path, ids: Tensor, tiles: Tensor, dtype: torch.dtype, d
     """The Hugging Face model's logits [b, s, vocabulary] in float32; no code of the folder is run."""
     logging.disable_progress_bar()
     remote_code.register()
-    model = AutoModelForImageTextToText.from_pretrained(hf, dtype=dtype, use_safetensors=True).eval().to(device)
+    model = AutoModelForImageTextToText.from_pretrained(hf, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    model = model.eval().to(device)
     config = model.config
     pixels = normalise(tiles, *normalisation(VisionConfig(str(hf), tiles.shape[-1], config.downsample_ratio)))
     logits: Tensor = model(input_ids=ids.to(device), pixel_values=pixels.to(device, dtype)).logits

@@ -171,9 +171,11 @@ def _add_to_huggingface(source: Path, destination: Path, tokens: Sequence[str]) 
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read as the folder of a Hugging Face tokenizer ({error}).") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = "it names code of its own, which is never run here" if "custom code" in str(error) else lines[0]
+        raise ValueError(f"{source} cannot be read as the folder of a Hugging Face tokenizer ({reason}).") from error
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     tokenizer.save_pretrained(destination)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, image_utils
 from transformers.image_processing_base import ImageProcessingMixin
@@ -78,8 +79,13 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
     """
     remote_code.register()  # the folder may be an export of ours
     try:
-        config = AutoConfig.from_pretrained(vision.model)
+        config = AutoConfig.from_pretrained(vision.model, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "custom code" in str(error):
+            raise ValueError(
+                f"--vision-model {vision.model!r} names code of its own (auto_map in config.json), which is never run "
+                f"here; supported vision towers are {', '.join(NORMALISATION)}, as transformers' own classes save them."
+            ) from error
         raise ValueError(
             f"--vision-model {vision.model!r} is neither a folder with a Hugging Face vision model nor a name on the "
             f"hub that can be reached: {str(error).splitlines()[0]}"
@@ -236,14 +242,27 @@ class VisionEncoder(nn.Module):
 def _load_tower(vision: VisionConfig, tower: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     if not vision.has_weights:
         return AutoModel.from_config(tower, dtype=dtype)
-    composite = AutoConfig.from_pretrained(vision.model).model_type != tower.model_type
+    composite = AutoConfig.from_pretrained(vision.model, trust_remote_code=False).model_type != tower.model_type
     has_weights = not os.path.isdir(vision.model) or any(Path(vision.model).glob("*.safetensors*"))
     if not has_weights:
         raise ValueError(
             f"--vision-model {vision.model!r} has a config but no weights (*.safetensors); save the model with "
             "save_pretrained(), or give a folder that holds it whole."
         )
+    try:
+        whole, info = AutoModel.from_pretrained(
+            vision.model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"--vision-model {vision.model!r} does not give the tower's weights: {str(error).splitlines()[0]}"
+        ) from error
+    parts = ("vision_tower.", "vision_model.") if composite else ("",)
+    if missing := sorted(name for name in info["missing_keys"] if name.startswith(parts)):
+        raise ValueError(  # transformers would draw them at random
+            f"--vision-model {vision.model!r} lacks {len(missing)} of the tower's weights, such as {missing[0]}; give "
+            "a folder that holds it whole."
+        )
     if not composite:
-        return AutoModel.from_pretrained(vision.model, dtype=dtype, use_safetensors=True)
-    whole = AutoModel.from_pretrained(vision.model, dtype=dtype, use_safetensors=True)
+        return whole
     return whole.vision_tower if hasattr(whole, "vision_tower") else whole.vision_model

@@ -77,9 +77,23 @@ def pin_offloaded_parameters() -> None:
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = split_and_pin
 
 
+@adaptation(
+    "Megatron's SFT and multimodal tokenizers do not say trust_remote_code=False, and transformers then asks on the "
+    "terminal, where any input that begins with y runs a model folder's code",
+    Where.ANYWHERE,
+    needed_by="megatron-core 0.19.2, transformers 5",
+)
+def never_ask_to_run_a_models_code() -> None:
+    """Who wants the code of a model's folder to be run says --trust-remote-code; there is no question."""
+    import transformers.dynamic_module_utils as code
+
+    code.TIME_OUT_REMOTE_CODE = 0
+
+
 ADAPTATIONS = (
     skip_compiling_helpers,
     collect_results_of_a_save_in_the_process,
     keep_float32_products,
     pin_offloaded_parameters,
+    never_ask_to_run_a_models_code,
 )

@@ -73,6 +73,11 @@ def fail(error: Exception) -> NoReturn:
     if not message:  # many of Megatron's checks say nothing but what they check
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = f"the flags do not pass Megatron's check `{place.line}` ({Path(place.filename).name}:{place.lineno})"
+    if "trust_remote_code=True" in message:  # transformers' own words for it take three lines, and name no flag
+        message = (
+            f"{message.splitlines()[0].rstrip('.')}; a folder's code is only run with --trust-remote-code: give a "
+            "--tokenizer-model that needs none."
+        )
     os.write(sys.stderr.fileno(), f"{Path(sys.argv[0]).name}: error: {message}\n".encode())
     sys.exit(1)
 

@@ -3,6 +3,7 @@
 
 import json
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,11 @@ class World:
         """Runs pretrain_vlm.py."""
         return run("pretrain_vlm.py", *self.flags, *flags, ranks=ranks, **options)
 
-    def errors(self, *flags: object, ranks: int = 2) -> list[str]:
+    def errors(self, *flags: object, ranks: int = 2, **options: object) -> list[str]:
         """Runs pretrain_vlm.py with flags that it must refuse, and returns the sentence of each rank."""
         command = ["pretrain_vlm.py", *self.flags, *flags]
         sentences = []
-        for done in run_each_rank(*command, ranks=ranks, check=False, timeout=120):
+        for done in run_each_rank(*command, ranks=ranks, check=False, timeout=120, **options):
             assert done.returncode != 0, "a rank took the flags"
             assert "iteration        1/" not in done.stdout, "training began"
             said = [line for line in done.stdout.splitlines() if line.startswith("pretrain_vlm.py: error: ")]
@@ -105,3 +106,22 @@ def world(tmp_path_factory) -> World:
         "--eval-iters 0 --lr 1e-2 --lr-decay-style constant --log-interval 1 --tensorboard-log-interval 1".split()
     )
     return World(root, [*SMALL_MODEL, *training, *(str(x) for pair in paths.items() for x in pair)])
+
+
+@pytest.fixture
+def convert(capsys, monkeypatch, single_rank):
+    """Runs the program within this process, which has imported Megatron already; its exit status and what it wrote."""
+    from tools.checkpoint.convert import main
+
+    def call(*argv: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        written = capsys.readouterr()
+        return status, written.out + written.err
+
+    return call

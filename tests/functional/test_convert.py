@@ -35,25 +35,6 @@ TRAINING = """
 """.split()
 
 
-@pytest.fixture
-def convert(capsys, monkeypatch, single_rank):
-    """Runs the program within this process, which has imported Megatron already; its exit status and what it wrote."""
-    from tools.checkpoint.convert import main
-
-    def call(*argv: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [PROGRAM, *map(str, argv)])
-        capsys.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        written = capsys.readouterr()
-        return status, written.out + written.err
-
-    return call
-
-
 def language(kind: str, folder: Path, vocab_size: int = TOKENS - 3, **more: object) -> Path:
     """A language model's folder; its vocabulary lacks the image tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM

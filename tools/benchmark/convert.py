@@ -105,7 +105,7 @@ def run_job(job: str, model: Path, checkpoint: Path, output: Path) -> dict[str, 
     """One job, in this process: its seconds, and its memory in bytes."""
 
     def with_transformers() -> None:
-        whole = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16)
+        whole = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16, trust_remote_code=False)
         whole.save_pretrained(output, max_shard_size="5GB")
 
     jobs: dict[str, Callable[[], object]] = {

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision encoder takes pixels as bytes and normalises them itself."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
@@ -69,3 +71,15 @@ def test_bf16_weights_leave_the_normalisation_in_fp32(single_rank: None, folder:
     mean, std = (torch.tensor(values).bfloat16().view(3, 1, 1) for values in (MEAN, STD))
     wrong = ((every_value().float() / 255 - mean) / std).bfloat16()
     assert (seen.values != wrong).float().mean() > 0.1, "rounded constants would pass too"
+
+
+def test_a_tower_that_lacks_weights_is_refused_and_not_drawn_at_random(folder: str, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("fc1.weight"))
+    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks 1 of the tower's weights, such as .*{lost}"):
+        VisionEncoder(VisionConfig(str(tmp_path / "hf"), SIDE), torch.float32)
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="does not give the tower's weights"):
+        VisionEncoder(VisionConfig(str(tmp_path / "hf"), SIDE), torch.float32)
