@@ -7,6 +7,7 @@ statistics with their one asynchronous reduction, and the auxiliary loss compute
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -174,6 +175,10 @@ class ModalityAwareRouter(TopKRouter):
         modality_routing: ModalityRoutingConfig,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.capacity_factor = config.moe_expert_capacity_factor
+        if self.capacity_factor is not None:  # Megatron's own dropping knows no padding: it happens here instead
+            self.config = copy.copy(config)
+            self.config.moe_expert_capacity_factor = None
         self.modality_routing = modality_routing
         self.modality_bias: ModalityBias | None = None
         if modality_routing.router_bias:
@@ -205,9 +210,28 @@ class ModalityAwareRouter(TopKRouter):
             )
         if self.modality_bias is not None:
             logits = logits + self.modality_bias(modality_mask)
-        probs, routing_map = super().routing(logits, padding_mask=~modality_mask.any(dim=-1))
+        padding = ~modality_mask.any(dim=-1)
+        probs, routing_map = super().routing(logits, padding_mask=padding)
+        if self.capacity_factor is not None:
+            probs, routing_map = self._drop(probs, routing_map, padding.flatten())
         if self.observers or (self.training and torch.is_grad_enabled()):
             self._launch_statistics(probs, routing_map, modality_mask)
+        return probs, routing_map
+
+    def _drop(self, probs: Tensor, routing_map: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """Drops what exceeds the experts' capacity (--moe-expert-capacity-factor); padding [N] takes no slot.
+
+        The capacity is Megatron's, a share of all positions: their number is known without reading the device.
+        """
+        taken = ~padding.unsqueeze(-1)
+        probs, routing_map = apply_router_token_dropping(
+            probs * taken,
+            routing_map & taken,
+            router_topk=self.topk,
+            capacity_factor=self.capacity_factor,
+            drop_policy=self.config.moe_token_drop_policy,
+        )
+        super()._apply_expert_bias(routing_map)
         return probs, routing_map
 
     def _launch_statistics(self, probs: Tensor, routing_map: Tensor, modality_mask: Tensor) -> None:
@@ -218,8 +242,12 @@ class ModalityAwareRouter(TopKRouter):
         self._pending = PendingStatistics(local, self.statistics_group)
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Counts per expert without padding: Megatron 0.19.2 combines [N, E] with [N], which needs one more axis."""
-        super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask.unsqueeze(-1))
+        """Counts per expert without padding: Megatron 0.19.2 combines [N, E] with [N], which needs one more axis.
+
+        With a capacity the count comes after dropping, as Megatron's does: see `_drop`.
+        """
+        if self.capacity_factor is None:
+            super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask.unsqueeze(-1))
 
     def finish(self, output: Tensor) -> Tensor:
         """Waits for the statistics, and hangs the layer's auxiliary loss on the layer's output.
