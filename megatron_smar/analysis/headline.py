@@ -40,14 +40,42 @@ def format_table(report: Mapping[str, Any]) -> str:
         (f"  {kind} ({row['count']:,})", "", percent(row["accuracy"]), f"{percent(row['chance'])} chance")
         for kind, row in report["vqa_by_kind"].items()
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        f"{name:<{widths[0]}}  {before:>{widths[1]}}  {after:>{widths[2]}}  {baseline}".rstrip()
-        for name, before, after, baseline in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
+    lines = _aligned(rows, left=(0, 3))
+    if report.get("comparison"):
+        lines += ["", *_aligned(comparison_rows(report), left=(0,))]
     steps = ", ".join(f"{stage} {count:,}" for stage, count in report["steps"].items())
     return "\n".join([report["title"], "", *lines, "", f"steps: {steps}; time: {duration(report['seconds']['total'])}"])
+
+
+def comparison_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The same measures after stage 2 by --modality-routing, a header first, of a report with a `comparison`."""
+    header = ("Routing", "Retention", "Text perplexity", QUESTIONS, "MRD distance")
+    return [
+        header,
+        *(
+            (
+                run["routing"],
+                percent(run["retention"]),
+                decimal(run["text_perplexity_after"]),
+                percent(run["vqa_accuracy"]),
+                decimal(run["mrd_distance"]),
+            )
+            for run in report["comparison"]
+        ),
+    ]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
+    """A table with a rule under its first row; the columns in `left` are aligned there, numbers at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def is_number(value: Any) -> bool:

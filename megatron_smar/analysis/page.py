@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
 from megatron_smar.analysis import figures
-from megatron_smar.analysis.headline import decimal, duration, headline_rows, percent
+from megatron_smar.analysis.headline import comparison_rows, decimal, duration, headline_rows, percent
 
 PHASES = {
     "data": "Data",
@@ -140,17 +140,7 @@ def _headline(report: Mapping[str, Any]) -> Markup:
 def _comparison(report: Mapping[str, Any]) -> Markup:
     if not report.get("comparison"):
         return Markup()
-    rows = [
-        (
-            run["routing"],
-            percent(run["retention"]),
-            decimal(run["text_perplexity_after"]),
-            percent(run["vqa_accuracy"]),
-            decimal(run["mrd_distance"]),
-        )
-        for run in report["comparison"]
-    ]
-    header = ("Routing", "Retention", "Text perplexity", "Picture questions", "MRD distance")
+    header, *rows = comparison_rows(report)
     note = tag("p", "The same measures after stage 2, by --modality-routing.")
     return _section("With and without modality-aware routing", note, _table(header, rows))
 

@@ -398,6 +398,18 @@ def test_terminal_table_is_aligned_and_complete(capsys: pytest.CaptureFixture[st
     assert all(len(line) <= 100 and line == line.rstrip() for line in lines)
 
 
+def test_the_comparison_is_missing_from_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    report = make_report()
+    print_table(report)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    first = lines.index(["Routing", "Retention", "Text", "perplexity", "Picture", "questions", "MRD", "distance"])
+    assert lines[first + 2] == ["none", "93.2%", "25.62", "82.9%", "0.74"]
+    assert lines[first + 3][0] == "smar"
+    del report["comparison"]
+    print_table(report)
+    assert "Routing" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(5.04, "5.0 s"), (59.99, "1 min 00 s"), (245.2, "4 min 05 s"), (7260, "2 h 01 min"), (None, "-")],
