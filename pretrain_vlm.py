@@ -15,8 +15,10 @@ runtime.install_or_exit()
 from megatron.core.enums import ModelType  # noqa: E402  (the runtime comes before anything of Megatron)
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from megatron_smar.checkpoint.fit import CheckpointMismatchError  # noqa: E402
+from megatron_smar.checkpoint.metadata import DamagedError  # noqa: E402
 from megatron_smar.data.rejects import DataError  # noqa: E402
 from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider  # noqa: E402
 from megatron_smar.training.setup import fail, parse_arguments  # noqa: E402
@@ -37,7 +39,7 @@ def main() -> None:
             forward_step,
             model_provider=model_provider,
         )
-    except (CheckpointMismatchError, DataError) as error:
+    except (CheckpointMismatchError, DamagedError, CheckpointException, DataError) as error:
         fail(error)
 
 

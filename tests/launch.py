@@ -26,6 +26,8 @@ SMALL_MODEL = """
     --hidden-dropout 0 --seq-length 128 --max-position-embeddings 128 --make-vocab-size-divisible-by 64 --seed 7
 """.split()
 
+TWO_STEPS = ["--micro-batch-size", "4", "--global-batch-size", "8", "--train-iters", "2", "--num-workers", "0"]
+
 
 def run(
     *command: Any,

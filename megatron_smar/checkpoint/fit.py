@@ -15,7 +15,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.training import print_rank_0
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename, read_metadata
 
-from megatron_smar.checkpoint.metadata import DamagedError, read_common_state, read_contents, saved_arguments
+from megatron_smar.checkpoint.metadata import (
+    DamagedError,
+    check_objects,
+    read_common_state,
+    read_contents,
+    saved_arguments,
+)
 
 # What the distributed optimizer's state depends on, where it was not saved for any layout.
 MODEL_PARALLEL = {
@@ -67,6 +73,11 @@ def _first_mismatch(model: MegatronModule, folder: Path | None) -> str:
     if folder is None:
         return ""
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        check_objects(folder, read_contents(folder), rank, size)
+    except DamagedError as error:
+        return str(error)
     stored = load_tensors_metadata(str(folder))
     for tensor in model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}).values():
         if not isinstance(tensor, ShardedTensor):

@@ -2,70 +2,36 @@
 """A torch_dist checkpoint's place, table of contents and its run's arguments, read without running what is in them.
 
 torch reads a checkpoint's `.metadata` with a plain unpickling, which runs whatever code a stranger's file asks for.
-Here only the classes that it is made of are admitted. No tensor is read, so size does not matter.
+Here only the classes that it is made of are admitted (`runtime/unpickling.py`). No tensor is read, so size does not
+matter.
 """
 
 from __future__ import annotations
 
-import importlib
-import io
-import pickle
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from megatron_smar.runtime.unpickling import DamagedError, load_contents, load_object, told
 
-class OptimizerClass:
-    """Stands for an optimizer's class, which the state of `--optimizer-cpu-offload` names and nobody here needs."""
-
-
-_STAND_INS = [
-    (OptimizerClass, "torch.optim.adamw.AdamW"),
-    (OptimizerClass, "torch.optim.adam.Adam"),
-    (OptimizerClass, "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam"),
+__all__ = [
+    "DamagedError",
+    "check_objects",
+    "file_problems",
+    "find_checkpoint",
+    "read_common_state",
+    "read_contents",
+    "saved_arguments",
+    "told",
 ]
+
+
 COMMON_STATE = "common_state/"  # the beginning of its key
-_CHECKPOINT = "torch.distributed.checkpoint"
-_ADMITTED = {
-    f"{_CHECKPOINT}.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    f"{_CHECKPOINT}.planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"},
-    "pathlib": {"Path", "PosixPath"},
-}
-
-
-class DamagedError(ValueError):
-    """A checkpoint that cannot be read; the message names the file."""
-
-
-class _Contents(pickle.Unpickler):
-    """Unpickles a checkpoint's table of contents and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _ADMITTED.get(module, ()):
-            return getattr(importlib.import_module(module), name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place there")
 
 
 def find_checkpoint(path: Path, iteration: int | None = None) -> Path:
@@ -122,11 +88,9 @@ def read_contents(folder: Path) -> Metadata:
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            contents = _Contents(file).load()
-    except Exception as error:  # a broken pickle raises whatever its bytes lead to
+            contents: Metadata = load_contents(file, path)
+    except OSError as error:
         raise DamagedError(f"{path} cannot be read ({told(error)}); the checkpoint is damaged.") from error
-    if not isinstance(contents, Metadata):
-        raise DamagedError(f"{path} is no table of contents of a checkpoint; the checkpoint is damaged.")
     return contents
 
 
@@ -158,9 +122,9 @@ def read_common_state(folder: Path, contents: Metadata) -> dict[str, Any]:
             raise DamagedError(f"{folder} holds no arguments of a run; Megatron did not write it, or it is damaged.")
         path, offset, length = folder / place.relative_path, place.offset, place.length
     try:
-        with path.open("rb") as file, torch.serialization.safe_globals([*SAFE_GLOBALS, *_STAND_INS]):
+        with path.open("rb") as file:
             file.seek(offset)
-            content = torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
+            content = load_object(file.read(length))
     except Exception as error:
         raise DamagedError(
             f"{path} does not give the run's arguments ({told(error)}); the checkpoint is damaged."
@@ -174,8 +138,28 @@ def saved_arguments(state: dict[str, Any]) -> Any:
     return state.get("args") or types.SimpleNamespace()
 
 
-def told(error: Exception) -> str:
-    """The first sentence of an error, or its name."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    head = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    return head.split(". ")[0].rstrip(".:")
+def check_objects(folder: Path, contents: Metadata, share: int = 0, shares: int = 1) -> None:
+    """Reads the objects beside the tensors (random states and the like) as they may be read, and keeps nothing.
+
+    Args:
+        folder: One checkpoint's.
+        contents: Its table.
+        share: Which share of them, of `shares`: several ranks read a checkpoint together.
+        shares: How many there are.
+
+    Raises:
+        DamagedError: One of them cannot be read, or asks for something to be run.
+    """
+    kinds = contents.state_dict_metadata
+    objects = [index for index in contents.storage_data if isinstance(kinds.get(index.fqn), BytesStorageMetadata)]
+    for index in sorted(objects, key=lambda index: index.fqn)[share::shares]:
+        place = contents.storage_data[index]
+        path = folder / place.relative_path
+        try:
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                load_object(file.read(place.length))
+        except Exception as error:
+            raise DamagedError(
+                f"{path} does not give {index.fqn} ({told(error)}); the checkpoint is damaged."
+            ) from error

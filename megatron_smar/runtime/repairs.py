@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import functools
+import os
+import pickle
 import queue
+import types
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_smar.runtime import unpickling
 from megatron_smar.runtime.adaptation import Where, adaptation
 
 
@@ -90,7 +94,50 @@ def never_ask_to_run_a_models_code() -> None:
     code.TIME_OUT_REMOTE_CODE = 0
 
 
+@adaptation(
+    "a checkpoint's .metadata is read by a plain unpickling and the objects beside its tensors by "
+    "torch.load(weights_only=False): a stranger's checkpoint runs what it likes, on every rank",
+    Where.ANYWHERE,
+    needed_by="torch 2.11 to 2.13",
+)
+def read_checkpoints_without_running_them() -> None:
+    """Whatever reads a checkpoint, in this process and its children, admits the classes that checkpoints are made of.
+
+    That is `unpickling.load_contents` for the table of contents, and `weights_only` with Megatron's own classes for
+    everything that goes through `torch.load`; the switch by which an environment takes that back is switched off.
+    """
+    from torch.distributed.checkpoint import filesystem
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    safe_pickle = types.ModuleType(pickle.__name__, pickle.__doc__)
+    vars(safe_pickle).update({name: value for name, value in vars(pickle).items() if not name.startswith("__")})
+    vars(safe_pickle)["load"] = lambda file: unpickling.load_contents(file, getattr(file, "name", "the checkpoint"))
+    filesystem.pickle = safe_pickle
+    load_bytes, read_data = DefaultLoadPlanner.load_bytes, filesystem.FileSystemReader.read_data
+
+    @functools.wraps(load_bytes)
+    def load_admitted_bytes(self: Any, read_item: Any, value: Any) -> None:
+        with torch.serialization.safe_globals(unpickling.admitted_optimizers()):
+            load_bytes(self, read_item, value)
+
+    @functools.wraps(read_data)
+    def read_data_or_say_which(self: Any, plan: Any, planner: Any) -> Any:
+        try:
+            return read_data(self, plan, planner)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            files = ", ".join(sorted({self.storage_data[item.storage_index].relative_path for item in plan.items}))
+            raise unpickling.DamagedError(
+                f"{self.path} cannot be read ({unpickling.told(error)}, in one of {files}); the checkpoint is damaged."
+            ) from error
+
+    DefaultLoadPlanner.load_bytes = load_admitted_bytes
+    filesystem.FileSystemReader.read_data = read_data_or_say_which
+
+
 ADAPTATIONS = (
+    read_checkpoints_without_running_them,
     skip_compiling_helpers,
     collect_results_of_a_save_in_the_process,
     keep_float32_products,

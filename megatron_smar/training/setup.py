@@ -17,9 +17,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smar import __version__, runtime
 from megatron_smar.arguments import add_arguments
+from megatron_smar.checkpoint.fit import CheckpointMismatchError
+from megatron_smar.checkpoint.loadable import check_loadable
+from megatron_smar.checkpoint.metadata import DamagedError
 from megatron_smar.flag_checks import check_arguments, check_shape
 from megatron_smar.training.monitor import install_metrics
 from megatron_smar.training.providers import model_provider
@@ -41,7 +45,9 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
     if os.environ.get("RANK", "0") == "0":
         print(f"megatron_smar {__version__}: {runtime.describe()}", flush=True)
     try:
-        check_arguments(parse_args(add_arguments), needs_data)
+        given = parse_args(add_arguments)
+        check_arguments(given, needs_data)
+        check_loadable(given)
         args = parse_and_validate_args(add_arguments)
         if args.use_checkpoint_args:
             check_shape(args)
@@ -67,8 +73,10 @@ def _set_biases_apart(args: Namespace) -> None:
         args.decoupled_lr, args.decoupled_min_lr = args.lr, args.min_lr
 
 
-def fail(error: Exception) -> NoReturn:
+def fail(error: BaseException) -> NoReturn:
     """Ends this rank with one sentence, in one write: several ranks share the terminal."""
+    if isinstance(error, CheckpointException):  # torch's, around what happened on each rank
+        error = next(inner for inner, _ in error.failures.values())
     message = str(error)
     if not message:  # many of Megatron's checks say nothing but what they check
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -90,9 +98,12 @@ def start(argv: Sequence[str] | None = None) -> tuple[list[Any], Any, Any]:
     """
     parse_arguments(argv, needs_data=False)
     initialize_megatron()
-    return setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        model_provider_func=model_provider,
-        checkpointing_context={},
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
+    try:
+        return setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            model_provider_func=model_provider,
+            checkpointing_context={},
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+    except (CheckpointMismatchError, DamagedError, CheckpointException) as error:
+        fail(error)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, SMALL_MODEL, run, run_each_rank
+from tests.launch import ROOT, SMALL_MODEL, TWO_STEPS, run, run_each_rank
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
@@ -125,3 +125,11 @@ def convert(capsys, monkeypatch, single_rank):
         return status, written.out + written.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def saved(world, tmp_path_factory) -> Path:
+    """The world's model after two steps, as --save left it; not to be written to."""
+    folder = tmp_path_factory.mktemp("saved")
+    world.train(*TWO_STEPS, "--save", folder, "--save-interval", "2")
+    return folder

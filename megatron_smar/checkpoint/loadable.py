@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the checkpoints that a run's flags name are of the one format that is read without running what is in it."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron.training.checkpointing import get_checkpoint_tracker_filename
+
+from megatron_smar.checkpoint.metadata import find_checkpoint, read_common_state, read_contents
+
+FORMAT = "torch_dist"
+
+
+def check_formats(args: Namespace) -> None:
+    """Refuses formats of checkpoints that are unpickled as they are, or that fit one layout only.
+
+    Args:
+        args: The run's.
+
+    Raises:
+        ValueError: With the flag and its value.
+    """
+    uses = bool(args.save or args.load)
+    for flag, value in (("--ckpt-format", args.ckpt_format), ("--ckpt-convert-format", args.ckpt_convert_format)):
+        if uses and value not in (None, FORMAT):
+            raise ValueError(
+                f"{flag} {value} is not supported: only {FORMAT} is read without running what a file holds, and under "
+                "any layout; leave the flag out."
+            )
+    if args.non_persistent_ckpt_type not in (None, "global"):
+        raise ValueError(
+            f"--non-persistent-ckpt-type {args.non_persistent_ckpt_type} is not supported: such files are unpickled as "
+            "they are; give global, or leave the flag out."
+        )
+
+
+def check_loadable(args: Namespace) -> None:
+    """Reads the tables of contents and the arguments of the checkpoints that Megatron will read, as they may be read.
+
+    Args:
+        args: The run's.
+
+    Raises:
+        ValueError: One is in another format, or damaged, or asks for something to be run.
+    """
+    check_formats(args)
+    for flag, directory, step in _named(args):
+        if not Path(get_checkpoint_tracker_filename(directory)).is_file():
+            continue  # nothing to read there
+        try:
+            folder = find_checkpoint(Path(directory), step)
+            read_common_state(folder, read_contents(folder))
+        except ValueError as error:
+            raise ValueError(f"{flag} {directory} cannot be loaded: {error}") from error
+
+
+def _named(args: Namespace) -> Iterator[tuple[str, str, int | None]]:
+    """Each folder of checkpoints: its flag, its path, and which checkpoint of it."""
+    if args.load:
+        yield "--load", args.load, args.ckpt_step
+    if args.pretrained_checkpoint:
+        yield "--pretrained-checkpoint", args.pretrained_checkpoint, None
+    if args.non_persistent_global_ckpt_dir:
+        yield "--non-persistent-global-ckpt-dir", args.non_persistent_global_ckpt_dir, None
+    elif args.load:
+        yield "--load", os.path.join(args.load, "non_persistent"), None
