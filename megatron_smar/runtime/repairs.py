@@ -132,8 +132,8 @@ def read_checkpoints_without_running_them() -> None:
                 f"{self.path} cannot be read ({unpickling.told(error)}, in one of {files}); the checkpoint is damaged."
             ) from error
 
-    DefaultLoadPlanner.load_bytes = load_admitted_bytes
-    filesystem.FileSystemReader.read_data = read_data_or_say_which
+    DefaultLoadPlanner.load_bytes = load_admitted_bytes  # type: ignore[method-assign]
+    filesystem.FileSystemReader.read_data = read_data_or_say_which  # type: ignore[method-assign]
 
 
 ADAPTATIONS = (
