@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from megatron_smar.data.rejects import SampleError
 
@@ -22,6 +25,8 @@ from megatron_smar.data.rejects import SampleError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 # Pillow refuses more, from the header: 0.5 GB as RGB.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+# What Pillow multiplies PNG's grey of few bits with.
+_GREY_SCALES = {"L;2": 85, "L;4": 17}
 # EXIF orientation -> (swap the axes, then step through the rows, and through the columns).
 _TURNS = {
     2: (False, 1, -1),
@@ -61,7 +66,7 @@ def read_image(data: bytes) -> np.ndarray:
 
     def pixels(image: Image.Image) -> np.ndarray:
         turn = _TURNS.get(_orientation(image))
-        decoded = _decode_jpeg(data, image) if image.format in ("JPEG", "MPO") else _decode(image)
+        decoded = _decode_jpeg(data, image) if image.format in ("JPEG", "MPO") else _decode(image, data)
         if turn is None:
             return decoded
         swap, rows, columns = turn
@@ -72,7 +77,7 @@ def read_image(data: bytes) -> np.ndarray:
 
 def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray:
     if image.mode not in ("RGB", "L"):  # CMYK, which Adobe writes inverted and Pillow knows about
-        return _decode(image)
+        return _decode(image, data)
     try:
         return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError as error:
@@ -80,28 +85,61 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray:
         # some phones write, do not touch the pixels.
         if str(error).startswith(("Corrupt", "Premature")):
             raise
-        return _decode(image)
+        return _decode(image, data)
 
 
-def _decode(image: Image.Image) -> np.ndarray:
+def _decode(image: Image.Image, data: bytes) -> np.ndarray:
+    layout = image.tile[0].args if isinstance(image, PngImageFile) and image.tile else None  # as the decoder reads it
+    if layout in ("RGB;16B", "RGBA;16B"):
+        return _decode_deep_colours(image, data)
+    if isinstance(layout, str) and layout in _GREY_SCALES and isinstance(image.info.get("transparency"), int):
+        image.info["transparency"] *= _GREY_SCALES[layout]  # Pillow scales the pixels and not PNG's transparent level
     image.load()
-    if image.mode[0] in "IF":
-        return _decode_deep(image)
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})  # TIFF's
+    if image.mode == "F" or tags.get(SAMPLEFORMAT, (1,))[0] != 1:
+        raise _unknown_white(image)
+    if image.mode[0] == "I":
+        return _decode_deep(image, tags)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _decode_deep(image: Image.Image) -> np.ndarray:
-    """Scale 16-bit grey to 8 bits, which Pillow would clip instead, so that it is left white."""
+def _decode_deep(image: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
+    """Scales grey of more than 8 bits, which Pillow would clip instead, so that it is left white."""
     values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise SampleError("bad_image", f"an image has pixels of mode {image.mode}, whose white level is not known")
-    grey = (values / 257).round().astype(np.uint8)
+    if values.min() < 0 or values.max() > 65535:
+        raise _unknown_white(image)
+    white = 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1  # 12 bits are not stretched to 16
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero, which Pillow minds up to 8 bits
+        values = white - values
+    grey = (values * (255 / white)).round().astype(np.uint8)
     if "transparency" in image.info:
         grey[values == image.info["transparency"]] = 255
     return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _unknown_white(image: Image.Image) -> SampleError:
+    return SampleError(
+        "bad_image",
+        f"an image has pixels of mode {image.mode}, signed or larger than 16 bits, whose white level is not known: "
+        "store it with unsigned values of 8 or 16 bits",
+    )
+
+
+def _decode_deep_colours(image: Image.Image, data: bytes) -> np.ndarray:
+    """Colours of 16 bits, of which Pillow takes the high byte: PNG's transparent colour and alpha need both."""
+    low = Image.open(io.BytesIO(data), formats=["PNG"])
+    low.tile = [tile._replace(args=str(tile.args).replace("16B", "16L")) for tile in low.tile]
+    values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+    colours = values[..., :3] / 257
+    if values.shape[-1] == 4:
+        share = values[..., 3:] / 65535
+        colours = share * colours + (1 - share) * 255
+    if "transparency" in image.info:
+        colours[(values[..., :3] == image.info["transparency"]).all(axis=-1)] = 255
+    return colours.round().astype(np.uint8)
 
 
 def _orientation(image: Image.Image) -> int:

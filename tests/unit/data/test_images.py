@@ -97,15 +97,75 @@ def test_sixteen_bit_grey_is_not_clipped_to_white() -> None:
     np.testing.assert_array_equal(pixels, np.repeat((grey / 65535 * 255).round()[..., None], 3, axis=2))
 
 
-def test_transparent_sixteen_bit_grey_is_white() -> None:
-    data = png((2, 1), 16, 0, [struct.pack(">2H", 1000, 257)], chunk(b"tRNS", struct.pack(">H", 1000)))
-    assert read_image(data)[0, :, 0].tolist() == [255, 1]
+def packed(values: Sequence[int], depth: int) -> bytes:
+    """A row of samples of `depth` bits each, as PNG and TIFF hold it."""
+    bits = "".join(format(value, f"0{depth}b") for value in values)
+    return int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8))
 
 
-def test_sixteen_bit_colours_are_right_to_a_level() -> None:
-    colours = np.random.default_rng(0).integers(0, 65536, (4, 5, 3))
-    pixels = read_image(png((5, 4), 16, 2, [row.astype(">u2").tobytes() for row in colours]))
-    assert np.abs(pixels - colours / 257).max() <= 1
+def levels(depth: int) -> list[int]:
+    """Levels of grey from black to white, up to 256 of them."""
+    return np.linspace(0, 2**depth - 1, min(2**depth, 256)).round().astype(int).tolist()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_transparent_level_of_grey_is_shown_at_another_level(depth: int) -> None:
+    grey = levels(depth)
+    for level in (*grey[:16], grey[-1]):
+        data = png((len(grey), 1), depth, 0, [packed(grey, depth)], chunk(b"tRNS", struct.pack(">H", level)))
+        expected = [255 if value == level else round(value / (2**depth - 1) * 255) for value in grey]
+        assert read_image(data)[0, :, 0].tolist() == expected, f"level {level} of {depth} bits"
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_transparent_colour_takes_its_neighbours_with_it(depth: int) -> None:
+    transparent, neighbour, other = (200, 17, 3), (200, 17, 2), (9, 8, 7)
+    row = packed([*transparent, *neighbour, *other], depth)
+    data = png((3, 1), depth, 2, [row], chunk(b"tRNS", struct.pack(">3H", *transparent)))
+    scale = 255 / (2**depth - 1)
+    expected = [[255] * 3, *([round(value * scale) for value in colour] for colour in (neighbour, other))]
+    assert read_image(data)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_sixteen_bit_colours_are_rounded_to_another_level(alpha: bool) -> None:
+    colours = np.random.default_rng(0).integers(0, 65536, (4, 5, 4 if alpha else 3))
+    pixels = read_image(png((5, 4), 16, 6 if alpha else 2, [row.astype(">u2").tobytes() for row in colours]))
+    share = colours[..., 3:] / 65535 if alpha else 1
+    np.testing.assert_array_equal(pixels, (share * colours[..., :3] / 257 + (1 - share) * 255).round())
+
+
+def tiff(values: Sequence[int], depth: int, white_is_zero: bool = False, sample_format: int = 1) -> bytes:
+    """A TIFF of one row of grey, little-endian, written by hand, for what Pillow does not write."""
+    row = np.array(values, "<u2").tobytes() if depth == 16 else packed(values, depth)
+    photometric = 0 if white_is_zero else 1
+    short = {258: depth, 259: 1, 262: photometric, 277: 1, 339: sample_format}
+    tags = short | {256: len(values), 257: 1, 273: 8, 278: 1, 279: len(row)}
+    entries = [struct.pack("<HHII", tag, 3 if tag in short else 4, 1, value) for tag, value in sorted(tags.items())]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(row)) + row + directory
+
+
+@pytest.mark.parametrize(
+    ("depth", "white_is_zero"), [(d, w) for d in (1, 2, 4, 8, 12, 16) for w in (False, True) if (d, w) != (12, True)]
+)
+def test_grey_of_any_depth_is_dark_or_a_negative_in_a_tiff(depth: int, white_is_zero: bool) -> None:
+    grey = levels(depth)
+    expected = np.array(grey) / (2**depth - 1) * 255
+    pixels = read_image(tiff(grey, depth, white_is_zero))
+    np.testing.assert_array_equal(pixels[0, :, 0], (255 - expected if white_is_zero else expected).round())
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_signed_grey_whose_white_is_unknown_is_refused(depth: int) -> None:
+    assert "white level is not known" in refused(tiff(levels(depth), depth, sample_format=2)).message
+
+
+@pytest.mark.parametrize("most", [1, 15, 255, 1000, 4095, 65535])
+def test_a_portable_maps_own_white_is_white(most: int) -> None:
+    grey = np.linspace(0, most, 8).round()
+    data = b"P5 8 1 %d\n" % most + grey.astype(">u2" if most > 255 else "u1").tobytes()
+    np.testing.assert_array_equal(read_image(data)[0, :, 0], (grey / most * 255).round())
 
 
 @pytest.mark.parametrize("kind", ["PNG", "lossless WEBP", "TIFF"])
