@@ -28,7 +28,7 @@ from megatron.training import get_args, get_tokenizer  # noqa: E402
 
 from megatron_smar.arguments import image_config, vision_config  # noqa: E402
 from megatron_smar.data.batch import EncodedSample  # noqa: E402
-from megatron_smar.data.conversations import Segment, get_template, record_segments  # noqa: E402
+from megatron_smar.data.conversations import Segment, record_segments, template_for  # noqa: E402
 from megatron_smar.data.rejects import SampleError  # noqa: E402
 from megatron_smar.data.task_encoder import SampleTokenizer  # noqa: E402
 from megatron_smar.data.tiling import ImageProcessor  # noqa: E402
@@ -56,7 +56,7 @@ class Encoder:
 
     def __init__(self) -> None:
         args = get_args()
-        self.template = get_template(args.conversation_template)
+        self.template = template_for(args.conversation_template, get_tokenizer())
         self.text = TextEncoder(get_tokenizer(), self.template.special_tokens)
         self.images = ImageProcessor(image_config(args))
         self.tokens_per_tile = tokens_per_tile(vision_config(args))

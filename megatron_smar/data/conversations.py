@@ -10,12 +10,12 @@ from itertools import zip_longest
 from typing import Any
 
 from megatron_smar.data.rejects import SampleError
-from megatron_smar.data.tokens import EOS, IMAGE_TOKENS, TextEncoder
+from megatron_smar.data.tokens import EOS, IMAGE_TOKENS, TextEncoder, control_tokens, puts_space
 
 IMAGE_TAG = "<image>"
 NO_CHARACTER = "\ufdd0"  # Unicode keeps it for programs' own use; tools/data/prepare.py marks half surrogates with it
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_SPECIAL = re.compile(r"(\{eos\}|<\|\w+\|>)")
+_SPECIAL = re.compile(r"(\{eos\}|<\|\w+\|>|\{\[/?\w+\]\})")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Segment:
 class ConversationTemplate:
     """How a conversation is written as one text.
 
-    In all of its patterns ``{eos}`` stands for the tokenizer's end-of-sentence token, and ``<|name|>`` is a special
-    token of the vocabulary; records cannot spell out either.
+    In all of its patterns ``{eos}`` stands for the tokenizer's end-of-sentence token, and ``<|name|>`` and ``{[NAME]}``
+    are special tokens of the vocabulary (the latter without the braces); records cannot spell out any of them.
 
     Args:
         user: A user's turn up to where the answer begins, with ``{text}``, and ``{system}`` where system text goes.
@@ -48,6 +48,11 @@ class ConversationTemplate:
         default_system: System text of a conversation that has no system turn; an empty system turn switches it off.
         default_system_with_images: The same where the user shows an image; None is `default_system`.
         keeps_user_text: False leaves nothing of the user's turn but its ``<image>`` tags.
+        system_in_last: System text goes into the last of the user's turns, not the first.
+        system_apart: System text is a turn of its own, so that it runs into no other text.
+        front: What stands before each run of text in a user's turn; images end one.
+        image_first: An image behind the only text of a turn goes before it.
+        strips_answers: Spaces at the end of an answer are left out.
     """
 
     user: str
@@ -57,35 +62,51 @@ class ConversationTemplate:
     default_system: str = ""
     default_system_with_images: str | None = None
     keeps_user_text: bool = True
+    system_in_last: bool = False
+    system_apart: bool = False
+    front: str = ""
+    image_first: bool = False
+    strips_answers: bool = False
 
     @property
     def special_tokens(self) -> list[str]:
-        """The vocabulary must have these as single tokens (``<|name|>``), in the order of their names."""
+        """The vocabulary must have these as single tokens, in the order of their names."""
         patterns = self.user + self.assistant + self.between + self.system
-        return sorted(set(_SPECIAL.findall(patterns)) - {EOS})
+        return sorted({_token_name(token) for token in _SPECIAL.findall(patterns)} - {EOS})
 
     @property
     def end_of_turn(self) -> str:
         """The special token that ends an answer: `EOS` or one of `special_tokens`."""
-        return _SPECIAL.findall(self.assistant)[-1]
+        return _token_name(_SPECIAL.findall(self.assistant)[-1])
 
     def render(self, turns: Sequence[tuple[str, str]]) -> list[Segment]:
         """Write turns ``(role, text)``, as `read_turns` gives them, as segments."""
         segments: list[Segment] = []
         system = turns[0][1] if turns[0][0] == "system" else self._default_system(turns)
-        for role, text in turns:
+        asked = [number for number, (role, _) in enumerate(turns) if role == "user"]
+        with_system = asked[-1 if self.system_in_last else 0] if asked and system.strip() else None
+        for number, (role, text) in enumerate(turns):
             if role == "user":
-                text = text if self.keeps_user_text else IMAGE_TAG * text.count(IMAGE_TAG)
-                pattern = (self.between if segments else "") + self.user.replace(
-                    "{system}", self.system if system.strip() else ""
-                )
+                system_pattern = self.system if number == with_system else ""
+                text = self._user_text(text, behind_text=bool(system_pattern) and not self.system_apart)
+                pattern = (self.between if segments else "") + self.user.replace("{system}", system_pattern)
                 segments += _write(pattern, is_target=False, text=text, system_text=system)
-                system = ""
             elif role == "assistant":
                 # The space in front of an answer separates; with nothing before it there is nothing to separate.
                 pattern = self.assistant if segments else self.assistant.removeprefix(" ")
+                text = text.rstrip(" ") if self.strips_answers else text
                 segments += _write(pattern, is_target=True, text=text)
         return segments
+
+    def _user_text(self, text: str, behind_text: bool) -> str:
+        """A user's text as the template shows it; without images it runs on from system text before it."""
+        if not self.keeps_user_text:
+            return IMAGE_TAG * text.count(IMAGE_TAG)
+        runs = text.split(IMAGE_TAG)
+        if self.image_first and len(runs) == 2 and not runs[1]:
+            runs.reverse()
+        front = "" if behind_text and len(runs) == 1 else self.front
+        return IMAGE_TAG.join(run and front + run for run in runs)
 
     def _default_system(self, turns: Sequence[tuple[str, str]]) -> str:
         if self.default_system_with_images is not None and any(IMAGE_TAG in text for _, text in turns):
@@ -97,9 +118,14 @@ def _write(pattern: str, is_target: bool, **texts: str) -> Iterator[Segment]:
     """Fill a pattern, cut at its special tokens before the texts go in, so that no text can pass for one."""
     parts = _SPECIAL.split(pattern)  # text, token, text, token, ..., text
     for part, special in zip_longest(parts[::2], parts[1::2]):
-        segment = Segment(part.format_map(texts), is_target, special)
+        segment = Segment(part.format_map(texts), is_target, special and _token_name(special))
         if segment.text or special:
             yield segment
+
+
+def _token_name(token: str) -> str:
+    """A special token by its name, as a pattern of a template has it."""
+    return token[1:-1] if token.startswith("{[") else token
 
 
 _VICUNA_SYSTEM = (
@@ -125,7 +151,8 @@ _VITA_SYSTEM_WITH_IMAGES = (
 TEMPLATES: dict[str, ConversationTemplate] = {
     # Stage 1 (visual alignment): the picture, then its caption.
     "plain": ConversationTemplate(user="{text}", assistant=" {text}{eos}", keeps_user_text=False),
-    # Mistral and Mixtral instruct: <s>[INST] user [/INST] answer</s> [INST] user [/INST] answer</s>
+    # Mistral and Mixtral instruct, v1: <s>[INST] user [/INST] answer</s> [INST] user [/INST] answer</s>; where the
+    # vocabulary has these as control tokens `template_for` gives later versions.
     "mistral": ConversationTemplate(
         user="[INST] {system}{text} [/INST]", assistant=" {text}{eos}", between=" ", system="{system_text}\n\n"
     ),
@@ -164,6 +191,38 @@ def get_template(name: str) -> ConversationTemplate:
         return TEMPLATES[name]
     except KeyError:
         raise ValueError(f"--conversation-template {name} is unknown: choose one of {', '.join(TEMPLATES)}.") from None
+
+
+def template_for(name: str, tokenizer: Any) -> ConversationTemplate:
+    """Return a template by name, as a tokenizer's vocabulary asks for it.
+
+    `mistral` is Mistral's own by the versions of mistral-common: v1 as text, from v2 on with control tokens.
+
+    Args:
+        name: As for `get_template`.
+        tokenizer: Megatron text tokenizer.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    template = get_template(name)
+    if name != "mistral" or not control_tokens(tokenizer, ["[INST]"]):
+        return template
+    # Each run of text is encoded as a text of its own: SentencePiece puts a space in front, Tekken does not.
+    front = " " if puts_space(tokenizer) else ""
+    apart = bool(control_tokens(tokenizer, ["[SYSTEM_PROMPT]"]))  # from v7 on
+    return ConversationTemplate(
+        user="{system}{[INST]}{text}{[/INST]}" if apart else "{[INST]}{system}{text}{[/INST]}",
+        assistant=front + "{text}{eos}",
+        system=f"{{[SYSTEM_PROMPT]}}{front}{{system_text}}{{[/SYSTEM_PROMPT]}}"
+        if apart
+        else front + "{system_text}\n\n",
+        system_in_last=not apart,
+        system_apart=apart,
+        front=front,
+        image_first=True,
+        strips_answers=True,
+    )
 
 
 def read_turns(conversations: Any) -> list[tuple[str, str]]:

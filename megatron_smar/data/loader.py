@@ -22,7 +22,7 @@ from megatron.energon.savable_loader import BasicDataLoader
 
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.config import DataConfig
-from megatron_smar.data.conversations import get_template
+from megatron_smar.data.conversations import template_for
 from megatron_smar.data.metadataset import open_sources
 from megatron_smar.data.rejects import DataError, RejectLog
 from megatron_smar.data.state import WORKER_BATCHES, pack, unpack
@@ -267,7 +267,7 @@ class EnergonIterator:
 
 
 def _text_encoder(config: DataConfig, tokenizer: Any) -> TextEncoder:
-    return TextEncoder(tokenizer, get_template(config.template).special_tokens)
+    return TextEncoder(tokenizer, template_for(config.template, tokenizer).special_tokens)
 
 
 def _worker_config(config: DataConfig, rank: int, size: int) -> WorkerConfig:

@@ -38,7 +38,7 @@ from megatron_smar.data.blend import (
     split_by_image,
 )
 from megatron_smar.data.config import DataConfig
-from megatron_smar.data.conversations import Segment, get_template, record_segments, tokenize_segments
+from megatron_smar.data.conversations import Segment, record_segments, template_for, tokenize_segments
 from megatron_smar.data.images import read_image, read_size
 from megatron_smar.data.members import split_parts
 from megatron_smar.data.packing import pack
@@ -119,7 +119,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         self.rejects = rejects
         self.decode_images = decode_images
         self._labels: dict[str, str] = {}
-        self.template = get_template(config.template)
+        self.template = template_for(config.template, encoder.tokenizer)
         self.images = ImageProcessor(config.image)
         self.tokenize = SampleTokenizer(encoder, self.images, config.tokens_per_tile, config.seq_length)
 

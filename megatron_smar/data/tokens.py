@@ -8,6 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
+
+from megatron_smar.data.exactness import (
+    GuardedPieces,
+    HuggingFacePieces,
+    Pieces,
+    changed,
+    difference,
+    fast_tokenizer,
+    same_text,
+)
 from megatron_smar.data.rejects import SampleError
 
 IMAGE_START = "<img>"
@@ -54,23 +65,18 @@ class ImageTokens:
 
 
 class TextEncoder:
-    """Pieces of one text to ids, such that they join to the ids of the whole text.
-
-    A tokenizer treats the beginning and the end of what it is given as those of a text: SentencePiece puts its dummy
-    space in front. Pieces of a conversation are neither, so each is encoded between two image tokens, which no
-    tokenizer merges with text, and the ids between the two are taken.
+    """Pieces of one text to ids, such that they join to the ids of the whole text and spell it exactly.
 
     Args:
         tokenizer: Megatron text tokenizer (``get_tokenizer()``).
         special_tokens: What the conversation template needs as single tokens (`ConversationTemplate.special_tokens`).
 
     Raises:
-        ValueError: The tokenizer lacks one of these, an image token or an end-of-sentence token, or puts something in
-            front of every piece of text that cannot be taken off again.
+        ValueError: The tokenizer lacks one of these, an image token or an end-of-sentence token, or it changes text.
     """
 
     def __init__(self, tokenizer: Any, special_tokens: Sequence[str] = ()) -> None:
-        """Look up the special ids."""
+        """Look up the special ids, and try the tokenizer out."""
         self.tokenizer = tokenizer
         self.image_tokens = ImageTokens.from_tokenizer(tokenizer)
         self.bos_id = _special_id(tokenizer, "bos")
@@ -87,17 +93,19 @@ class TextEncoder:
         self._specials = {EOS: eos_id, **_template_ids(tokenizer, special_tokens)}
         self._never_in_text = {self.bos_id, *self._specials.values(), *self.image_tokens.block(1)}
         self._never_in_text |= _control_ids(tokenizer)
-        # Llama's Hugging Face tokenizers put a space behind every special token, but none behind a newline.
-        self._guard, self._num_guard = "", 0
-        if not self._keeps_pieces():
-            self._guard = "\n"
-            self._num_guard = len(self.encode(""))
-            if not self._keeps_pieces():
-                raise ValueError(
-                    f"The tokenizer {getattr(tokenizer, 'path', None)} changes text that stands behind a special "
-                    "token, so that conversations cannot be put together from their parts: take another "
-                    "--tokenizer-model."
-                )
+        self._pieces = _pieces(tokenizer, self.image_tokens.end_id, self.bos_id)
+        if (change := changed(self._pieces, _special_id(tokenizer, "unk"))) is not None:
+            raise ValueError(
+                f"The tokenizer {getattr(tokenizer, 'path', None)} changes text ({change[0]!r} becomes "
+                f"{change[1]!r}), so that the model would not learn what the records say: take another "
+                "--tokenizer-model; one of SentencePiece is trained with --normalization_rule_name=identity "
+                "--remove_extra_whitespaces=false --byte_fallback."
+            )
+
+    @property
+    def puts_space(self) -> bool:
+        """Whether the tokenizer puts a space in front of a text."""
+        return self._pieces.puts_space
 
     def special_id(self, token: str) -> int:
         """Return the id of `EOS`, or of one of `special_tokens`."""
@@ -111,27 +119,35 @@ class TextEncoder:
             begins_text: It is the first one, so that what the tokenizer puts in front of a text belongs to it.
 
         Returns:
-            Its ids, without beginning- and end-of-sentence tokens.
+            Its ids, without beginning- and end-of-sentence tokens. They spell the text exactly, but for what Unicode
+            calls equivalent (a letter with its accent, in one character or two).
 
         Raises:
-            SampleError: The text spells out a special token.
+            SampleError: The text spells out a special token, or has something that the tokenizer has no tokens for.
         """
-        if begins_text:
-            ids = self.tokenizer.tokenize(text + IMAGE_END)
-            first = 1 if self.bos_id is not None and ids[0] == self.bos_id else 0
-        else:
-            ids = self.tokenizer.tokenize(IMAGE_END + self._guard + text + IMAGE_END)
-            first = ids.index(self.image_tokens.end_id) + 1 + self._num_guard
-        last = len(ids) - 1 - ids[::-1].index(self.image_tokens.end_id)
-        ids = list(ids[first:last])
+        ids = self._pieces.encode(text, begins_text)
         if not self._never_in_text.isdisjoint(ids):
             raise SampleError("special_token_in_text", "the text spells out one of the tokenizer's special tokens")
+        read = self._pieces.decode(ids, begins_text)
+        if not same_text(read, text):
+            raise SampleError("text_changed", f"the tokenizer has no tokens for {difference(text, read)}")
         return ids
 
-    def _keeps_pieces(self) -> bool:
-        """Whether a piece behind a special token is nothing but its text."""
-        end_id = self.image_tokens.end_id
-        return self.tokenizer.detokenize([end_id, *self.encode("a"), end_id]) == f"{IMAGE_END}a{IMAGE_END}"
+
+def control_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
+    """Return those of some names that are control tokens of a vocabulary, which no text can spell out by accident."""
+    fast = fast_tokenizer(tokenizer)
+    if fast is not None:
+        return [token for token in tokens if (i := fast.get_vocab().get(token)) is not None and _is_special(fast, i)]
+    pieces = getattr(tokenizer._tokenizer, "tokenizer", None)
+    if not isinstance(pieces, SentencePieceProcessor):
+        return []
+    return [token for token in tokens if pieces.is_control(pieces.piece_to_id(token))]
+
+
+def puts_space(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a space in front of a text."""
+    return bool(tokenizer._tokenizer.text_to_tokens("a")[0].startswith(("▁", "Ġ")))
 
 
 def add_tokens(source: str | Path, destination: str | Path, tokens: Sequence[str] = IMAGE_TOKENS) -> None:
@@ -180,8 +196,24 @@ def _add_to_huggingface(source: Path, destination: Path, tokens: Sequence[str]) 
     tokenizer.save_pretrained(destination)
 
 
+def _pieces(tokenizer: Any, end_id: int, bos_id: int | None) -> Pieces:
+    fast = fast_tokenizer(tokenizer)
+    if fast is None:
+        return GuardedPieces(tokenizer, end_id, IMAGE_END, bos_id)
+    return HuggingFacePieces(fast, end_id, IMAGE_END)
+
+
+def _is_special(fast: Any, token_id: int) -> bool:
+    added = fast.added_tokens_decoder.get(token_id)
+    return added is not None and bool(added.special)
+
+
 def _template_ids(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
-    ids = {token: _token_id(tokenizer, token) for token in tokens}
+    control = control_tokens(tokenizer, tokens)
+    ids = {
+        token: tokenizer._tokenizer.token_to_id(token) if token in control else _token_id(tokenizer, token)
+        for token in tokens
+    }
     missing = [token for token, token_id in ids.items() if token_id is None]
     if missing:
         raise ValueError(

@@ -24,7 +24,7 @@ from megatron_smar.arguments import (
 )
 from megatron_smar.checkpoint.fit import check_fit, check_optimizer, leave_other_random_state, resumed_state
 from megatron_smar.data.batch import VisionLanguageBatch
-from megatron_smar.data.conversations import get_template
+from megatron_smar.data.conversations import template_for
 from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
 from megatron_smar.data.record import RecordedSamples
 from megatron_smar.data.tokens import TextEncoder
@@ -115,7 +115,8 @@ data_iterators_provider.is_distributed = True  # type: ignore[attr-defined]  # e
 def build_forward_step() -> ForwardStep:
     """The forward step for the parsed arguments."""
     # The data loaders would find a missing token too, but only after the model has been built.
-    encoder = TextEncoder(get_tokenizer(), get_template(get_args().conversation_template).special_tokens)
+    template = template_for(get_args().conversation_template, get_tokenizer())
+    encoder = TextEncoder(get_tokenizer(), template.special_tokens)
     return make_forward_step(encoder.image_tokens.context_id, tokens_per_tile(vision_config(get_args())))
 
 

@@ -71,6 +71,8 @@ def train_tokenizer(path: Path) -> None:
         vocab_size=400,
         model_type="bpe",
         byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         pad_id=3,
         user_defined_symbols=["<img>", "</img>", "<IMG_CONTEXT>"],
         minloglevel=2,

@@ -15,8 +15,10 @@ import pytest
 import sentencepiece
 from megatron.core.tokenizers import MegatronTokenizer
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SpmConverter
 
 import tools.data.prepare
 from megatron_smar.data import DataConfig, ImageConfig
@@ -35,13 +37,17 @@ def train_sentencepiece(path: Path, **options: Any) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines() * 4),
         model_writer=(stream := io.BytesIO()),
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-        **options,
+        **(
+            {
+                "model_type": "bpe",
+                "vocab_size": 420,
+                "byte_fallback": True,
+                "normalization_rule_name": "identity",
+                "remove_extra_whitespaces": False,
+                "minloglevel": 2,
+            }
+            | options
+        ),
     )
     path.write_bytes(stream.getvalue())
     return path
@@ -67,8 +73,14 @@ def train_byte_level(folder: Path) -> Path:
     return folder
 
 
-def train_llama_like(folder: Path) -> Path:
-    """Train a BPE with bytes to fall back on and a space put in front, as Llama's and Mixtral's `tokenizer.json`."""
+def train_llama_like(folder: Path, more: Sequence[str] = (), prefix: str = "Prepend") -> Path:
+    """Train a BPE with bytes to fall back on and a space put in front, as Llama's and Mixtral's `tokenizer.json`.
+
+    Args:
+        folder: Where to write it.
+        more: Further pieces, which are made of their characters one by one.
+        prefix: What puts the space in front: the normaliser Prepend, or Metaspace with one of its schemes.
+    """
     before = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = before
@@ -77,8 +89,18 @@ def train_llama_like(folder: Path) -> Path:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     merges = [tuple(pair) for pair in model["merges"]]
+    first = []  # pairs that are merged before all others
+    for piece in more:
+        for end in range(1, len(piece) + 1):
+            for part in (piece[:end], piece[end - 1]):
+                vocabulary.setdefault(part, len(vocabulary))
+            first += [(piece[: end - 1], piece[end - 1])] if end > 1 else []
+    merges = [*dict.fromkeys(first), *merges]
     llama = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    llama.normalizer = before
+    if prefix == "Prepend":
+        llama.normalizer = before
+    else:
+        llama.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=prefix, split=False)
     after = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     llama.decoder = decoders.Sequence(after)
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -93,9 +115,30 @@ def load_huggingface(folder: Path, tokens: Sequence[str] = IMAGE_TOKENS) -> Mega
     )
 
 
-def mixtral_model() -> Path:
-    """Mixtral 8x7B's own tokenizer.model, which mistral-common carries."""
-    return Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
+MISTRAL_MODELS = {
+    "v1": "tokenizer.model.v1",
+    "v2": "mistral_instruct_tokenizer_240216.model.v2",
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7m1",
+}
+
+
+def mixtral_model(version: str = "v1") -> Path:
+    """Mistral's own tokenizer.model, which mistral-common carries; v1 is Mixtral 8x7B's."""
+    return Path(str(importlib.resources.files("mistral_common") / "data" / MISTRAL_MODELS[version]))
+
+
+def convert_mistral(version: str, folder: Path) -> Path:
+    """Mistral's own tokenizer as a Hugging Face folder, as transformers converts it."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(mixtral_model(version).read_bytes())
+    vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    fast = SpmConverter.build_tokenizer_from_spm_proto(proto, vocabulary, legacy=True)
+    control = [AddedToken(piece.piece, normalized=False, special=True) for piece in proto.pieces if piece.type == 3]
+    fast.add_tokens(control)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=fast, **names).save_pretrained(folder)
+    return folder
 
 
 def load_tokenizer(path: Path) -> MegatronTokenizer:

@@ -1,26 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Templates against what their models publish, checks, and which tokens are learned."""
 
+import functools
 import hashlib
 import re
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.tokenizers import MegatronTokenizer
+from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
+from mistral_common.tokens.tokenizers.image import ImageEncoding
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from megatron_smar.data.conversations import TEMPLATES, get_template, read_turns, record_segments, tokenize_segments
+from megatron_smar.data.conversations import (
+    TEMPLATES,
+    get_template,
+    read_turns,
+    record_segments,
+    template_for,
+    tokenize_segments,
+)
 from megatron_smar.data.rejects import SampleError
-from megatron_smar.data.tokens import EOS, TextEncoder
+from megatron_smar.data.tokens import EOS, TextEncoder, add_tokens
 
-from .conftest import talk
+from .conftest import convert_mistral, load_huggingface, load_tokenizer, mixtral_model, talk
 
 CONTEXT = "<IMG_CONTEXT>"
 SENTENCEPIECE = ["tokenizer", "mixtral"]
@@ -69,6 +82,99 @@ def test_mistral_puts_system_text_before_the_first_user_text(tokenizer: Megatron
     assert marked(tokenizer, record, "mistral", []) == (
         "<s> [INST] Be nice.\n\nHi {text} [/INST]⟨ Yes.</s>⟩ [INST] And? [/INST]⟨ No.</s>⟩"
     )
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], MegatronTokenizer]:
+    """Mistral's own tokenizers with the image tokens, as a SentencePiece model and as a Hugging Face folder."""
+
+    @functools.cache
+    def load(version: str, folder: bool) -> MegatronTokenizer:
+        path = tmp_path_factory.mktemp("mistral") / "tokenizer.model"
+        if folder:
+            return load_huggingface(convert_mistral(version, path))
+        add_tokens(mixtral_model(version), path)
+        return load_tokenizer(path)
+
+    return load
+
+
+@functools.cache
+def mistral_common(version: str) -> MistralTokenizer:
+    tokenizer = MistralTokenizer.from_file(mixtral_model(version), mode=ValidationMode.finetuning)
+    if version in ("v3", "v7"):  # its own encoder resizes by OpenCV; which tokens a picture has is not compared
+        picture = ImageEncoding(tokens=[10], image=np.zeros((3, 16, 16)))
+        tokenizer.instruct_tokenizer.image_encoder = lambda chunk: picture
+    return tokenizer
+
+
+def reference(version: str, turns: list[dict[str, str]]) -> list[int]:
+    """mistral-common's ids of turns, with each picture's block of tokens as one -1."""
+    tokenizer = mistral_common(version)
+    messages: list[Any] = []
+    for turn in turns:
+        if turn["from"] == "system":
+            messages.append(SystemMessage(content=turn["value"]))
+        elif turn["from"] == "gpt":
+            messages.append(AssistantMessage(content=turn["value"]))
+        else:
+            chunks: list[Any] = []
+            for number, text in enumerate(turn["value"].split("<image>")):
+                chunks += [ImageChunk(image=Image.new("RGB", (16, 16)))] if number else []
+                chunks += [TextChunk(text=text)] if text else []
+            messages.append(UserMessage(content=chunks if len(chunks) > 1 else turn["value"]))
+    ids = tokenizer.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+    return [-1 if token == 10 and version != "v1" else token for token in ids]
+
+
+CONVERSATIONS = {
+    "one turn": talk("Hi", "Yes."),
+    "system": [{"from": "system", "value": "Be nice."}, *talk("Hi", "Yes.")],
+    "many turns": talk("Hi", "Yes.", "And?", "No.", "1\n2", "Über 🦊"),
+    "system, many turns": [{"from": "system", "value": "Be nice.\n"}, *talk("Hi", "Yes.", "And?", "No.")],
+    "spaces": talk(" Hi  ", " Yes. \n ", "\nAnd\n", "\tNo.   "),
+    "names of control tokens": talk("[INSTRUCT] [ /INST]", "[inst]"),
+}
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["SentencePiece", "Hugging Face"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v7"])
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_mistrals_conversations_are_encoded_as_by_mistral_common(turns, version: str, folder: bool, mistral) -> None:
+    tokenizer = mistral(version, folder)
+    template = template_for("mistral", tokenizer)
+    segments = record_segments({"conversations": turns}, template, 0)
+    ids, targets = tokenize_segments(segments, TextEncoder(tokenizer, template.special_tokens), [])
+    assert ids == reference(version, turns)
+    assert (3 in ids) == (version != "v1")
+    # What is learned are the answers, each with the end of sentence.
+    assert [i for i, target in zip(ids, targets, strict=True) if target].count(2) == sum(
+        t["from"] == "gpt" for t in turns
+    )
+    assert not any(target for i, target in zip(ids, targets, strict=True) if i in (3, 4) and version != "v1")
+
+
+WITH_PICTURES = {
+    "before": talk("<image>\nWhat?", "A cat."),
+    "behind": talk("What?<image>", "A cat."),
+    "between": talk("Here <image> is what?", "A cat."),
+    "two": talk("<image>\n<image>\nWhat?", "A cat.", "And <image>", "A dog."),
+    "system": [{"from": "system", "value": "Be nice."}, *talk("<image>\nWhat?", "A cat.", "Where?", "There.")],
+}
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["SentencePiece", "Hugging Face"])
+@pytest.mark.parametrize("version", ["v3", "v7"])
+@pytest.mark.parametrize("turns", WITH_PICTURES.values(), ids=WITH_PICTURES)
+def test_mistrals_pictures_stand_where_mistral_common_puts_them(turns, version: str, folder: bool, mistral) -> None:
+    tokenizer = mistral(version, folder)
+    template = template_for("mistral", tokenizer)
+    encoder = TextEncoder(tokenizer, template.special_tokens)
+    number = sum(turn["value"].count("<image>") for turn in turns)
+    ids, _ = tokenize_segments(record_segments({"conversations": turns}, template, number), encoder, [1] * number)
+    block = encoder.image_tokens.block(1)
+    assert [ids[i : i + 3] for i, token in enumerate(ids) if token == block[0]] == [block] * number
+    assert [-1 if i == block[1] else i for i in ids if i not in (block[0], block[2])] == reference(version, turns)
 
 
 def test_plain_keeps_images_and_drops_the_users_text(tokenizer: MegatronTokenizer) -> None:
@@ -141,7 +247,7 @@ def test_all_of_a_plain_text_is_learned(template: str, kind: str, request) -> No
 
 
 texts = st.text(
-    alphabet=st.characters(exclude_characters="▁\0<", exclude_categories=["Cs"]), min_size=1, max_size=12
+    alphabet=st.characters(exclude_characters="▁\0<\ufdd0", exclude_categories=["Cs"]), min_size=1, max_size=12
 ).filter(str.strip)
 
 

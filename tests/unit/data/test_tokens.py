@@ -2,12 +2,13 @@
 """Image tokens and piecewise encoding, with Mixtral's own tokenizer and the two kinds of Hugging Face's."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.tokenizers import MegatronTokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_smar.data.rejects import SampleError
@@ -22,6 +23,7 @@ from .conftest import (
     mixtral_model,
     train_byte_level,
     train_llama_like,
+    train_sentencepiece,
 )
 
 KINDS = ["tokenizer", "mixtral", "byte_level", "llama_like"]
@@ -35,7 +37,9 @@ LANGUAGES = [
 ]
 # What text there is: anything but a null character, half a surrogate pair and SentencePiece's sign for a space. No "<":
 # hypothesis finds the names of the special tokens in our sources, and those are not text.
-texts = st.text(alphabet=st.characters(exclude_characters="▁\0<", exclude_categories=["Cs"]), min_size=1, max_size=30)
+texts = st.text(
+    alphabet=st.characters(exclude_characters="▁\0<\ufdd0", exclude_categories=["Cs"]), min_size=1, max_size=30
+)
 
 
 def test_ids_of_image_tokens_are_the_vocabularys(tokenizer: MegatronTokenizer) -> None:
@@ -131,13 +135,120 @@ def test_tokenizer_without_end_of_sentence_is_refused(plain_model: Path) -> None
         TextEncoder(wrapper)
 
 
-def test_a_tokenizer_that_changes_text_behind_special_tokens_is_refused(tmp_path: Path) -> None:
-    letters = Tokenizer(models.BPE({"a": 0, "x": 1, "xa": 2, "</s>": 3}, [("x", "a")]))
-    letters.normalizer = normalizers.Prepend("x")
-    letters.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"changes text that stands behind a special token.*--tokenizer-model"):
+# Options of SentencePiece's trainer under which a tokenizer does not keep text, and what it does to it.
+CHANGES_TEXT = {
+    "SentencePiece's defaults": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    "newlines to spaces": {"normalization_rule_name": "nmt_nfkc"},
+    "compatible characters": {"normalization_rule_name": "nfkc"},
+    "small letters": {"normalization_rule_name": "nfkc_cf"},
+    "runs of spaces": {"remove_extra_whitespaces": True},
+    "newlines unknown": {"byte_fallback": False, "vocab_size": 120},
+    "a space behind text": {"treat_whitespace_as_suffix": True},
+}
+
+
+@pytest.mark.parametrize("options", CHANGES_TEXT.values(), ids=CHANGES_TEXT)
+def test_a_sentencepiece_model_that_changes_text_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    path = train_sentencepiece(tmp_path / "x.model", user_defined_symbols=list(IMAGE_TOKENS), **options)
+    with pytest.raises(ValueError, match=r"x.model changes text \(.* becomes .*--tokenizer-model") as refusal:
+        TextEncoder(load_tokenizer(path))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("options", [{"model_type": "unigram", "vocab_size": 320}, {"add_dummy_prefix": False}])
+def test_a_sentencepiece_model_that_keeps_text_is_taken(options: dict[str, Any], tmp_path: Path) -> None:
+    path = train_sentencepiece(tmp_path / "x.model", user_defined_symbols=list(IMAGE_TOKENS), **options)
+    tokenizer = load_tokenizer(path)
+    encoder = TextEncoder(tokenizer)
+    end_id = encoder.image_tokens.end_id
+    for text in ("\nWhat", "\n\n a\t b  ", " x", "é🦊"):
+        assert tokenizer.detokenize([end_id, *encoder.encode(text), end_id]) == f"</img>{text}</img>"
+
+
+def letters(**parts: Any) -> Tokenizer:
+    """A byte-level tokenizer with other parts in the place of its own."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": normalizers.Prepend("x")},
+        {"normalizer": normalizers.Strip()},
+        {"normalizer": normalizers.Lowercase()},
+        {"normalizer": normalizers.NFKC()},
+        {"normalizer": normalizers.StripAccents()},
+        {"normalizer": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])},
+        {"normalizer": normalizers.Replace("\n", " ")},
+        {"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])},
+        {"decoder": decoders.WordPiece()},
+    ],
+    ids=lambda parts: next(iter(parts.values())).__class__.__name__,
+)
+def test_a_hugging_face_tokenizer_that_changes_text_is_refused(parts: dict[str, Any], tmp_path: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=letters(**parts), eos_token="</s>").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"changes text \(.* becomes .*--tokenizer-model"):
         TextEncoder(load_huggingface(tmp_path))
+
+
+def test_a_character_without_a_token_costs_its_sample_and_not_the_run(tmp_path: Path) -> None:
+    path = train_sentencepiece(
+        tmp_path / "x.model",
+        user_defined_symbols=[*IMAGE_TOKENS, "\n", "\t", "\r"],
+        byte_fallback=False,
+        vocab_size=120,
+    )
+    encoder = TextEncoder(load_tokenizer(path))
+    with pytest.raises(SampleError, match=r"text_changed: the tokenizer has no tokens for '🦊 is', at 2"):
+        encoder.encode("a 🦊 is")
+
+
+RUNS = ["\n\n", "\n\n\n", "\nWhat", "\t\t"]
+
+
+@pytest.fixture(scope="module", params=["Prepend", "always", "first", "never"])
+def with_newline_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
+    """Tokenizers like Llama's, with pieces for runs of newlines and for one with a word."""
+    return load_huggingface(train_llama_like(tmp_path_factory.mktemp("runs"), RUNS, request.param))
+
+
+@given(texts=st.lists(st.text(alphabet="ab What\n\t\r .🦊é", min_size=1, max_size=8), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_no_newline_or_space_is_lost_whatever_pieces_there_are_for_runs(
+    texts: list[str], with_newline_runs: MegatronTokenizer
+) -> None:
+    encoder = TextEncoder(with_newline_runs)
+    end_id = encoder.image_tokens.end_id
+    # A token in front, since decoders take the space off a text's beginning.
+    ids = [end_id]
+    for text in texts:
+        ids += [*encoder.encode(text), end_id]
+    assert with_newline_runs.detokenize(ids) == "</img>" + "</img>".join(texts) + "</img>"
+    assert encoder.encode("\nWhat") == [with_newline_runs.vocab.index("\nWhat")]
+    space = [with_newline_runs.vocab.index("▁")] if encoder.puts_space else []
+    assert encoder.encode("\n\n", begins_text=True) == [*space, with_newline_runs.vocab.index("\n\n")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=texts)
+@settings(max_examples=100, deadline=None)
+def test_what_is_encoded_spells_the_text_or_is_refused(text: str, kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    encoder = TextEncoder(tokenizer)
+    end_id = encoder.image_tokens.end_id
+    for piece in (text, f"\n{text}", f" {text}  ", f"\t{text}\r\n"):
+        expected = normalizers.NFC().normalize_str(piece) if kind == "byte_level" else piece
+        assert tokenizer.detokenize([end_id, *encoder.encode(piece), end_id]) == f"</img>{expected}</img>"
+
+
+def test_sentencepieces_sign_for_a_space_is_refused_where_it_would_become_one(mixtral: MegatronTokenizer) -> None:
+    with pytest.raises(SampleError, match=r"text_changed: the tokenizer has no tokens for '▁▂▃', at 5"):
+        TextEncoder(mixtral).encode("bars ▁▂▃")
 
 
 def test_padding_is_end_of_sentence_where_there_is_no_padding_token(mixtral: MegatronTokenizer) -> None:
@@ -145,7 +256,7 @@ def test_padding_is_end_of_sentence_where_there_is_no_padding_token(mixtral: Meg
     assert encoder.pad_id == encoder.eos_id == 2
 
 
-pieces = st.lists(st.text(alphabet="ab c\n.[/]é🦊▁", min_size=1, max_size=8), min_size=1, max_size=4)
+pieces = st.lists(st.text(alphabet="ab c\n.[/]é🦊", min_size=1, max_size=8), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "mixtral", "byte_level"])
