@@ -37,6 +37,7 @@ from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.vision import NORMALISATION, side_in_pixels
 
 LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
+TOWER = "vision_model.tower."  # the trainer's
 # Layouts that come with code of their own, which `original_layouts.py` reads.
 ORIGINAL_TYPES = ("internvl_chat", "intern_vit_6b", "vita-mixtral", "vita-Qwen2")
 MODALITY_BIAS = re.compile(r"(.*\.mlp\.router)\.weight")
@@ -283,7 +284,7 @@ def vision_weights(tower: PretrainedConfig) -> list[Weight]:
     """The vision tower is transformers' own, taken whole: its weights have the same names on both sides."""
     with torch.device("meta"):
         names = list(AutoModel.from_config(tower).state_dict())
-    return [Weight(f"vision_model.tower.{name}", (VISION + name,)) for name in names]
+    return [Weight(TOWER + name, (VISION + name,)) for name in names]
 
 
 def connector_weights(connector: ConnectorType, seed: int | None) -> list[Weight]:

@@ -21,6 +21,7 @@ from megatron_smar.checkpoint import composite
 from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing, without_code
 from megatron_smar.checkpoint.metadata import saved_arguments
 from megatron_smar.checkpoint.model import describe_model, differing_flags
+from megatron_smar.checkpoint.outcome import Written
 from megatron_smar.checkpoint.remote_code import RemoteFields, needs_remote_code, plain_config, write_remote_code
 from megatron_smar.checkpoint.safetensors_io import write_folder
 from megatron_smar.checkpoint.sources import Source
@@ -32,7 +33,7 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def export_model(
     load: Path, hf: Path, output: Path, iteration: int | None = None, dtype: torch.dtype | None = None
-) -> None:
+) -> Written:
     """Writes a checkpoint as a Hugging Face folder.
 
     A plain model for any tool, unless it has what transformers' class has no place for (modality biases that are not
@@ -44,6 +45,9 @@ def export_model(
         output: The new folder.
         iteration: Which checkpoint; None for the latest.
         dtype: Of the weights; None for what each one has.
+
+    Returns:
+        What was written.
 
     Raises:
         ConversionError: The checkpoint holds another model than `hf` describes, or `output` cannot be written.
@@ -71,6 +75,7 @@ def export_model(
         (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         with tqdm(total=needed, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
             write_folder(folder, layout, lambda name: tensors[name].read(), bar.update)
+    return Written.of(len(layout), layout.values())
 
 
 def with_dtype(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_smar.checkpoint import composite
 from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing
 from megatron_smar.checkpoint.model import describe_model, write_flags
+from megatron_smar.checkpoint.outcome import Written
 from megatron_smar.checkpoint.sources import Readable, Source
 from megatron_smar.checkpoint.torch_dist import Shard, write_checkpoint
 from megatron_smar.checkpoint.weights import Piece, Weight, pieces_of
@@ -22,7 +23,7 @@ from megatron_smar.checkpoint.weights import Piece, Weight, pieces_of
 TIED, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
-def write_model(source: Source, output: Path, dtype: torch.dtype | None = None) -> None:
+def write_model(source: Source, output: Path, dtype: torch.dtype | None = None) -> Written:
     """Writes a model as a checkpoint for --load.
 
     Args:
@@ -30,6 +31,9 @@ def write_model(source: Source, output: Path, dtype: torch.dtype | None = None) 
         output: The new folder: the checkpoint, `flags.txt` with the model's flags, and `hf/` with its config, tokenizer
             and processor.
         dtype: Of the weights; None for what each one has.
+
+    Returns:
+        What was written.
 
     Raises:
         ConversionError: A weight is missing, superfluous or of another shape, or `output` cannot be written.
@@ -47,6 +51,7 @@ def write_model(source: Source, output: Path, dtype: torch.dtype | None = None) 
         write_flags(folder / "flags.txt", source.flags)
         with tqdm(total=needed, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
             write_checkpoint(folder, shards, objects, args, bar.update)
+    return Written.of(len(source.table), [(shard.sizes, shard.dtype) for shard in shards])
 
 
 def check_names(source: Source) -> None:

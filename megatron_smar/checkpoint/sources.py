@@ -106,7 +106,7 @@ def read_parts(
     Raises:
         ValueError: One of them cannot be used.
     """
-    text, tower = composite.load_config(language), _read_tower(vision)
+    text, tower = composite.load_config(language), read_tower(vision)
     image_token_id, vocab_size = _with_image_tokens(tokenizer, scratch)
     config = composite.combine(text, tower.config, connection, image_token_id, vocab_size)
     stored = read_folder(language)
@@ -120,7 +120,7 @@ def read_parts(
 
 
 @dataclass(frozen=True)
-class _Tower:
+class Tower:
     """A vision tower in a folder: its config, its tensors, and how the checkpoint's weights are made of them."""
 
     config: PretrainedConfig
@@ -128,7 +128,7 @@ class _Tower:
     table: list[Weight]
 
 
-def _read_tower(folder: Path) -> _Tower:
+def read_tower(folder: Path) -> Tower:
     """A vision encoder, or that of a model which has one; InternViT also as it was published."""
     content = composite.read_content(folder)
     if original_layouts.is_tower(content):
@@ -136,12 +136,12 @@ def _read_tower(folder: Path) -> _Tower:
         prefix = original_layouts.INTERNVL.tower if "vision_config" in content else ""
         own = {name: tensor for name, tensor in read_folder(folder).items() if name.startswith(prefix)}
         tensors: dict[str, Readable] = {composite.VISION + name: tensor for name, tensor in own.items()}
-        return _Tower(config, tensors, original_layouts.tower_weights(config, composite.VISION + prefix))
+        return Tower(config, tensors, original_layouts.tower_weights(config, composite.VISION + prefix))
     whole = composite.load_config(folder)
     config = composite.tower_of(whole)
     stored = read_folder(folder)
     names = composite.part_of(stored, composite.VISION, config)
-    return _Tower(config, {ours: stored[name] for name, ours in names.items()}, composite.vision_weights(config))
+    return Tower(config, {ours: stored[name] for name, ours in names.items()}, composite.vision_weights(config))
 
 
 def _with_tower(table: list[Weight], tower: list[Weight]) -> list[Weight]:
@@ -183,26 +183,26 @@ def _original_tower(
     layout: original_layouts.Layout,
     vision: Path | None,
     names: Collection[str],
-) -> _Tower:
+) -> Tower:
     """The vision tower of such a model; its own weights go before those of a folder that --vision names."""
     if "vision_config" in content:
         if vision is not None:
             raise composite.UnsupportedError(f"--hf {folder} has its vision tower in it; give no --vision beside it.")
         config: PretrainedConfig = original_layouts.tower_config(content["vision_config"])
-        return _Tower(config, {}, original_layouts.tower_weights(config, layout.tower))
+        return Tower(config, {}, original_layouts.tower_weights(config, layout.tower))
     if vision is None:
         raise composite.UnsupportedError(
             f"--hf {folder} is a {content['model_type']} model, whose config.json only names its vision tower "
             f"({content.get('mm_vision_tower')!r}); give that model's folder as --vision."
         )
-    tower = _read_tower(vision)
+    tower = read_tower(vision)
     if tower.config.model_type != "internvl_vision":
         raise composite.UnsupportedError(
             f"--vision {vision} is a tower of the type {tower.config.model_type}; a {content['model_type']} model has "
             "an InternViT (VITA: InternViT-300M-448px)."
         )
     if any(name.startswith(layout.tower) for name in names):
-        return _Tower(tower.config, {}, original_layouts.tower_weights(tower.config, layout.tower))
+        return Tower(tower.config, {}, original_layouts.tower_weights(tower.config, layout.tower))
     return tower
 
 

@@ -17,13 +17,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
-from transformers.utils import logging
+from transformers import AutoTokenizer, PretrainedConfig
 
-from megatron_smar.checkpoint import remote_code
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.tiling import ImageConfig, ImageProcessor
-from megatron_smar.model.vision import VisionConfig, normalisation, normalise, side_in_pixels, tokens_per_tile
+from megatron_smar.model.vision import VisionConfig, side_in_pixels, tokens_per_tile
 from megatron_smar.training.batch import prepare_batch
 
 TEXT = (
@@ -102,19 +100,6 @@ def _text_ids(hf: Path, config: PretrainedConfig, texts: Sequence[str]) -> list[
 
 def _without(ids: Tensor, token: int) -> Tensor:
     return ids[ids != token]
-
-
-@torch.no_grad()
-def reference_logits(hf: Path, ids: Tensor, tiles: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    """The Hugging Face model's logits [b, s, vocabulary] in float32; no code of the folder is run."""
-    logging.disable_progress_bar()
-    remote_code.register()
-    model = AutoModelForImageTextToText.from_pretrained(hf, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    model = model.eval().to(device)
-    config = model.config
-    pixels = normalise(tiles, *normalisation(VisionConfig(str(hf), tiles.shape[-1], config.downsample_ratio)))
-    logits: Tensor = model(input_ids=ids.to(device), pixel_values=pixels.to(device, dtype)).logits
-    return logits.float().cpu()
 
 
 @torch.no_grad()

@@ -184,7 +184,7 @@ class VisionEncoder(nn.Module):
         self.vision = vision
         self.mean, self.std = normalisation(vision)
         tower_config = load_vision_config(vision)
-        self.tower = _load_tower(vision, tower_config, dtype)
+        self.tower = load_tower(vision, tower_config, dtype)
         self.trainable = trainable
         self.tower.requires_grad_(trainable)
         self.num_patches = (side_in_pixels(tower_config.image_size) // side_in_pixels(tower_config.patch_size)) ** 2
@@ -239,7 +239,17 @@ class VisionEncoder(nn.Module):
         return gather_from_sequence_parallel_region(features, group=group)[:tiles]
 
 
-def _load_tower(vision: VisionConfig, tower: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def load_tower(vision: VisionConfig, tower: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A vision tower, with its weights unless a checkpoint will bring them.
+
+    Args:
+        vision: Where it is.
+        tower: Its config.
+        dtype: Of its weights.
+
+    Raises:
+        ValueError: They are missing, in part or all, or cannot be read.
+    """
     if not vision.has_weights:
         return AutoModel.from_config(tower, dtype=dtype)
     composite = AutoConfig.from_pretrained(vision.model, trust_remote_code=False).model_type != tower.model_type

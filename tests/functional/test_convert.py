@@ -2,6 +2,7 @@
 """tools/checkpoint/convert.py as a user runs it: from Hugging Face through a training and back."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -72,6 +73,49 @@ def trained(world, start) -> Path:
     output = run("pretrain_vlm.py", *TRAINING, *model, *data, *place, ranks=2).stdout
     assert "successfully loaded checkpoint" in output and "iteration        2/       2" in output
     return start.parent / "trained"
+
+
+def closing(said: str) -> str:
+    """The line with which a command ends; the bar of its progress is on the other stream."""
+    return next(line for line in said.splitlines() if " is written: " in line)
+
+
+def test_each_conversion_ends_with_what_is_where_and_what_comes_next(world, start, convert, tmp_path):
+    """The commands that it names are those that the other tests of this file run."""
+    llama = language("llama", tmp_path / "llama")
+    made = tmp_path / "made"
+    status, said = convert("import", *parts(world, llama), "--output", made)
+    size = sum(math.prod(shape) for shape in load_shapes(made))
+    assert status == 0
+    assert closing(said).startswith(f"{made} is written: ") and f"{4 * size / 1000:.3g} kB of float32;" in closing(said)
+    assert f"verify --load {made} --language {llama} --vision {world.root / 'vision'}" in closing(said)
+    training = f"--load {made} --finetune $(cat {made}/flags.txt) --vision-model {made}/hf --tokenizer-type Sentence"
+    assert training in closing(said)
+    status, said = convert("export", "--load", start, "--hf", start / "hf", "--output", tmp_path / "out")
+    assert status == 0 and closing(said).startswith(
+        f"{tmp_path / 'out'} is written: {len(read(tmp_path / 'out'))} weights"
+    )
+    assert "trust_remote_code=True" in closing(said), "mlp2x_gelu has no place in the plain class"
+    dense = ["--hf", tmp_path / "out"]
+    status, said = convert("import", *dense, "--dtype", "bfloat16", "--output", tmp_path / "half")
+    assert status == 0 and "of bfloat16 and" in closing(said) and "verify" not in closing(said), "they differ"
+    status, said = convert("upcycle", *parts(world, llama), "--output", tmp_path / "mixture")
+    assert status == 0 and closing(said).startswith(f"{tmp_path / 'mixture'} is written: ")
+
+
+def load_shapes(checkpoint: Path) -> list[tuple[int, ...]]:
+    """The shapes of a checkpoint's weights."""
+    from megatron_smar.checkpoint.torch_dist import CheckpointReader
+
+    tensors = CheckpointReader(checkpoint).tensors
+    return [tuple(data.size) for name, data in tensors.items() if "_extra_state" not in name]
+
+
+def test_an_import_is_compared_with_the_parts_that_it_was_made_of(world, start, convert, tmp_path):
+    sources = ["--language", start.parent / "mixtral", "--vision", world.root / "vision"]
+    layout = TRAINING[TRAINING.index("--tensor-model-parallel-size") : TRAINING.index("--modality-routing")]
+    said = run(PROGRAM, "verify", "--load", start, *sources, *layout, ranks=2).stdout
+    assert "greedy tokens that agree" in said
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -209,6 +253,16 @@ MISTAKES = {
         "--moe-router-topk is 5; give 2 to --num-experts 4",
     ),
     "nothing to compare with": (["verify", "--load", "{load}", "--hf", "{hf}"], "must hold the model's weights"),
+    "nothing named": (["verify", "--load", "{load}"], "give either --hf, or both --language and --vision"),
+    "half of the parts": (["verify", "--load", "{load}", "--vision", "{hf}"], "give either --hf, or both --language"),
+    "a whole and parts": (
+        ["verify", "--load", "{load}", "--hf", "{hf}", "--language", "{hf}", "--vision", "{hf}"],
+        "give either --hf, or both --language",
+    ),
+    "parts without their import": (
+        ["verify", "--load", "{load}/release", "--language", "{hf}", "--vision", "{hf}"],
+        "has no hf/, as an import of --language and --vision leaves it",
+    ),
     "nothing to compare": (["verify", "--load", "{hf}", "--hf", "{exported}"], "holds no checkpoint"),
 }
 

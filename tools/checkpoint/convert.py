@@ -29,13 +29,14 @@ import torch.distributed as dist  # noqa: E402
 from megatron.training import get_args  # noqa: E402
 
 from megatron_smar.arguments import CONNECTORS, vision_config  # noqa: E402
-from megatron_smar.checkpoint import composite  # noqa: E402
+from megatron_smar.checkpoint import composite, outcome  # noqa: E402
 from megatron_smar.checkpoint.composite import Connection, load_composite  # noqa: E402
 from megatron_smar.checkpoint.describe import describe  # noqa: E402
 from megatron_smar.checkpoint.exporter import export_model, read_checkpoint  # noqa: E402
 from megatron_smar.checkpoint.importer import write_model  # noqa: E402
 from megatron_smar.checkpoint.metadata import find_checkpoint  # noqa: E402
 from megatron_smar.checkpoint.model import as_argv  # noqa: E402
+from megatron_smar.checkpoint.reference import load_parts, load_whole, reference_logits  # noqa: E402
 from megatron_smar.checkpoint.safetensors_io import read_folder  # noqa: E402
 from megatron_smar.checkpoint.sources import CONNECTOR_SEED, Source, read_composite, read_parts  # noqa: E402
 from megatron_smar.checkpoint.upcycle import UpcyclingConfig, upcycled  # noqa: E402
@@ -44,11 +45,11 @@ from megatron_smar.checkpoint.verify import (  # noqa: E402
     build_inputs,
     checkpoint_logits,
     compare,
-    reference_logits,
 )
 from megatron_smar.model.vision import tokens_per_tile  # noqa: E402
 from megatron_smar.training.setup import start  # noqa: E402
 
+FORMS = "give either --hf, or both --language and --vision."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,7 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="whether a checkpoint and a Hugging Face model have the same logits; exit status 1 where they differ",
         description="Further flags are Megatron's (layout, --bf16 ...); several ranks are started by torchrun.",
     )
-    verified.add_argument("--hf", type=Path, required=True, help="folder of the model, with its weights")
+    verified.add_argument("--hf", type=Path, help="folder of the model, with its weights")
+    verified.add_argument("--language", type=Path, help="or of the language model that was imported")
+    verified.add_argument("--vision", type=Path, help="with the vision encoder's; the connector is the checkpoint's")
     verified.add_argument("--load", type=Path, required=True, help="folder of the checkpoint")
     verified.add_argument("--tolerance", type=float, default=1e-4, help="of a logit, absolute. Default: %(default)s")
     verified.add_argument("--text", nargs="+", default=[], help="texts to compare on. Default: one of its own")
@@ -139,12 +142,24 @@ def read_source(args: argparse.Namespace, scratch: Path) -> Source:
     if args.hf is not None and args.language is None and (load is None or args.vision is None):
         return read_composite(args.hf, args.vision, scratch) if load is None else read_checkpoint(load, args.hf)
     if args.hf is not None or args.language is None or args.vision is None:
-        raise ValueError("give either --hf, or both --language and --vision.")
+        raise ValueError(FORMS)
     if load is not None:
         raise ValueError("--load goes with --hf, the folder that has the checkpoint's config; leave --language out.")
     connection = Connection(args.connector, args.pixel_shuffle, args.vision_feature_layer, args.vision_feature_scale)
     tokenizer = args.tokenizer_model or args.language
     return read_parts(args.language, args.vision, connection, tokenizer, scratch, args.seed)
+
+
+def sources_of(args: argparse.Namespace) -> list[str]:
+    """Flags under which `verify` compares an import with what it was made of; none where they are not to be equal."""
+    noise: float = getattr(args, "noise", 0.0)
+    if args.dtype is not None or noise:
+        return []
+    if args.hf is None:
+        return ["--language", str(args.language), "--vision", str(args.vision)]
+    comparable = getattr(args, "load", None) is None and args.vision is None
+    is_original = composite.read_content(args.hf).get("model_type") in composite.ORIGINAL_TYPES
+    return ["--hf", str(args.hf)] if comparable and not is_original else []
 
 
 def upcycling_config(args: argparse.Namespace) -> UpcyclingConfig:
@@ -160,14 +175,24 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
     Returns:
         Whether they do, on every rank.
     """
-    config = load_composite(options.hf)
-    read_folder(options.hf)  # a folder without weights is told before anything is built
+    parts = [options.language, options.vision]
+    if (options.hf is None) != all(parts) or (options.hf is not None and any(parts)):
+        raise ValueError(FORMS)
     find_checkpoint(options.load)
+    hf = options.hf or options.load / "hf"
+    if options.hf is None and not hf.is_dir():
+        raise ValueError(
+            f"{options.load} has no hf/, as an import of --language and --vision leaves it; export it, and give the "
+            "export as --hf."
+        )
+    config = load_composite(hf)
+    for folder in filter(None, [options.hf, *parts]):
+        read_folder(folder)  # one without weights is named before anything is built
     written = options.load / "flags.txt"  # import and upcycle leave the model's flags there
     model_flags = written.read_text().split() if written.is_file() else as_argv(composite.flags(config))
     vocabulary = ["--tokenizer-type", "NullTokenizer", "--vocab-size", config.text_config.vocab_size]
     fixed = "--micro-batch-size 1 --global-batch-size 1 --skip-train --no-load-optim --no-load-rng --finetune".split()
-    given = ["--vision-model", options.hf, "--load", options.load, "--exit-on-missing-checkpoint"]
+    given = ["--vision-model", hf, "--load", options.load, "--exit-on-missing-checkpoint"]
     length = ["--seq-length", config.text_config.max_position_embeddings]
     argv = [*model_flags, *vocabulary, *fixed, *given, *length, *flags]
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
@@ -175,11 +200,16 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments
         model, _, _ = start([str(word) for word in argv])
     args = get_args()
-    ids, tiles = build_inputs(options.hf, config, options.text, options.image, args.tensor_model_parallel_size)
+    ids, tiles = build_inputs(hf, config, options.text, options.image, args.tensor_model_parallel_size)
     ours = checkpoint_logits(model, ids, tiles, config.image_token_id, tokens_per_tile(vision_config(args)))
     found: list[Agreement | None] = [None]
     if dist.get_rank() == 0:
-        agreement = compare(reference_logits(options.hf, ids, tiles, args.params_dtype, runtime.device()), ours)
+        whole = (
+            load_parts(options.load, options.language, options.vision, args.params_dtype)
+            if options.hf is None
+            else load_whole(options.hf, args.params_dtype)
+        )
+        agreement = compare(reference_logits(whole, hf, ids, tiles, runtime.device()), ours)
         print(agreement.table(options.tolerance), flush=True)
         found = [agreement]
     dist.broadcast_object_list(found)
@@ -205,9 +235,11 @@ def main() -> None:
                 source = read_source(args, Path(scratch))
                 if args.command == "upcycle":
                     source = upcycled(source, upcycling_config(args))
-                write_model(source, args.output, DTYPES.get(args.dtype))
+                written = write_model(source, args.output, DTYPES.get(args.dtype))
+            print(outcome.of_import(args.output, written, sources_of(args)))
         else:
-            export_model(args.load, args.hf, args.output, args.iteration, DTYPES.get(args.dtype))
+            written = export_model(args.load, args.hf, args.output, args.iteration, DTYPES.get(args.dtype))
+            print(outcome.of_export(args.output, written, args.load))
     except ValueError as error:
         parser.error(str(error))
 

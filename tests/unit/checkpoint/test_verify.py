@@ -78,7 +78,8 @@ def test_a_faithful_model_agrees_and_one_changed_weight_shows(hf: Path, single_r
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron_smar.checkpoint.composite import load_config
-    from megatron_smar.checkpoint.verify import build_inputs, checkpoint_logits, reference_logits
+    from megatron_smar.checkpoint.reference import load_whole, reference_logits
+    from megatron_smar.checkpoint.verify import build_inputs, checkpoint_logits
 
     # Another test's backward pass may have left a scale of another shape, which the schedule would write to.
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
@@ -86,7 +87,7 @@ def test_a_faithful_model_agrees_and_one_changed_weight_shows(hf: Path, single_r
     model.model_type = ModelType.encoder_or_decoder  # as Megatron's get_model sets it
     copy_weights(build_hf_model(IMAGE_TOKEN), model)
     ids, tiles = build_inputs(hf, load_config(hf), [], [], multiple_of=1)
-    reference = reference_logits(hf, ids, tiles, torch.float32, "cpu")
+    reference = reference_logits(load_whole(hf, torch.float32), hf, ids, tiles, "cpu")
     found = compare(reference, checkpoint_logits([model], ids, tiles, IMAGE_TOKEN, 4))
     assert found.within(1e-4), found.table(1e-4)
     assert found.largest > 0.1 and found.positions == ids.numel()
