@@ -119,7 +119,7 @@ def read_checkpoints_without_running_them() -> None:
 
     @functools.wraps(load_bytes)
     def load_admitted_bytes(self: Any, read_item: Any, value: Any) -> None:
-        with torch.serialization.safe_globals(unpickling.admitted_optimizers()):
+        with torch.serialization.safe_globals(unpickling.admitted()):
             load_bytes(self, read_item, value)
 
     @functools.wraps(read_data)

@@ -84,10 +84,15 @@ def load_object(content: bytes) -> Any:
     Raises:
         Exception: Whatever its bytes lead to, if it is damaged or asks for other classes than Megatron's own.
     """
+    with torch.serialization.safe_globals(admitted()):
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def admitted() -> list[Any]:
+    """The classes of the objects beside the tensors: Megatron's own, which it registers on some paths only."""
     from megatron.core.safe_globals import SAFE_GLOBALS
 
-    with torch.serialization.safe_globals([*SAFE_GLOBALS, *admitted_optimizers()]):
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return [*SAFE_GLOBALS, *admitted_optimizers()]
 
 
 def admitted_optimizers() -> list[Any]:
