@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+WEIGHT_FILES += ("*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.npz")
+PICKLES = ("*.pkl", "*.pickle", "*.joblib", "*.npy")  # which run code when they are opened
 
 
 class ConversionError(ValueError):
@@ -63,7 +65,7 @@ def copy_companions(origins: Iterable[Path], folder: Path) -> None:
     """
     for origin in origins:
         for path in sorted(origin.iterdir()) if origin.is_dir() else [origin]:
-            is_weight = any(path.match(pattern) for pattern in WEIGHT_FILES)
+            is_weight = any(path.match(pattern) for pattern in (*WEIGHT_FILES, *PICKLES))
             is_other = is_weight or path.suffix == ".py" or path.name == "config.json"
             if path.is_file() and not is_other and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)

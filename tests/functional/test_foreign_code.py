@@ -151,6 +151,7 @@ def test_no_command_of_the_converter_runs_a_models_code(world, clean, stranger, 
         assert "Traceback" not in said
         for path in output.rglob("*.json"):
             assert "evil.Evil" not in path.read_text(), f"{path} names code that a later program would be asked to run"
+        assert not [path for path in output.rglob("*") if path.name in PICKLES], "a pickle is handed on"
         assert not [path for path in output.rglob("*.py") if path.name != "modeling_modality_aware.py"]
     if "type" in kinds or "pickles alone" in kinds:
         status, said = convert("verify", "--hf", hf, "--load", tmp_path / "good")
