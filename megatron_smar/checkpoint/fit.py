@@ -23,15 +23,6 @@ from megatron_smar.checkpoint.metadata import (
     saved_arguments,
 )
 
-# What the distributed optimizer's state depends on, where it was not saved for any layout.
-MODEL_PARALLEL = {
-    "TP": "tensor_model_parallel_size",
-    "PP": "pipeline_model_parallel_size",
-    "VPP": "virtual_pipeline_model_parallel_size",
-    "EP": "expert_model_parallel_size",
-    "ETP": "expert_tensor_parallel_size",
-}
-
 
 class CheckpointMismatchError(ValueError):
     """The checkpoint holds something else; the message names the first weight, or the flag, that differs."""
@@ -90,50 +81,6 @@ def _first_mismatch(model: MegatronModule, folder: Path | None) -> str:
     return ""
 
 
-def check_optimizer(args: Namespace, state: dict[str, Any] | None) -> None:
-    """Compares how the optimizer's state lies in the checkpoint with how this run would take it up.
-
-    The files are the same for all ranks, and so is the outcome.
-
-    Args:
-        args: The run's.
-        state: Of `resumed_state`.
-
-    Raises:
-        CheckpointMismatchError: Megatron could not load it, or would leave a part of it out.
-    """
-    if args.no_load_optim or state is None:
-        return
-    saved = saved_arguments(state)
-    sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
-    afresh = "or --no-load-optim to start with a new optimizer"
-    if getattr(saved, "no_save_optim", False):
-        raise CheckpointMismatchError(
-            f"--load {args.load} was saved with --no-save-optim; give --finetune to start from its weights, {afresh}."
-        )
-    rates = {name: (getattr(saved, name, None), getattr(args, name, None)) for name in ("lr", "min_lr")}
-    changed = [f"--{name.replace('_', '-')} was {was}, not {now}" for name, (was, now) in rates.items() if was != now]
-    if changed:
-        raise CheckpointMismatchError(
-            f"--load {args.load} cannot be continued at another rate, by which Megatron finds the optimizer's state: "
-            f"{', '.join(changed)}; give the same, {afresh}."
-        )
-    if args.use_distributed_optimizer and sharding is None:
-        raise CheckpointMismatchError(
-            f"--use-distributed-optimizer cannot take up the optimizer's state in --load {args.load}, which was saved "
-            f"without it; leave the flag out, {afresh}."
-        )
-    if sharding and not args.use_distributed_optimizer:
-        raise CheckpointMismatchError(
-            f"--load {args.load} has the distributed optimizer's state; give --use-distributed-optimizer, {afresh}."
-        )
-    if sharding == "dp_reshardable" and _layout(saved) != _layout(args):
-        raise CheckpointMismatchError(
-            f"--load {args.load} was saved with --no-dist-ckpt-optim-fully-reshardable under {_layout(saved)}, and its "
-            f"optimizer's state does not fit {_layout(args)}; give the same sizes, {afresh}."
-        )
-
-
 def leave_other_random_state(args: Namespace, state: dict[str, Any] | None) -> None:
     """Sets --no-load-rng, and says so, where the checkpoint's generators are those of another kind of device.
 
@@ -167,9 +114,3 @@ def resumed_state(args: Namespace) -> dict[str, Any] | None:
         return read_common_state(folder, read_contents(folder))
     except DamagedError as error:
         raise CheckpointMismatchError(f"--load {args.load} cannot be continued: {error}") from error
-
-
-def _layout(args: Namespace) -> str:
-    """The sizes of what cuts the model, as `TP 2, EP 4`."""
-    sizes = {name: getattr(args, argument, None) or 1 for name, argument in MODEL_PARALLEL.items()}
-    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "no model parallelism"

@@ -8,8 +8,9 @@ matter.
 
 from __future__ import annotations
 
+import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def find_checkpoint(path: Path, iteration: int | None = None) -> Path:
     if iteration is not None:
         folder = Path(get_checkpoint_name(str(path), iteration, False, return_base_dir=True))
     elif tracker.is_file():
-        folder = Path(get_checkpoint_name(str(path), *_latest(tracker), return_base_dir=True))
+        folder = Path(get_checkpoint_name(str(path), *read_tracker(tracker), return_base_dir=True))
     elif not (path / ".metadata").is_file() and not any(path.glob("*.distcp")):
         raise ValueError(f"{path} holds no checkpoint: it has no {tracker.name}; give the folder that --save named.")
     if not folder.is_dir():
@@ -64,14 +65,29 @@ def find_checkpoint(path: Path, iteration: int | None = None) -> Path:
     return folder
 
 
-def _latest(tracker: Path) -> tuple[int, bool]:
-    """The iteration, and whether it is a release; Megatron's own reader ends the program where it is neither."""
-    content = tracker.read_text(encoding="utf-8").strip()
+def read_tracker(tracker: Path, there: Sequence[str] = ()) -> tuple[int, bool]:
+    """What a tracker file names; Megatron's own reader ends the program, with status 0, where it names nothing.
+
+    Args:
+        tracker: The file.
+        there: What it could name.
+
+    Returns:
+        The step, and whether it is a release.
+
+    Raises:
+        DamagedError: It names neither a step nor a release.
+    """
+    try:
+        content = tracker.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{tracker} cannot be read ({told(error)}); it holds one checkpoint's step as text.") from error
     if content == "release":
         return 0, True
-    if not content.isdigit():
+    if not re.fullmatch("[0-9]+", content):
         raise DamagedError(
-            f"{tracker} names no step but {content[:40]!r}; write the step of a checkpoint beside it there."
+            f"{tracker} names no step but {content[:40]!r}; write that of a whole checkpoint beside it there"
+            f"{': ' if there else ''}{', '.join(there)}."
         )
     return int(content), False
 

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a folder of checkpoints holds: the one to load, those whose saving was interrupted, and what is wrong with it.
+
+Megatron takes a folder without a tracker file for one without checkpoints, and trains from random weights; on a tracker
+that names no step it ends with status 0. Here everything but an empty place is a checkpoint or an error.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
+
+from megatron_smar.checkpoint.metadata import DamagedError, file_problems, read_common_state, read_contents, read_tracker
+
+RELEASE = "release"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder of checkpoints, as --save and --load name it.
+
+    Attributes:
+        path: The folder.
+        checkpoint: That of the checkpoint to load; None if the folder holds none.
+        half_written: Names of the checkpoints whose saving was interrupted; they count as nothing.
+        newer: Names of the checkpoints behind the one to load.
+    """
+
+    path: Path
+    checkpoint: Path | None
+    half_written: tuple[str, ...] = ()
+    newer: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """The checkpoint's step; 0 where there is none, and for a converted model."""
+        return int(_content(self.checkpoint.name)) if self.checkpoint and not self.is_release else 0
+
+    @property
+    def is_release(self) -> bool:
+        """Whether the checkpoint is a converted model's, which no run has made."""
+        return self.checkpoint is not None and self.checkpoint.name == RELEASE
+
+
+def locate(flag: str, path: str, step: int | None = None) -> Location:
+    """Finds the checkpoint that a flag names, and makes sure that it is whole.
+
+    Args:
+        flag: Which names the folder, for the messages.
+        path: The folder.
+        step: Which checkpoint; None for the one that the tracker file names.
+
+    Returns:
+        The location, without a checkpoint if there is nothing but half-written ones.
+
+    Raises:
+        ValueError: The folder is none, or has checkpoints of which none can be loaded.
+    """
+    try:
+        return _locate(flag, path, step)
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be read ({error.strerror or error}); give another folder.") from error
+
+
+def same_place(first: str | None, second: str | None) -> bool:
+    """Whether two paths name the same folder, which need not exist; links and trailing slashes do not matter."""
+    return bool(first and second) and Path(str(first)).resolve() == Path(str(second)).resolve()
+
+
+def _locate(flag: str, path: str, step: int | None) -> Location:
+    _check_place(flag, path)
+    folder = Path(path)
+    iterations = sorted(
+        (part for part in (folder.iterdir() if folder.is_dir() else ()) if _ITERATION.fullmatch(part.name)),
+        key=lambda part: int(part.name.removeprefix("iter_")),
+    )
+    release = [folder / RELEASE] if (folder / RELEASE).is_dir() else []
+    foreign = next((part for part in [*release, *iterations] if _is_foreign(part)), None)
+    whole = [part.name for part in [*release, *iterations] if _looks_whole(part)]
+    half = tuple(part.name for part in iterations if part.name not in whole and part != foreign)
+    tracker = Path(get_checkpoint_tracker_filename(path))
+    if not tracker.exists():
+        if foreign is not None:
+            raise ValueError(_other_format(flag, foreign))
+        if whole:
+            raise ValueError(
+                f"{flag} {path} holds {', '.join(whole)} but no {tracker.name}, without which none of them would be "
+                f"loaded; name one there: echo {_content(whole[-1])} > {tracker}"
+            )
+        return Location(folder, None, half)
+    named, is_release = read_tracker(tracker, [_content(name) for name in whole])
+    if step is not None and is_release:
+        raise ValueError(f"--ckpt-step {step}: {flag} {path} holds no steps but a converted model; leave it out.")
+    if step is not None and step <= 0:
+        raise ValueError(f"--ckpt-step is {step}; steps count from 1: give that of a checkpoint in {flag} {path}.")
+    chosen = Path(get_checkpoint_name(path, step or named, is_release, return_base_dir=True))
+    _check_checkpoint(flag, chosen, f"--ckpt-step {step}" if step else f"its {tracker.name}", whole)
+    behind = whole[whole.index(chosen.name) + 1 :] if chosen.name in whole and not is_release else ()
+    return Location(folder, chosen, half, tuple(behind))
+
+
+def _check_place(flag: str, path: str) -> None:
+    """Refuses what cannot be a folder of checkpoints."""
+    folder = Path(path)
+    if not path.strip():
+        raise ValueError(f"{flag} is empty; give a folder, or leave the flag out.")
+    if "://" in path:
+        raise ValueError(f"{flag} {path}: checkpoints are kept on a file system; give a folder there.")
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{flag} {path} is a link to {folder.readlink()}, which does not exist; give another folder.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} {path} is a file; give a folder of checkpoints.")
+    is_named_so = folder.name == RELEASE or _ITERATION.fullmatch(folder.name)
+    is_one = (folder / ".metadata").is_file() or any(folder.glob("*.distcp")) or _is_foreign(folder)
+    if is_one or (is_named_so and Path(get_checkpoint_tracker_filename(str(folder.parent))).exists()):
+        step = _ITERATION.fullmatch(folder.name)
+        which = f", with --ckpt-step {int(step[1])} for this one" if step and flag == "--load" else ""
+        raise ValueError(f"{flag} {path} is a single checkpoint's folder; give the one around it, {folder.parent}{which}.")
+
+
+def _check_checkpoint(flag: str, chosen: Path, named_by: str, whole: list[str]) -> None:
+    others = [name for name in whole if name != chosen.name]
+    mend = f"whole ones there: {', '.join(others) or 'none'}"
+    if others:
+        tracker = get_checkpoint_tracker_filename(str(chosen.parent))
+        mend += f"; write {_content(others[-1])} into {tracker} to go back to {others[-1]}"
+    if not chosen.is_dir():
+        raise ValueError(f"{flag} {chosen.parent} has no {chosen.name}, which {named_by} names; {mend}.")
+    if _is_foreign(chosen):
+        raise ValueError(_other_format(flag, chosen))
+    if not (chosen / ".metadata").is_file():
+        raise ValueError(f"{flag}: {chosen}, which {named_by} names, has no .metadata: it is half-written; {mend}.")
+    try:
+        contents = read_contents(chosen)
+        problem = next(file_problems(chosen, contents), None)
+        if problem is None:
+            read_common_state(chosen, contents)
+    except DamagedError as error:
+        raise ValueError(f"{flag}: {str(error).rstrip('.')}; {mend}.") from error
+    if problem is not None:
+        raise ValueError(f"{flag}: {chosen} is damaged: {problem}; {mend}.")
+
+
+def _looks_whole(folder: Path) -> bool:
+    """Whether its saving came to its end: torch writes `.metadata` after the weights, Megatron `metadata.json` last."""
+    return (folder / ".metadata").is_file() and (folder / "metadata.json").is_file()
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether it holds Megatron's older format, one file for each rank."""
+    return not (folder / ".metadata").exists() and any(folder.glob("mp_rank_*"))
+
+
+def _other_format(flag: str, folder: Path) -> str:
+    return f"{flag}: {folder} is in another format than torch_dist; save it with --ckpt-format torch_dist."
+
+
+def _content(name: str) -> str:
+    """What a tracker file says that names a checkpoint's folder."""
+    return name if name == RELEASE else str(int(name.removeprefix("iter_")))

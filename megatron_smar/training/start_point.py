@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run starts: at the newest checkpoint in --save if there is one, else at --load, else with new weights.
+
+So one command starts a run and, given again, resumes it. The flags that say how --load is taken up (--finetune and the
+like) hold for the first start alone. That the checkpoints in --save are this run's is known by what is kept in them:
+the checkpoint that the run started from, and the flags that make it the run it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_smar.checkpoint.fit import CheckpointMismatchError
+from megatron_smar.checkpoint.location import RELEASE, Location, locate, same_place
+from megatron_smar.checkpoint.metadata import saved_arguments
+from megatron_smar.model.parts import frozen_parts
+
+# Flags of how a checkpoint is taken up, with the number of their values: they belong to the first start.
+_TAKING_UP = {
+    "--load": 1,
+    "--pretrained-checkpoint": 1,
+    "--finetune": 0,
+    "--ckpt-step": 1,
+    "--no-load-optim": 0,
+    "--no-load-rng": 0,
+    "--no-load-dataloader-state": 0,
+}
+# What makes a run the one it is, beside its start: another value is another run. The schedule is checked by itself.
+_OF_A_RUN = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_experts",
+    "moe_router_topk",
+    "connector",
+    "freeze",
+    "modality_routing",
+    "smar_coeff",
+    "smar_d_min",
+    "smar_d_max",
+    "data_path",
+    "conversation_template",
+    "seq_length",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Where a run starts.
+
+    Attributes:
+        load: Folder of the checkpoints to load from; None for new weights.
+        finetune: Whether a new run starts from the weights there.
+        origin: What a run's checkpoints keep of its first start: {"folder", "checkpoint", "fingerprint", "finetune"};
+            empty for one with new weights.
+        returns: Whether the run resumes from --save although the flags say where it starts.
+        notes: What to print.
+    """
+
+    load: str | None
+    finetune: bool
+    origin: dict[str, Any]
+    returns: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def find_start(args: Namespace) -> StartPoint:
+    """Decides where a run starts; nothing is built yet.
+
+    Args:
+        args: As Megatron's parser returns them, before it validates its own.
+
+    Raises:
+        ValueError: A folder has no checkpoint to load where there must be one, or is not what the flags say.
+    """
+    _check_flags(args)
+    load, finetune = _given_start(args)
+    if args.save is None or args.skip_train:
+        source = _source(args, load, finetune) if load is not None else None
+        return StartPoint(load, finetune, _origin(source, finetune), notes=_notes("--load", source))
+    # --ckpt-step chooses among the checkpoints of --load.
+    saved = locate("--save", args.save, args.ckpt_step if same_place(args.load, args.save) else None)
+    _check_writable(Path(args.save))
+    if saved.checkpoint is not None and not saved.is_release:
+        return _resumed(args, saved, load, finetune)
+    if same_place(load, args.save):
+        if saved.checkpoint is None and (finetune or args.exit_on_missing_checkpoint):
+            flag = "--finetune" if finetune else "--exit-on-missing-checkpoint"
+            raise ValueError(f"{flag} needs the weights in --load, but {load} holds no checkpoint; give another folder.")
+        found = load if saved.checkpoint is not None else None
+        return StartPoint(found, finetune, _origin(saved, finetune), notes=_notes("--save", saved))
+    if saved.checkpoint is not None:
+        raise ValueError(
+            f"--save {args.save} holds a converted model, which is no run's; give another folder to save in"
+            + ("." if load else ", or --load with this one to train from it.")
+        )
+    if load is None:
+        return StartPoint(None, False, {}, notes=_notes("--save", saved))
+    source = _source(args, load, finetune)
+    return StartPoint(
+        load, finetune, _origin(source, finetune), notes=_notes("--load", source) + _notes("--save", saved)
+    )
+
+
+def apply_start(argv: Sequence[str], start: StartPoint) -> list[str]:
+    """The command line that makes Megatron start there.
+
+    Args:
+        argv: Flags as given.
+        start: Of `find_start`.
+    """
+    kept, skipped = [], 0
+    for part in argv:
+        name, joined = part.partition("=")[::2] if part.startswith("--") else (part, "")
+        if skipped:
+            skipped -= 1
+        elif name not in _TAKING_UP or not (start.returns or name in ("--load", "--finetune", "--pretrained-checkpoint")):
+            kept.append(part)
+        else:
+            skipped = 0 if joined else _TAKING_UP[name]
+    kept += ["--load", start.load] if start.load is not None else []
+    return [*kept, *(["--finetune"] if start.finetune else [])]
+
+
+def keep_origin(args: Namespace, start: StartPoint, state: dict[str, Any] | None) -> None:
+    """Sets `origin`, which is saved with all arguments; makes sure that a run resumes in --save which is this one.
+
+    Args:
+        args: The run's, validated.
+        start: Of `find_start`.
+        state: Of `fit.resumed_state`.
+
+    Raises:
+        CheckpointMismatchError: The checkpoints in --save are another run's.
+    """
+    args.origin = start.origin
+    if state is None:
+        return
+    saved = saved_arguments(state)
+    if start.returns:
+        _check_same_run(args, saved, start)
+    if same_place(args.load, args.save):
+        args.origin = getattr(saved, "origin", start.origin)
+
+
+def _check_flags(args: Namespace) -> None:
+    for flag, path in (("--load", args.load), ("--save", args.save), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        if path is not None and not path.strip():
+            raise ValueError(f"{flag} is empty; give a folder, or leave the flag out.")
+    if args.finetune and args.load is None and args.pretrained_checkpoint is None:
+        raise ValueError("--finetune starts from the weights in --load, which is missing; give it.")
+    if args.ckpt_step is not None and args.load is None:
+        raise ValueError(f"--ckpt-step {args.ckpt_step} chooses among the checkpoints in --load, which is missing; give it.")
+    if args.ckpt_step is not None and args.ckpt_step <= 0:
+        raise ValueError(f"--ckpt-step is {args.ckpt_step}; steps count from 1: give that of a checkpoint in --load.")
+    if args.non_persistent_ckpt_type is not None:
+        raise ValueError(
+            f"--non-persistent-ckpt-type {args.non_persistent_ckpt_type} keeps checkpoints which nothing here resumes "
+            "from; leave it out, or make --save-interval shorter."
+        )
+    if args.ckpt_format != "torch_dist":
+        raise ValueError(
+            f"--ckpt-format {args.ckpt_format} is not supported: a run's checkpoints are torch_dist; leave it out."
+        )
+
+
+def _given_start(args: Namespace) -> tuple[str | None, bool]:
+    """Folder and --finetune as the flags say; --pretrained-checkpoint is another --load, with --finetune."""
+    if args.pretrained_checkpoint is not None:
+        has_own = args.load is not None and locate("--load", args.load).checkpoint is not None
+        if not has_own:
+            return args.pretrained_checkpoint, True
+    return args.load, args.finetune
+
+
+def _source(args: Namespace, load: str, finetune: bool) -> Location:
+    """The checkpoint in --load, which must be there."""
+    found = locate("--load", load, args.ckpt_step)
+    if found.checkpoint is None:
+        half = f" but {', '.join(found.half_written)}, which {_are(found)} half-written" if found.half_written else ""
+        place = "holds no checkpoint" + half if Path(load).is_dir() else "does not exist"
+        raise ValueError(
+            f"--load {load} {place}, and {'--finetune starts from its weights' if finetune else 'the run would start'}"
+            f"{'' if finetune else ' with random weights'}; give the folder that --save or a conversion named, or "
+            "leave --load out for new weights."
+        )
+    return found
+
+
+def _resumed(args: Namespace, saved: Location, load: str | None, finetune: bool) -> StartPoint:
+    """The start of a run that has checkpoints in --save."""
+    notes = [*_notes("--save", saved)]
+    if same_place(load, args.save) and not finetune:
+        if args.ckpt_step is not None and saved.newer:
+            notes.append(
+                f"--ckpt-step {args.ckpt_step}: the run goes back to this step, and what --save {args.save} holds of "
+                f"later ones ({', '.join(saved.newer)}) will be replaced."
+            )
+        return StartPoint(args.save, False, {}, notes=tuple(notes))
+    origin = _origin_if_there(args, load, finetune)
+    notes.append(
+        f"--save {args.save} holds this run up to step {saved.step}: it resumes there"
+        + (f", and does not start again from --load {load}." if load else ".")
+    )
+    return StartPoint(args.save, False, origin, returns=True, notes=tuple(notes))
+
+
+def _origin_if_there(args: Namespace, load: str | None, finetune: bool) -> dict[str, Any]:
+    """What a run started now would keep of its start; the folder may be gone, or damaged, once its run is under way."""
+    if load is None:
+        return {}
+    if same_place(load, args.save):  # a converted model, and the run that started from it, in one folder
+        release = Path(load) / RELEASE
+        source = Location(Path(load), release if (release / ".metadata").is_file() else None)
+        return _origin(source, finetune)
+    try:
+        source = locate("--load", load, args.ckpt_step)
+    except ValueError:
+        source = Location(Path(load), None)
+    return _origin(source, finetune)
+
+
+def _origin(source: Location | None, finetune: bool) -> dict[str, Any]:
+    if source is None:
+        return {}
+    contents = source.checkpoint / ".metadata" if source.checkpoint else None
+    return {
+        "folder": str(source.path.resolve()),
+        "checkpoint": source.checkpoint.name if source.checkpoint else None,
+        # torch gives each saving an identifier of its own, which is in there.
+        "fingerprint": hashlib.sha256(contents.read_bytes()).hexdigest() if contents else None,
+        "finetune": finetune or source.is_release,
+    }
+
+
+def _check_same_run(args: Namespace, saved: Any, start: StartPoint) -> None:
+    found = [_other_start(start.origin, getattr(saved, "origin", None))]
+    for name in _OF_A_RUN:
+        was, now = _comparable(name, getattr(saved, name, None)), _comparable(name, getattr(args, name, None))
+        if was != now:
+            flag = f"--{name.replace('_', '-')}"
+            found.append(f"{flag} was {_shown(getattr(saved, name, None))}, not {_shown(getattr(args, name, None))}")
+    differences = list(filter(None, found))
+    if differences:
+        raise CheckpointMismatchError(
+            f"--save {args.save} holds another run: {'; '.join(differences)}. Give another --save for a new run, or "
+            f"--load {args.save} without --finetune to resume that one with these flags."
+        )
+
+
+def _other_start(ours: dict[str, Any], theirs: dict[str, Any] | None) -> str:
+    """How the start of the run in --save differs from the flags'; empty if it does not."""
+    if theirs is None:
+        return "it does not say where it started"
+    if not ours or not theirs:
+        return "" if ours == theirs else f"it started {_named(theirs)}, and this one starts {_named(ours)}"
+    is_there = ours["fingerprint"] is not None
+    same = ours["fingerprint"] == theirs["fingerprint"] if is_there else ours["folder"] == theirs["folder"]
+    if not same:
+        again = ", which was saved again since" if ours["folder"] == theirs["folder"] else ""
+        return f"it started {_named(theirs)}, and this one starts {_named(ours)}{again}"
+    if is_there and ours["finetune"] != theirs["finetune"]:
+        return f"it started with{'' if theirs['finetune'] else 'out'} --finetune"
+    return ""
+
+
+def _named(origin: dict[str, Any]) -> str:
+    if not origin:
+        return "with new weights"
+    return f"from {origin['folder']}" + (f"/{origin['checkpoint']}" if origin["checkpoint"] else "")
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """A flag's value in a form in which equal ones are equal."""
+    if name == "freeze":
+        return frozen_parts(value or ())
+    if name == "data_path" and value:
+        return [part if "://" in part else str(Path(part).resolve()) for part in value]
+    return value
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _notes(flag: str, place: Location | None) -> tuple[str, ...]:
+    """What to say about checkpoints that are there and are not loaded."""
+    if place is None or not place.half_written:
+        return ()
+    names = ", ".join(place.half_written)
+    return (f"{flag} {place.path}: {names} {_are(place)} half-written and count{_s(place)} as nothing.",)
+
+
+def _are(place: Location) -> str:
+    return "are" if len(place.half_written) > 1 else "is"
+
+
+def _s(place: Location) -> str:
+    return "" if len(place.half_written) > 1 else "s"
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuses a --save in which nothing can be written, before there is anything to lose."""
+    there = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--save {folder}: nothing can be written in {there}; give another folder.")
