@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron.training.checkpointing import checkpoint_exists
-
 from megatron_smar import runtime
 from megatron_smar.arguments import data_config, image_config, modality_routing_config, vision_config
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts
@@ -55,8 +53,6 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
                 f"--eval-micro-batch-size {args.eval_micro_batch_size} with --packing-buffer-size: a micro-batch of "
                 "validation is one pack too; leave it out."
             )
-    if args.finetune and not checkpoint_exists(args.load):
-        raise ValueError(f"--finetune starts from the checkpoint in --load, but {args.load} has none; give its folder.")
     check_shape(args, is_known=not args.use_checkpoint_args)
     MonitorConfig.from_arguments(args)
     if args.dataloader_type != "external":

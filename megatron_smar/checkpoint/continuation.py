@@ -22,11 +22,11 @@ MODEL_PARALLEL = {
 }
 # By these Megatron finds a parameter's state, or they decide which tensors it consists of.
 _OF_THE_STATE = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "optimizer", "bf16", "fp16")
+_OF_THE_BATCH = ("global_batch_size", "rampup_batch_size", "step_batch_size_schedule")
 _OF_THE_SCHEDULE = (
     "train_iters",
     "train_samples",
-    "global_batch_size",
-    "rampup_batch_size",
+    *_OF_THE_BATCH,
     "lr_decay_style",
     "lr_decay_iters",
     "lr_decay_samples",
@@ -139,7 +139,7 @@ def check_schedule(args: Namespace, state: dict[str, Any]) -> None:
 def _schedule_changes(saved: Any, args: Namespace, before: dict[str, Any]) -> Iterator[str]:
     """What was changed of the learning rate's schedule, if it has an effect."""
     decay, warmup = _decay_samples(args), _warmup_samples(args)
-    batch = list(_changed(saved, args, ("global_batch_size", "rampup_batch_size")))
+    batch = list(_changed(saved, args, _OF_THE_BATCH))
     is_constant = before["lr_decay_style"] == args.lr_decay_style == "constant"
     over = is_constant and before["num_steps"] >= max(before["lr_warmup_steps"], warmup)
     same = (before["lr_decay_style"], before["lr_warmup_steps"]) == (args.lr_decay_style, warmup)

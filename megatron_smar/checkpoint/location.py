@@ -13,7 +13,13 @@ from pathlib import Path
 
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
-from megatron_smar.checkpoint.metadata import DamagedError, file_problems, read_common_state, read_contents, read_tracker
+from megatron_smar.checkpoint.metadata import (
+    DamagedError,
+    file_problems,
+    read_common_state,
+    read_contents,
+    read_tracker,
+)
 
 RELEASE = "release"
 _ITERATION = re.compile(r"iter_(\d{7,})")
@@ -119,7 +125,7 @@ def _check_place(flag: str, path: str) -> None:
     if is_one or (is_named_so and Path(get_checkpoint_tracker_filename(str(folder.parent))).exists()):
         step = _ITERATION.fullmatch(folder.name)
         which = f", with --ckpt-step {int(step[1])} for this one" if step and flag == "--load" else ""
-        raise ValueError(f"{flag} {path} is a single checkpoint's folder; give the one around it, {folder.parent}{which}.")
+        raise ValueError(f"{flag} {path} is one checkpoint's folder; give the one around it, {folder.parent}{which}.")
 
 
 def _check_checkpoint(flag: str, chosen: Path, named_by: str, whole: list[str]) -> None:

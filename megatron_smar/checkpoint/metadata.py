@@ -81,7 +81,7 @@ def read_tracker(tracker: Path, there: Sequence[str] = ()) -> tuple[int, bool]:
     try:
         content = tracker.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{tracker} cannot be read ({told(error)}); it holds one checkpoint's step as text.") from error
+        raise DamagedError(f"{tracker} cannot be read ({told(error)}); write a checkpoint's step there.") from error
     if content == "release":
         return 0, True
     if not re.fullmatch("[0-9]+", content):

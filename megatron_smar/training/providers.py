@@ -22,7 +22,7 @@ from megatron_smar.arguments import (
     transformer_config,
     vision_config,
 )
-from megatron_smar.checkpoint.fit import check_fit, check_optimizer, leave_other_random_state, resumed_state
+from megatron_smar.checkpoint.fit import check_fit
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.conversations import template_for
 from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
@@ -67,9 +67,6 @@ def model_provider(
         vp_stage=vp_stage,
     )
     check_fit(model, args.load, args.ckpt_step)
-    resumed = resumed_state(args)
-    check_optimizer(args, resumed)
-    leave_other_random_state(args, resumed)
     return model
 
 

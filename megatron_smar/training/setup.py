@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import print_rank_0
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
@@ -21,9 +22,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smar import __version__, runtime
 from megatron_smar.arguments import add_arguments
-from megatron_smar.checkpoint.fit import CheckpointMismatchError
+from megatron_smar.checkpoint.continuation import check_continuation
+from megatron_smar.checkpoint.fit import CheckpointMismatchError, leave_other_random_state, resumed_state
 from megatron_smar.checkpoint.loadable import check_loadable
 from megatron_smar.checkpoint.metadata import DamagedError
+from megatron_smar.checkpoint.start_point import StartPoint, apply_start, find_start, keep_origin
 from megatron_smar.flag_checks import check_arguments, check_shape
 from megatron_smar.training.monitor import install_metrics
 from megatron_smar.training.providers import model_provider
@@ -45,21 +48,38 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
     if os.environ.get("RANK", "0") == "0":
         print(f"megatron_smar {__version__}: {runtime.describe()}", flush=True)
     try:
+        point = find_start(parse_args(add_arguments))
+        sys.argv[1:] = apply_start(sys.argv[1:], point)
         given = parse_args(add_arguments)
         check_arguments(given, needs_data)
         check_loadable(given)
         args = parse_and_validate_args(add_arguments)
         if args.use_checkpoint_args:
             check_shape(args)
+        # Kept in checkpoints, with all other arguments.
+        args.program = {"megatron_smar": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
+        args.program["device"] = runtime.device()
+        _set_biases_apart(args)
+        _resume(args, point)
     except (ValueError, AssertionError) as error:
         fail(error)
     install_metrics()
-    _set_biases_apart(args)
     take_over_folder(args)
-    # Kept in checkpoints, with all other arguments.
-    args.program = {"megatron_smar": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
-    args.program["device"] = runtime.device()
     return args
+
+
+def _resume(args: Namespace, point: StartPoint) -> None:
+    """Checks what a run resumes from against its flags, and says where it starts.
+
+    Raises:
+        CheckpointMismatchError: It cannot be resumed with these flags.
+    """
+    state = resumed_state(args)
+    keep_origin(args, point, state)
+    check_continuation(args, state)
+    leave_other_random_state(args, state)
+    for note in point.notes:
+        print_rank_0(note)
 
 
 def _set_biases_apart(args: Namespace) -> None:

@@ -31,6 +31,7 @@ _TAKING_UP = {
     "--no-load-rng": 0,
     "--no-load-dataloader-state": 0,
 }
+_FOLDERS = ("--load", "--pretrained-checkpoint", "--finetune")
 # What makes a run the one it is, beside its start: another value is another run. The schedule is checked by itself.
 _OF_A_RUN = (
     "num_layers",
@@ -94,7 +95,7 @@ def find_start(args: Namespace) -> StartPoint:
     if same_place(load, args.save):
         if saved.checkpoint is None and (finetune or args.exit_on_missing_checkpoint):
             flag = "--finetune" if finetune else "--exit-on-missing-checkpoint"
-            raise ValueError(f"{flag} needs the weights in --load, but {load} holds no checkpoint; give another folder.")
+            raise ValueError(f"{flag} needs a checkpoint in --load, but {load} holds none; give another folder.")
         found = load if saved.checkpoint is not None else None
         return StartPoint(found, finetune, _origin(saved, finetune), notes=_notes("--save", saved))
     if saved.checkpoint is not None:
@@ -122,7 +123,7 @@ def apply_start(argv: Sequence[str], start: StartPoint) -> list[str]:
         name, joined = part.partition("=")[::2] if part.startswith("--") else (part, "")
         if skipped:
             skipped -= 1
-        elif name not in _TAKING_UP or not (start.returns or name in ("--load", "--finetune", "--pretrained-checkpoint")):
+        elif name not in (_TAKING_UP if start.returns else _FOLDERS):
             kept.append(part)
         else:
             skipped = 0 if joined else _TAKING_UP[name]
@@ -148,17 +149,21 @@ def keep_origin(args: Namespace, start: StartPoint, state: dict[str, Any] | None
     if start.returns:
         _check_same_run(args, saved, start)
     if same_place(args.load, args.save):
-        args.origin = getattr(saved, "origin", start.origin)
+        args.origin = getattr(saved, "origin", None)
 
 
 def _check_flags(args: Namespace) -> None:
-    for flag, path in (("--load", args.load), ("--save", args.save), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+    for flag, path in (
+        ("--load", args.load),
+        ("--save", args.save),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint),
+    ):
         if path is not None and not path.strip():
             raise ValueError(f"{flag} is empty; give a folder, or leave the flag out.")
     if args.finetune and args.load is None and args.pretrained_checkpoint is None:
         raise ValueError("--finetune starts from the weights in --load, which is missing; give it.")
     if args.ckpt_step is not None and args.load is None:
-        raise ValueError(f"--ckpt-step {args.ckpt_step} chooses among the checkpoints in --load, which is missing; give it.")
+        raise ValueError(f"--ckpt-step {args.ckpt_step} is that of a checkpoint in --load, which is missing; give it.")
     if args.ckpt_step is not None and args.ckpt_step <= 0:
         raise ValueError(f"--ckpt-step is {args.ckpt_step}; steps count from 1: give that of a checkpoint in --load.")
     if args.non_persistent_ckpt_type is not None:
