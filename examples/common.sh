@@ -71,16 +71,11 @@ use_model() {
   MODEL+=(--vision-model "$START/hf" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$START/hf")
 }
 
-# start_from BEFORE STAGE: sets RUN, the flags of a stage's files. A stage that was interrupted goes on where it stood.
+# start_from BEFORE STAGE: sets RUN, the flags of a stage's files. A stage that was interrupted resumes by the same flags.
 start_from() {
-  local save=$OUTPUT/$2
-  [[ -f $1/latest_checkpointed_iteration.txt ]] || die "$1 holds no checkpoint; run the script before this one first."
-  RUN=(--save "$save" --tensorboard-dir "$save/tensorboard" --rejects-dir "$save/rejects")
-  if [[ -f $save/latest_checkpointed_iteration.txt ]]; then
-    RUN+=(--load "$save")
-  else
-    RUN+=(--load "$1" --finetune --no-load-optim --no-load-rng)
-  fi
+  local save=$OUTPUT/$2 tracker=latest_checkpointed_iteration.txt
+  [[ -f $save/$tracker || -f $1/$tracker ]] || die "$1 holds no checkpoint; run the script before this one first."
+  RUN=(--load "$1" --finetune --save "$save" --tensorboard-dir "$save/tensorboard" --rejects-dir "$save/rejects")
 }
 
 # launch NAME PROGRAM FLAGS...: runs a program of the project on all GPUs; its output goes to logs/NAME.log too.

@@ -202,9 +202,7 @@ class Demo:
         step = self.step(name, name, self.training_code, flags, [part.key for part in inputs])
 
         def work() -> None:
-            start = ["--load", before.folder, "--finetune", "--no-load-optim", "--no-load-rng"] if before else []
-            if (step.folder / "latest_checkpointed_iteration.txt").exists():  # interrupted: go on from there
-                start = ["--load", step.folder]
+            start = ["--load", before.folder, "--finetune"] if before else []  # interrupted, it resumes from --save
             paths = ["--data-path", self.output / "shards" / data, "--save", step.folder]
             logs = ["--tensorboard-dir", step.folder / "tensorboard", "--rejects-dir", step.folder / "rejects"]
             self.program(name, "pretrain_vlm.py", *flags, *paths, *logs, *start, ranks=RANKS)

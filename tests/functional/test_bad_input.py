@@ -33,7 +33,7 @@ MISTAKES = {
         ["--conversation-template", "chatml"],
         ["has no token <|im_end|> <|im_start|>", "--conversation-template", "tools/data/add_tokens.py"],
     ),
-    "start of nothing": (["--finetune", "--load", "/no/such/checkpoint"], ["--finetune", "/no/such/checkpoint"]),
+    "start of nothing": (["--load", "/no/such/checkpoint"], ["--load /no/such/checkpoint does not exist"]),
 }
 
 
@@ -69,13 +69,24 @@ def test_a_blend_file_with_a_mistake_or_with_code_is_refused_on_every_rank_befor
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_checkpoint_of_another_shape_is_refused_in_one_sentence(world, tmp_path):
-    world.train(*SIZES, "--save", tmp_path, "--save-interval", "2", ranks=2)
-    wrong = ["--load", tmp_path, "--finetune", "--ffn-hidden-size", "96"]
-    errors = world.errors(*SIZES, *wrong)
-    assert errors[0] == errors[1]
-    assert "holds another model than the flags describe" in errors[0]
-    assert "linear_fc" in errors[0]
+def test_a_checkpoint_that_does_not_fit_the_flags_is_refused_in_one_sentence(world, tmp_path):
+    sizes = [*SIZES, "--save-interval", "2"]
+    world.train(*sizes, "--save", tmp_path / "run", ranks=2)
+
+    def refusal(*flags):
+        errors = world.errors(*sizes, "--load", tmp_path / "run", *flags)
+        assert errors[0] == errors[1]
+        return errors[0]
+
+    of_another_shape = refusal("--finetune", "--ffn-hidden-size", "96")
+    assert "holds another model than the flags describe" in of_another_shape and "linear_fc" in of_another_shape
+    without_finetune = refusal("--save", tmp_path / "new", "--freeze", "vision", "language")
+    assert "--freeze was vision, not vision language" in without_finetune
+    assert "to start a new run from its weights, give --finetune" in without_finetune
+    schedule = refusal("--save", tmp_path / "run", "--lr-decay-style", "cosine", "--train-iters", "4")
+    assert "--train-iters was 2, not 4, --lr-decay-style was constant, not cosine" in schedule
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("")
+    assert "names no step but ''" in refusal("--save", tmp_path / "run")  # Megatron ends with status 0
 
 
 def test_a_sample_with_a_missing_picture_is_named_skipped_and_counted(world, tmp_path):

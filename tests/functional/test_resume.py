@@ -47,13 +47,18 @@ def kill_in_step(step, samples, *command, ranks):
             process.wait()
 
 
-def test_a_killed_run_goes_on_with_the_same_samples_and_losses(world, tmp_path):
-    common = [*SIZES, "--train-iters", 8, "--save-interval", 3, "--expert-model-parallel-size", 2]
+def test_a_killed_run_goes_on_by_the_same_command_with_the_same_samples_and_losses(world, tmp_path):
+    """A second stage, whose command says where it starts: given again, it must not start there again."""
+    layout = ["--expert-model-parallel-size", 2]
+    first = ["--train-iters", 1, "--save", tmp_path / "first", "--freeze", "vision", "language", "--no-save-optim"]
+    first += ["--save-interval", 1]
+    world.train(*SIZES, *layout, *first, ranks=2)
+    common = [*SIZES, *layout, "--train-iters", 8, "--save-interval", 3, "--finetune", "--no-load-optim"]
 
     def flags(name):
         folders = {
             "--save": name,
-            "--load": name,
+            "--load": "first",
             "--tensorboard-dir": f"{name}-log",
             "--record-samples": f"{name}-keys",
         }
@@ -65,6 +70,7 @@ def test_a_killed_run_goes_on_with_the_same_samples_and_losses(world, tmp_path):
     before = read_recorded(tmp_path / "killed-keys")
     output = world.train(*flags("killed"), ranks=2).stdout
     assert "iteration        4/       8" in output and "iteration        3/       8" not in output
+    assert f"--save {tmp_path / 'killed'} holds this run up to step 3: it resumes there" in output
 
     whole, killed = (read_recorded(tmp_path / f"{name}-keys") for name in ("whole", "killed"))
     assert list(whole) == list(range(1, 9)) and [len(whole[1][rank]) for rank in (0, 1)] == [2, 2]
