@@ -31,10 +31,10 @@ def check_formats(args: Namespace) -> None:
                 f"{flag} {value} is not supported: only {FORMAT} is read without running what a file holds, and under "
                 "any layout; leave the flag out."
             )
-    if args.non_persistent_ckpt_type not in (None, "global"):
+    if args.non_persistent_ckpt_type is not None:
         raise ValueError(
-            f"--non-persistent-ckpt-type {args.non_persistent_ckpt_type} is not supported: such files are unpickled as "
-            "they are; give global, or leave the flag out."
+            f"--non-persistent-ckpt-type {args.non_persistent_ckpt_type} is not supported: a run resumes from what is "
+            "in --save alone, and local files are unpickled as they are; leave it out, or make --save-interval shorter."
         )
 
 

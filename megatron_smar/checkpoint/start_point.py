@@ -166,15 +166,6 @@ def _check_flags(args: Namespace) -> None:
         raise ValueError(f"--ckpt-step {args.ckpt_step} is that of a checkpoint in --load, which is missing; give it.")
     if args.ckpt_step is not None and args.ckpt_step <= 0:
         raise ValueError(f"--ckpt-step is {args.ckpt_step}; steps count from 1: give that of a checkpoint in --load.")
-    if args.non_persistent_ckpt_type is not None:
-        raise ValueError(
-            f"--non-persistent-ckpt-type {args.non_persistent_ckpt_type} keeps checkpoints which nothing here resumes "
-            "from; leave it out, or make --save-interval shorter."
-        )
-    if args.ckpt_format != "torch_dist":
-        raise ValueError(
-            f"--ckpt-format {args.ckpt_format} is not supported: a run's checkpoints are torch_dist; leave it out."
-        )
 
 
 def _given_start(args: Namespace) -> tuple[str | None, bool]:

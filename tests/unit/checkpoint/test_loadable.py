@@ -123,6 +123,7 @@ def test_a_file_of_another_format_is_not_run_however_it_is_loaded(tmp_path, mark
         (dict(save="x", ckpt_format="torch_dcp"), "--ckpt-format torch_dcp "),
         (dict(save="x", ckpt_convert_format="torch"), "--ckpt-convert-format torch "),
         (dict(save="x", non_persistent_ckpt_type="local"), "--non-persistent-ckpt-type local "),
+        (dict(save="x", non_persistent_ckpt_type="global"), "--non-persistent-ckpt-type global "),
     ],
 )
 def test_formats_that_are_unpickled_as_they_are_are_refused(changes, said):

@@ -12,7 +12,7 @@ from megatron_smar.checkpoint.start_point import apply_start, find_start, keep_o
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FLAGS = dict(load=None, save=None, pretrained_checkpoint=None, ckpt_step=None, finetune=False, skip_train=False)
-FLAGS |= dict(exit_on_missing_checkpoint=False, non_persistent_ckpt_type=None, ckpt_format="torch_dist")
+FLAGS |= dict(exit_on_missing_checkpoint=False)
 
 
 def given(**flags):
@@ -206,8 +206,6 @@ REFUSED = {
     "a file to save in": (dict(save=f"first/{TRACKER}"), ["is a file"]),
     "below a file": (dict(save=f"first/{TRACKER}/new"), ["nothing can be written in"]),
     "a checkpoint to save in": (dict(save="first/iter_0000002"), ["one checkpoint's folder"]),
-    "another format to save in": (dict(save="new", ckpt_format="torch"), ["--ckpt-format torch is not supported"]),
-    "checkpoints that do not last": (dict(save="new", non_persistent_ckpt_type="global"), ["--non-persistent-ckpt"]),
 }
 
 
