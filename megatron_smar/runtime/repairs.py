@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repairs of Megatron that GPUs need: on every device, or on CUDA alone."""
+"""Repairs of Megatron and energon that GPUs need: on every device, or on CUDA alone."""
 
 from __future__ import annotations
 
@@ -136,6 +136,27 @@ def read_checkpoints_without_running_them() -> None:
     filesystem.FileSystemReader.read_data = read_data_or_say_which  # type: ignore[method-assign]
 
 
+@adaptation(
+    "energon keeps its tar files open, and each keeps all members ever read from it (TarFile.members): 1 KB a picture "
+    "without end, and a loader that slows down as garbage is collected over them",
+    Where.ANYWHERE,
+    needed_by="megatron-energon 7.4.1",
+)
+def forget_members_that_were_read() -> None:
+    """energon's tar files keep no list of members, which nothing reads; its data workers, being forked, do the same."""
+    from megatron.energon.flavors.webdataset.itar import ITarFile
+
+    read = ITarFile.next
+
+    @functools.wraps(read)
+    def read_and_forget(self: Any) -> Any:
+        member = read(self)
+        self.members.clear()
+        return member
+
+    ITarFile.next = read_and_forget
+
+
 ADAPTATIONS = (
     read_checkpoints_without_running_them,
     skip_compiling_helpers,
@@ -143,4 +164,5 @@ ADAPTATIONS = (
     keep_float32_products,
     pin_offloaded_parameters,
     never_ask_to_run_a_models_code,
+    forget_members_that_were_read,
 )

@@ -2,6 +2,9 @@
 """How fast data becomes micro-batches, stage by stage and as a whole, beside a plain torch.utils.data pipeline.
 
     python tools/benchmark/data.py [--image-size 448] [--max-tiles 6] [--seq-length 4096] [--quick] [--json]
+    python tools/benchmark/data.py --long [--samples 100000] [--quick] [--json]
+
+With --long, whether loading stays as fast and as small as it begins: long_run.py, beside this file, says how.
 
 The data is made at the start, in a temporary folder (mixture.py): records as in LLaVA-1.5's mixture (packing.py says
 where its numbers come from; 6% have no image), their text cut from Python's own documentation, their pictures from one
@@ -49,6 +52,7 @@ warnings.filterwarnings("ignore", message=".*(Transformer Engine|dynamic_context
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from long_run import make_long_data, print_long, run_long  # noqa: E402  (beside this file)
 from megatron.core.tokenizers import MegatronTokenizer  # noqa: E402
 from megatron.energon import Cooker, TaskEncoder, WorkerConfig, get_loader, get_val_dataset  # noqa: E402
 from mixture import make_data  # noqa: E402  (beside this file)
@@ -377,13 +381,15 @@ def parse() -> argparse.Namespace:
     add("--max-tiles", type=int, default=6, help="Of an image, without its thumbnail. Default: %(default)s.")
     add("--seq-length", type=int, default=4096, help="Of a pack. Default: %(default)s.")
     add("--packing-buffer-size", type=int, default=100, help="Default: %(default)s.")
-    add("--samples", type=int, help="In the data. Default: 300; 60 with --quick.")
+    add("--long", action="store_true", help="Read --samples samples, and compare the end with the beginning.")
+    add("--samples", type=int, help="In the data. Default: 300; 60 with --quick. --long: 100,000; 10,000 with --quick.")
     add("--samples-per-turn", type=int, help="At least so many in a timed turn. Default: 150; 40 with --quick.")
     add("--rounds", type=int, help="Pairs of turns for each number of workers. Default: 8; 2 with --quick.")
     add("--quick", action="store_true", help="Fewer samples and turns, within a minute.")
     add("--json", action="store_true", help="One JSON object as the last line.")
     options = parser.parse_args()
-    for name, usual, quick in (("samples", 300, 60), ("samples_per_turn", 150, 40), ("rounds", 8, 2)):
+    samples = (100_000, 10_000) if options.long else (300, 60)
+    for name, usual, quick in (("samples", *samples), ("samples_per_turn", 150, 40), ("rounds", 8, 2)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else usual)
     least = {"rounds": 2, "samples": 20, "samples_per_turn": 1, "packing_buffer_size": 1, "max_tiles": 2}
@@ -443,9 +449,15 @@ def main() -> None:
     """Measures and prints."""
     options = parse()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="smar-data-benchmark-") as folder:
-        result = run(options, Path(folder))
-    print_tables(result)
+    with tempfile.TemporaryDirectory(prefix="smar-data-benchmark-") as name:
+        folder = Path(name)
+        if options.long:
+            data = make_long_data(folder)
+            result = run_long(folder, load_encoder(folder)[0], data, options.samples)
+            print_long(result)
+        else:
+            result = run(options, folder)
+            print_tables(result)
     if options.json:
         print(json.dumps(result | {"options": vars(options)}))
 

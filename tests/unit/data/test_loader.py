@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loaders over real shards: order, resumption, worker processes, errors."""
 
+import gc
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -13,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.energon.flavors.webdataset.itar import ITarFile
 
 from megatron_smar.data import (
+    ConversationTaskEncoder,
     DataConfig,
     DataError,
     EnergonIterator,
@@ -24,6 +28,8 @@ from megatron_smar.data import (
     read_rejects,
 )
 from megatron_smar.data.tokens import TextEncoder
+from megatron_smar.runtime.environment import detect_environment
+from megatron_smar.runtime.repairs import forget_members_that_were_read
 
 from .conftest import picture, talk, write_records
 
@@ -109,6 +115,34 @@ def test_a_state_saved_before_the_first_and_right_after_restoring_is_right(make_
     fourth = train(config, tokenizer)
     fourth.restore_state(third.save_state())
     assert keys(fourth, 5) == keys(first, 5)
+
+
+def members_kept() -> list[int]:
+    """How many members each open tar file of this process remembers."""
+    return [len(item.members) for item in gc.get_objects() if isinstance(item, ITarFile)]
+
+
+def test_no_tar_file_keeps_the_members_that_were_read(
+    make_config: Make, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In workers too: there the count is written to a file, sample by sample."""
+    forget_members_that_were_read(detect_environment("cpu"))  # as runtime.install() does in every program
+    gc.collect()  # files that tests before this one left open
+    iterator = train(make_config(), tokenizer)
+    keys(iterator, 60)
+    kept = members_kept()
+    assert kept and not any(kept)
+    tokenize = ConversationTaskEncoder.tokenize_sample
+
+    def note(self: Any, sample: Any) -> Any:
+        with (tmp_path / "kept").open("a") as file:
+            print(os.getpid(), max(members_kept()), file=file)
+        return tokenize(self, sample)
+
+    monkeypatch.setattr(ConversationTaskEncoder, "tokenize_sample", note)
+    keys(train(make_config(num_workers=1), tokenizer), 12)
+    lines = [line.split() for line in (tmp_path / "kept").read_text().splitlines()]
+    assert len(lines) > 20 and {kept for _, kept in lines} == {"0"} and str(os.getpid()) not in dict(lines)
 
 
 def test_two_workers_read_the_batches_of_two_ranks_by_turns(make_config: Make, tokenizer: Any) -> None:

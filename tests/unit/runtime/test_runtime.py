@@ -36,6 +36,7 @@ first, zeros, listed = torch.Tensor.cuda, torch.zeros, runtime.adaptations()
 runtime.install()
 assert (torch.Tensor.cuda, torch.zeros, runtime.adaptations()) == (first, zeros, listed)
 names = [a.name for a in listed]
+assert "forget_members_that_were_read" in names
 assert len(names) == len(set(names)) > 10 and all(a.reason and a.needed_by for a in listed)
 """
     done = python(code, MEGATRON_SMAR_DEVICE="cpu")
