@@ -22,6 +22,7 @@ from megatron_smar.checkpoint.metadata import DamagedError  # noqa: E402
 from megatron_smar.data.rejects import DataError  # noqa: E402
 from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider  # noqa: E402
 from megatron_smar.training.setup import fail, parse_arguments  # noqa: E402
+from megatron_smar.training.stop import end_after_a_signal  # noqa: E402
 
 
 def main() -> None:
@@ -41,6 +42,9 @@ def main() -> None:
         )
     except (CheckpointMismatchError, DamagedError, CheckpointException, DataError) as error:
         fail(error)
+    except SystemExit as end:  # Megatron's loop, when it was asked to end
+        end_after_a_signal(args)
+        raise end
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     _add_conversation_arguments(parser)
     _add_checkpoint_arguments(parser)
     _repair_help(parser)
-    # Megatron 0.19.2 leaves the interval at None and then divides by it.
-    parser.set_defaults(dataloader_type="external", eval_interval=1000, **runtime.argument_defaults())
+    # Megatron 0.19.2 leaves the interval at None and then divides by it. A run that is asked to end saves, unasked.
+    defaults = {"dataloader_type": "external", "eval_interval": 1000, "exit_signal_handler": True}
+    parser.set_defaults(**defaults, **runtime.argument_defaults())
     return parser
 
 

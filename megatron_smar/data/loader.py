@@ -8,7 +8,12 @@ ranks with one worker each, by turns.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +79,7 @@ def build_train_loader(
         )
     except (AssertionError, KeyError, OSError, ValueError) as error:
         raise DataError(f"--data-path {config.data_path} cannot be read as a training set ({error}).") from error
-    return get_savable_loader(dataset)
+    return _sheltered(get_savable_loader(dataset))
 
 
 def build_valid_loader(
@@ -127,7 +132,7 @@ def build_valid_loader(
             f"{flag} {path} cannot be read as a validation set, a split called `val` ({error}): prepare the data "
             "with --valid FILE, or run without validation (--eval-iters 0)."
         ) from error
-    return get_loader(dataset)
+    return _sheltered(get_loader(dataset))
 
 
 class EnergonIterator:
@@ -245,9 +250,11 @@ class EnergonIterator:
 
     def _read(self) -> VisionLanguageBatch | None:
         """Return the next micro-batch, None at the end of a pass."""
-        if self._iterator is None:
-            self._iterator = iter(self.loader)
         try:
+            if self._iterator is None:
+                self._iterator = iter(self.loader)
+                with _blocked_signals():  # the worker processes start with the first one
+                    return next(self._iterator)
             return next(self._iterator)
         except StopIteration:
             self._iterator = None
@@ -279,6 +286,42 @@ def _worker_config(config: DataConfig, rank: int, size: int) -> WorkerConfig:
         global_error_handler=_raise_data_error,
         restore_error_handler=_raise_data_error,
     )
+
+
+_END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Signals that end a run wait; processes that are started meanwhile never get them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _sheltered[L: SavableDataLoader[Any] | BasicDataLoader[Any]](loader: L) -> L:
+    """Has the data workers end when the training process ends them, and not when all processes get a signal.
+
+    Ctrl-C and cluster managers signal the workers too; the training process has yet to finish its step then.
+    """
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    return loader
+
+
+def _start_worker(start: Callable[[int], None], worker: int) -> None:
+    start(worker)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """Wait for the parent's signal: how Python ends the workers that it did not get to stop otherwise."""
+    while True:
+        sent = signal.sigwaitinfo(_END_SIGNALS)
+        if sent.si_signo == signal.SIGTERM and sent.si_pid == parent:
+            os._exit(0)
 
 
 def _raise_data_error(error: Exception, sample: Any, sources: Any = None) -> None:

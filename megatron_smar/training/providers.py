@@ -31,6 +31,7 @@ from megatron_smar.data.tokens import TextEncoder
 from megatron_smar.model.vision import tokens_per_tile
 from megatron_smar.model.vlm import VisionLanguageModel
 from megatron_smar.routing.router import LossScale
+from megatron_smar.runtime.signals import begin_training
 from megatron_smar.training.batch import CountedSteps, DataWait, prepare_batch
 from megatron_smar.training.loss import lm_loss
 from megatron_smar.training.resume import SavedPositions, restore
@@ -91,6 +92,7 @@ def data_iterators_provider(
     valid = None
     if not args.skip_train:
         train = EnergonIterator(build_train_loader(config, get_tokenizer(), *place, **settings), config)
+        opened.append(train)
         restore(train, *place)
         if args.virtual_pipeline_model_parallel_size and args.save and settings["announce_rejects"]:
             train = SavedPositions(train, place[0], args.loader_state_folder)
@@ -103,7 +105,18 @@ def data_iterators_provider(
         config = dataclasses.replace(config, micro_batch_size=args.eval_micro_batch_size)
         loader = build_valid_loader(config, get_tokenizer(), *place, num_batches=batches, **settings)
         valid = EnergonIterator(loader, config, batches_per_pass=batches)
+        opened.append(valid)
+    begin_training()
     return train, valid, None
+
+
+opened: list[EnergonIterator] = []
+
+
+def close_loaders() -> None:
+    """Ends the data workers of this process."""
+    while opened:
+        opened.pop().close()
 
 
 data_iterators_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank builds its own

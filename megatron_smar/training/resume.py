@@ -16,6 +16,7 @@ from megatron.training.checkpointing import get_checkpoint_name
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.loader import EnergonIterator
 from megatron_smar.data.state import load_rank_state
+from megatron_smar.runtime.signals import StopSignals
 
 
 def dataloader_state_folder(checkpoint: str) -> str:
@@ -90,6 +91,8 @@ class SavedPositions:
         self._rank, self._folder = data_parallel_rank, folder
         self._left = 0
         self._written: int | None = None
+        if StopSignals.current is not None:
+            StopSignals.current.before_saving(lambda: self._save(get_args().curr_iteration + 1))
 
     def __iter__(self) -> SavedPositions:
         return self
@@ -100,31 +103,34 @@ class SavedPositions:
         batch = next(self.iterator)
         self._left -= 1
         if not self._left:
-            self._save(get_args().curr_iteration + 1)
+            self._forget_unused()
+            if _may_be_saved(get_args().curr_iteration + 1):
+                self._save(get_args().curr_iteration + 1)
         return batch
 
     def save_state(self) -> dict[str, Any]:
         """The loader's state."""
         return self.iterator.save_state()
 
-    def _save(self, step: int) -> None:
-        args = get_args()
-        if self._written is not None and not os.path.isdir(get_checkpoint_name(args.save, self._written, True)):
+    def _forget_unused(self) -> None:
+        """Takes the last state away again if no checkpoint was saved with it."""
+        if self._written is not None and not os.path.isdir(get_checkpoint_name(get_args().save, self._written, True)):
             _state_file(self._folder, self._written, self._rank).unlink(missing_ok=True)
         self._written = None
-        if _may_be_saved(step):
-            file = _state_file(self._folder, step, self._rank)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            torch.save({"dataloader_state_dict": self.save_state()}, partial)
-            partial.replace(file)
-            self._written = step
+
+    def _save(self, step: int) -> None:
+        file = _state_file(self._folder, step, self._rank)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        torch.save({"dataloader_state_dict": self.save_state()}, partial)
+        partial.replace(file)
+        self._written = step
 
 
 def _may_be_saved(step: int) -> bool:
-    """Whether Megatron's loop may save a checkpoint after a step."""
+    """Whether Megatron's loop may save a checkpoint after a step, other than because it was asked to end."""
     args = get_args()
-    if args.exit_signal_handler or args.exit_duration_in_mins or args.non_persistent_save_interval:
+    if args.exit_duration_in_mins or args.non_persistent_save_interval:
         return True
     intervals = (args.save_interval, args.exit_interval)
     return step == args.train_iters or any(step % interval == 0 for interval in intervals if interval)

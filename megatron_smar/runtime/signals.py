@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run does when it is asked to end: it finishes its step, saves, and says how to resume.
+
+Megatron's own handler is the way in: its loop asks it after each step, on all ranks together, whether one of them was
+asked to end (``checkpoint_and_decide_exit``), and saves. This one also listens to Ctrl-C and to a closed terminal, ends
+at once when it is asked again or before there is anything to save, and needs no flag (`arguments.add_arguments`).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+from megatron_smar.runtime.adaptation import Where, adaptation
+
+# torchrun passes on what it gets: where the launcher signals all processes of a job, each rank gets the same one twice.
+_ONE_REQUEST = 1.0  # seconds
+_TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its ranks
+
+
+class StopSignals(DistributedSignalHandler):
+    """Megatron's handler, for all signals that ask a run to end.
+
+    Args:
+        sig: Megatron's --exit-signal, beside SIGTERM, SIGINT and SIGHUP.
+    """
+
+    current: StopSignals | None = None
+
+    def __init__(self, sig: signal.Signals = signal.SIGTERM) -> None:
+        """Nothing is listened to before ``__enter__``."""
+        super().__init__(sig)
+        self.training = False
+        self.received: signal.Signals | None = None
+        self.stopped = False
+        self._first = 0.0
+        self._before_saving: list[Callable[[], None]] = []
+
+    def __enter__(self) -> StopSignals:
+        """Listen from now on."""
+        self._signal_received = self.released = False
+        self._process = os.getpid()
+        self._original: dict[signal.Signals, Any] = {}
+        for sig in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, self.sig}:
+            if sig == signal.SIGHUP and signal.getsignal(sig) == signal.SIG_IGN:
+                continue  # nohup
+            self._original[sig] = signal.signal(sig, self._handle)
+        StopSignals.current = self
+        return self
+
+    def release(self) -> bool:
+        """Give the signals back."""
+        if self.released:
+            return False
+        for sig, handler in self._original.items():
+            signal.signal(sig, handler)
+        self.released = True
+        StopSignals.current = None
+        return True
+
+    def signals_received(self) -> list[int]:
+        """Whether each rank was asked to end; if one was, what has to be done before Megatron saves is done."""
+        received: list[int] = super().signals_received()
+        if any(received):
+            self.stopped = True
+            for prepare in self._before_saving:
+                prepare()
+        return received
+
+    def before_saving(self, prepare: Callable[[], None]) -> None:
+        """Has something done between the last step and the checkpoint."""
+        self._before_saving.append(prepare)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            return  # a process that was forked, and that the launcher signalled too: its parent decides
+        sig, now = signal.Signals(number), time.monotonic()
+        if self._signal_received and now - self._first > (_ONE_REQUEST if _TORCHRUN in os.environ else 0.1):
+            _end_at_once(f"a second {sig.name}: ended at once; what was learned since the last checkpoint is lost", sig)
+        if not self.training:
+            _end_at_once(f"ended by {sig.name}, with nothing to save", sig)
+        if not self._signal_received:
+            self._signal_received, self.received, self._first = True, sig, now
+            timeout = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+            limit = f" (torchrun waits {timeout} s for that unless --shutdown-timeout says otherwise)"
+            what = f"{sig.name}: the run ends after this step{limit if _TORCHRUN in os.environ else ''}"
+            _say(f"{what}; a second one ends it at once")
+
+
+def begin_training() -> None:
+    """From now on there is something to save."""
+    if StopSignals.current is not None:
+        StopSignals.current.training = True
+
+
+def _say(sentence: str) -> None:
+    """One line on the terminal, from the first rank; a signal's handler must not wait for a buffer."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{os.path.basename(sys.argv[0])}: {sentence}.\n".encode())
+
+
+def _end_at_once(sentence: str, sig: signal.Signals) -> None:
+    _say(sentence)
+    for child in multiprocessing.active_children():  # data workers notice after seconds that they are alone
+        child.kill()
+    os._exit(128 + sig)
+
+
+@adaptation(
+    "Megatron's handler knows one signal, so that Ctrl-C ends in tracebacks with nothing saved, and never ends at once",
+    Where.ANYWHERE,
+)
+def listen_to_all_signals_that_end_a_run() -> None:
+    """SIGTERM, SIGINT (Ctrl-C), SIGHUP and --exit-signal end a run behind its step; a second one at once."""
+    import megatron.training.global_vars as global_vars
+
+    global_vars.DistributedSignalHandler = StopSignals
+
+
+ADAPTATIONS = (listen_to_all_signals_that_end_a_run,)
