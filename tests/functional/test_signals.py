@@ -129,14 +129,21 @@ def test_sigterm_to_every_process_of_two_ranks_saves_once_and_ends_them_together
     assert {len(ranks) for ranks in read_recorded(run.keys).values()} == {2}
 
 
-def test_one_signalled_rank_of_two_ends_both(world, tmp_path):
+def test_one_signalled_rank_of_two_ends_both_and_virtual_stages_save_their_place_in_the_data(world, tmp_path):
+    """Two stages of two chunks each, whose place Megatron does not save."""
+    virtual = ["--num-layers", 4, "--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "pretrain_vlm.py"]
-    run = Started(tmp_path, *launch, *world.flags, *SIZES, "--save", tmp_path / "save")
+    run = Started(tmp_path, *launch, *world.flags, *SIZES, *virtual, "--save", tmp_path / "save")
     run.wait_for_step(2)
     children = [pid for pid in run.family() if b"pretrain_vlm.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(children[2], signal.SIGTERM)  # behind torchrun and the other rank
     assert run.end(60) != 0
-    assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == str(resume_line(run.output)[0])
+    step = resume_line(run.output)[0]
+    assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == str(step)
+    states = [
+        path.relative_to(tmp_path / "save" / "dataloader") for path in (tmp_path / "save").rglob("train_data*.pt")
+    ]
+    assert [path.parts[0] for path in states] == [f"iter_{step:07d}"], "the place of this step and of no other"
 
 
 def test_a_second_signal_ends_a_long_step_at_once_with_its_workers(world, tmp_path):
