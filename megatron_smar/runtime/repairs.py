@@ -137,6 +137,19 @@ def read_checkpoints_without_running_them() -> None:
 
 
 @adaptation(
+    "Megatron's handler knows one signal, so that Ctrl-C ends in tracebacks with nothing saved, and never ends at once",
+    Where.ANYWHERE,
+)
+def listen_to_all_signals_that_end_a_run() -> None:
+    """SIGTERM, SIGINT (Ctrl-C), SIGHUP and --exit-signal end a run behind its step; a second one at once."""
+    import megatron.training.global_vars as global_vars
+
+    from megatron_smar.runtime.signals import StopSignals  # a subclass of Megatron's, which is imported last
+
+    global_vars.DistributedSignalHandler = StopSignals
+
+
+@adaptation(
     "energon keeps its tar files open, and each keeps all members ever read from it (TarFile.members): 1 KB a picture "
     "without end, and a loader that slows down as garbage is collected over them",
     Where.ANYWHERE,
@@ -164,5 +177,6 @@ ADAPTATIONS = (
     keep_float32_products,
     pin_offloaded_parameters,
     never_ask_to_run_a_models_code,
+    listen_to_all_signals_that_end_a_run,
     forget_members_that_were_read,
 )

@@ -18,8 +18,6 @@ from typing import Any
 
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
-from megatron_smar.runtime.adaptation import Where, adaptation
-
 # torchrun passes on what it gets: where the launcher signals all processes of a job, each rank gets the same one twice.
 _ONE_REQUEST = 1.0  # seconds
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its ranks
@@ -111,17 +109,3 @@ def _end_at_once(sentence: str, sig: signal.Signals) -> None:
     for child in multiprocessing.active_children():  # data workers notice after seconds that they are alone
         child.kill()
     os._exit(128 + sig)
-
-
-@adaptation(
-    "Megatron's handler knows one signal, so that Ctrl-C ends in tracebacks with nothing saved, and never ends at once",
-    Where.ANYWHERE,
-)
-def listen_to_all_signals_that_end_a_run() -> None:
-    """SIGTERM, SIGINT (Ctrl-C), SIGHUP and --exit-signal end a run behind its step; a second one at once."""
-    import megatron.training.global_vars as global_vars
-
-    global_vars.DistributedSignalHandler = StopSignals
-
-
-ADAPTATIONS = (listen_to_all_signals_that_end_a_run,)
