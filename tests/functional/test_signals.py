@@ -39,7 +39,7 @@ class Started:
             )
 
     def wait_for_step(self, step: int) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while step not in (read_recorded(self.keys) if self.keys.exists() else {}):
             assert time.monotonic() < end and self.process.poll() is None, self.output
             time.sleep(0.02)
@@ -110,7 +110,7 @@ def test_ctrl_c_saves_at_the_end_of_the_step_and_the_printed_command_goes_on_the
         env=run.environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(read_recorded(run.keys)) == list(range(1, step + 2)), "the next step, and no other, came then"
