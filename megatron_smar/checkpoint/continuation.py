@@ -76,7 +76,7 @@ def check_optimizer(args: Namespace, state: dict[str, Any]) -> None:
     """
     saved = saved_arguments(state)
     sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
-    afresh = f"or --no-load-optim to go on with a new optimizer and a schedule from its start{_or_a_new_run(args)}"
+    afresh = f"or --no-load-optim to continue with a new optimizer and a schedule from its start{_or_a_new_run(args)}"
     if getattr(saved, "no_save_optim", False):
         raise CheckpointMismatchError(
             f"--load {args.load} was saved with --no-save-optim; give --finetune to start from its weights, {afresh}."

@@ -84,6 +84,8 @@ def find_start(args: Namespace) -> StartPoint:
     """
     _check_flags(args)
     load, finetune = _given_start(args)
+    if load is None and args.exit_on_missing_checkpoint:
+        raise ValueError("--load is missing, without which there are only random weights; give a checkpoint's folder.")
     if args.save is None or args.skip_train:
         source = _source(args, load, finetune) if load is not None else None
         return StartPoint(load, finetune, _origin(source, finetune), notes=_notes("--load", source))

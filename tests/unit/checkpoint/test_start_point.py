@@ -194,6 +194,7 @@ REFUSED = {
     "weights of nothing": (dict(load="nowhere", finetune=True), ["--finetune starts from its weights"]),
     "weights of one's own nothing": (dict(load="new", save="new", finetune=True), ["--finetune needs a checkpoint"]),
     "missing on demand": (dict(load="new", save="new", exit_on_missing_checkpoint=True), ["--exit-on-missing-"]),
+    "nothing to evaluate": (dict(skip_train=True, exit_on_missing_checkpoint=True), ["--load is missing"]),
     "weights of no folder": (dict(finetune=True), ["--finetune", "--load, which is missing"]),
     "a step of no folder": (dict(ckpt_step=3), ["--ckpt-step 3", "--load, which is missing"]),
     "step nought": (dict(ckpt_step=0, load="first"), ["--ckpt-step is 0"]),
