@@ -1,118 +1,277 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entries of a file of records, one at a time: a published file of 1 GB takes as little memory as a small one."""
+"""The entries of a file of records, one at a time: a published file of 1 GB takes as little memory as a small one.
+
+Python's own JSON decoder reads each entry, so that a list gives the very values that lines do: whole numbers of any size,
+half surrogates as they are, for the check that names them.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
-
-import ijson
-
-from megatron_smar.data.conversations import NO_CHARACTER
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _CHUNK = 1 << 20
-# A surrogate's escape behind an even number of backslashes, whole pairs first, so that what is left is half of one.
-_SURROGATE = re.compile(
-    rb"(?<!\\)((?:\\\\)*)(?:(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
-)
-_OF_ESCAPES = b"\\u0123456789abcdefABCDEF"
+_SPACE = re.compile(r"[ \t\n\r]*")
+# What the end of a piece can hide from the decoder: a number, a literal or an escape that goes on in the next piece.
+_LONGEST_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class BrokenEntry:
+    """A line of JSON lines, or an entry of a list, that is no record while those beside it may be.
+
+    Args:
+        reason: Slug by which such entries are counted.
+        message: What is wrong with it, with its number.
+    """
+
+    reason: str
+    message: str
 
 
 def read_list(file: BinaryIO, member: str | None = None) -> Iterator[Any]:
-    """Yield the entries of a JSON list or of JSON lines; a line that is not JSON is None, to be rejected by name.
+    """Yield the entries of a JSON list or of JSON lines; one that is broken by itself is a `BrokenEntry`.
 
     Args:
         file: The records, from their beginning.
         member: The list may also be this first member of a JSON object.
 
     Raises:
-        ValueError: The file is neither.
+        ValueError: The file is neither, is broken at some place, or holds no entry.
     """
     start = _start(file)
     if start.startswith(b"["):
-        yield from _checked(ijson.items(_Marked(file), "item", use_float=True), "a JSON list")
+        text = _Text(file, "a JSON list")
+        text.expect("[")
+        yield from _read_array(text)
+        text.expect_end()
     elif member and re.match(rb'\{\s*"' + member.encode() + rb'"\s*:', start):
-        entries = ijson.items(_Marked(file), f"{member}.item", use_float=True)
-        yield from _checked(entries, f"a JSON object with `{member}`")
+        text = _Text(file, f"a JSON object with `{member}`")
+        for _ in _find_member(text, member):
+            text.expect("[")
+            yield from _read_array(text)
     else:
-        yield from _read_lines(file)
+        yield from _read_lines(file, start)
 
 
 def read_members(file: BinaryIO, member: str) -> Iterator[tuple[str, Any]]:
     """Yield the names and values of the JSON object that is `member` of the file's JSON object.
 
     Raises:
-        ValueError: The file is not like that.
+        ValueError: The file is not like that, or is broken at some place.
     """
     _start(file)
     what = f"a JSON object with an object `{member}`"
-    is_empty = True
-    for entry in _checked(ijson.kvitems(_Marked(file), member, use_float=True), what):
-        is_empty = False
-        yield entry
+    text, is_empty = _Text(file, what), True
+    for _ in _find_member(text, member):
+        for name in _names(text):
+            text.count += 1
+            yield name, text.value()
+            is_empty = False
     if is_empty:
         raise ValueError(f"it is not {what} that has entries")
 
 
-class _Marked:
-    """A file in which the escape of half a surrogate pair is that of `NO_CHARACTER`, by which its record is rejected.
+def _find_member(text: _Text, member: str) -> Iterator[None]:
+    """Stop once at the value of `member` of the file's object, which the caller reads; run over all other members."""
+    for name in _names(text):
+        if name == member:
+            yield
+        else:
+            text.value()
+    text.expect_end()
 
-    ijson would put a question mark in its place, and nobody would know.
+
+def _names(text: _Text) -> Iterator[str]:
+    """Yield the names of an object; the caller reads the value behind each."""
+    text.expect("{")
+    if text.skip("}"):
+        return
+    while True:
+        name = text.value()
+        if not isinstance(name, str):
+            text.fail("a name in quotation marks is missing")
+        text.expect(":")
+        yield name
+        if text.skip("}"):
+            return
+        text.expect(",")
+
+
+def _read_array(text: _Text) -> Iterator[Any]:
+    """Yield the values of a list behind its bracket."""
+    if text.skip("]"):
+        raise ValueError("it is an empty list" if text.what == "a JSON list" else f"it is {text.what} that is empty")
+    while True:
+        text.count += 1
+        value = text.value()
+        twice = text.twice
+        yield value if twice is None else BrokenEntry("bad_record", f"record {text.count} has the key {twice!r} twice")
+        if text.skip("]"):
+            return
+        text.expect(",")
+
+
+class _Text:
+    """A JSON text of which a piece is in memory.
+
+    Args:
+        file: Where it comes from.
+        what: What the file is taken for, for messages.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._rest = file, b""
+    def __init__(self, file: BinaryIO, what: str) -> None:
+        self.what = what
+        self.count = 0  # of the entry that is read, from 1
+        self.twice: str | None = None  # a key that stands twice in one object of the last value
+        self._file, self._decoder = file, codecs.getincrementaldecoder("utf-8")()
+        self._text, self._at, self._bytes = "", 0, file.tell()
+        self._line, self._column = 1, 1  # of the first character that is held
+        self._is_all, self._is_broken, self._ends_with = False, False, "the file ends here"
+        self._parse = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
 
-    def read(self, size: int = -1) -> bytes:
-        """The next bytes, at least one of them but at the end; how many does not depend on `size`."""
-        done = b""
-        while size and not done:
-            chunk = self._file.read(_CHUNK)
-            data = self._rest + chunk
-            # An escape, or a pair of them, may go on in the next chunk, and the backslashes in front of it count.
-            end = len(data.rstrip(_OF_ESCAPES)) if chunk else len(data)
-            done, self._rest = _SURROGATE.sub(_mark, data[:end]), data[end:]
-            if not chunk:
-                break
-        return done
+    def skip(self, sign: str) -> bool:
+        """Step over a sign, if it is what comes next."""
+        found = self._next() == sign
+        self._at += found
+        return found
+
+    def expect(self, sign: str) -> None:
+        """Step over a sign, or say that it is missing."""
+        if not self.skip(sign):
+            self.fail(f"{sign!r} is missing" if self._next() else self._ends_with)
+
+    def expect_end(self) -> None:
+        """Say so if there is more."""
+        if self._next():
+            self.count = 0
+            self.fail("more text follows its end")
+
+    def value(self) -> Any:
+        """Read the value that comes next."""
+        self._next()
+        while True:
+            self.twice, start = None, self._at
+            try:
+                value, end = self._parse(self._text, start)
+            except json.JSONDecodeError as error:
+                # A string, or a word at the very end, may go on in the next piece; all else is broken.
+                may_go_on = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_TOKEN
+                if not may_go_on or not self._read():
+                    self._at += error.pos - start
+                    is_end = may_go_on and (self._is_broken or self._at >= len(self._text.rstrip()))
+                    self.fail(self._ends_with if is_end else error.msg)
+            except RecursionError:
+                self.fail("it is nested too deeply")
+            except ValueError as error:  # a number of thousands of digits
+                self.fail(str(error))
+            else:
+                if end < len(self._text) or not self._read():  # a number may go on
+                    self._at += end - start
+                    return value
+
+    def fail(self, message: str) -> NoReturn:
+        """Say what is wrong where.
+
+        Raises:
+            ValueError: Always.
+        """
+        line, column = self._place()
+        entry = f"record {self.count}, " if self.count else ""
+        raise ValueError(f"it is not {self.what} ({entry}line {line}, column {column}: {message})")
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            self.twice = key_twice(pairs)
+        return found
+
+    def _place(self) -> tuple[int, int]:
+        """Line and column of what comes next, from 1."""
+        newlines = self._text.count("\n", 0, self._at)
+        if newlines:
+            return self._line + newlines, self._at - self._text.rfind("\n", 0, self._at)
+        return self._line, self._column + self._at
+
+    def _next(self) -> str:
+        """Return the character that comes next, behind any space; nothing at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._read():
+                return ""
+
+    def _read(self) -> bool:
+        """Add a piece of the file, as large as what is held, so that a large entry is not begun too often."""
+        if self._is_all:
+            return False
+        data = self._file.read(max(_CHUNK, len(self._text) - self._at))
+        try:
+            more = self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            at = self._bytes + len(data) - len(error.object) + error.start
+            self._ends_with = f"byte {error.object[error.start]:#04x} at {at:,} of the file is not UTF-8"
+            more, self._is_all, self._is_broken = error.object[: error.start].decode(), True, True
+        self._bytes += len(data)
+        self._is_all |= not data
+        self._line, self._column = self._place()
+        self._text, self._at = self._text[self._at :] + more, 0
+        return bool(more) or not self._is_all
 
 
-def _mark(found: re.Match[bytes]) -> bytes:
-    return found[0] if found[2] else found[1] + f"\\u{ord(NO_CHARACTER):04x}".encode()
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"it has the key {key_twice(pairs)!r} twice")
+    return found
+
+
+def key_twice(pairs: list[tuple[str, Any]]) -> str:
+    """Return the first name that stands twice in an object, of which Python's decoder takes the last."""
+    names = [name for name, _ in pairs]
+    return next(name for name in names if names.count(name) > 1)
 
 
 def _start(file: BinaryIO) -> bytes:
     """Leave the file behind a byte order mark; return what comes next, without space in front."""
     start = file.read(4096)
+    if start.startswith(_UTF16_MARKS):
+        raise ValueError("it is UTF-16, not UTF-8")
     skip = len(_BYTE_ORDER_MARK) if start.startswith(_BYTE_ORDER_MARK) else 0
     file.seek(skip)
     return start[skip:].lstrip()
 
 
-def _checked(entries: Iterator[Any], what: str) -> Iterator[Any]:
-    try:
-        yield from entries
-    except ijson.JSONError as error:
-        message = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
-        raise ValueError(f"it is not {what} ({' '.join(message.splitlines()[:1])})") from error
-
-
-def _read_lines(file: BinaryIO) -> Iterator[Any]:
-    has_record = False
-    for line in file:
+def _read_lines(file: BinaryIO, start: bytes) -> Iterator[Any]:
+    has_record, first = False, None
+    for number, line in enumerate(file, 1):
         if line.strip():
-            entry = _parse_line(line)
+            entry = _parse_line(line, number)
             has_record |= isinstance(entry, dict)
+            first = first or entry
             yield entry
     if not has_record:
-        raise ValueError("it is neither a JSON list nor JSON lines, or has no records")
+        if not start:
+            raise ValueError("it is empty")
+        why = first.message if isinstance(first, BrokenEntry) else "no line is a JSON object"
+        raise ValueError(f"it is neither a JSON list nor JSON lines ({why})")
 
 
-def _parse_line(line: bytes) -> Any:
+def _parse_line(line: bytes, number: int) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        return None
+        return json.loads(line.decode(), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        return BrokenEntry("not_utf8", f"line {number} is not UTF-8 (byte {line[error.start]:#04x} at {error.start})")
+    except json.JSONDecodeError as error:
+        return BrokenEntry("bad_record", f"line {number} is not JSON ({error.msg} at column {error.colno})")
+    except RecursionError:
+        return BrokenEntry("bad_record", f"line {number} is nested too deeply")
+    except ValueError as error:
+        return BrokenEntry("bad_record", f"line {number} cannot be read: {error}")
