@@ -91,8 +91,9 @@ class TextEncoder:
         # Padding is masked everywhere, so that any id will do where the tokenizer has none for it.
         self.pad_id = eos_id if pad_id is None else pad_id
         self._specials = {EOS: eos_id, **_template_ids(tokenizer, special_tokens)}
+        # What would begin or end a text or a turn, or stand for a picture. Other special tokens may be what a text is
+        # about: those of grounding (<ref>, <box>) are.
         self._never_in_text = {self.bos_id, *self._specials.values(), *self.image_tokens.block(1)}
-        self._never_in_text |= _control_ids(tokenizer)
         self._pieces = _pieces(tokenizer, self.image_tokens.end_id, self.bos_id)
         if (change := changed(self._pieces, _special_id(tokenizer, "unk"))) is not None:
             raise ValueError(
@@ -127,7 +128,9 @@ class TextEncoder:
         """
         ids = self._pieces.encode(text, begins_text)
         if not self._never_in_text.isdisjoint(ids):
-            raise SampleError("special_token_in_text", "the text spells out one of the tokenizer's special tokens")
+            first = next(token_id for token_id in ids if token_id in self._never_in_text)
+            name = self.tokenizer._tokenizer.ids_to_tokens([first])[0]
+            raise SampleError("special_token_in_text", f"the text spells out {name}, which only the template may write")
         read = self._pieces.decode(ids, begins_text)
         if not same_text(read, text):
             raise SampleError("text_changed", f"the tokenizer has no tokens for {difference(text, read)}")
@@ -222,15 +225,6 @@ def _template_ids(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
             f"tools/data/add_tokens.py IN OUT --also {_quoted(missing)}` and give OUT as --tokenizer-model."
         )
     return {token: token_id for token, token_id in ids.items() if token_id is not None}
-
-
-def _control_ids(tokenizer: Any) -> set[int]:
-    """Return the ids that a Hugging Face tokenizer makes of the names of its special tokens in any text.
-
-    SentencePiece reads the names of its own as text. The unknown token is what text may well become.
-    """
-    added = getattr(getattr(tokenizer._tokenizer, "tokenizer", None), "added_tokens_decoder", {})
-    return {token_id for token_id, token in added.items() if token.special} - {_special_id(tokenizer, "unk")}
 
 
 def _token_id(tokenizer: Any, token: str) -> int | None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image tokens and piecewise encoding, with Mixtral's own tokenizer and the two kinds of Hugging Face's."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -299,19 +300,38 @@ def test_decoding_gives_the_text_back(text: str, kind: str, request: pytest.Fixt
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"),
+    ("kind", "token"),
     [
-        ("tokenizer", "an </img> in text"),
-        ("byte_level", "an <|endoftext|> in text"),
-        ("byte_level", "an <|im_end|> in text"),
-        ("llama_like", "an </s> in text"),
-        ("mixtral", "an <|im_end|> in text"),
+        ("tokenizer", "</img>"),
+        ("byte_level", "<|endoftext|>"),
+        ("byte_level", "<|im_end|>"),
+        ("llama_like", "</s>"),
+        ("llama_like", "<s>"),
+        ("mixtral", "<|im_end|>"),
     ],
 )
-def test_text_that_spells_a_special_token_is_rejected(kind: str, text: str, request: pytest.FixtureRequest) -> None:
-    special = [] if kind in ("tokenizer", "byte_level") else CHATML_TOKENS
-    with pytest.raises(SampleError, match="special_token_in_text"):
-        TextEncoder(request.getfixturevalue(kind), special).encode(text)
+def test_text_that_spells_what_begins_or_ends_a_turn_is_rejected_by_the_tokens_name(
+    kind: str, token: str, request: pytest.FixtureRequest
+) -> None:
+    special = [] if kind == "tokenizer" else CHATML_TOKENS
+    for begins_text in (False, True):
+        with pytest.raises(SampleError, match=re.escape(f"special_token_in_text: the text spells out {token},")):
+            TextEncoder(request.getfixturevalue(kind), special).encode(f"an {token} in text", begins_text=begins_text)
+
+
+@pytest.mark.parametrize("train", [train_byte_level, train_llama_like])
+def test_a_tokenizers_own_tokens_for_grounding_are_text_and_single_ids(train: Any, tmp_path: Path) -> None:
+    own = ["<ref>", "</ref>", "<box>", "</box>", "<|box_start|>", "<|box_end|>"]
+    tokenizer = load_huggingface(train(tmp_path), [*IMAGE_TOKENS, *own])
+    text = "the <ref>cat</ref><box>[[1, 2, 3, 4]]</box> and <|box_start|>(1,2),(3,4)<|box_end|>"
+    for begins_text in (False, True):
+        ids = TextEncoder(tokenizer).encode(text, begins_text=begins_text)
+        assert [token for token in (tokenizer.vocab[i] for i in ids) if token in own] == own
+
+
+def test_a_template_that_does_not_write_a_special_token_leaves_it_to_the_text(byte_level: MegatronTokenizer) -> None:
+    ids = TextEncoder(byte_level).encode("an <|im_end|> in text")
+    assert byte_level.vocab.index("<|im_end|>") in ids
 
 
 def test_names_of_sentencepieces_control_tokens_are_text(mixtral: MegatronTokenizer) -> None:
