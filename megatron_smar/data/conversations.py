@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from megatron_smar.data.fields import TURN_KEYS, check_keys, counted, is_empty
 from megatron_smar.data.rejects import SampleError
 from megatron_smar.data.tokens import EOS, IMAGE_TOKENS, TextEncoder, control_tokens, puts_space
 
 IMAGE_TAG = "<image>"
-NO_CHARACTER = "\ufdd0"  # Unicode keeps it for programs' own use; tools/data/prepare.py marks half surrogates with it
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _SPECIAL = re.compile(r"(\{eos\}|<\|\w+\|>|\{\[/?\w+\]\})")
 
@@ -225,13 +225,18 @@ def template_for(name: str, tokenizer: Any) -> ConversationTemplate:
     )
 
 
-def read_turns(conversations: Any) -> list[tuple[str, str]]:
+def read_turns(conversations: Any, system: str | None = None) -> list[tuple[str, str]]:
     """Check a record's ``conversations`` and return its turns as ``(role, text)``.
 
     Roles are ``system`` (at most one, first), then ``user`` and ``assistant`` by turns.
 
+    Args:
+        conversations: The turns.
+        system: The record's own system text, which becomes the first turn.
+
     Raises:
-        SampleError: ``empty_conversation``, ``bad_record``, ``role_order``, ``image_in_answer``, or `check_text`'s.
+        SampleError: ``empty_conversation``, ``bad_record``, ``role_order``, ``image_in_answer``, `check_text`'s or
+            `check_keys`'s.
     """
     if not isinstance(conversations, list) or not conversations:
         raise SampleError("empty_conversation", "`conversations` is not a list with at least one turn")
@@ -242,6 +247,8 @@ def read_turns(conversations: Any) -> list[tuple[str, str]]:
             raise SampleError("bad_record", f"turn {number} has no text in `from` and `value`")
         if speaker not in ROLES:
             raise SampleError("role_order", f"turn {number} is from {speaker!r}, which is none of {', '.join(ROLES)}")
+        if len(turn) > len(TURN_KEYS):
+            check_keys(turn, TURN_KEYS, f"conversations[{number}].")
         check_text(text, f"turn {number}")
         turns.append((ROLES[speaker], text))
     _check_order([role for role, _ in turns])
@@ -250,6 +257,17 @@ def read_turns(conversations: Any) -> list[tuple[str, str]]:
             raise SampleError("empty_conversation", f"the answer in turn {number} is empty")
         if role != "user" and IMAGE_TAG in text:
             raise SampleError("image_in_answer", f"turn {number} has an {IMAGE_TAG} tag, but is not the user's")
+    return turns if system is None else _with_system(system, turns)
+
+
+def _with_system(system: str, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    check_text(system, "`system`")
+    if IMAGE_TAG in system:
+        raise SampleError("image_in_answer", f"`system` has an {IMAGE_TAG} tag, but is not the user's")
+    if turns[0][0] != "system":
+        return [("system", system), *turns]
+    if turns[0][1] != system:
+        raise SampleError("bad_record", "`system` and the first turn, from system, say different things: leave one out")
     return turns
 
 
@@ -269,9 +287,6 @@ def check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and Python reads it
         raise SampleError("invalid_unicode", f"{where} has a lone surrogate at {error.start}") from error
-    if NO_CHARACTER in text:
-        at = text.index(NO_CHARACTER)
-        raise SampleError("invalid_unicode", f"{where} has half a surrogate pair, or no character at all, at {at}")
     for token in IMAGE_TOKENS:
         if token in text:
             raise SampleError("image_token_in_text", f"{where} contains {token}, which stands for an image")
@@ -285,12 +300,17 @@ def _check_order(roles: list[str]) -> None:
         raise SampleError("role_order", f"the turns are from {', '.join(roles)}; wanted is {wanted}")
 
 
+def has_turns(record: dict[str, Any]) -> bool:
+    """Return whether a record is read as a conversation, and not as plain text: an empty column is none."""
+    return "text" not in record or not is_empty(record.get("conversations"))
+
+
 def record_segments(record: Any, template: ConversationTemplate, num_images: int) -> list[Segment]:
     """Turn one record into segments.
 
     Args:
-        record: ``{"conversations": [...]}`` or ``{"text": ...}`` (plain text: all of it is learned); where there are
-            both, the conversation counts.
+        record: ``{"conversations": [...]}``, with or without a ``system`` text, or ``{"text": ...}`` (plain text:
+            all of it is learned); where there are both, the conversation counts.
         template: How conversations are written.
         num_images: Number of images that came with the record.
 
@@ -299,17 +319,24 @@ def record_segments(record: Any, template: ConversationTemplate, num_images: int
     """
     if not isinstance(record, dict) or not ("conversations" in record or "text" in record):
         raise SampleError("bad_record", "the record is no JSON object with `conversations` or `text`")
-    if "conversations" in record:
-        segments = template.render(read_turns(record["conversations"]))
+    check_keys(record)
+    system = None if is_empty(record.get("system")) else record["system"]
+    if system is not None and not isinstance(system, str):
+        raise SampleError("bad_record", "`system` is not a text")
+    if has_turns(record):
+        segments = template.render(read_turns(record["conversations"], system))
     else:
         text = record["text"]
         if not isinstance(text, str) or not text.strip():
             raise SampleError("empty_conversation", "`text` is not a text with something in it")
+        if system is not None:
+            raise SampleError("bad_record", "`system` stands beside `text`, which is learned as it is")
         check_text(text, "`text`")
         segments = [Segment(text, is_target=True, special=EOS)]
     num_tags = sum(segment.text.count(IMAGE_TAG) for segment in segments)
     if num_tags != num_images:
-        raise SampleError("image_count_mismatch", f"{num_tags} {IMAGE_TAG} tags but {num_images} images")
+        tags, images = counted(num_tags, f"{IMAGE_TAG} tag"), counted(num_images, "image")
+        raise SampleError("image_count_mismatch", f"{tags} but {images}: each image has one tag, in a user's turn")
     return segments
 
 

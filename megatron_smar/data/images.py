@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,26 @@ def read_image(data: bytes) -> np.ndarray:
         return np.ascontiguousarray((decoded.swapaxes(0, 1) if swap else decoded)[::rows, ::columns])
 
     return _guarded(data, pixels)
+
+
+def read_each[T](files: Sequence[bytes], read: Callable[[bytes], T]) -> list[T]:
+    """Read something from each image file of a sample; what is wrong with one of several is said with its number.
+
+    Raises:
+        SampleError: As `read`.
+    """
+    found = []
+    for number, data in enumerate(files, 1):
+        try:
+            found.append(read(data))
+        except SampleError as error:
+            raise SampleError(error.reason, which(number, len(files)) + error.message) from error
+    return found
+
+
+def which(number: int, total: int) -> str:
+    """Return how a message about one of several images begins."""
+    return f"image {number} of {total}: " if total > 1 else ""
 
 
 def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray:

@@ -39,7 +39,7 @@ from megatron_smar.data.blend import (
 )
 from megatron_smar.data.config import DataConfig
 from megatron_smar.data.conversations import Segment, record_segments, template_for, tokenize_segments
-from megatron_smar.data.images import read_image, read_size
+from megatron_smar.data.images import read_each, read_image, read_size
 from megatron_smar.data.members import split_parts
 from megatron_smar.data.packing import pack
 from megatron_smar.data.rejects import DataError, RejectLog, SampleError
@@ -87,7 +87,7 @@ class SampleTokenizer:
         Raises:
             SampleError: An image cannot be read, or the whole does not fit into --seq-length.
         """
-        lengths = [self.tokens_per_tile * self.images.count_tiles(*read_size(data)) for data in files]
+        lengths = [self.tokens_per_tile * self.images.count_tiles(*size) for size in read_each(files, read_size)]
         ids, targets = tokenize_segments(segments, self.encoder, lengths)
         # Each position predicts the next one, so that n + 1 tokens take n positions.
         if len(ids) - 1 > self.seq_length:
@@ -218,11 +218,10 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
     def _tiles(self, files: Sequence[bytes], key: str) -> torch.Tensor:
         try:
             if self.decode_images:
-                tiles = [self.images(data) for data in files] or [self.images.empty()]
+                tiles = read_each(files, self.images) or [self.images.empty()]
                 return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
             if self.config.verify_images:
-                for data in files:
-                    read_image(data)
+                read_each(files, read_image)
         except SampleError as error:
             if self.config.verify_images:
                 raise

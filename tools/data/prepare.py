@@ -2,7 +2,7 @@
 """Turn published datasets, or records of your own, into the shards that training reads.
 
 Records are a JSON list or JSON lines. Each has `conversations` (turns with `from` human/gpt/system and `value`) with
-one `<image>` tag per image and `image` (a path or a list of paths; none for text), or it has a plain `text`:
+one `<image>` tag per image and `image` or `images` (a path or a list of paths; none for text), or a plain `text`:
 
   {"id": "1", "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                        {"from": "gpt", "value": "A cat."}]}
@@ -30,11 +30,9 @@ import signal
 import sys
 import threading
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
@@ -47,30 +45,14 @@ if __name__ == "__main__":  # run from the project's folder, without installing 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_smar.data.sources import FORMATS, Base64Images, SourceRecord, Unreadable, read_source
+from megatron_smar.data.sources.report import SplitReport, format_report
 from megatron_smar.data.sources.shards import WORK, RecordFile, Shard, write_shard, write_whole
 
 META = ".nv-meta"
-LAYOUT = 2  # raised whenever the same arguments give other shards
+LAYOUT = 3  # raised whenever the same arguments give other shards
 DATASET = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset", "subflavors": {"format": "conversation"}}
 # Part of the split -> how the names of its shards begin. Images and text are apart, so that a blend can weigh them.
 SPLIT_PARTS = {"train": "train/", "train_image": "train/image-", "train_text": "train/text-", "val": "val/"}
-
-
-@dataclass
-class SplitReport:
-    """What became of one split's records.
-
-    Args:
-        kept: Samples in the shards.
-        images: Images in the shards.
-        trimmed: Samples from which a turn was left out: an answer that nothing asked for, a question without answer.
-        rejected: Reason -> number of records that were left out.
-    """
-
-    kept: int = 0
-    images: int = 0
-    trimmed: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
 
 
 class TooManyRejectsError(ValueError):
@@ -227,10 +209,7 @@ def _claim(output: Path, arguments: dict[str, Any], overwrite: bool) -> dict[str
     before = json.loads(note.read_text()) if note.exists() else None
     finished = None if before is None else before.pop("finished", None)
     if before == arguments and finished is not None:
-        return {
-            split: SplitReport(**report | {"rejected": Counter(report["rejected"])})
-            for split, report in finished.items()
-        }
+        return {split: SplitReport.from_json(report) for split, report in finished.items()}
     if before == arguments and not (overwrite and (work / "stopped").exists()):
         return None
     if before is not None and not overwrite:
@@ -380,11 +359,7 @@ def _collect(output: Path, shards: list[Shard]) -> dict[str, SplitReport]:
     with partial.open("w", encoding="utf-8", errors="backslashreplace") as rejects:
         for shard in shards:
             note = json.loads((output / WORK / shard.note).read_text())
-            report = reports[shard.split]
-            report.kept += note["kept"]
-            report.images += note["images"]
-            report.trimmed += note["trimmed"]
-            report.rejected.update(reject["reason"] for reject in note["rejected"])
+            reports[shard.split].add(note)
             rejects.writelines(json.dumps(reject, ensure_ascii=False) + "\n" for reject in note["rejected"])
     partial.replace(output / "rejects.jsonl")
     return reports
@@ -436,17 +411,6 @@ def _write_index(output: Path, names: list[str], bar: Callable[..., tqdm]) -> No
     partial = output / WORK / "dataset.yaml"
     partial.write_text(yaml.safe_dump(DATASET, sort_keys=False), encoding="utf-8")
     partial.replace(meta / "dataset.yaml")
-
-
-def format_report(reports: dict[str, SplitReport]) -> str:
-    """Return a table of what was kept and, by reason, what was not."""
-    reasons = sorted({reason for report in reports.values() for reason in report.rejected})
-    rows = [["split", "kept", "images", "trimmed", "left out", *reasons]]
-    for split, report in reports.items():
-        counts = [report.kept, report.images, report.trimmed, report.rejected.total()]
-        rows.append([split, *(f"{count:,}" for count in [*counts, *(report.rejected[reason] for reason in reasons)])])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from megatron_smar.data.rejects import SampleError
 from megatron_smar.data.sources import llava, mimic_it, visual_genome
-from megatron_smar.data.sources.entries import read_list, read_members
+from megatron_smar.data.sources.entries import BrokenEntry, read_list, read_members
 from megatron_smar.data.sources.mimic_it import Base64Images
 from megatron_smar.data.sources.records import ImageFile, ImageSlice, SourceRecord, Unreadable
 
@@ -54,6 +54,9 @@ def read_source(file: BinaryIO, name: str, images: Base64Images | None = None) -
     """
     source = FORMATS[name]
     for entry in source.read(file):
+        if isinstance(entry, BrokenEntry):
+            yield Unreadable(None, entry.reason, entry.message)
+            continue
         try:
             yield from source.convert(entry, images) if source.needs_images else source.convert(entry)
         except SampleError as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entries of a file of records, one at a time: a published file of 1 GB takes as little memory as a small one.
 
-Python's own JSON decoder reads each entry, so that a list gives the very values that lines do: whole numbers of any size,
-half surrogates as they are, for the check that names them.
+Python's own JSON decoder reads each entry, so that a list gives the very values that lines do: whole numbers of any
+size, half surrogates as they are, for the check that names them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
+_DELIMITERS = tuple(" \t\n\r,:]}")  # what shows that a number has ended
 # What the end of a piece can hide from the decoder: a number, a literal or an escape that goes on in the next piece.
 _LONGEST_TOKEN = 16
 
@@ -172,7 +173,8 @@ class _Text:
             except ValueError as error:  # a number of thousands of digits
                 self.fail(str(error))
             else:
-                if end < len(self._text) or not self._read():  # a number may go on
+                may_go_on = end > len(self._text) - _LONGEST_TOKEN and self._text[end : end + 1] not in _DELIMITERS
+                if not may_go_on or not self._read():
                     self._at += end - start
                     return value
 
@@ -266,7 +268,7 @@ def _read_lines(file: BinaryIO, start: bytes) -> Iterator[Any]:
 
 def _parse_line(line: bytes, number: int) -> Any:
     try:
-        return json.loads(line.decode(), object_pairs_hook=_unique)
+        return json.loads(line.rstrip(b"\r\n").decode(), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         return BrokenEntry("not_utf8", f"line {number} is not UTF-8 (byte {line[error.start]:#04x} at {error.start})")
     except json.JSONDecodeError as error:

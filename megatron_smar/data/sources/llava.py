@@ -2,23 +2,26 @@
 """LLaVA's format, in which most mixtures are published.
 
 A JSON list (or JSON lines) of ``{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}``. ``image`` is
-a path below the image root, a list of them, or absent for text. It is followed by:
+a path below the image root, a list of them, or absent for text; ``images`` is read in its place, and ``system`` as a
+first turn from system. It is followed by:
 
 - LLaVA-1.5-558k and LLaVA-mix-665k: ``blip_laion_cc_sbu_558k.json`` (liuhaotian/LLaVA-Pretrain) and
   ``llava_v1_5_mix665k.json`` (liuhaotian/LLaVA-Instruct-150K), described in github.com/haotian-liu/LLaVA,
   docs/Finetune_Custom_Data.md and README.md.
 - What MoE-LLaVA published for its own training (github.com/PKU-YuanGroup/MoE-LLaVA, docs/TRAIN.md):
   ``llava_image_.json``, ``llava_image_tune_.json``, ``svit_tune_157k.json``, ``lvis_tune_220k_.json``,
-  ``lrv_tune_331k.json``, ``la_tune_256k.json`` and ``nlp_tune.json`` (text only). A ``video`` is not supported.
+  ``lrv_tune_331k.json``, ``la_tune_256k.json`` and ``nlp_tune.json`` (text only). A ``video`` is refused.
 - SVIT's ``format/llava-v1.5`` and LVIS-Instruct4V's ``lvis_instruct4v_220k.json`` (X2FD/LVIS-Instruct4V).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_smar.data.conversations import ROLES
+from megatron_smar.data.conversations import IMAGE_TAG, ROLES, has_turns
+from megatron_smar.data.fields import TURN_KEYS, check_keys, counted, image_paths, is_empty
 from megatron_smar.data.rejects import SampleError
 from megatron_smar.data.sources.records import ImageFile, SourceRecord
 
@@ -27,17 +30,23 @@ def convert(entry: Any) -> Iterator[SourceRecord]:
     """Yield the one record of an entry of LLaVA's format.
 
     Raises:
-        SampleError: ``bad_record`` or ``unsupported_video``.
+        SampleError: ``bad_record``, ``unsupported_key``, ``image_without_answer`` or ``image_in_answer``.
     """
     if not isinstance(entry, dict):
         yield SourceRecord(entry)
         return
-    if "video" in entry:
-        raise SampleError("unsupported_video", "the record has a `video`")
-    trimmed = _without_loose_ends(entry.get("conversations"))
+    paths = image_paths(entry)
+    unread = check_keys(entry)
+    turns = entry.get("conversations")
+    if has_turns(entry) and not is_empty(entry.get("text")):
+        unread.append("text")
+    if isinstance(turns, list):
+        unread += [key for turn in turns if isinstance(turn, dict) for key in check_keys(turn, TURN_KEYS, "turn.")]
+    trimmed = _without_loose_ends(turns)
     data = entry if trimmed is None else entry | {"conversations": trimmed}
-    images = tuple(ImageFile((path,)) for path in _image_paths(entry))
-    yield SourceRecord(data, images, 0 if trimmed is None else len(entry["conversations"]) - len(trimmed))
+    images = tuple(ImageFile((path,)) for path in paths)
+    left_out = 0 if trimmed is None else len(entry["conversations"]) - len(trimmed)
+    yield SourceRecord(data, images, left_out, tuple(dict.fromkeys(unread)))
 
 
 def convert_lvis(entry: Any) -> Iterator[SourceRecord]:
@@ -51,15 +60,7 @@ def convert_lvis(entry: Any) -> Iterator[SourceRecord]:
     for record in convert(entry):
         paths = [image.paths[0] for image in record.images if isinstance(image, ImageFile)]
         images = tuple(ImageFile((path, path.removeprefix("coco/"))) for path in paths)
-        yield SourceRecord(record.data, images, record.trimmed)
-
-
-def _image_paths(entry: dict[str, Any]) -> list[str]:
-    paths = entry.get("image")
-    paths = [] if paths is None else [paths] if isinstance(paths, str) else paths
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise SampleError("bad_record", "`image` is neither a path nor a list of paths")
-    return paths
+        yield dataclasses.replace(record, images=images)
 
 
 def _without_loose_ends(turns: Any) -> list[Any] | None:
@@ -67,6 +68,9 @@ def _without_loose_ends(turns: Any) -> list[Any] | None:
 
     LLaVA-mix's ShareGPT part has such conversations. LLaVA's train.py leaves out a first turn that is not human, and
     masks a last question, which has nothing to learn behind it.
+
+    Raises:
+        SampleError: ``image_without_answer`` or ``image_in_answer``: a picture would go with such a turn.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return None
@@ -76,4 +80,15 @@ def _without_loose_ends(turns: Any) -> list[Any] | None:
     roles = [ROLES.get(speaker) for speaker in speakers]
     start = 1 if roles[:1] == ["assistant"] else 0
     end = len(turns) - (1 if roles[-1:] == ["user"] else 0)
-    return turns[start:end] if 2 <= end - start < len(turns) else None
+    if not 2 <= end - start < len(turns):
+        return None
+    for turn in [*turns[:start], *turns[end:]]:
+        text = turn.get("value")
+        if isinstance(text, str) and (number := text.count(IMAGE_TAG)):
+            if turn is turns[0]:
+                raise SampleError("image_in_answer", f"turn 1 has an {IMAGE_TAG} tag, but is not the user's")
+            raise SampleError(
+                "image_without_answer",
+                f"the last question, which has no answer to learn, shows {counted(number, 'image')}",
+            )
+    return turns[start:end]

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_smar.data.fields import check_keys
 from megatron_smar.data.rejects import SampleError
 from megatron_smar.data.sources.records import ImageSlice, SourceRecord, talk
 
@@ -70,7 +71,7 @@ def convert(entry: tuple[str, Any], images: Base64Images) -> Iterator[SourceReco
         images: Where the images are.
 
     Raises:
-        SampleError: ``bad_record`` or ``missing_image``.
+        SampleError: ``bad_record``, ``unsupported_key`` or ``missing_image``.
     """
     name, content = entry
     if not isinstance(content, dict):
@@ -86,7 +87,8 @@ def convert(entry: tuple[str, Any], images: Base64Images) -> Iterator[SourceReco
     if isinstance(question, str) and isinstance(answer, str):  # as Otter's pre_question and pre_answer
         question, answer = question.strip(" ").strip("\n"), answer.strip().replace("\r\n", "\n")
     data = {"id": name, "conversations": talk([(question, answer)], len(found))}
-    yield SourceRecord(data | ({"image": image_ids} if image_ids else {}), found)
+    unread = check_keys(content, {"instruction", "answer", "image_ids", "rel_ins_ids"})
+    yield SourceRecord(data | ({"image": image_ids} if image_ids else {}), found, unread=tuple(unread))
 
 
 def _plain_id(image_id: str) -> str:

@@ -44,11 +44,13 @@ class SourceRecord:
         data: What becomes the sample's ``.json``: ``{"id", "conversations" or "text", ...}``.
         images: Its images, in the order of the ``<image>`` tags.
         trimmed: Turns that were left out of it.
+        unread: Keys of the published entry that hold something which is not read (`check_keys`).
     """
 
     data: Any
     images: tuple[ImageFile | ImageSlice, ...] = ()
     trimmed: int = 0
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

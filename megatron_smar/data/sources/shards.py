@@ -12,6 +12,7 @@ import binascii
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from webdataset import TarWriter
 
 from megatron_smar.data.conversations import TEMPLATES, record_segments
-from megatron_smar.data.images import read_image
+from megatron_smar.data.images import read_image, which
 from megatron_smar.data.rejects import SampleError
 from megatron_smar.data.sources.records import SourceRecord, Unreadable
 
@@ -103,7 +104,7 @@ def write_shard(output: Path, image_root: Path, shard: Shard) -> int:
         image_root: Folder that image paths start from.
         shard: The shard.
     """
-    report: dict[str, Any] = {"kept": 0, "images": 0, "trimmed": 0, "rejected": []}
+    report: dict[str, Any] = {"kept": 0, "images": 0, "trimmed": 0, "unread": Counter(), "rejected": []}
     partial = output / WORK / "partial" / f"{shard.split}-{shard.kind}-{shard.number}-{os.getpid()}.tar"
     with partial.open("wb") as file:
         with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
@@ -140,6 +141,7 @@ def _write_sample(tar: TarWriter, line: dict[str, Any], image_root: Path, report
     report["kept"] += 1
     report["images"] += len(files) - 1
     report["trimmed"] += line["trimmed"] > 0
+    report["unread"].update(line["unread"])
 
 
 def _id(data: Any) -> str:
@@ -155,21 +157,33 @@ def _read_members(line: dict[str, Any], image_root: Path) -> dict[str, bytes]:
     except UnicodeEncodeError as error:
         raise SampleError("invalid_unicode", f"the record cannot be written as UTF-8 ({error.reason})") from error
     for number, place in enumerate(line["images"]):
-        data, suffix = _read_slice(place) if "offset" in place else _read_file(image_root, place["paths"])
-        read_image(data)  # a damaged one would otherwise be found by every run that reads it
+        try:
+            data, suffix = _read_picture(place, image_root)
+        except SampleError as error:
+            raise SampleError(error.reason, which(number + 1, len(line["images"])) + error.message) from error
         members[f"{number}.{suffix}"] = data
     return members
 
 
-def _read_file(image_root: Path, paths: list[str]) -> tuple[bytes, str]:
-    """Return the first of the files that exists, and its suffix."""
+def _read_picture(place: dict[str, Any], image_root: Path) -> tuple[bytes, str]:
+    """Read an image's bytes and decode it once: a damaged one would otherwise be found by every run that reads it."""
+    data, suffix, name = _read_slice(place) if "offset" in place else _read_file(image_root, place["paths"])
+    try:
+        read_image(data)
+    except SampleError as error:
+        raise SampleError(error.reason, f"{name}: {error.message}") from error
+    return data, suffix
+
+
+def _read_file(image_root: Path, paths: list[str]) -> tuple[bytes, str, str]:
+    """Return the first of the files that exists, its suffix, and what a message calls it."""
     for path in paths:
         if not _is_below(image_root, path):
             raise SampleError("unsafe_path", f"{path!r} leads out of the image root")
         place = os.path.join(image_root, path)
         try:
             with open(place, "rb") as file:
-                return file.read(), _suffix(path)
+                return file.read(), _suffix(path), place
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -192,13 +206,14 @@ def _suffix(path: str) -> str:
     return suffix if suffix.isascii() and suffix.isalnum() and suffix != "json" else "img"
 
 
-def _read_slice(place: dict[str, Any]) -> tuple[bytes, str]:
+def _read_slice(place: dict[str, Any]) -> tuple[bytes, str, str]:
     """Return an image that is a base64 string in a larger file, in either of base64's alphabets, padded or not."""
     with open(place["file"], "rb") as file:
         file.seek(place["offset"])
         # JSON may write a slash behind a backslash, and pandas does.
         text = file.read(place["length"]).translate(bytes.maketrans(b"-_", b"+/"), b"\\").rstrip(b"=")
+    name = f"the image at byte {place['offset']:,} of {place['file']}"
     try:
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True), "img"
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True), "img", name
     except binascii.Error as error:
-        raise SampleError("bad_image", f"an image is not base64 ({error})") from error
+        raise SampleError("bad_image", f"{name} is not base64 ({error})") from error

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_smar.data.fields import check_keys
 from megatron_smar.data.rejects import SampleError
 from megatron_smar.data.sources import llava
 from megatron_smar.data.sources.records import ImageFile, SourceRecord, talk
@@ -26,7 +27,7 @@ def convert_svit(entry: Any) -> Iterator[SourceRecord]:
     question, and reference marks are left out.
 
     Raises:
-        SampleError: ``bad_record``.
+        SampleError: ``bad_record`` or ``unsupported_key``.
     """
     if isinstance(entry, dict) and "image_id" not in entry:
         yield from llava.convert(entry)
@@ -35,11 +36,12 @@ def convert_svit(entry: Any) -> Iterator[SourceRecord]:
     if not isinstance(conversations, list):
         raise SampleError("bad_record", "the entry is no JSON object with `image_id` and a list `conversations`")
     image_id = entry["image_id"]
+    unread = tuple(check_keys(entry, {"image_id", "conversations"}))
     for number, conversation in enumerate(conversations):
         turns = conversation.get("content") if isinstance(conversation, dict) else None
         values = [_plain(turn) for turn in turns] if isinstance(turns, list) else []
         data = {"id": f"{image_id}_{number}", "image": f"{image_id}.jpg", "conversations": _with_image(values)}
-        yield SourceRecord(data, (_image(image_id),))
+        yield SourceRecord(data, (_image(image_id),), unread=unread)
 
 
 def convert_lrv(entry: Any) -> Iterator[SourceRecord]:
@@ -51,7 +53,7 @@ def convert_lrv(entry: Any) -> Iterator[SourceRecord]:
     as the authors' archive has them, or Visual Genome's; charts have their file name as id.
 
     Raises:
-        SampleError: ``bad_record``.
+        SampleError: ``bad_record`` or ``unsupported_key``.
     """
     if not isinstance(entry, dict) or "image_id" not in entry:
         raise SampleError("bad_record", "the entry is no JSON object with `image_id`, `question` and `answer`")
@@ -59,7 +61,8 @@ def convert_lrv(entry: Any) -> Iterator[SourceRecord]:
     texts = (entry.get("question"), entry.get("answer"))
     question, answer = (text.strip() if isinstance(text, str) else text for text in texts)
     data = {"id": str(entry["image_id"]), "image": image.paths[0], "conversations": talk([(question, answer)], 1)}
-    yield SourceRecord(data, (image,))
+    unread = check_keys(entry, {"image_id", "question", "answer", "task"})
+    yield SourceRecord(data, (image,), unread=tuple(unread))
 
 
 def _image(image_id: Any, *folders: str) -> ImageFile:

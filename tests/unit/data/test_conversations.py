@@ -409,8 +409,12 @@ def test_templates_name_the_tokens_that_the_vocabulary_must_have() -> None:
 
 
 BAD = {
-    "image_count_mismatch": ({"conversations": talk("<image><image> Hi", "Yes")}, 1, "2 <image> tags but 1 images"),
-    "image_count_mismatch ": ({"text": "An <image> tag"}, 0, "1 <image> tags but 0 images"),
+    "image_count_mismatch": (
+        {"conversations": talk("<image><image> Hi", "Yes")},
+        1,
+        "2 <image> tags but 1 image: each",
+    ),
+    "image_count_mismatch ": ({"text": "An <image> tag"}, 0, "1 <image> tag but 0 images"),
     "image_token_in_text": ({"conversations": talk("Hi <IMG_CONTEXT>", "Yes")}, 0, "<IMG_CONTEXT>"),
     "image_token_in_text ": ({"text": "literal </img>"}, 0, "</img>"),
     "null_character": ({"conversations": talk("Hi", "Y\0es")}, 0, "turn 2 has a null character at 1"),

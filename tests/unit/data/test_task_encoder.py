@@ -131,8 +131,8 @@ def test_too_long_samples_are_rejected_and_the_longest_is_kept_whole(make_config
         (raw(b"\xff"), "not_utf8: its .json file is not UTF-8"),
         (RawSample(__key__="k", __restore_key__=(), parts={"0.png": b""}), "bad_record: there is no .json"),
         (RawSample(__key__="k", __restore_key__=(), parts={"json": b"{}", "1.png": b""}), "bad_record: its images are"),
-        (raw(TWO_IMAGES, picture()), "image_count_mismatch: 2 <image> tags but 1 images"),
-        (raw(TWO_IMAGES, picture(), b"none"), "bad_image: an image cannot be decoded"),
+        (raw(TWO_IMAGES, picture()), "image_count_mismatch: 2 <image> tags but 1 image: each"),
+        (raw(TWO_IMAGES, picture(), b"none"), "bad_image: image 2 of 2: an image cannot be decoded"),
     ],
 )
 def test_malformed_samples_are_rejected_by_reason(

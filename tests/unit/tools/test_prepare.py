@@ -59,6 +59,7 @@ BAD = {
     "role_order": {"conversations": talk("a", "b")[::-1]},
     "image_token_in_text": {"text": "<IMG_CONTEXT>"},
     "empty_conversation": {"conversations": []},
+    "unsupported_key": {"image_path": "a.png", "conversations": talk("What?", "No.")},
     "bad_record": {"image": {"path": "a.png"}, "conversations": talk("<image>?", "No.")},
 }
 
@@ -121,6 +122,8 @@ def test_a_line_that_is_no_json_is_left_out_alone(prepare: ModuleType, tmp_path:
     (tmp_path / "r.jsonl").write_text('{"text": "a"}\n{"text": \n{"text": "b"}\n')
     reports = prepare.prepare(tmp_path / "out", [tmp_path / "r.jsonl"], max_skip_ratio=0.5, progress=False)
     assert reports["train"].kept == 2 and reports["train"].rejected == {"bad_record": 1}
+    (reject,) = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert reject["message"] == "line 2 is not JSON (Expecting value at column 10)"
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -317,6 +320,7 @@ def test_a_record_that_utf8_cannot_hold_is_left_out_by_name(prepare: ModuleType,
     [
         b'[{"text": "\xff\xfe"}]',
         b'[{"text": "\0"}]',
+        b"[]",
         b"[1, 2",
         b"\0\0\0",
         b"",

@@ -74,7 +74,32 @@ def test_llava_records_arrive_as_they_are_but_for_turns_without_question_or_answ
 
 def test_a_video_is_left_out_by_name() -> None:
     (record,) = read_bytes([{"id": "v", "video": "a.mp4", "conversations": []}], "llava")
-    assert isinstance(record, Unreadable) and record.reason == "unsupported_video"
+    assert isinstance(record, Unreadable) and record.reason == "unsupported_key"
+
+
+def test_a_last_question_that_shows_a_picture_is_left_out_by_what_it_is() -> None:
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(["Hi", "Yes", "<image> And?"])]
+    unasked_turns = [turns[1] | {"value": "See <image>"}, *turns[:2]]
+    loose = [{"image": "a.png", "conversations": some} for some in (turns, unasked_turns)]
+    unanswered, unasked = read_bytes(loose, "llava")
+    assert isinstance(unanswered, Unreadable) and unanswered.reason == "image_without_answer"
+    assert unanswered.message == "the last question, which has no answer to learn, shows 1 image"
+    assert isinstance(unasked, Unreadable) and unasked.reason == "image_in_answer"
+
+
+@pytest.mark.parametrize("name", ["svit", "lrv", "mimic_it"])
+def test_keys_of_every_format_that_hold_what_is_not_read_are_refused_or_reported(name: str) -> None:
+    good = [{"from": "user", "value": "a"}, {"from": "gpt", "value": "b"}]
+    entry = {
+        "svit": {"image_id": 1, "conversations": [{"content": good}]},
+        "lrv": {"image_id": 1, "question": "a", "answer": "b"},
+        "mimic_it": {"instruction": "a", "answer": "b", "image_ids": []},
+    }[name]
+    for changes, expected in (({"video": "a.mp4"}, "unsupported_key"), ({"mood": "good"}, ("mood",))):
+        changed = entry | changes
+        content = {"data": {"x": changed}} if name == "mimic_it" else [changed]
+        (record,) = read_bytes(content, name, Base64Images([DATA / "LA/LA.json"]))
+        assert expected == (record.reason if isinstance(record, Unreadable) else record.unread)
 
 
 def test_lvis_images_are_found_below_a_coco_folder_too() -> None:

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of the records that were prepared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_smar.data.fields import counted
+
+
+@dataclass
+class SplitReport:
+    """What became of one split's records.
+
+    Args:
+        kept: Samples in the shards.
+        images: Images in the shards.
+        trimmed: Samples from which a turn was left out: an answer that nothing asked for, a question without answer.
+        unread: Key that is not read and not known -> number of samples in which it holds something.
+        rejected: Reason -> number of records that were left out.
+    """
+
+    kept: int = 0
+    images: int = 0
+    trimmed: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def from_json(cls, report: Mapping[str, Any]) -> SplitReport:
+        """Take a report back from JSON."""
+        counters = {name: Counter(report[name]) for name in ("unread", "rejected")}
+        return cls(**{**report, **counters})
+
+    def add(self, note: Mapping[str, Any]) -> None:
+        """Add what became of one shard's records (`write_shard`)."""
+        self.kept += note["kept"]
+        self.images += note["images"]
+        self.trimmed += note["trimmed"]
+        self.unread.update(note["unread"])
+        self.rejected.update(reject["reason"] for reject in note["rejected"])
+
+
+def format_report(reports: Mapping[str, SplitReport]) -> str:
+    """Return a table of what was kept and, by reason, what was not; below it the keys that were not read."""
+    reasons = sorted({reason for report in reports.values() for reason in report.rejected})
+    rows = [["split", "kept", "images", "trimmed", "left out", *reasons]]
+    for split, report in reports.items():
+        counts = [report.kept, report.images, report.trimmed, report.rejected.total()]
+        rows.append([split, *(f"{count:,}" for count in [*counts, *(report.rejected[reason] for reason in reasons)])])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    unread: Counter[str] = sum((report.unread for report in reports.values()), Counter())
+    if unread:
+        names = ", ".join(f"`{key}` in {counted(count, 'sample')}" for key, count in unread.most_common())
+        lines.append(f"Keys that were not read: {names}")
+    return "\n".join(lines)
