@@ -73,11 +73,12 @@ def check_keys(record: Mapping[str, Any], known: Collection[str] = RECORD_KEYS, 
     for key, value in record.items():
         if key in known or key in _ABOUT or is_empty(value):
             continue
+        name = where + (key if key.isprintable() else ascii(key))
         hint = _loss_hint(value) if known is TURN_KEYS and key.lower() in _LOSS else _hint(key, value, record)
         if hint:
-            raise SampleError("unsupported_key", f"`{where}{key}` is not read, and what it holds would be lost: {hint}")
+            raise SampleError("unsupported_key", f"`{name}` is not read, and what it holds would be lost: {hint}")
         if hint is None:
-            unread.append(f"{where}{key}")
+            unread.append(name)
     return unread
 
 

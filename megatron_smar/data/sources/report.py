@@ -55,6 +55,7 @@ def format_report(reports: Mapping[str, SplitReport]) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     unread: Counter[str] = sum((report.unread for report in reports.values()), Counter())
     if unread:
-        names = ", ".join(f"`{key}` in {counted(count, 'sample')}" for key, count in unread.most_common())
+        names = ", ".join(f"`{key}` in {counted(count, 'sample')}" for key, count in unread.most_common(20))
+        names += f" and {len(unread) - 20} more keys" if len(unread) > 20 else ""
         lines.append(f"Keys that were not read: {names}")
     return "\n".join(lines)
