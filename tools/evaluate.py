@@ -5,8 +5,8 @@
         --image-root DIR --output results.json  <the model's flags, as for pretrain_vlm.py>
 
 --text: records with a `text`: perplexity, and the share of words of several pieces that are completed exactly, given
-the text up to their first piece. --vqa: records with `image` (a list), `question`, `answer` and, if you like, a `kind`
-to group by: exact answers. The routing is recorded on --vqa.
+the text up to their first piece. --vqa: records with `image` (a path or a list), `question`, `answer` and, if you like,
+a `kind` to group by: exact answers. Both files are JSON lists or JSON lines, as for tools/data/prepare.py. The routing is recorded on --vqa.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from megatron.training import get_args, get_tokenizer  # noqa: E402
 from megatron_smar.arguments import image_config, vision_config  # noqa: E402
 from megatron_smar.data.batch import EncodedSample  # noqa: E402
 from megatron_smar.data.conversations import Segment, record_segments, template_for  # noqa: E402
+from megatron_smar.data.held_out import read_questions, read_texts  # noqa: E402
 from megatron_smar.data.rejects import SampleError  # noqa: E402
 from megatron_smar.data.task_encoder import SampleTokenizer  # noqa: E402
 from megatron_smar.data.tiling import ImageProcessor  # noqa: E402
@@ -36,19 +37,28 @@ from megatron_smar.data.tokens import TextEncoder  # noqa: E402
 from megatron_smar.model.vision import tokens_per_tile  # noqa: E402
 from megatron_smar.training.evaluation import Evaluator, exact_match, perplexity, word_completion  # noqa: E402
 from megatron_smar.training.monitor import recorded_routing  # noqa: E402
-from megatron_smar.training.setup import start  # noqa: E402
+from megatron_smar.training.setup import fail, start  # noqa: E402
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Our options; the rest are Megatron's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="JSON lines with `text`: perplexity and word completion")
-    parser.add_argument("--vqa", type=Path, help="JSON list with `image`, `question`, `answer`, `kind`")
+    parser.add_argument("--text", type=Path, help="records with `text`: perplexity and word completion")
+    parser.add_argument("--vqa", type=Path, help="records with `image`, `question`, `answer`, `kind`")
     parser.add_argument("--image-root", type=Path, default=Path("."), help="where the paths in --vqa start")
     parser.add_argument("--examples", type=int, default=24, help="answers decoded and shown (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="samples per forward pass (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     return parser.parse_known_args()
+
+
+def read_records(options: argparse.Namespace) -> None:
+    """Reads --text and --vqa, a JSON list or JSON lines each, before anything is loaded."""
+    try:
+        options.texts = read_texts(options.text) if options.text else []
+        options.questions = read_questions(options.vqa, options.image_root) if options.vqa else []
+    except ValueError as error:
+        fail(error)
 
 
 class Encoder:
@@ -102,22 +112,21 @@ class Encoder:
 def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
     """All that was asked for."""
     results: dict[str, Any] = {}
-    if options.text:
-        records = [json.loads(line) for line in options.text.read_text(encoding="utf-8").splitlines()]
+    if options.texts:
         samples = [
             encoder.encode(str(r.get("id", i)), record_segments(r, encoder.template, 0), [])
-            for i, r in enumerate(records)
+            for i, r in enumerate(options.texts)
         ]
         scores = evaluator.score(samples, "text")
         results |= {"text_perplexity": perplexity(scores), "word_accuracy": word_completion(scores)}
-    if options.vqa:
+    if options.questions:
         results |= measure_vqa(options, evaluator, encoder)
     return results
 
 
 def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
     """Accuracy by kind of question, the routing while answering, and some answers in the model's words."""
-    items = json.loads(options.vqa.read_text(encoding="utf-8"))
+    items = options.questions
     samples = [encoder.question(item, options.image_root) for item in items]
     with recorded_routing([evaluator.model]) as recorder:
         scores = evaluator.score(samples, "visual questions")
@@ -144,6 +153,7 @@ def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Enco
 def main() -> None:
     """Loads the checkpoint, measures, and writes the results."""
     options, flags = parse()
+    read_records(options)
     model, _, _ = start([*flags, "--skip-train", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"])
     encoder, args = Encoder(), get_args()
     evaluator = Evaluator(
@@ -155,7 +165,10 @@ def main() -> None:
         options.batch_size,
         encoder.continues_word(),
     )
-    results = measure(options, evaluator, encoder)
+    try:
+        results = measure(options, evaluator, encoder)
+    except SampleError as error:  # one that is too long for the flags
+        fail(error)
     if dist.get_rank() == 0:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

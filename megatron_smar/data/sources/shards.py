@@ -158,15 +158,19 @@ def _read_members(line: dict[str, Any], image_root: Path) -> dict[str, bytes]:
         raise SampleError("invalid_unicode", f"the record cannot be written as UTF-8 ({error.reason})") from error
     for number, place in enumerate(line["images"]):
         try:
-            data, suffix = _read_picture(place, image_root)
+            data, suffix = read_picture(place, image_root)
         except SampleError as error:
             raise SampleError(error.reason, which(number + 1, len(line["images"])) + error.message) from error
         members[f"{number}.{suffix}"] = data
     return members
 
 
-def _read_picture(place: dict[str, Any], image_root: Path) -> tuple[bytes, str]:
-    """Read an image's bytes and decode it once: a damaged one would otherwise be found by every run that reads it."""
+def read_picture(place: dict[str, Any], image_root: Path) -> tuple[bytes, str]:
+    """Return an image's bytes and its suffix, decoded once: a damaged one would be found by every run that reads it.
+
+    Raises:
+        SampleError: It is not there, or damaged; the message names it.
+    """
     data, suffix, name = _read_slice(place) if "offset" in place else _read_file(image_root, place["paths"])
     try:
         read_image(data)

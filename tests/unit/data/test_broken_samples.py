@@ -43,7 +43,8 @@ from .conftest import picture, talk
 Parts = dict[str, bytes]
 REASONS = set(
     "bad_image bad_record empty_conversation image_count_mismatch image_in_answer image_token_in_text image_too_large "
-    "invalid_unicode not_utf8 null_character role_order special_token_in_text text_changed too_long unsupported_key unsafe_path".split()
+    "invalid_unicode not_utf8 null_character role_order special_token_in_text text_changed too_long unsafe_path "
+    "unsupported_key".split()
 )
 TOKENS_PER_TILE = 2
 GRACE = (Path(get_sample_data("grace_hopper.jpg", asfileobj=False))).read_bytes()
