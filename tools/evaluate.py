@@ -6,7 +6,8 @@
 
 --text: records with a `text`: perplexity, and the share of words of several pieces that are completed exactly, given
 the text up to their first piece. --vqa: records with `image` (a path or a list), `question`, `answer` and, if you like,
-a `kind` to group by: exact answers. The routing is recorded on --vqa. Both are JSON lists or JSON lines, as for prepare.py.
+a `kind` to group by: exact answers. The routing is recorded on --vqa.
+Both are JSON lists or JSON lines, as for prepare.py.
 """
 
 from __future__ import annotations
