@@ -16,12 +16,14 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from tqdm import tqdm
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from megatron_smar.checkpoint import composite
 from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing, without_code
-from megatron_smar.checkpoint.metadata import saved_arguments
+from megatron_smar.checkpoint.metadata import find_checkpoint, read_common_state, read_contents, saved_arguments
 from megatron_smar.checkpoint.model import describe_model, differing_flags
 from megatron_smar.checkpoint.outcome import Written
+from megatron_smar.checkpoint.processor import write_processor
 from megatron_smar.checkpoint.remote_code import RemoteFields, needs_remote_code, plain_config, write_remote_code
 from megatron_smar.checkpoint.safetensors_io import write_folder
 from megatron_smar.checkpoint.sources import Source
@@ -32,7 +34,12 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def export_model(
-    load: Path, hf: Path, output: Path, iteration: int | None = None, dtype: torch.dtype | None = None
+    load: Path,
+    hf: Path,
+    output: Path,
+    iteration: int | None = None,
+    dtype: torch.dtype | None = None,
+    processor: bool = True,
 ) -> Written:
     """Writes a checkpoint as a Hugging Face folder.
 
@@ -45,14 +52,47 @@ def export_model(
         output: The new folder.
         iteration: Which checkpoint; None for the latest.
         dtype: Of the weights; None for what each one has.
+        processor: Whether to write processor, chat template and generation config as the run's arguments say.
 
     Returns:
         What was written.
 
     Raises:
-        ConversionError: The checkpoint holds another model than `hf` describes, or `output` cannot be written.
+        ConversionError: The checkpoint holds another model than `hf` describes, or `output` cannot be written, or
+            transformers cannot make the tokens that the model was trained on.
     """
     source = read_checkpoint(load, hf, iteration)
+    layout = layout_of(source, dtype)
+    needed = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in layout.values())
+    with whole_or_nothing(output, needed) as folder:
+        describe_export(source, hf, folder, layout)
+        if processor and not write_processor(folder, run_arguments(load, iteration), source.config):
+            tqdm.write(f"{hf} has no tokenizer, so that the export comes without processor and chat template.")
+        with tqdm(total=needed, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
+            write_folder(folder, layout, lambda name: source.tensors[name].read(), bar.update)
+    return Written.of(len(layout), layout.values())
+
+
+def layout_of(source: Source, dtype: torch.dtype | None = None) -> Layout:
+    """Shape and data type of each weight of an export.
+
+    Args:
+        source: The checkpoint, as `read_checkpoint` gives it.
+        dtype: As for `export_model`.
+    """
+    rows = {name: row for row in source.table for name in row.hf}
+    return {name: (t.shape, rows[name].converted(dtype, t.dtype)) for name, t in source.tensors.items()}
+
+
+def describe_export(source: Source, hf: Path, folder: Path, layout: Layout) -> None:
+    """Writes what an export has beside weights and processor: config.json, modelling code, the tokenizer's files.
+
+    Args:
+        source: The checkpoint, as `read_checkpoint` gives it.
+        hf: A folder with the model's config, tokenizer and processor.
+        folder: The export's.
+        layout: Of its weights.
+    """
     config, tensors = source.config, source.tensors
     connection = composite.connection_of(config)
     biases = [tensor for name, tensor in tensors.items() if name.endswith(".modality_bias")]
@@ -64,18 +104,29 @@ def export_model(
         lm_head_bias=composite.LANGUAGE + "lm_head.bias" in tensors,
     )
     content = without_code(json.loads((hf / "config.json").read_text(encoding="utf-8")))
-    rows = {name: row for row in source.table for name in row.hf}
-    layout: Layout = {name: (t.shape, rows[name].converted(dtype, t.dtype)) for name, t in tensors.items()}
-    needed = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in layout.values())
-    with whole_or_nothing(output, needed) as folder:
-        copy_companions([hf], folder)
-        remote = needs_remote_code(content, fields)
-        content = write_remote_code(folder, content, fields) if remote else plain_config(content)
-        content = with_dtype(content, layout)
-        (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        with tqdm(total=needed, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
-            write_folder(folder, layout, lambda name: tensors[name].read(), bar.update)
-    return Written.of(len(layout), layout.values())
+    copy_companions([hf], folder)
+    remote = needs_remote_code(content, fields)
+    content = write_remote_code(folder, content, fields) if remote else plain_config(content)
+    content = with_architectures(with_dtype(content, layout))
+    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def run_arguments(load: Path, iteration: int | None) -> Any:
+    """The arguments of the run that saved a checkpoint."""
+    folder = find_checkpoint(load, iteration)
+    return saved_arguments(read_common_state(folder, read_contents(folder)))
+
+
+def with_architectures(content: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the classes of the model and of its parts, by which vLLM and SGLang choose their own.
+
+    Args:
+        content: config.json of a composite model, whose own class is in it.
+    """
+    text, vision = dict(content["text_config"]), dict(content["vision_config"])
+    text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]]
+    vision["architectures"] = [MODEL_MAPPING_NAMES[vision.get("model_type", "internvl_vision")]]
+    return dict(content) | {"text_config": text, "vision_config": vision}
 
 
 def with_dtype(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,6 +149,100 @@ def test_a_model_that_was_imported_and_trained_comes_out_as_it_was_trained(start
     again = ["export", "--load", tmp_path / "again", "--hf", tmp_path / "again" / "hf"]
     assert convert(*again, "--output", tmp_path / "same")[0] == 0
     assert_same(tmp_path / "same", output)
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory) -> Path:
+    """Where the documented snippet looks for one."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photograph")
+    Image.radial_gradient("L").resize((70, 40)).convert("RGB").save(folder / "photograph.png")
+    return folder
+
+
+def snippet() -> str:
+    """The code of docs/checkpoints.md that asks an export."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL)
+    return next(block for block in blocks if "AutoProcessor" in block)
+
+
+def test_the_documented_snippet_gives_the_trainers_own_answer(
+    start, trained, convert, photograph, tmp_path, monkeypatch, capsys
+):
+    exported = ["--load", trained, "--hf", start / "hf", "--output", photograph / "exported", "--dtype", "float32"]
+    assert convert("export", *exported)[0] == 0
+    question = {"image": ["photograph.png"], "question": "<image>\nWhich colours are these?", "answer": "red"}
+    (tmp_path / "vqa.json").write_text(json.dumps([question]))
+    given = ["--vqa", tmp_path / "vqa.json", "--image-root", photograph, "--output", tmp_path / "results.json"]
+    paths = ["--vision-model", start / "hf", "--tokenizer-model", start / "hf" / "tokenizer.model", "--load", trained]
+    model = [
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--seq-length",
+        128,
+        *(start / "flags.txt").read_text().split(),
+    ]
+    run("tools/evaluate.py", *given, *model, *paths, "--micro-batch-size", 1, "--global-batch-size", 1, ranks=1)
+    trainers = json.loads((tmp_path / "results.json").read_text())["examples"][0]["prediction"]
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.chdir(photograph)
+    capsys.readouterr()
+    exec(snippet(), {})
+    assert capsys.readouterr().out.strip() == trainers and trainers
+    content = json.loads((photograph / "exported" / "config.json").read_text())
+    assert content["architectures"] == ["ModalityAwareInternVLForConditionalGeneration"]
+    assert content["text_config"]["architectures"] == ["MixtralForCausalLM"]
+    assert content["vision_config"]["architectures"] == ["InternVLVisionModel"]
+
+
+def test_a_checkpoint_and_its_export_give_the_same_answer_to_one_question(
+    start, trained, convert, photograph, tmp_path, capsys
+):
+    from megatron_smar.chat import main as chat
+
+    assert convert("export", "--load", trained, "--hf", start / "hf", "--output", tmp_path / "exported")[0] == 0
+    answers: dict[str, set[str]] = {}
+    for picture in ([], ["--image", str(photograph / "photograph.png")]):
+        for source in (trained, tmp_path / "exported"):
+            capsys.readouterr()
+            chat([str(source), "Which colours are these?", *picture, "--max-new-tokens", "6"])
+            answers.setdefault(str(picture), set()).add(capsys.readouterr().out)
+    assert all(len(found) == 1 for found in answers.values()), answers
+    assert all(answer.strip() for found in answers.values() for answer in found)
+
+
+CHAT_MISTAKES = {
+    "no folder": (["{new}", "?"], "is not a folder"),
+    "neither": (["{empty}", "?"], "holds no checkpoint"),
+    "no processor": (["{hf}", "?"], "has no processor"),
+    "no picture": (["{hf}", "?", "--image", "{new}"], "is not there: give the file of a picture"),
+    "no tokens": (["{hf}", "?", "--max-new-tokens", "0"], "--max-new-tokens 0 leaves no answer"),
+    "cold": (["{hf}", "?", "--temperature", "-1"], "--temperature -1.0 is below 0"),
+}
+
+
+@pytest.mark.parametrize("case", CHAT_MISTAKES)
+def test_a_mistaken_question_is_refused_in_one_sentence(case, tmp_path, monkeypatch, capsys):
+    from megatron_smar.chat import main as chat
+
+    words, message = CHAT_MISTAKES[case]
+    for name in ("hf", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "internvl"}')
+    monkeypatch.setattr(sys, "argv", ["tools/chat.py"])
+    places = {name: tmp_path / name for name in ("new", "hf", "empty")}
+    with pytest.raises(SystemExit) as end:
+        chat([word.format(**places) for word in words])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and message in said and said.startswith("chat.py: error: ")
+
+
+def test_the_chat_program_answers_a_user_who_starts_it(start, trained, photograph):
+    done = run(
+        "tools/chat.py", trained, "Name a colour.", "--image", photograph / "photograph.png", "--max-new-tokens", 3
+    )
+    assert done.stdout.strip()
 
 
 def test_a_separate_language_model_comes_in_with_rows_for_the_image_tokens(start, convert, tmp_path):

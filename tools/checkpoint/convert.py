@@ -68,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="folder with config and tokenizer: what was imported, or the import's hf/",
     )
+    exported.add_argument(
+        "--no-processor",
+        dest="processor",
+        action="store_false",
+        help="write no processor, chat template and generation config; tokenizer files are copied as they are",
+    )
     upcycle = commands.add_parser(
         "upcycle", help="a dense model to a checkpoint of a mixture of experts that starts as it"
     )
@@ -238,7 +244,8 @@ def main() -> None:
                 written = write_model(source, args.output, DTYPES.get(args.dtype))
             print(outcome.of_import(args.output, written, sources_of(args)))
         else:
-            written = export_model(args.load, args.hf, args.output, args.iteration, DTYPES.get(args.dtype))
+            dtype = DTYPES.get(args.dtype)
+            written = export_model(args.load, args.hf, args.output, args.iteration, dtype, args.processor)
             print(outcome.of_export(args.output, written, args.load))
     except ValueError as error:
         parser.error(str(error))

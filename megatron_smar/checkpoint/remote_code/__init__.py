@@ -93,7 +93,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
         config: config.json of an export, with or without modelling code.
     """
     if config.get("model_type") != MODEL_TYPE:
-        return dict(config)
+        return dict(config) | {"architectures": [PLAIN_CLASS]}
     plain = {name: value for name, value in config.items() if name not in {"auto_map", *RemoteFields().__dict__}}
     return plain | {"model_type": PLAIN_TYPE, "architectures": [PLAIN_CLASS]}
 
