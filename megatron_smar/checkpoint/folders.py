@@ -11,7 +11,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+WEIGHT_FILES: tuple[str, ...] = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+)
 WEIGHT_FILES += ("*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.npz")
 PICKLES = ("*.pkl", "*.pickle", "*.joblib", "*.npy")  # which run code when they are opened
 

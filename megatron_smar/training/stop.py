@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_smar.checkpoint.start_point import StartPoint, apply_start
 from megatron_smar.runtime.signals import StopSignals
 from megatron_smar.training.providers import close_loaders
 
@@ -43,18 +44,8 @@ def resume_command(save: str, command: Sequence[str] | None = None) -> str:
         save: The folder of --save.
         command: The command; None for this process's, torchrun included.
     """
-    parts = list(_own_command() if command is None else command)
-    kept: list[str] = []
-    index = 0
-    while index < len(parts):
-        name, _, value = parts[index].partition("=")
-        if name == "--load":
-            index += 1 if value else 2
-            continue
-        if name != "--finetune":
-            kept.append(parts[index])
-        index += 1
-    return shlex.join([*kept, "--load", save])
+    parts = _own_command() if command is None else command
+    return shlex.join(apply_start(parts, StartPoint(save, False, {}, returns=True)))
 
 
 def _own_command() -> list[str]:

@@ -28,3 +28,8 @@ def test_the_command_that_resumes_can_be_pasted_whatever_the_folder_is_called():
 def test_a_run_without_a_folder_to_save_in_says_that_nothing_was_saved():
     said = describe_stop(Namespace(curr_iteration=6, save=None))
     assert said == "stopped after step 7; nothing was saved, since there is no --save"
+
+
+def test_the_command_drops_how_the_start_was_taken_up_or_the_optimizer_would_be_lost():
+    command = "p.py --load a --no-load-optim --no-load-rng --ckpt-step 3 --no-load-dataloader-state --lr 1"
+    assert resume_command("out", command.split()) == "p.py --lr 1 --load out"
