@@ -297,7 +297,15 @@ def _add_conversation_arguments(parser: ArgumentParser) -> None:
 
 
 def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("layouts of checkpoints")
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument(
+        "--allow-model-change",
+        nargs="+",
+        metavar="FLAG",
+        default=[],
+        help="Flags of the model, and `tokenizer`, that may differ from those of the checkpoint in --load, as: "
+        "rotary-base moe-router-topk. Default: none; a checkpoint of another model is refused.",
+    )
     group.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",
         action="store_false",
@@ -357,6 +365,7 @@ def language_config(args: Namespace) -> LanguageConfig:
     """What the language model takes beside Megatron's TransformerConfig."""
     return LanguageConfig(
         vocab_size=args.padded_vocab_size,
+        true_vocab_size=args.true_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         position_embedding_type=args.position_embedding_type,
         rotary_percent=args.rotary_percent,

@@ -17,6 +17,7 @@ from megatron_smar.checkpoint.folders import ConversionError, copy_companions, s
 from megatron_smar.checkpoint.model import describe_model, write_flags
 from megatron_smar.checkpoint.outcome import Written
 from megatron_smar.checkpoint.sources import Readable, Source
+from megatron_smar.checkpoint.tokenizer_identity import fingerprints_of_folder
 from megatron_smar.checkpoint.torch_dist import Shard, write_checkpoint
 from megatron_smar.checkpoint.weights import Piece, Weight, pieces_of
 
@@ -49,6 +50,7 @@ def write_model(source: Source, output: Path, dtype: torch.dtype | None = None) 
         copy_companions(source.folders, folder / "hf")
         source.config.save_pretrained(folder / "hf")
         write_flags(folder / "flags.txt", source.flags)
+        args.tokenizer_fingerprints = fingerprints_of_folder(folder / "hf")
         with tqdm(total=needed, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
             write_checkpoint(folder, shards, objects, args, bar.update)
     return Written.of(len(source.table), [(shard.sizes, shard.dtype) for shard in shards])

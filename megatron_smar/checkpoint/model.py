@@ -33,6 +33,7 @@ from megatron_smar.arguments import (
     vision_config,
 )
 from megatron_smar.checkpoint.architectures.common import Flags
+from megatron_smar.checkpoint.model_identity import describe_tower
 from megatron_smar.flag_checks import check_shape
 from megatron_smar.model.vlm import VisionLanguageModel
 
@@ -85,7 +86,8 @@ def parse(argv: Sequence[str], vocab_size: int) -> Namespace:
         raise ValueError(f"the trainer refuses the model's flags: {error}") from error
     finally:
         sys.argv = saved
-    args.padded_vocab_size = vocab_size
+    args.padded_vocab_size = args.true_vocab_size = vocab_size
+    args.vision_tower = describe_tower(args)
     return args
 
 

@@ -20,6 +20,7 @@ from megatron_smar.model.layer_specs import LayerConfig, decoder_block_spec
 from megatron_smar.model.parallel_block import add_output_bias
 from megatron_smar.model.parts import freeze_parameters, frozen_parts
 from megatron_smar.model.vision import VisionConfig, VisionEncoder
+from megatron_smar.model.vocabulary import mask_padding
 from megatron_smar.routing.modalities import modality_mask_from_ids
 from megatron_smar.routing.router import ModalityRoutingConfig
 
@@ -29,6 +30,8 @@ class LanguageConfig:
     """What GPTModel takes beside its TransformerConfig, names as Megatron's, and what it does not know.
 
     Attributes:
+        vocab_size: Rows of the embedding, padded for the layout.
+        true_vocab_size: How many of them are tokens; None where all are.
         output_bias: Whether the output layer has a bias (Phi).
         layers: What the decoder's layers are beyond Megatron's.
     """
@@ -44,12 +47,14 @@ class LanguageConfig:
     share_embeddings_and_output_weights: bool = False
     fp16_lm_cross_entropy: bool = False
     parallel_output: bool = True
+    true_vocab_size: int | None = None
     output_bias: bool = False
     layers: LayerConfig = field(default_factory=LayerConfig)
 
     def of_gpt_model(self) -> dict[str, Any]:
         """GPTModel's own arguments."""
-        return {name: value for name, value in vars(self).items() if name not in ("output_bias", "layers")}
+        own = ("true_vocab_size", "output_bias", "layers")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
 
 class VisionLanguageModel(MegatronModule):
@@ -109,6 +114,9 @@ class VisionLanguageModel(MegatronModule):
         )
         if post_process and language.output_bias:
             add_output_bias(self.language_model.output_layer)
+        if post_process and language.true_vocab_size is not None:
+            sizes = language.true_vocab_size, language.vocab_size
+            mask_padding(self.language_model.output_layer, *sizes, self.pg_collection.tp)
         freeze_parameters(self, frozen_parts(freeze))
         self.trains = any(parameter.requires_grad for parameter in self.parameters())
 

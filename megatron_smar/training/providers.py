@@ -12,7 +12,6 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
-from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
 
 from megatron_smar.arguments import (
@@ -22,7 +21,7 @@ from megatron_smar.arguments import (
     transformer_config,
     vision_config,
 )
-from megatron_smar.checkpoint.fit import check_fit
+from megatron_smar.checkpoint.weights_fit import check_weights
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.conversations import template_for
 from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
@@ -50,10 +49,6 @@ def model_provider(
 ) -> VisionLanguageModel:
     """Builds one pipeline stage of the model from the parsed arguments."""
     args = get_args()
-    if args.padded_vocab_size is None:
-        args.padded_vocab_size = calculate_padded_vocab_size(
-            get_tokenizer().vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
-        )
     print_rank_0("building VisionLanguageModel ...")
     model = VisionLanguageModel(
         config or transformer_config(args),
@@ -67,7 +62,7 @@ def model_provider(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
-    check_fit(model, args.load, args.ckpt_step)
+    check_weights(model, args)
     return model
 
 

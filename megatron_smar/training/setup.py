@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import print_rank_0
+from megatron.training import get_tokenizer, print_rank_0
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
@@ -26,6 +26,7 @@ from megatron_smar.checkpoint.continuation import check_continuation
 from megatron_smar.checkpoint.fit import CheckpointMismatchError, leave_other_random_state, resumed_state
 from megatron_smar.checkpoint.loadable import check_loadable
 from megatron_smar.checkpoint.metadata import DamagedError
+from megatron_smar.checkpoint.model_identity import check_identity
 from megatron_smar.checkpoint.start_point import StartPoint, apply_start, find_start, keep_origin
 from megatron_smar.flag_checks import check_arguments, check_shape
 from megatron_smar.training.monitor import install_metrics
@@ -56,6 +57,7 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
         args = parse_and_validate_args(add_arguments)
         if args.use_checkpoint_args:
             check_shape(args)
+        check_identity(args, get_tokenizer())
         # Kept in checkpoints, with all other arguments.
         args.program = {"megatron_smar": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
         args.program["device"] = runtime.device()

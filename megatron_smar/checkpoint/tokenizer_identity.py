@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokenizer a checkpoint belongs to, and how many tokens its vocabulary has."""
+
+from __future__ import annotations
+
+import hashlib
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
+
+Fingerprint = tuple[int, str]  # number of pieces, and a hash of all of them in their order
+
+
+def fingerprint(pieces: Sequence[Any]) -> Fingerprint:
+    """What tells one vocabulary from another: the pieces by their ids."""
+    digest = hashlib.sha256("\x00".join(map(str, pieces)).encode("utf-8", "surrogatepass"))
+    return len(pieces), digest.hexdigest()
+
+
+def fingerprints_of_folder(folder: Path) -> list[Fingerprint]:
+    """Those of the tokenizers in a model's folder: Hugging Face's, and a SentencePiece model; empty without any."""
+    found = []
+    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found.append(fingerprint(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))))
+    if (folder / "tokenizer.model").is_file():
+        model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        found.append(fingerprint(model.id_to_piece(list(range(model.get_piece_size())))))
+    return list(dict.fromkeys(found))
+
+
+def settle_vocabulary(args: Namespace, tokenizer: Any, saved: Any | None) -> None:
+    """Decides how many tokens the model's vocabulary has, and pads it for the layout.
+
+    Sets `true_vocab_size` (the checkpoint's; without one the tokenizer's), `padded_vocab_size`, and
+    `tokenizer_fingerprints`, all of which go into the next checkpoint.
+
+    Args:
+        args: The run's.
+        tokenizer: Megatron's.
+        saved: Arguments of the run that saved the checkpoint in --load; None without one.
+
+    Raises:
+        ValueError: The tokenizer is not the checkpoint's.
+    """
+    pieces = None if args.tokenizer_type.startswith("Null") else _pieces(tokenizer)
+    size = len(pieces) if pieces is not None else int(tokenizer.vocab_size)
+    args.true_vocab_size = size
+    args.tokenizer_fingerprints = [fingerprint(pieces)] if pieces is not None else []
+    if saved is not None:
+        stored = _stored_size(saved, size)
+        if "tokenizer" not in args.allow_model_change:
+            _check_tokenizer(args, pieces, size, stored, saved)
+        args.true_vocab_size = max(stored, size)
+    args.padded_vocab_size = calculate_padded_vocab_size(
+        args.true_vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, False
+    )
+
+
+def _pieces(tokenizer: Any) -> list[Any] | None:
+    """All pieces by their ids; None for a tokenizer that does not give them."""
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)  # the wrapper has no public way
+    try:
+        return list(inner.ids_to_tokens(list(range(tokenizer.vocab_size))))
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def _stored_size(saved: Any, size: int) -> int:
+    """Tokens of the checkpoint's vocabulary.
+
+    Checkpoints of releases that did not store it have their padded size alone: it is that of `size` tokens, or another.
+    """
+    true: int | None = getattr(saved, "true_vocab_size", None)
+    padded: int | None = getattr(saved, "padded_vocab_size", None)
+    if true is not None or padded is None:
+        return true if true is not None else size
+    multiple = saved.make_vocab_size_divisible_by * saved.tensor_model_parallel_size
+    imported = padded % multiple != 0 or padded == getattr(saved, "vocab_size", None)  # imports hold no padding
+    return size if not imported and calculate_padded_vocab_size(size, multiple, 1, False) == padded else padded
+
+
+def _check_tokenizer(args: Namespace, pieces: list[Any] | None, size: int, stored: int, saved: Any) -> None:
+    known: list[Fingerprint] = [tuple(each) for each in getattr(saved, "tokenizer_fingerprints", None) or []]
+    given = f"--tokenizer-model {args.tokenizer_model}" if args.tokenizer_model else f"--vocab-size {size}"
+    switch = "or --allow-model-change tokenizer if it is meant"
+    if size > stored:
+        raise ValueError(
+            f"{given} has {size} tokens, and the vocabulary of the checkpoint in --load {args.load} has {stored}; give "
+            f"the tokenizer that it was trained with, {switch}: the others' rows start at random."
+        )
+    if pieces is None:
+        return
+    if known and not any(fingerprint(pieces[:number]) == (number, mark) for number, mark in known):
+        sizes = " or ".join(str(number) for number, _ in known)
+        raise ValueError(
+            f"{given}, with {size} tokens, is not the tokenizer of the checkpoint in --load {args.load}, which has "
+            f"{sizes} tokens (its vocabulary has {stored} rows); give that one, {switch}."
+        )
+    if not known and size < stored:
+        raise ValueError(
+            f"{given} has {size} tokens, and the vocabulary of the checkpoint in --load {args.load} has {stored}, and "
+            f"it does not say what its tokenizer was; give the tokenizer that it was trained with, {switch}."
+        )
