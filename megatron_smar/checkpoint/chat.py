@@ -118,7 +118,9 @@ def _open_export(folder: Path) -> Chat:
         )
     processor = _open_processor(folder)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", use_safetensors=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} holds no model that transformers can load ({_first_line(error)}).") from error
     return Chat(model, processor)
