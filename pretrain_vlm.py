@@ -21,7 +21,8 @@ from megatron_smar.checkpoint.fit import CheckpointMismatchError  # noqa: E402
 from megatron_smar.checkpoint.metadata import DamagedError  # noqa: E402
 from megatron_smar.data.rejects import DataError  # noqa: E402
 from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider  # noqa: E402
-from megatron_smar.training.setup import fail, parse_arguments  # noqa: E402
+from megatron_smar.training.sentences import FLAG_ERRORS  # noqa: E402
+from megatron_smar.training.setup import fail, fail_before_training, parse_arguments  # noqa: E402
 from megatron_smar.training.stop import end_after_a_signal  # noqa: E402
 
 
@@ -45,6 +46,9 @@ def main() -> None:
     except SystemExit as end:  # Megatron's loop, when it was asked to end
         end_after_a_signal(args)
         raise end
+    except FLAG_ERRORS as error:
+        fail_before_training(error)
+        raise
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from megatron_smar.model.parts import PARTS
 from megatron_smar.model.vision import VisionConfig, tokens_per_tile
 from megatron_smar.model.vlm import LanguageConfig
 from megatron_smar.routing.router import ModalityRoutingConfig
+from megatron_smar.runtime.console import ALL_MESSAGES
 from megatron_smar.training.monitor import MonitorConfig
+from megatron_smar.training.sentences import explain_unknown_flags
 
 CONNECTORS = get_args(ConnectorType)
 
@@ -39,7 +41,14 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     _add_stage_arguments(parser)
     _add_conversation_arguments(parser)
     _add_checkpoint_arguments(parser)
+    parser.add_argument_group("console").add_argument(
+        ALL_MESSAGES,
+        action="store_true",
+        help="Write everything that Megatron and torch have to say: each argument, warnings that nobody can act on, "
+        "all columns of a step. Default: the summary and a line per --log-interval.",
+    )
     _repair_help(parser)
+    explain_unknown_flags(parser)
     # Megatron 0.19.2 leaves the interval at None and then divides by it. A run that is asked to end saves, unasked.
     defaults = {"dataloader_type": "external", "eval_interval": 1000, "exit_signal_handler": True}
     parser.set_defaults(**defaults, **runtime.argument_defaults())

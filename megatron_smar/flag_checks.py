@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from importlib.util import find_spec
 
 from megatron_smar import runtime
 from megatron_smar.arguments import data_config, image_config, modality_routing_config, vision_config
@@ -53,12 +54,14 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
                 f"--eval-micro-batch-size {args.eval_micro_batch_size} with --packing-buffer-size: a micro-batch of "
                 "validation is one pack too; leave it out."
             )
+    _check_sizes(args)
     check_shape(args, is_known=not args.use_checkpoint_args)
     MonitorConfig.from_arguments(args)
     if args.dataloader_type != "external":
         raise ValueError(
             f"--dataloader-type is {args.dataloader_type}; conversations come through energon: leave the flag out."
         )
+    _check_batch_sizes(args)
 
 
 def _check_freeze(args: Namespace, shape_is_known: bool) -> None:
@@ -157,7 +160,66 @@ def _moe_layers(args: Namespace) -> list[int]:
     return [layer for layer, is_moe in zip(layers, frequency, strict=False) if is_moe]
 
 
+def _check_sizes(args: Namespace) -> None:
+    for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
+        size = getattr(args, f"{name}_parallel_size")
+        if size < 1:
+            raise ValueError(f"--{name.replace('_', '-')}-parallel-size is {size}; give 1 or more.")
+    for name in ("micro_batch_size", "global_batch_size", "eval_micro_batch_size", "eval_global_batch_size"):
+        size = getattr(args, name)
+        if size is not None and size < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {size}; give 1 or more.")
+
+
+def _check_heads(args: Namespace) -> None:
+    size, groups = args.tensor_model_parallel_size, args.num_query_groups if args.group_query_attention else None
+    for flag, heads in (("--num-attention-heads", args.num_attention_heads), ("--num-query-groups", groups)):
+        if heads and heads % size and (flag == "--num-attention-heads" or heads > size or size % heads):
+            raise ValueError(
+                f"{flag} {heads} cannot be divided among --tensor-model-parallel-size {size}; give a size that divides "
+                f"{heads}."
+            )
+
+
+def _check_batch_sizes(args: Namespace) -> None:
+    """Megatron checks them under names that are no flags, or after the process groups have been made."""
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    if args.world_size % model:
+        raise ValueError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{args.pipeline_model_parallel_size} x --context-parallel-size {args.context_parallel_size} needs a "
+            f"multiple of {model} ranks, and there are {args.world_size}; change the flags, or torchrun's "
+            "--nproc-per-node."
+        )
+    replicas = args.world_size // model
+    for micro_flag, total_flag, micro, total in (
+        ("--micro-batch-size", "--global-batch-size", args.micro_batch_size, args.global_batch_size),
+        (
+            "--eval-micro-batch-size" if args.eval_micro_batch_size else "--micro-batch-size",
+            "--eval-global-batch-size" if args.eval_global_batch_size else "--global-batch-size",
+            args.eval_micro_batch_size or args.micro_batch_size,
+            args.eval_global_batch_size or args.global_batch_size,
+        ),
+    ):
+        if micro and total and total % (micro * replicas):
+            raise ValueError(
+                f"{total_flag} {total} is no multiple of {micro_flag} {micro} x {replicas} data-parallel replicas "
+                f"({args.world_size} ranks / {model}); give a multiple of {micro * replicas}."
+            )
+
+
+def _check_dispatcher(args: Namespace) -> None:
+    backend = {"deepep": "deep_ep", "hybridep": "deep_ep"}.get(args.moe_flex_dispatcher_backend)
+    if args.num_experts and args.moe_token_dispatcher_type == "flex" and backend and not find_spec(backend):
+        raise ValueError(
+            f"--moe-token-dispatcher-type flex with --moe-flex-dispatcher-backend {args.moe_flex_dispatcher_backend} "
+            "needs the package deep_ep (DeepEP), which is not installed; install it, or give alltoall."
+        )
+
+
 def _check_parallelism(args: Namespace) -> None:
+    _check_heads(args)
+    _check_dispatcher(args)
     if args.hybrid_context_parallel:
         raise ValueError("--hybrid-context-parallel cuts batches in another way than ours are; leave it out.")
     if args.iterations_to_skip:

@@ -83,13 +83,13 @@ class DataConfig:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must not be negative.")
         if self.pad_to is not None and self.pad_to < self.seq_length:
             raise ValueError(
-                f"--pad-to {self.pad_to} is shorter than --seq-length {self.seq_length}, the longest sample kept."
+                f"--seq-length is {self.seq_length}, and a padded length of {self.pad_to} would not hold its samples."
             )
         padded = self.pad_to or self.seq_length
         if padded % self.pad_to_multiple_of:
             raise ValueError(
-                f"The padded length {padded} is no multiple of {self.pad_to_multiple_of}, which the parallel layout "
-                "needs: choose --seq-length (or --pad-to) so."
+                f"--seq-length {padded} is no multiple of {self.pad_to_multiple_of}, which tensor and context "
+                f"parallelism need; give {padded + -padded % self.pad_to_multiple_of}."
             )
         self._check_packing()
         tiles = self.image.max_tiles + (self.image.use_thumbnail and self.image.max_tiles > 1)

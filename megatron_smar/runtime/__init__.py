@@ -13,7 +13,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from megatron_smar.runtime import defaults
+from megatron_smar.runtime import console, defaults
 from megatron_smar.runtime.adaptation import Adaptation, Where, adaptations
 from megatron_smar.runtime.environment import Device, Environment, detect_device, detect_environment
 
@@ -66,8 +66,11 @@ def install(wanted: Device | None = None) -> Device:
 
 def install_or_exit(wanted: Device | None = None) -> Device:
     """As `install`, for a program: an environment that cannot be used ends this rank with one sentence."""
+    console.quiet_loggers()
     try:
-        return install(wanted)
+        found = install(wanted)
+        console.quiet_prints(current())
+        return found
     except RuntimeError as error:
         # One write: several ranks share the terminal.
         os.write(sys.stderr.fileno(), f"{os.path.basename(sys.argv[0])}: error: {error}\n".encode())

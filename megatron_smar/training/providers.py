@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
@@ -32,8 +34,12 @@ from megatron_smar.model.vlm import VisionLanguageModel
 from megatron_smar.routing.router import LossScale
 from megatron_smar.runtime.signals import begin_training
 from megatron_smar.training.batch import CountedSteps, DataWait, prepare_batch
+from megatron_smar.training.console import write_arguments
 from megatron_smar.training.loss import lm_loss
 from megatron_smar.training.resume import SavedPositions, restore
+from megatron_smar.training.summary import data_lines, place_lines, summary
+
+_CHUNKS: list[VisionLanguageModel] = []  # of this rank, as they were built
 
 TrainIterator = EnergonIterator | SavedPositions | RecordedSamples | CountedSteps
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -63,7 +69,15 @@ def model_provider(
         vp_stage=vp_stage,
     )
     check_weights(model, args)
+    _CHUNKS.append(model)
     return model
+
+
+def _show_summary(args: Namespace) -> None:
+    """Prints what the run is, on rank 0; every rank counts its parameters."""
+    arguments = write_arguments(args) if dist.get_rank() == 0 else None
+    lines = summary(_CHUNKS, args, data_lines(args), place_lines(args, arguments))
+    print_rank_0("\n".join(lines))
 
 
 def data_iterators_provider(
@@ -83,6 +97,8 @@ def data_iterators_provider(
         "decode_images": groups.pp.rank() == 0 and not vp_stage,  # the vision encoder is in the first chunk alone
         "announce_rejects": groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0 and not vp_stage,
     }
+    if not vp_stage:
+        _show_summary(args)
     train: TrainIterator | None = None
     valid = None
     if not args.skip_train:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,14 +13,14 @@ from typing import Any, NoReturn
 
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import get_tokenizer, print_rank_0
+from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smar import __version__, runtime
-from megatron_smar.arguments import add_arguments
+from megatron_smar.arguments import add_arguments, transformer_config
 from megatron_smar.checkpoint.continuation import check_continuation
 from megatron_smar.checkpoint.fit import CheckpointMismatchError, leave_other_random_state, resumed_state
 from megatron_smar.checkpoint.loadable import check_loadable
@@ -29,9 +28,11 @@ from megatron_smar.checkpoint.metadata import DamagedError
 from megatron_smar.checkpoint.model_identity import check_identity
 from megatron_smar.checkpoint.start_point import StartPoint, apply_start, find_start, keep_origin
 from megatron_smar.flag_checks import check_arguments, check_shape
+from megatron_smar.training.console import show_step_lines
 from megatron_smar.training.monitor import install_metrics
 from megatron_smar.training.providers import model_provider
 from megatron_smar.training.resume import take_over_folder
+from megatron_smar.training.sentences import FLAG_ERRORS, sentence
 
 
 def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) -> Namespace:
@@ -48,24 +49,27 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
         sys.argv = [sys.argv[0], *argv]
     if os.environ.get("RANK", "0") == "0":
         print(f"megatron_smar {__version__}: {runtime.describe()}", flush=True)
+    given = None
     try:
         point = find_start(parse_args(add_arguments))
         sys.argv[1:] = apply_start(sys.argv[1:], point)
         given = parse_args(add_arguments)
         check_arguments(given, needs_data)
         check_loadable(given)
-        args = parse_and_validate_args(add_arguments)
+        args = given = parse_and_validate_args(add_arguments)
         if args.use_checkpoint_args:
             check_shape(args)
+        transformer_config(args)  # its checks come now, before any rank waits for another
         check_identity(args, get_tokenizer())
         # Kept in checkpoints, with all other arguments.
         args.program = {"megatron_smar": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
         args.program["device"] = runtime.device()
         _set_biases_apart(args)
         _resume(args, point)
-    except (ValueError, AssertionError) as error:
-        fail(error)
+    except FLAG_ERRORS as error:
+        fail(error, given)
     install_metrics()
+    show_step_lines()
     take_over_folder(args)
     return args
 
@@ -95,21 +99,23 @@ def _set_biases_apart(args: Namespace) -> None:
         args.decoupled_lr, args.decoupled_min_lr = args.lr, args.min_lr
 
 
-def fail(error: BaseException) -> NoReturn:
-    """Ends this rank with one sentence, in one write: several ranks share the terminal."""
+def fail(error: BaseException, args: Namespace | None = None) -> NoReturn:
+    """Ends this rank with one sentence, in one write: several ranks share the terminal.
+
+    Args:
+        error: What stopped it.
+        args: The flags, for errors of Megatron's that do not name them.
+    """
     if isinstance(error, CheckpointException):  # torch's, around what happened on each rank
         error = next(inner for inner, _ in error.failures.values())
-    message = str(error)
-    if not message:  # many of Megatron's checks say nothing but what they check
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"the flags do not pass Megatron's check `{place.line}` ({Path(place.filename).name}:{place.lineno})"
-    if "trust_remote_code=True" in message:  # transformers' own words for it take three lines, and name no flag
-        message = (
-            f"{message.splitlines()[0].rstrip('.')}; a folder's code is only run with --trust-remote-code: give a "
-            "--tokenizer-model that needs none."
-        )
-    os.write(sys.stderr.fileno(), f"{Path(sys.argv[0]).name}: error: {message}\n".encode())
+    os.write(sys.stderr.fileno(), f"{Path(sys.argv[0]).name}: error: {sentence(error, args)}\n".encode())
     sys.exit(1)
+
+
+def fail_before_training(error: BaseException) -> None:
+    """Ends this rank with one sentence if no step was begun; otherwise the error is not one of the flags'."""
+    if getattr(get_args(), "curr_iteration", None) is None:
+        fail(error, get_args())
 
 
 def start(argv: Sequence[str] | None = None) -> tuple[list[Any], Any, Any]:
@@ -129,3 +135,5 @@ def start(argv: Sequence[str] | None = None) -> tuple[list[Any], Any, Any]:
         )
     except (CheckpointMismatchError, DamagedError, CheckpointException) as error:
         fail(error)
+    except FLAG_ERRORS as error:
+        fail(error, get_args())

@@ -33,6 +33,14 @@ MISTAKES = {
         ["--conversation-template", "chatml"],
         ["has no token <|im_end|> <|im_start|>", "--conversation-template", "tools/data/add_tokens.py"],
     ),
+    "a flag that is none": (
+        ["--tensor-model-paralel-size", "2"],
+        ["--tensor-model-paralel-size is no flag", "--tensor-model-parallel-size"],
+    ),
+    "batch sizes": (
+        ["--global-batch-size", "12"],
+        ["--global-batch-size 12", "--micro-batch-size 4 x 2 data-parallel", "give a multiple of 8"],
+    ),
     "start of nothing": (["--load", "/no/such/checkpoint"], ["--load /no/such/checkpoint does not exist"]),
 }
 

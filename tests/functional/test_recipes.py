@@ -66,9 +66,9 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: value for name, value in load_weights(checkpoint / folder).items() if "_extra_state" not in name}
 
 
-def flags_of(log: Path) -> dict[str, str]:
-    """The flags that Megatron took, from its table of them."""
-    return dict(re.findall(r"^ *(\w+) \.{3,} *(\S+)", log.read_text(), flags=re.MULTILINE))
+def flags_of(file: Path) -> dict[str, str]:
+    """The flags that Megatron took, from the run's list of them."""
+    return dict(re.findall(r"^ *(\w+) \.{3,} *(\S+)", file.read_text(), flags=re.MULTILINE))
 
 
 def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
@@ -86,7 +86,7 @@ def test_a_recipe_trains_what_it_says_from_conversion_to_results(outputs, recipe
         assert changed_parts(before, after) == learns, f"{stage} trained other parts than it says"
         assert all(map(math.isfinite, scalars["lm loss"].values))
         assert len(scalars["lm loss"].values) >= 5
-        flags = flags_of(output / "logs" / f"{stage}.log")
+        flags = flags_of(output / stage / "arguments.txt")
         assert flags["modality_routing"] == ("smar" if BANDS[stage] else "none")
         assert BANDS[stage] in (None, (float(flags["smar_d_min"]), float(flags["smar_d_max"])))
         biases = torch.cat([value.flatten() for name, value in after.items() if name.endswith("modality_bias.bias")])

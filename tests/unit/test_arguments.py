@@ -136,3 +136,40 @@ def test_normalisation_is_the_vision_models_own(tmp_path):
     settings = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     assert normalisation(vision) == ((0.1, 0.2, 0.3), (1, 2, 3))
+
+
+def test_a_check_of_megatrons_names_the_flags_behind_its_arguments_and_their_values(vision, monkeypatch):
+    from megatron_smar.training.sentences import sentence
+
+    args = parse(monkeypatch, vision, "--num-layers", "3", "--pipeline-model-parallel-size", "2")
+    message = "num_layers should be a multiple of\n  pipeline_model_parallel_size"
+    said = sentence(AssertionError(message), args)
+    assert said.startswith("num_layers should be a multiple of pipeline_model_parallel_size; the flags are: ")
+    assert "--num-layers 3" in said and "--pipeline-model-parallel-size 2" in said and "\n" not in said
+    assert sentence(ValueError("--lr is 0; give more."), args) == "--lr is 0; give more."
+    try:
+        assert args.num_layers == 4
+    except AssertionError as error:
+        error.args = ()
+        assert "`assert args.num_layers == 4`" in sentence(error, args) and "--num-layers 3" in sentence(error, args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num-attention-heads", "4", "--tensor-model-parallel-size", "3"], "--num-attention-heads 4 .* size 3"),
+        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size is 0"),
+        (["--pipeline-model-parallel-size", "2"], "--pipeline-model-parallel-size 2 .* 2 ranks, and there are 1"),
+        (["--micro-batch-size", "4", "--global-batch-size", "6"], "--global-batch-size 6 .* --micro-batch-size 4"),
+        (
+            ["--micro-batch-size", "2", "--global-batch-size", "8", "--eval-global-batch-size", "3"],
+            "--eval-global-batch-size 3 is no multiple of --micro-batch-size 2",
+        ),
+        (["--num-experts", "4", "--moe-token-dispatcher-type", "flex"], "flex .*DeepEP"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_with_flags_that_were_given(vision, monkeypatch, flags, said):
+    from megatron_smar.flag_checks import check_arguments
+
+    with pytest.raises(ValueError, match=said):
+        check_arguments(parse(monkeypatch, vision, *flags), needs_data=False)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What other packages write on the console that nobody can act on: silenced by name, for programs, until asked for.
+
+Each message is named; whatever is not listed here is written as ever, errors and tracebacks above all.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from megatron_smar.runtime.adaptation import Where, adaptation
+
+ALL_MESSAGES = "--all-messages"
+
+WARNINGS = (
+    r"Please specify --split when using --data-path",  # energon splits by itself
+    r"moe_ffn_hidden_size is not set, using ffn_hidden_size",
+    r"\s*It is recommended to use a ModelConfig",
+    r"MimoModelConfig is experimental",
+    r"`torch\.distributed\.\w+` is deprecated\. Please use `torch\.distributed\.\w+` instead",
+    r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # of experts with ETP 1
+    r"'pin_memory' argument is set as true but no accelerator is found",
+)
+
+# Begins of messages by logger.
+LOGGED = {
+    "torch.utils.cpp_extension": r"No CUDA runtime is found",
+    "megatron.core.num_microbatches_calculator": r"setting number of microbatches to constant",
+    "megatron.core.tokenizers.utils.build_tokenizer": r" > padded vocab",
+    "megatron.core.rerun_state_machine": r"RerunStateMachine initialized in mode|Result validation enabled",
+    "megatron.core.models.gpt.gpt_model": r"GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": r"Setting up DistributedDataParallel",
+    "megatron.core.distributed.param_and_grad_buffer": r"Number of buckets for gradient|Using \S+ for gradient",
+    "megatron.core.optimizer": r"Setting up optimizer with config",
+    "megatron.core.optimizer_param_scheduler": r"> learning rate decay style",
+    "megatron.core.dist_checkpointing.strategies.torch": r"MCore's async save is deprecated",
+    "megatron.core.timers": r"\(min, max\) time across ranks \(ms\):\n\s+(model-and-optimizer-setup|save-checkpoint|"
+    r"load-checkpoint|evaluate) ",
+}
+
+# Begins of what Megatron prints.
+PRINTED = re.compile(
+    r"\s*(using world size: |Number of virtual stages per pipeline stage: None|using torch\.\w+ for parameters|"
+    r"> setting tensorboard|WARNING: one_logger package is required|> initializ(ing|ed) |> setting random seeds|"
+    r"> compiling dataset index builder|>>> done with dataset index builder|time to initialize megatron|"
+    r"\[(after|before) [\w ,-]+\] datetime: |building VisionLanguageModel|> number of parameters on |"
+    r"> building train, validation, and test datasets|> datasets target sizes|(train|validation|test): +\d+$|"
+    r"done with setup|training \.\.\.|Overwriting rerun_state_machine\.current_iteration|"
+    r"Number of active parameters in|Number of parameters in |Total number of (active )?parameters in|"
+    r"compute_activation_memory_without_sp|"
+    r"Activation memory footprint per|Number of in-flight microbatches|Theoretical memory footprints: |"
+    r"\[Rank \d+\] \(.*\) memory \(MB\) \| allocated: 0\.00 \|)"
+)
+
+_MODULES = (
+    "arguments",
+    "checkpointing",
+    "global_vars",
+    "initialize",
+    "theoretical_memory_usage",
+    "training",
+    "utils.common_utils",
+)
+_TABLE = re.compile(r"-+ (end of )?arguments -+$")
+
+# Rewrites a line before it is written; `training.console` sets it.
+rewrite: list[Callable[[str], str]] = []
+
+
+class _Table:
+    """Whether the lines that come are Megatron's list of arguments."""
+
+    inside = False
+
+
+def written(text: str) -> str | None:
+    """What is written of what Megatron prints: the text, another one, or None for nothing."""
+    table = _TABLE.match(text)
+    if table or _Table.inside:
+        _Table.inside = not table.group(1) if table else True
+        return None
+    if not text.strip() or PRINTED.match(text):
+        return None
+    for change in rewrite:
+        text = change(text)
+    return text
+
+
+def _print(*values: Any, **options: Any) -> None:
+    text = written(options.get("sep", " ").join(map(str, values)))
+    if text is not None:
+        builtins.print(text, **options)
+
+
+class _Unlisted(logging.Filter):
+    """Lets a record pass unless its message is the one that is silenced."""
+
+    def __init__(self, begin: str) -> None:
+        super().__init__()
+        self._begin = re.compile(begin)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """As the base class."""
+        return record.levelno > logging.WARNING or not self._begin.match(record.getMessage())
+
+
+def quiet_loggers() -> None:
+    """Silences what is logged and warned of, before the packages that do so are imported."""
+    if ALL_MESSAGES in sys.argv:
+        return
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, begin in LOGGED.items():
+        logging.getLogger(name).addFilter(_Unlisted(begin))
+
+
+@adaptation("four steps print a thousand lines, most of them a list of arguments", Where.ANYWHERE)
+def quiet_prints() -> None:
+    """What Megatron prints goes through `written`."""
+    if ALL_MESSAGES in sys.argv:
+        return
+    for name in _MODULES:
+        vars(importlib.import_module(f"megatron.training.{name}"))["print"] = _print
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run shows of itself: a line per interval with the time that is left, and a file with all arguments."""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_smar.runtime import console
+
+ARGUMENTS = "arguments.txt"
+_STEP = re.compile(r"^ \[[\d-]+ (?P<time>[\d:]+)\.\d+\] iteration +(?P<step>\d+)/ *(?P<last>\d+) \|")
+_COLUMN = re.compile(r" ([^|:]+): +([^|]+?) \|")
+# Name in Megatron's line, name here, form; None: not shown (constant, or in another column).
+_COLUMNS = {
+    "learning rate": "{:.2E}",
+    "grad norm": "{:8.3f}",
+    "mrd distance": "{:.4f}",
+    "msi": "{:.3f}",
+}
+_CONSTANT = {
+    "global batch size",
+    "elapsed time per iteration (ms)",
+    "text-only ratio",
+    "fill",
+    "data wait",
+}
+_COUNTS = {"number of skipped iterations", "number of nan iterations"}
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, with days where there are any."""
+    minutes, second = divmod(round(max(seconds, 0)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hour:d}:{minute:02d}:{second:02d}"
+
+
+def step_line(line: str) -> str:
+    """Megatron's line of an interval with columns of fixed width and the time left; any other line as it is.
+
+    `iteration N/ M |` and `name: value |` stay in the form that programs read. What never changes in a run is left out,
+    and steps that were skipped or not finite are named only where there are some; what the batches were like is in
+    TensorBoard. All columns come with --all-messages.
+    """
+    found = _STEP.match(line)
+    if not found:
+        return line
+    values = dict(_COLUMN.findall(line[found.end() :]))
+    step, last = int(found["step"]), int(found["last"])
+    shown = [f" [{found['time']}] iteration {step:8d}/{last:8d}"]
+    for name, value in values.items():
+        if name in _CONSTANT or (name in _COUNTS and value == "0"):
+            continue
+        if name == "loss scale" and float(value) == 1:
+            continue
+        form = _COLUMNS.get(name, "{:.6E}" if "E" in value else "{}")
+        text = value if form == "{}" else form.format(float(value))
+        shown.append(f"{name}: {text}")
+    milliseconds = float(values.get("elapsed time per iteration (ms)", 0))
+    shown += [f"{milliseconds:8.1f} ms/step", f"ETA {duration((last - step) * milliseconds / 1000)}"]
+    return " | ".join(shown) + " |"
+
+
+def write_arguments(args: Namespace) -> Path | None:
+    """Writes all arguments, as Megatron would print them, to --save or else --tensorboard-dir; the last rank's writer.
+
+    Returns:
+        The file; None where the run has no folder: nothing is to be written where nobody asked for it.
+    """
+    folder = args.save or args.tensorboard_dir
+    if not folder:
+        return None
+    path = Path(folder) / ARGUMENTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"  {name} {'.' * (48 - len(name))} {value}" for name, value in sorted(vars(args).items())]
+    path.write_text("\n".join([" ".join(sys.argv), *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def show_step_lines() -> None:
+    """Has the lines of Megatron's training loop pass through `step_line`."""
+    if step_line not in console.rewrite:
+        console.rewrite.append(step_line)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user reads when flags are wrong: one sentence, with the flags, their values and what to try instead."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from argparse import ArgumentParser, Namespace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+from megatron.training.arguments import add_megatron_arguments
+
+# What stops a start because of flags: Megatron asserts, raises, or imports what is not installed.
+FLAG_ERRORS = (AssertionError, ValueError, ImportError, NotImplementedError)
+
+
+def explain_unknown_flags(parser: ArgumentParser) -> None:
+    """Has a parser end with one sentence instead of its usage, and name the flags closest to a mistyped one."""
+
+    def error(message: str) -> NoReturn:
+        parser.exit(2, f"{parser.prog}: error: {_unknown(parser, message) or message + '; --help lists all flags.'}\n")
+
+    parser.error = error  # type: ignore[method-assign]
+
+
+def _unknown(parser: ArgumentParser, message: str) -> str | None:
+    """The sentence for argparse's "unrecognized arguments", or None for another message."""
+    head, _, given = message.partition("unrecognized arguments: ")
+    if head or not given:
+        return None
+    flags = [word.partition("=")[0] for word in given.split() if word.startswith("--")]
+    if not flags:
+        return f"{given} belongs to no flag; --help lists them."
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    said = []
+    for flag in flags:
+        near = get_close_matches(flag, known, n=3, cutoff=0.7)
+        said.append(f"{flag} is no flag" + (f" (close to it: {', '.join(near)})" if near else ""))
+    return f"{', '.join(said)}; --help lists all flags."
+
+
+def sentence(error: BaseException, args: Namespace | None = None) -> str:
+    """An error in one sentence: its message, or the check that failed, and the flags that it speaks of.
+
+    Args:
+        error: Ours have a complete sentence; Megatron's name arguments as its code does, or nothing at all.
+        args: As parsed; None where they are not.
+    """
+    message = " ".join(str(error).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    checked = (frames[-1].line or "") if frames else ""
+    if frames and not message:  # many of Megatron's checks say nothing but what they check
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+        message = f"the flags do not pass Megatron's check `{checked}` ({place})"
+    if "trust_remote_code=True" in message:  # transformers' own words for it take three lines, and name no flag
+        head = str(error).splitlines()[0].rstrip(".")
+        return f"{head}; a folder's code is only run with --trust-remote-code: give a --tokenizer-model without it."
+    if args is None or "--" in message:
+        return message
+    flags = _flags_of(f"{message} {checked}", args)
+    return f"{message.rstrip('.')}; the flags are: {', '.join(flags)}." if flags else message
+
+
+def _flags_of(text: str, args: Namespace, most: int = 6) -> list[str]:
+    """The flags whose arguments a text names in the words of Megatron's code, each with its value."""
+    words = set(re.findall(r"[a-z][a-z0-9_]*_[a-z0-9_]+", text.replace(" ", "  ")))
+    parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False, conflict_handler="resolve"))
+    shown: dict[str, str] = {}
+    for action in parser._actions:
+        if action.dest in words and action.option_strings and hasattr(args, action.dest):
+            value = getattr(args, action.dest)
+            flag = action.option_strings[0] if action.nargs != 0 or value == action.const else None
+            if flag:
+                shown.setdefault(action.dest, flag if action.nargs == 0 else f"{flag} {value}")
+    return list(shown.values())[:most]

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said of wrong flags."""
+
+from argparse import ArgumentParser
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--hiden-size", "4"], "--hiden-size is no flag (close to it: --hidden-size"),
+        (["--hiden-size=4"], "--hiden-size is no flag (close to it: --hidden-size"),
+        (["--qqqqqqqqqq"], "--qqqqqqqqqq is no flag; --help lists all flags."),
+        (["stray"], "stray belongs to no flag"),
+        (["--hidden-size", "four"], "argument --hidden-size: invalid int value: 'four'"),
+    ],
+)
+def test_a_mistyped_flag_gets_its_neighbours_in_one_line_and_no_usage(capsys, given, said):
+    from megatron_smar.training.sentences import explain_unknown_flags
+
+    parser = ArgumentParser(prog="pretrain_vlm.py", allow_abbrev=False)
+    parser.add_argument("--hidden-size", type=int)
+    explain_unknown_flags(parser)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(given)
+    output = capsys.readouterr().err
+    assert end.value.code == 2 and said in output and output.count("\n") == 1
