@@ -157,7 +157,7 @@ def test_a_check_of_megatrons_names_the_flags_behind_its_arguments_and_their_val
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--num-attention-heads", "4", "--tensor-model-parallel-size", "3"], "--num-attention-heads 4 .* size 3"),
+        (["--num-attention-heads", "4", "--tensor-model-parallel-size", "3"], "--num-attention-heads 4 .*size 3"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size is 0"),
         (["--pipeline-model-parallel-size", "2"], "--pipeline-model-parallel-size 2 .* 2 ranks, and there are 1"),
         (["--micro-batch-size", "4", "--global-batch-size", "6"], "--global-batch-size 6 .* --micro-batch-size 4"),
