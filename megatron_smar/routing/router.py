@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, apply_router_token_dropping
@@ -115,19 +116,24 @@ class LossScale:
 
     @classmethod
     def value(cls, is_global: bool, replicas: int, per_token: bool) -> float | Tensor:
-        """The factor that makes the gradient come out whole after Megatron's reductions over `replicas`.
+        """`reductions` times the acting part of beta: what makes the gradient of the SMAR loss come out whole."""
+        return cls.warmup * cls.reductions(is_global, replicas, per_token)
+
+    @classmethod
+    def reductions(cls, is_global: bool, replicas: int, per_token: bool) -> float | Tensor:
+        """The factor that makes an auxiliary gradient come out whole after Megatron's reductions over `replicas`.
 
         Without per-token loss those average over the replicas, with it they add up. A loss that every replica shares
         (`is_global`) must then be multiplied by their number, or not; one of each replica's own must be averaged.
         """
         if not per_token:
-            return cls.warmup * (replicas if is_global else 1)
+            return replicas if is_global else 1
         if cls.tokens is None:
             raise RuntimeError(
                 "--calculate-per-token-loss needs the number of loss tokens of a step before its first micro-batch: "
                 "wrap the iterator in megatron_smar.training.batch.CountedSteps."
             )
-        return cls.tokens * (cls.warmup / (1 if is_global else replicas))
+        return cls.tokens / (1 if is_global else replicas)
 
 
 class ModalityBias(nn.Module):
@@ -218,6 +224,32 @@ class ModalityAwareRouter(TopKRouter):
             self._launch_statistics(probs, routing_map, modality_mask)
         return probs, routing_map
 
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Hangs the z-loss (ST-MoE, arXiv 2202.08906, Eq. 5) on the logits: its mean over the micro-batch's tokens.
+
+        Megatron 0.19.2 averages the means of tensor- and context-parallel shards, which is another loss where they hold
+        unequally many tokens.
+
+        Args:
+            logits: [N, E].
+            padding_mask: [N] bool, True for padding.
+        """
+        coeff = self.config.moe_z_loss_coeff
+        if coeff is None or not (self.training and torch.is_grad_enabled()):
+            return logits
+        squares, number = torch.logsumexp(logits, dim=-1).square(), logits.new_tensor(logits.shape[0])
+        if padding_mask is not None:
+            squares, number = squares * ~padding_mask, (~padding_mask).sum().to(logits.dtype)
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(number, group=self.tp_cp_group)
+        z_loss = squares.sum() / number.clamp(min=1)  # this shard's part of the micro-batch's
+        layers, layer = self._place()
+        get_moe_metrics_tracker().record(
+            "z_loss", (z_loss * self.tp_cp_group.size()).detach(), layer, layers, avg_group=self.tp_dp_cp_group
+        )
+        scale = LossScale.reductions(False, self.replicas, self.calculate_per_token_loss)
+        return MoEAuxLossAutoScaler.apply(logits, z_loss * coeff * scale)
+
     def _drop(self, probs: Tensor, routing_map: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Drops what exceeds the experts' capacity (--moe-expert-capacity-factor); padding [N] takes no slot.
 
@@ -277,10 +309,15 @@ class ModalityAwareRouter(TopKRouter):
     def _record(self, statistics: RoutingStatistics, values: dict[str, Tensor]) -> None:
         """Hands the layer's numbers to the tracker; global ones are the same on every rank already."""
         tracker: Any = get_moe_metrics_tracker()
-        layers, mtp_layers = self.config.num_layers, self.config.mtp_num_layers or 0
-        layer = self.layer_number + (layers if self.is_mtp_layer else 0)
+        layers, layer = self._place()
         is_local = self.modality_routing.scope == "local"
         for name, value in values.items():
-            tracker.record(name, value, layer, layers + mtp_layers, needs_dp_avg=is_local)
+            tracker.record(name, value, layer, layers, needs_dp_avg=is_local)
         if hasattr(tracker, "record_statistics"):  # Megatron's own tracker, where no other is installed, takes scalars
-            tracker.record_statistics(statistics, layer, layers + mtp_layers)
+            tracker.record_statistics(statistics, layer, layers)
+
+    def _place(self) -> tuple[int, int]:
+        """How many layers the metrics tracker has, and which of them this is, from 1."""
+        layers = self.config.num_layers
+        number = self.layer_number + (layers if self.is_mtp_layer else 0)
+        return layers + (self.config.mtp_num_layers or 0), number

@@ -38,6 +38,7 @@ class ModelBatch:
         pixel_values: [tiles, 3, H, W]; None but on the first pipeline stage.
         packed_seq_params: Where the sequences of a pack begin and end, on the host; None without packing.
         shares: What is logged as a share: name -> [part, whole].
+        context_tokens: Loss tokens over the shares of all context-parallel ranks, [] float; None where there is one.
     """
 
     input_ids: Tensor
@@ -49,6 +50,7 @@ class ModelBatch:
     pixel_values: Tensor | None
     packed_seq_params: PackedSeqParams | None
     shares: dict[str, Tensor]
+    context_tokens: Tensor | None
 
 
 class DataWait:
@@ -147,6 +149,8 @@ def prepare_batch(
         pixel_values=_on_device(batch.pixel_values) if with_images else None,
         packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
         shares=_shares(batch, data_wait),
+        # Each of these ranks has read the whole sequences: nothing has to be reduced.
+        context_tokens=_on_device(batch.loss_mask.sum()) if cp.size() > 1 else None,
     )
 
 

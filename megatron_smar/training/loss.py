@@ -11,19 +11,32 @@ LM_LOSS = "lm loss"
 
 
 def lm_loss(
-    loss_mask: Tensor, shares: dict[str, Tensor], check_for_nan: bool, output_tensor: Tensor
+    loss_mask: Tensor,
+    shares: dict[str, Tensor],
+    check_for_nan: bool,
+    output_tensor: Tensor,
+    *,
+    context_tokens: Tensor | None = None,
+    context_parallel_size: int = 1,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss of one micro-batch in the form that Megatron's schedules expect.
 
+    Megatron divides the sum by the number, and averages gradients over replicas and context-parallel ranks. With this
+    rank's number that is the mean of the means of a sequence's shares; with the number of all shares, and the sum times
+    the number of ranks, it is the mean over the micro-batch's tokens, as one process has it.
+
     Args:
-        loss_mask: [b, s].
+        loss_mask: [b, s], this context-parallel rank's share.
         shares: What is logged beside the loss: name -> [part, whole].
         check_for_nan: Whether a loss that is not finite stops the run, with the rank and the device named.
         output_tensor: [b, s], cross-entropy per token.
+        context_tokens: Tokens of the micro-batch that count, over all context-parallel ranks, []; None where Megatron
+            adds up over these ranks before it divides (--calculate-per-token-loss) or there is one.
+        context_parallel_size: How many context-parallel ranks there are.
 
     Returns:
-        The sum over the tokens that count, their number, and what is logged: sum and number again, which Megatron adds
-        up over micro-batches and ranks before dividing.
+        The sum over the tokens that count, their number, and what is logged: this rank's sum and number, which Megatron
+        adds up over micro-batches and ranks before dividing.
     """
     mask = loss_mask.flatten().float()
     total = (output_tensor.flatten().float() * mask).sum()
@@ -33,7 +46,10 @@ def lm_loss(
         get_rerun_state_machine().validate_result(
             result=total, rejection_func=_is_not_finite, message="found NaN or Inf in the lm loss", fatal=True
         )
-    return total, number.detach().int(), {LM_LOSS: torch.stack([total.detach(), number.detach()]), **shares}
+    logged = {LM_LOSS: torch.stack([total.detach(), number.detach()]), **shares}
+    if context_tokens is not None:
+        total, number = total * context_parallel_size, context_tokens
+    return total, number.detach().int(), logged
 
 
 def _is_not_finite(value: Tensor) -> Tensor:

@@ -178,6 +178,13 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
         )
         # Megatron would print each of them as a validation loss, with its perplexity.
         shares = batch.shares if model.training else {}
-        return output, partial(lm_loss, batch.loss_mask, shares, args.check_for_nan_in_loss_and_grad)
+        return output, partial(
+            lm_loss,
+            batch.loss_mask,
+            shares,
+            args.check_for_nan_in_loss_and_grad,
+            context_tokens=None if args.calculate_per_token_loss else batch.context_tokens,
+            context_parallel_size=groups.cp.size(),
+        )
 
     return forward_step

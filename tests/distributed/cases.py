@@ -55,9 +55,10 @@ MODELS: dict[str, list[str]] = {
 def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
     """A global batch of 8 rows of 32 positions; another seed fills the same places with other tokens and pictures.
 
-    `mixed`: pure text, mostly pictures, pictures and padding; every row has 8 loss tokens, of which each of two
-    context-parallel shares has 4, since Megatron averages the means of replicas and shares.
-    `uneven`: the same with very different numbers of loss tokens.
+    `mixed`: pure text, mostly pictures, pictures and padding; every row has 8 loss tokens, since Megatron averages the
+    means of micro-batches and replicas; two context-parallel shares of it have 6 and 2, or 0 and 8 of them.
+    `uneven`: very different numbers of loss tokens in the rows too.
+    `one share`: loss tokens in the second of two context-parallel shares alone, and no padding.
     `other padding`: as `mixed`, with other ids where there is padding.
     `extremes`: by pairs of rows: text alone, vision alone, padding alone, everything.
     `no images`: text alone.
@@ -69,7 +70,8 @@ def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
     ids = torch.randint(6, VOCABULARY, (ROWS, LENGTH), generator=generator)
     padding = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     mask = torch.zeros(ROWS, LENGTH)
-    mask[:, 2:6] = mask[:, 9:13] = 1
+    mask[:, 2:10] = 1  # of two context-parallel shares, the first has 0 to 8 and 24 to 32
+    mask[::2] = mask[::2].roll(10, dims=1)
     places: list[list[int]] = [[] for _ in range(ROWS)]
     if name in ("mixed", "uneven", "other padding"):
         for row in (2, 5):
@@ -79,8 +81,11 @@ def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
         places = [[], [0, 4, 8, 12, 16], [2, 10], [3], [24, 28], [], [1], [6, 20]]
     if name == "uneven":
         mask[0, 2:30] = 1
-        mask[1], mask[4, 4:] = 0, 0
+        mask[1], mask[4, 14:] = 0, 0
         mask[7, 20:32] = 1
+    if name == "one share":
+        mask[:, :] = 0
+        mask[:, 8:24] = 1
     if name == "extremes":
         places[2], places[3] = list(range(0, LENGTH, TOKENS_PER_TILE)), list(range(0, LENGTH, TOKENS_PER_TILE))
         places[6], places[7] = [4, 20], [0]
@@ -239,13 +244,11 @@ def cases() -> Iterator[Case]:
 def _packs() -> Iterator[Case]:
     """Packs against the same samples in rows of their own, with the same samples in each micro-batch."""
     packs, alone = Setting(batch="packed", micro_batches=2), Setting(micro_batches=2)
-    # Context-parallel shares of a sample have different numbers of loss tokens, rows and packs the same.
-    by_token = Setting(batch="packed", micro_batches=2, flags=PER_TOKEN)
     yield Case("packed, one process", 1, 1, "", packs, alone)
     yield Case("packed, DP 2", 2, 2, "", Setting(batch="packed"), Setting(), core=True)
-    yield Case("packed, CP 2", 2, 1, CP, by_token, alone, core=True)
+    yield Case("packed, CP 2", 2, 1, CP, packs, alone, core=True)
     yield Case("packed, TP 2 + SP", 2, 1, TP_SP, packs, alone)
-    yield Case("packed, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", by_token, alone)
+    yield Case("packed, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", packs, alone)
     yield Case("packed, PP 2", 2, 1, PP, packs, alone)
     yield Case("packed, full recomputation, EP 2", 2, 2, f"{EP} {RECOMPUTE_ALL}", Setting(batch="packed"), Setting())
     yield Case("packed, recomputation of attention", 1, 1, "--recompute-granularity selective", packs, alone)
@@ -266,6 +269,20 @@ def _losses() -> Iterator[Case]:
     pipelined = Setting("four layers", "uneven", 4, PER_TOKEN)
     yield Case("per-token loss, PP 2", 2, 1, PP, pipelined)
     yield Case("per-token loss, PP 2 interleaved", 2, 1, VIRTUAL, pipelined, dtype="float32")
+    yield Case("uneven loss tokens, CP 2", 2, 1, CP, Setting(batch="uneven"), core=True)
+    yield Case("uneven loss tokens, CP 2, 4 micro-batches", 2, 1, CP, Setting(batch="uneven", micro_batches=4))
+    # Statistics per replica: with global ones, two replicas share what two micro-batches do not.
+    alone = (*PLAIN, "--smar-scope", "local")
+    replicas, halves = (Setting(batch="uneven", micro_batches=number, flags=alone) for number in (1, 2))
+    yield Case("uneven loss tokens, CP 2 x EP 2 x DP 2", 4, 2, f"{CP} {EP}", replicas, halves)
+    yield Case("no loss tokens in a share, CP 2", 2, 1, CP, Setting(batch="one share"))
+    for name, flags in (("z-loss", alone), ("z-loss, per-token loss", (*alone, "--calculate-per-token-loss"))):
+        logits, halves = (Setting(micro_batches=n, flags=(*flags, "--moe-z-loss-coeff", "0.1")) for n in (1, 2))
+        yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, logits, core=flags == alone)
+        yield Case(f"{name}, CP 2", 2, 1, CP, logits)
+        yield Case(f"{name}, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", logits)
+        yield Case(f"{name}, DP 2", 2, 2, "", logits, halves)
+        yield Case(f"{name}, full recomputation, EP 2", 2, 2, f"{EP} {RECOMPUTE_ALL}", logits, halves)
     local = (*SMAR, "--smar-scope", "local")
     halves = Setting(micro_batches=2, flags=SMAR)
     yield Case("local scope, DP 2", 2, 2, "", Setting(flags=local), halves)

@@ -147,5 +147,13 @@ def write_table(path: Path, rows: dict[str, list[str]]) -> None:
         "| layout | gradients | values |",
         "|---|---|---|",
         *(f"| {name} | {gradients} | {values} |" for name, (gradients, values) in rows.items()),
+        "",
+        "## Whole training steps",
+        "",
+        "`pretrain_vlm.py` on shards of pictures and texts, six steps with SMAR active and AdamW, in float32 "
+        "(tests/functional/test_training.py): the largest absolute deviation of a logged value from one process.",
+        "",
+        "| layout | loss | MRD distance | gradient norm |",
+        "|---|---|---|---|",  # its rows are added by that test
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

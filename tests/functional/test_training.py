@@ -2,13 +2,14 @@
 """The training program as a user runs it."""
 
 import json
+import os
 from collections import Counter
 
 import pytest
 
 from megatron_smar.analysis.scalars import read_scalars
 from megatron_smar.model.parts import part_of
-from tests.launch import load_weights, run
+from tests.launch import ROOT, load_weights, run
 
 SMAR = ["--modality-routing", "smar", "--smar-d-min", "3", "--smar-d-max", "4", "--smar-coeff", "0.1"]
 
@@ -18,17 +19,74 @@ def losses(log_dir, name="lm loss") -> dict[int, float]:
     return dict(zip(series.steps, series.values, strict=True))
 
 
-def test_ten_losses_agree_between_one_rank_and_two_with_expert_parallelism(world, tmp_path):
+ALONE = [*SMAR, "--smar-scope", "local", "--micro-batch-size", 4, "--global-batch-size", 8, "--train-iters", 10]
+TENSOR = ["--tensor-model-parallel-size", 2, "--sequence-parallel", "--expert-tensor-parallel-size", 1]
+TENSOR += ["--make-vocab-size-divisible-by", 32]  # as much padding as one rank has
+ONE_REPLICA = {
+    "TP 2 + SP": TENSOR,
+    "PP 2": ["--pipeline-model-parallel-size", 2],
+    "TP 2 x EP 2": [*TENSOR, "--expert-model-parallel-size", 2],
+    "CP 2": ["--context-parallel-size", 2],
+    "CP 2 x EP 2": ["--context-parallel-size", 2, "--expert-model-parallel-size", 2],
+}
+STEPS = {"lm loss": 1e-5, "mrd distance": 1e-4, "grad-norm": 1e-4}  # what is compared, and the largest deviation
+
+
+@pytest.fixture(scope="module")
+def start(world, tmp_path_factory):
+    """The flags to begin with the same weights under any layout."""
+    folder = tmp_path_factory.mktemp("start")
+    world.train(
+        *ALONE,
+        "--train-iters",
+        1,
+        "--num-workers",
+        0,
+        "--no-save-optim",
+        "--save",
+        folder,
+        "--save-interval",
+        1,
+        ranks=1,
+    )
+    return ["--load", folder, "--finetune"]
+
+
+@pytest.fixture(scope="module")
+def one_rank(world, start, tmp_path_factory):
+    """TensorBoard's folder of ten steps on one rank with two data workers."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    world.train(*ALONE, *start, "--num-workers", 2, "--tensorboard-dir", folder, ranks=1)
+    return folder
+
+
+def test_ten_losses_agree_between_one_rank_and_two_with_expert_parallelism(world, start, one_rank, tmp_path):
     """The same micro-batches reach both: one rank with two data workers, two ranks with one each."""
-    common = [*SMAR, "--smar-scope", "local", "--micro-batch-size", 4, "--global-batch-size", 8, "--train-iters", 10]
-    world.train(*common, "--num-workers", 2, "--tensorboard-dir", tmp_path / "one", ranks=1)
-    two = ["--num-workers", 1, "--expert-model-parallel-size", 2, "--tensorboard-dir", tmp_path / "two"]
-    world.train(*common, *two, ranks=2)
+    two = [*start, "--num-workers", 1, "--expert-model-parallel-size", 2, "--tensorboard-dir", tmp_path]
+    world.train(*ALONE, *two, ranks=2)
     for name in ("lm loss", "smar loss", "mrd distance"):
-        one, two = losses(tmp_path / "one", name), losses(tmp_path / "two", name)
+        one, two = losses(one_rank, name), losses(tmp_path, name)
         assert list(one) == list(range(1, 11))
         assert one == pytest.approx(two, abs=1e-4), name
-    assert losses(tmp_path / "one")[10] < losses(tmp_path / "one")[1] - 0.5, "ten equal losses of a model that learns"
+    assert losses(one_rank)[10] < losses(one_rank)[1] - 0.5, "ten equal losses of a model that learns"
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(n, marks=[] if n == "CP 2" else pytest.mark.matrix) for n in ONE_REPLICA]
+)
+def test_whole_training_steps_depend_on_the_layout(world, start, one_rank, tmp_path, layout):
+    """Six steps on real sequences, of which context-parallel shares hold unequally many tokens that count."""
+    flags = [*ALONE, *start, *ONE_REPLICA[layout], "--exit-interval", 6, "--num-workers", 2]
+    world.train(*flags, "--tensorboard-dir", tmp_path, ranks=2)
+    worst = {}
+    for name, tolerance in STEPS.items():
+        one, two = losses(one_rank, name), losses(tmp_path, name)
+        assert list(two) == list(range(1, 7))
+        worst[name] = max(abs(two[step] - one[step]) for step in two)
+        assert worst[name] < tolerance, (name, one, two)
+    if table := os.environ.get("EXACTNESS_TABLE"):
+        with (ROOT / table).open("a", encoding="utf-8") as file:
+            file.write(f"| {layout} | {' | '.join(f'{deviation:.1e}' for deviation in worst.values())} |\n")
 
 
 STAGE_1 = ["--freeze", "vision", "language"]

@@ -94,3 +94,18 @@ def test_the_balance_of_expert_biases_counts_a_dropped_token(single_rank):
     )
     _, chosen, _ = route(router, *padded_batch(padding=5.0))
     torch.testing.assert_close(router.local_tokens_per_expert, chosen.flatten(0, 1).sum(0).double())
+
+
+@pytest.mark.parametrize("padding", [0.0, 5.0])
+def test_the_z_loss_is_another_than_the_mean_over_real_tokens(single_rank, padding):
+    router = make_router(moe_z_loss_coeff=0.3)
+    inputs, mask = padded_batch(padding)
+    inputs.requires_grad_()
+    probs, _ = router(inputs, mask)
+    # The auxiliary gradients alone: those of the output are zero.
+    (gradient,) = torch.autograd.grad((probs * 0).sum(), inputs)
+    alone = inputs.detach().requires_grad_()
+    logits = alone[mask.any(-1)] @ router.weight.T
+    (expected,) = torch.autograd.grad(0.3 * logits.logsumexp(-1).square().mean(), alone)
+    torch.testing.assert_close(gradient, expected)
+    assert expected.abs().max() > 1e-4
