@@ -2,8 +2,10 @@
 """Measures a checkpoint: perplexity, word completion, visual question answering, and the routing of both modalities.
 
     torchrun --nproc-per-node 2 tools/evaluate.py --load CHECKPOINT --text held_out.jsonl --vqa questions.json \\
-        --image-root DIR --output results.json  <the model's flags, as for pretrain_vlm.py>
+        --image-root DIR --output results.json  [--expert-model-parallel-size 2 ...]
 
+The model's flags, its vision model, tokenizer, conversation template and tiles are taken from the checkpoint, a run's
+or an import's; flags of pretrain_vlm.py that are given (layout, precision, --vision-model, --seq-length ...) win.
 --text: records with a `text`: perplexity, and the share of words of several pieces that are completed exactly, given
 the text up to their first piece. --vqa: records with `image` (a path or a list), `question`, `answer` and, if you like,
 a `kind` to group by: exact answers. The routing is recorded on --vqa.
@@ -28,6 +30,7 @@ from megatron.core.utils import unwrap_model  # noqa: E402
 from megatron.training import get_args, get_tokenizer  # noqa: E402
 
 from megatron_smar.arguments import image_config, vision_config  # noqa: E402
+from megatron_smar.checkpoint.stored_flags import stored_flags  # noqa: E402
 from megatron_smar.data.batch import EncodedSample  # noqa: E402
 from megatron_smar.data.conversations import Segment, record_segments, template_for  # noqa: E402
 from megatron_smar.data.held_out import read_questions, read_texts  # noqa: E402
@@ -40,6 +43,9 @@ from megatron_smar.training.evaluation import Evaluator, exact_match, perplexity
 from megatron_smar.training.monitor import recorded_routing  # noqa: E402
 from megatron_smar.training.setup import fail, start  # noqa: E402
 
+# The alltoall dispatcher takes batches of any length; Megatron's own batch sizes and frozen parts have no effect here.
+RUN = {"moe_token_dispatcher_type": "alltoall", "micro_batch_size": 1, "freeze": ["vision"]}
+
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Our options; the rest are Megatron's."""
@@ -49,6 +55,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--image-root", type=Path, default=Path("."), help="where the paths in --vqa start")
     parser.add_argument("--examples", type=int, default=24, help="answers decoded and shown (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="samples per forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--float32", action="store_true", help="measure in float32 (default: in the precision that was trained in)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     return parser.parse_known_args()
 
@@ -155,7 +164,13 @@ def main() -> None:
     """Loads the checkpoint, measures, and writes the results."""
     options, flags = parse()
     read_records(options)
-    model, _, _ = start([*flags, "--skip-train", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"])
+    try:
+        defaults = RUN | stored_flags(flags, asks=bool(options.questions))
+        defaults |= {"bf16": False, "fp16": False} if options.float32 else {}
+    except ValueError as error:
+        fail(error)
+    only_run = ["--skip-train", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"]
+    model, _, _ = start([*flags, *only_run], defaults)
     encoder, args = Encoder(), get_args()
     evaluator = Evaluator(
         unwrap_model(model)[0],

@@ -212,14 +212,13 @@ class Demo:
     def evaluate(self, trained: Step) -> dict[str, Any]:
         """Measures a checkpoint on the held-out texts and pictures."""
         corpus, scenes, name = self.output / "corpus", self.output / "scenes", f"evaluation_{trained.name}"
-        batch = {"--micro-batch-size": 32, "--global-batch-size": 64, "--conversation-template": "mistral"}
         evaluator = source_hash(ROOT, ["tools/evaluate.py"])
         step = self.step(name, name, trained.key, evaluator)
         step.run(
             lambda: self.program(
                 name,
-                *["tools/evaluate.py", "--load", trained.folder, *self.model_flags(), *as_flags(batch)],
-                *["--moe-router-load-balancing-type", "none", "--output", step.folder / "results.json"],
+                *["tools/evaluate.py", "--load", trained.folder, "--output", step.folder / "results.json"],
+                *["--conversation-template", "mistral"],  # stage 1 was trained with `plain`, which asks nothing
                 *["--text", corpus / "held_out.jsonl"],
                 *["--vqa", scenes / "vqa_held_out.json", "--image-root", scenes],
                 ranks=RANKS,

@@ -11,7 +11,6 @@ set -euo pipefail
 RECIPE=moe_llava_phi
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 read_options "$@"
-use_model
 CHECKPOINT=${CHECKPOINT:-$OUTPUT/stage3}
 [[ -f $CHECKPOINT/latest_checkpointed_iteration.txt ]] || die "$CHECKPOINT holds no checkpoint; run stage3.sh first."
 
@@ -19,14 +18,14 @@ case $LAYOUT in
   8 | 64) PLACE=(--bf16 --moe-router-dtype fp32 --moe-grouped-gemm --no-bias-dropout-fusion --batch-size 4) ;;
   tiny)
     TEXT=$INPUT/text.jsonl QUESTIONS=$INPUT/vqa.json IMAGES=$INPUT
-    PLACE=(--seq-length 256)
+    PLACE=(--seq-length 256 --float32)
     ;;
 esac
 need TEXT "held-out texts (JSON lines with text)"
 need QUESTIONS "questions with answers (a JSON list of image, question, answer)"
 need_folder IMAGES "the folder that their images' paths start from"
 
-launch evaluate tools/evaluate.py "${MODEL[@]}" --load "$CHECKPOINT" --conversation-template vicuna_v1 \
-  --seq-length 2048 --micro-batch-size 1 --global-batch-size "$GPUS" \
+# The model's flags are in the checkpoint; template and length are stage 3's, and the upcycled model's are none.
+launch evaluate tools/evaluate.py --load "$CHECKPOINT" --conversation-template vicuna_v1 --seq-length 2048 \
   --text "$TEXT" --vqa "$QUESTIONS" --image-root "$IMAGES" --output "$OUTPUT/results.json" \
   "${PLACE[@]}" ${MORE[@]+"${MORE[@]}"}

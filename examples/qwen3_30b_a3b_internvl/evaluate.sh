@@ -11,21 +11,20 @@ set -euo pipefail
 RECIPE=qwen3_30b_a3b_internvl
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 read_options "$@"
-use_model
 CHECKPOINT=${CHECKPOINT:-$OUTPUT/stage2}
 [[ -f $CHECKPOINT/latest_checkpointed_iteration.txt ]] || die "$CHECKPOINT holds no checkpoint; run stage2.sh first."
 
 BIASES=() VERIFY=()
 case $LAYOUT in
   8 | 64)
-    PLACE=(--bf16 --moe-router-dtype fp32 --moe-grouped-gemm --expert-model-parallel-size 8 --batch-size 2)
+    PLACE=(--expert-model-parallel-size 8 --batch-size 2)
     # As stage2.sh trains; and a model of this depth adds up more rounding than a small one.
     [[ $LAYOUT == 64 ]] || BIASES=(--no-modality-router-bias)
     VERIFY=(--tolerance 1e-2)
     ;;
   tiny)
     TEXT=$INPUT/text.jsonl QUESTIONS=$INPUT/vqa.json IMAGES=$INPUT
-    PLACE=(--expert-model-parallel-size 2 --seq-length 256)
+    PLACE=(--expert-model-parallel-size 2 --seq-length 256 --float32)
     ;;
 esac
 need TEXT "held-out texts (JSON lines with text)"
@@ -39,7 +38,8 @@ if [[ ${NODE_RANK:-0} == 0 ]]; then
   MEGATRON_SMAR_DEVICE=cpu "${CONVERT[@]}" verify --hf "$EXPORT" --load "$CHECKPOINT" \
     ${VERIFY[@]+"${VERIFY[@]}"} ${BIASES[@]+"${BIASES[@]}"}
 fi
-launch evaluate tools/evaluate.py "${MODEL[@]}" --load "$CHECKPOINT" --conversation-template chatml \
-  --max-tiles 12 --use-thumbnail --seq-length 4096 --micro-batch-size 1 --global-batch-size "$GPUS" \
+# The model's flags are in the checkpoint; these are stage 2's, whichever checkpoint is measured.
+launch evaluate tools/evaluate.py --load "$CHECKPOINT" --conversation-template chatml \
+  --max-tiles 12 --use-thumbnail --seq-length 4096 \
   --text "$TEXT" --vqa "$QUESTIONS" --image-root "$IMAGES" --output "$OUTPUT/results.json" \
-  "${PLACE[@]}" ${BIASES[@]+"${BIASES[@]}"} ${MORE[@]+"${MORE[@]}"}
+  "${PLACE[@]}" ${MORE[@]+"${MORE[@]}"}

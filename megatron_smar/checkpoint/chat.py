@@ -19,7 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging
 
 from megatron_smar.checkpoint import composite, remote_code
-from megatron_smar.checkpoint.exporter import describe_export, layout_of, read_checkpoint, run_arguments
+from megatron_smar.checkpoint.exporter import describe_export, layout_of, read_checkpoint
+from megatron_smar.checkpoint.metadata import run_arguments
 from megatron_smar.checkpoint.processor import write_processor
 from megatron_smar.data.images import read_image
 from megatron_smar.data.rejects import SampleError

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_smar.checkpoint import composite
 from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing, without_code
-from megatron_smar.checkpoint.metadata import find_checkpoint, read_common_state, read_contents, saved_arguments
+from megatron_smar.checkpoint.metadata import run_arguments, saved_arguments
 from megatron_smar.checkpoint.model import describe_model, differing_flags
 from megatron_smar.checkpoint.outcome import Written
 from megatron_smar.checkpoint.processor import write_processor
@@ -109,12 +109,6 @@ def describe_export(source: Source, hf: Path, folder: Path, layout: Layout) -> N
     content = write_remote_code(folder, content, fields) if remote else plain_config(content)
     content = with_architectures(with_dtype(content, layout))
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def run_arguments(load: Path, iteration: int | None) -> Any:
-    """The arguments of the run that saved a checkpoint."""
-    folder = find_checkpoint(load, iteration)
-    return saved_arguments(read_common_state(folder, read_contents(folder)))
 
 
 def with_architectures(content: Mapping[str, Any]) -> dict[str, Any]:

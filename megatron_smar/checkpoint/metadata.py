@@ -27,6 +27,7 @@ __all__ = [
     "find_checkpoint",
     "read_common_state",
     "read_contents",
+    "run_arguments",
     "saved_arguments",
     "told",
 ]
@@ -152,6 +153,17 @@ def read_common_state(folder: Path, contents: Metadata) -> dict[str, Any]:
 def saved_arguments(state: dict[str, Any]) -> Any:
     """The arguments of the run that saved a checkpoint; without any attributes where it has none."""
     return state.get("args") or types.SimpleNamespace()
+
+
+def run_arguments(load: Path, iteration: int | None = None) -> Any:
+    """The arguments of the run, or of the import, that saved a checkpoint.
+
+    Args:
+        load: As for `find_checkpoint`.
+        iteration: Which checkpoint; None for the latest.
+    """
+    folder = find_checkpoint(load, iteration)
+    return saved_arguments(read_common_state(folder, read_contents(folder)))
 
 
 def check_objects(folder: Path, contents: Metadata, share: int = 0, shares: int = 1) -> None:

@@ -9,11 +9,10 @@ before anything of Megatron is imported; calling it again is harmless.
 from __future__ import annotations
 
 import os
-import sys
 from argparse import Namespace
 from typing import Any
 
-from megatron_smar.runtime import console, defaults
+from megatron_smar.runtime import console, defaults, failure
 from megatron_smar.runtime.adaptation import Adaptation, Where, adaptations
 from megatron_smar.runtime.environment import Device, Environment, detect_device, detect_environment
 
@@ -72,9 +71,7 @@ def install_or_exit(wanted: Device | None = None) -> Device:
         console.quiet_prints(current())
         return found
     except RuntimeError as error:
-        # One write: several ranks share the terminal.
-        os.write(sys.stderr.fileno(), f"{os.path.basename(sys.argv[0])}: error: {error}\n".encode())
-        sys.exit(1)
+        failure.end(str(error))
 
 
 def current() -> Environment:

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_smar.runtime import failure
+
 # What stops a start because of flags: Megatron asserts, raises, or imports what is not installed.
 FLAG_ERRORS = (AssertionError, ValueError, ImportError, NotImplementedError)
 
@@ -20,7 +22,7 @@ def explain_unknown_flags(parser: ArgumentParser) -> None:
     """Has a parser end with one sentence instead of its usage, and name the flags closest to a mistyped one."""
 
     def error(message: str) -> NoReturn:
-        parser.exit(2, f"{parser.prog}: error: {_unknown(parser, message) or message + '; --help lists all flags.'}\n")
+        failure.end(_unknown(parser, message) or f"{message}; --help lists all flags.", status=2)
 
     parser.error = error  # type: ignore[method-assign]
 

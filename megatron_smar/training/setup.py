@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.core.enums import ModelType
@@ -28,6 +27,7 @@ from megatron_smar.checkpoint.metadata import DamagedError
 from megatron_smar.checkpoint.model_identity import check_identity
 from megatron_smar.checkpoint.start_point import StartPoint, apply_start, find_start, keep_origin
 from megatron_smar.flag_checks import check_arguments, check_shape
+from megatron_smar.runtime import failure
 from megatron_smar.training.console import show_step_lines
 from megatron_smar.training.monitor import install_metrics
 from megatron_smar.training.providers import model_provider
@@ -35,12 +35,15 @@ from megatron_smar.training.resume import take_over_folder
 from megatron_smar.training.sentences import FLAG_ERRORS, sentence
 
 
-def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) -> Namespace:
+def parse_arguments(
+    argv: Sequence[str] | None = None, needs_data: bool = True, defaults: Mapping[str, Any] | None = None
+) -> Namespace:
     """Parses Megatron's flags and ours, checks them, and builds the tokenizer and Megatron's other globals.
 
     Args:
         argv: Flags; None for the command line's. Megatron's parser reads sys.argv and nothing else.
         needs_data: Whether the program reads --data-path.
+        defaults: Values of arguments whose flags are not given, by argument (`stored_flags`).
 
     Raises:
         SystemExit: With one sentence, for flags that cannot train.
@@ -50,13 +53,19 @@ def parse_arguments(argv: Sequence[str] | None = None, needs_data: bool = True) 
     if os.environ.get("RANK", "0") == "0":
         print(f"megatron_smar {__version__}: {runtime.describe()}", flush=True)
     given = None
+
+    def add_flags(parser: ArgumentParser) -> ArgumentParser:
+        parser = add_arguments(parser)
+        parser.set_defaults(**defaults or {})
+        return parser
+
     try:
-        point = find_start(parse_args(add_arguments))
+        point = find_start(parse_args(add_flags))
         sys.argv[1:] = apply_start(sys.argv[1:], point)
-        given = parse_args(add_arguments)
+        given = parse_args(add_flags)
         check_arguments(given, needs_data)
         check_loadable(given)
-        args = given = parse_and_validate_args(add_arguments)
+        args = given = parse_and_validate_args(add_flags)
         if args.use_checkpoint_args:
             check_shape(args)
         transformer_config(args)  # its checks come now, before any rank waits for another
@@ -100,7 +109,7 @@ def _set_biases_apart(args: Namespace) -> None:
 
 
 def fail(error: BaseException, args: Namespace | None = None) -> NoReturn:
-    """Ends this rank with one sentence, in one write: several ranks share the terminal.
+    """Ends this rank with one sentence.
 
     Args:
         error: What stopped it.
@@ -108,8 +117,7 @@ def fail(error: BaseException, args: Namespace | None = None) -> NoReturn:
     """
     if isinstance(error, CheckpointException):  # torch's, around what happened on each rank
         error = next(inner for inner, _ in error.failures.values())
-    os.write(sys.stderr.fileno(), f"{Path(sys.argv[0]).name}: error: {sentence(error, args)}\n".encode())
-    sys.exit(1)
+    failure.end(sentence(error, args))
 
 
 def fail_before_training(error: BaseException) -> None:
@@ -118,13 +126,17 @@ def fail_before_training(error: BaseException) -> None:
         fail(error, get_args())
 
 
-def start(argv: Sequence[str] | None = None) -> tuple[list[Any], Any, Any]:
+def start(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> tuple[list[Any], Any, Any]:
     """Initialises Megatron and builds (or loads) the model as `pretrain()` would, without training.
+
+    Args:
+        argv: As for `parse_arguments`.
+        defaults: As there.
 
     Returns:
         (model chunks, optimizer, learning-rate scheduler); the last two are None with --skip-train.
     """
-    parse_arguments(argv, needs_data=False)
+    parse_arguments(argv, False, defaults)
     initialize_megatron()
     try:
         return setup_model_and_optimizer(

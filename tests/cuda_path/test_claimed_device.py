@@ -46,7 +46,7 @@ class Recipe:
         places = {name: str(self.input / file) for name, file in files.items()}
         program, given = command_on_gpus(self.name, "evaluate", gpus, self.output, **places)
         layout = ["--expert-model-parallel-size", ranks if "--expert-model-parallel-size" in given else 1]
-        run(CLAIM, program, *given, "--seq-length", 256, "--global-batch-size", 4, *layout, ranks=ranks)
+        run(CLAIM, program, *given, "--seq-length", 256, *layout, ranks=ranks)
         return json.loads((self.output / "results.json").read_text())
 
     def set_aside(self, name: str) -> None:

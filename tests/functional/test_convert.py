@@ -175,15 +175,7 @@ def test_the_documented_snippet_gives_the_trainers_own_answer(
     question = {"image": ["photograph.png"], "question": "<image>\nWhich colours are these?", "answer": "red"}
     (tmp_path / "vqa.json").write_text(json.dumps([question]))
     given = ["--vqa", tmp_path / "vqa.json", "--image-root", photograph, "--output", tmp_path / "results.json"]
-    paths = ["--vision-model", start / "hf", "--tokenizer-model", start / "hf" / "tokenizer.model", "--load", trained]
-    model = [
-        "--tokenizer-type",
-        "SentencePieceTokenizer",
-        "--seq-length",
-        128,
-        *(start / "flags.txt").read_text().split(),
-    ]
-    run("tools/evaluate.py", *given, *model, *paths, "--micro-batch-size", 1, "--global-batch-size", 1, ranks=1)
+    run("tools/evaluate.py", "--load", trained, "--float32", *given, ranks=1)
     trainers = json.loads((tmp_path / "results.json").read_text())["examples"][0]["prediction"]
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.chdir(photograph)
@@ -194,6 +186,17 @@ def test_the_documented_snippet_gives_the_trainers_own_answer(
     assert content["architectures"] == ["ModalityAwareInternVLForConditionalGeneration"]
     assert content["text_config"]["architectures"] == ["MixtralForCausalLM"]
     assert content["vision_config"]["architectures"] == ["InternVLVisionModel"]
+
+
+def test_an_import_is_measured_without_the_flags_of_its_model(start, photograph, tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "You may reproduce and distribute copies of the Work."}))
+    question = {"image": ["photograph.png"], "question": "<image>\nWhich colours are these?", "answer": "red"}
+    (tmp_path / "vqa.json").write_text(json.dumps([question]))
+    given = ["--text", tmp_path / "text.jsonl", "--vqa", tmp_path / "vqa.json", "--image-root", photograph]
+    command = ["tools/evaluate.py", "--load", start, *given, "--output", tmp_path / "results.json"]
+    run(*command, "--conversation-template", "mistral", ranks=1)  # SentencePiece does not say how it is asked
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["text_perplexity"] > 1 and results["vqa_by_kind"]["all"]["count"] == 1
 
 
 def test_a_checkpoint_and_its_export_give_the_same_answer_to_one_question(

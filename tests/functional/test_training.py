@@ -195,7 +195,7 @@ def test_batches_without_images_train_in_every_stage(world, freeze):
     assert "number of nan iterations" not in output, "named only where there are some"
 
 
-def test_evaluation_program_measures_a_checkpoint_under_another_layout(world, tmp_path):
+def test_evaluation_takes_the_model_from_the_checkpoint_and_measures_it_under_another_layout(world, tmp_path):
     flags = [*SMAR, "--micro-batch-size", 8, "--global-batch-size", 16, "--train-iters", 30, "--num-workers", 1]
     world.train(*flags, "--expert-model-parallel-size", 2, "--save", tmp_path, "--save-interval", 30, ranks=2)
     items = [
@@ -209,10 +209,8 @@ def test_evaluation_program_measures_a_checkpoint_under_another_layout(world, tm
     results = {}
     for ranks in (1, 2):
         output = tmp_path / f"{ranks}.json"
-        batch = ["--micro-batch-size", 4, "--global-batch-size", 8]
         layout = ["--expert-model-parallel-size", ranks]
-        command = ["tools/evaluate.py", *world.flags, "--load", tmp_path, *batch, *layout, *measured]
-        run(*command, "--output", output, ranks=ranks)
+        run("tools/evaluate.py", "--load", tmp_path, *layout, *measured, "--output", output, ranks=ranks)
         results[ranks] = json.loads(output.read_text())
     assert results[1]["word_accuracy"] == results[2]["word_accuracy"]
     assert results[1]["text_perplexity"] == pytest.approx(results[2]["text_perplexity"], rel=1e-4)

@@ -26,9 +26,7 @@ def whole_way(context: Context, findings: Findings) -> None:
     load = ["--load", start, "--finetune", "--no-load-optim", "--no-load-rng"]
     steps = [*BF16, "--lr", "1e-3", "--train-iters", "3", "--save-interval", "3", "--save", trained]
     run(context, Program("train", ["pretrain_vlm.py", *model, *load, *steps], context.device))
-    evaluate = Program(
-        "evaluate", ["tools/evaluate.py", *model, "--bf16", "--load", trained, *_held_out(context)], context.device
-    )
+    evaluate = Program("evaluate", ["tools/evaluate.py", "--load", trained, *_held_out(context)], context.device)
     export = Program(
         "export", [CONVERT, "export", "--load", trained, "--hf", start / "hf", "--output", exported], "cpu"
     )

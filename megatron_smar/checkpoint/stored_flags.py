@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of a checkpoint's model, from the arguments that are stored with it: for programs that only run it."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megatron_smar import runtime
+from megatron_smar.checkpoint.location import locate
+from megatron_smar.checkpoint.metadata import run_arguments
+from megatron_smar.checkpoint.model_identity import FUNCTION
+
+# What a program that runs the model needs beside what the model computes: what it is fed, its precision, its files.
+# How the work is divided, batches, fused kernels and expert capacity are the program's own.
+_FED = (
+    "group_query_attention",
+    "max_position_embeddings",
+    "seq_length",
+    "modality_router_bias",
+    "smar_eps",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_router_dtype",
+    "bf16",
+    "fp16",
+    "apply_query_key_layer_scaling",
+    "attention_softmax_in_fp32",
+    "make_vocab_size_divisible_by",
+    "conversation_template",
+    "min_tiles",
+    "max_tiles",
+    "use_thumbnail",
+    "vision_model",
+    "tokenizer_type",
+    "tokenizer_model",
+    "trust_remote_code",
+    "tiktoken_pattern",
+)
+# Kernels that a run had to switch off stay off; those that it used depend on where it ran.
+_FUSIONS = (
+    "apply_rope_fusion",
+    "bias_dropout_fusion",
+    "bias_gelu_fusion",
+    "bias_swiglu_fusion",
+    "masked_softmax_fusion",
+)
+# What a text that asks in a template's form has in it.
+_MARKS = {"<|im_start|>": "chatml", "[INST]": "mistral", "USER:": "vicuna_v1"}
+
+
+def stored_flags(argv: Sequence[str], asks: bool = True) -> dict[str, Any]:
+    """Values of arguments for running the model in --load, to be the parser's defaults: flags that are given win.
+
+    An import has none of a run's: its tokenizer is the one in its `hf` folder, and its conversation template what that
+    tokenizer's chat template is.
+
+    Args:
+        argv: The command line.
+        asks: Whether the model is asked questions, for which it needs a conversation template.
+
+    Returns:
+        By argument; empty where --load has no checkpoint, which the start refuses.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, or does not say something that is not given either.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--load", "--vision-model", "--tokenizer-type", "--tokenizer-model", "--conversation-template"):
+        parser.add_argument(flag)
+    parser.add_argument("--ckpt-step", type=int)
+    given, _ = parser.parse_known_args(argv)
+    if not given.load or locate("--load", given.load, given.ckpt_step).checkpoint is None:
+        return {}
+    saved = vars(run_arguments(Path(given.load), given.ckpt_step))
+    flags = {name: saved[name] for name in (*FUNCTION, *_FED) if name in saved}
+    flags |= {name: False for name in _FUSIONS if saved.get(name) is False}
+    if runtime.device() == "cuda" and saved.get("moe_grouped_gemm"):
+        flags["moe_grouped_gemm"] = True
+    if not flags:
+        return {}  # one that has no arguments: they are given
+    is_import = str(flags.get("tokenizer_type", "")).startswith("Null")
+    if is_import:
+        flags |= _tokenizer_of_import(given, Path(str(flags["vision_model"])))
+    _check_places(given, flags)
+    # `plain` is stage 1's: it leaves nothing of a question but its pictures.
+    if asks and not given.conversation_template and (is_import or flags.get("conversation_template") == "plain"):
+        flags["conversation_template"] = _template_of_tokenizer(given, flags, is_import)
+    return flags
+
+
+def _tokenizer_of_import(given: Namespace, folder: Path) -> dict[str, Any]:
+    if given.tokenizer_type or given.tokenizer_model:
+        return {"tokenizer_type": None, "tokenizer_model": None}
+    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+        return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder)}
+    if (folder / "tokenizer.model").is_file():
+        return {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(folder / "tokenizer.model")}
+    raise ValueError(
+        f"--load {given.load} is an import, and its folder {folder} has no tokenizer; give --tokenizer-type and "
+        "--tokenizer-model."
+    )
+
+
+def _check_places(given: Namespace, flags: dict[str, Any]) -> None:
+    """Names a stored file that is somewhere else now; what could be the name of a model on a hub passes."""
+    for dest in ("vision_model", "tokenizer_model"):
+        path, is_given = flags.get(dest), getattr(given, dest)
+        is_file = os.path.isabs(str(path)) or str(path).endswith(".model")
+        if path and not is_given and is_file and not Path(path).exists():
+            flag = f"--{dest.replace('_', '-')}"
+            raise ValueError(f"--load {given.load} was saved with {flag} {path}, which is not there; give {flag}.")
+
+
+def _template_of_tokenizer(given: Namespace, flags: dict[str, Any], is_import: bool) -> str:
+    folder = Path(str(given.tokenizer_model or flags.get("tokenizer_model")))
+    if (folder / "tokenizer_config.json").is_file():
+        text = str(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template or "")
+        for mark, name in _MARKS.items():
+            if mark in text:
+                return name
+    why = "is an import" if is_import else "was trained with --conversation-template plain, which leaves questions out"
+    raise ValueError(
+        f"--load {given.load} {why}, and its tokenizer does not say how a question is put: give "
+        "--conversation-template, as training on it will have it (mistral, vita, vicuna_v1 or chatml)."
+    )

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank's last sentence, on the terminal and in torchrun's own report."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch import run, run_each_rank
+
+SENTENCE = "--lr is missing; give it."
+
+
+@pytest.fixture
+def program(tmp_path):
+    """One that ends with a sentence on every rank."""
+    path = tmp_path / "train.py"
+    path.write_text(f"from megatron_smar.runtime.failure import end\nend({SENTENCE!r})\n")
+    return path
+
+
+def test_torchruns_report_ends_with_the_sentence_which_one_rank_alone_says_on_the_terminal(program):
+    done = run(program, ranks=2, check=False)
+    assert done.returncode == 1
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert lines.count(f"train.py: error: {SENTENCE}") <= 1, "one rank speaks for its node"
+    report = lines[lines.index("Root Cause (first observed failure):") :]
+    assert f"traceback : train.py: error: {SENTENCE}" in report, done.stdout
+    assert "To enable traceback see" not in done.stdout
+
+
+def test_without_torchrun_every_rank_says_it(program):
+    for done in run_each_rank(program, ranks=2, check=False):
+        assert (done.returncode, done.stdout) == (1, f"train.py: error: {SENTENCE}\n")
+
+
+def test_an_error_file_that_cannot_be_written_hides_no_sentence(program, tmp_path):
+    environment = {"PATH": "", "LOCAL_RANK": "1", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "missing" / "error.json")}
+    environment["PYTHONPATH"] = ":".join(sys.path)
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"train.py: error: {SENTENCE}\n")
