@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from megatron_smar.checkpoint.fit import CheckpointMismatchError  # noqa: E402
 from megatron_smar.checkpoint.metadata import DamagedError  # noqa: E402
 from megatron_smar.data.rejects import DataError  # noqa: E402
+from megatron_smar.runtime.finite_steps import NotFiniteError  # noqa: E402
 from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider  # noqa: E402
 from megatron_smar.training.sentences import FLAG_ERRORS  # noqa: E402
 from megatron_smar.training.setup import fail, fail_before_training, parse_arguments  # noqa: E402
@@ -41,7 +42,7 @@ def main() -> None:
             forward_step,
             model_provider=model_provider,
         )
-    except (CheckpointMismatchError, DamagedError, CheckpointException, DataError) as error:
+    except (CheckpointMismatchError, DamagedError, CheckpointException, DataError, NotFiniteError) as error:
         fail(error)
     except SystemExit as end:  # Megatron's loop, when it was asked to end
         end_after_a_signal(args)

@@ -170,6 +170,27 @@ def forget_members_that_were_read() -> None:
     ITarFile.next = read_and_forget
 
 
+@adaptation(
+    "the line of the first step after a start leaves the sums as they are even where an interval ends with it: with "
+    "--log-interval 1 the second line is the mean of two steps, losses and time",
+    Where.ANYWHERE,
+)
+def end_the_first_interval() -> None:
+    """A first step at which an interval ends is logged as every other that ends one."""
+    import megatron.training.training as training
+
+    log = training.training_log
+
+    @functools.wraps(log)
+    def log_interval(
+        losses: Any, totals: Any, rate: Any, iteration: int, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> Any:
+        first = is_first_iteration and iteration % training.get_args().log_interval != 0
+        return log(losses, totals, rate, iteration, *args, is_first_iteration=first, **kwargs)
+
+    training.training_log = log_interval
+
+
 ADAPTATIONS = (
     read_checkpoints_without_running_them,
     skip_compiling_helpers,
@@ -179,4 +200,5 @@ ADAPTATIONS = (
     never_ask_to_run_a_models_code,
     listen_to_all_signals_that_end_a_run,
     forget_members_that_were_read,
+    end_the_first_interval,
 )

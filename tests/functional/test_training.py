@@ -3,13 +3,14 @@
 
 import json
 import os
+import re
 from collections import Counter
 
 import pytest
 
 from megatron_smar.analysis.scalars import read_scalars
 from megatron_smar.model.parts import part_of
-from tests.launch import ROOT, load_weights, run
+from tests.launch import ROOT, TWO_STEPS, load_weights, run
 
 SMAR = ["--modality-routing", "smar", "--smar-d-min", "3", "--smar-d-max", "4", "--smar-coeff", "0.1"]
 
@@ -221,3 +222,10 @@ def test_evaluation_takes_the_model_from_the_checkpoint_and_measures_it_under_an
         assert isinstance(example["prediction"], str)
     exact = sum(e["prediction"] == e["answer"] for e in results[1]["examples"])
     assert results[1]["vqa_accuracy"] >= exact / len(items)
+
+
+def test_every_line_after_a_start_shows_its_own_interval(world, tmp_path):
+    """Megatron's second line is the mean of two steps where every step has a line."""
+    done = world.train(*TWO_STEPS, "--train-iters", 3, "--tensorboard-dir", tmp_path)
+    shown = [float(value) for value in re.findall(r" lm loss: (\S+)", done.stdout)]
+    assert shown == pytest.approx(list(read_scalars(tmp_path)["lm loss"].values), rel=1e-5) and len(set(shown)) == 3

@@ -138,18 +138,19 @@ def test_text_positions_share_no_row_of_the_features_with_each_other():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_shown(single_rank, value):
+def test_a_loss_that_is_not_finite_has_its_step_run_again(single_rank, value):
     from megatron.core import rerun_state_machine
 
     from megatron_smar.training.loss import lm_loss
 
-    rerun_state_machine.initialize_rerun_state_machine()
+    rerun_state_machine.initialize_rerun_state_machine(mode=rerun_state_machine.RerunMode.VALIDATE_RESULTS)
     try:
+        machine = rerun_state_machine.get_rerun_state_machine()
+        machine.state, machine.first_iteration_complete = rerun_state_machine.RerunState.INITIAL_RUN, True
         losses, mask = torch.tensor([[1.0, value]]), torch.ones(1, 2)
-        with pytest.raises(RuntimeError, match=rf"Unexpected result {value} \(message=.found NaN or Inf"):
-            lm_loss(mask, {}, True, losses)
-        lm_loss(mask, {}, False, losses)
-        lm_loss(mask, {}, True, torch.ones(1, 2))
+        for checked, given, again in ((True, torch.ones(1, 2), False), (False, losses, False), (True, losses, True)):
+            lm_loss(mask, {}, checked, given)
+            assert machine.rerun_requested is again
     finally:
         rerun_state_machine.destroy_rerun_state_machine()
 

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step that is not finite is never applied: the run stops on all ranks, with one sentence.
+
+The gradient norm decides, which Megatron reads in every step anyway. The losses of all ranks are part of it: their sum
+times 0, which is 0 or NaN, is added to the gradients that the norm is taken of.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_smar.runtime.adaptation import Where, adaptation
+
+
+class NotFiniteError(RuntimeError):
+    """A step's loss or gradient is NaN or infinite; the same on all ranks, before anything was changed by it."""
+
+
+class _SkippedError(Exception):
+    """The step is left to the loss scaling, which skips it."""
+
+
+class _Step:
+    """What is known of the step in progress."""
+
+    def __init__(self) -> None:
+        self.losses: Tensor | None = None  # [1], 0, or NaN if a loss of any rank is not finite
+        self.optimizer: Any = None  # the outermost that steps; chained optimizers can be nested
+
+    def note(self, reports: Iterable[dict[str, Tensor]] | None) -> None:
+        """Takes what this rank's micro-batches report, and adds up over all ranks; nothing is read."""
+        values = [value.detach().float().reshape(-1) for report in reports or () for value in report.values()]
+        zero = torch.zeros(1, dtype=torch.float32, device=torch.cuda.current_device())
+        self.losses = zero + (0 * torch.cat(values)).sum() if values else zero
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.losses)
+
+    def with_losses(self, gradients: list[Tensor] | Tensor) -> list[Tensor]:
+        """The gradients that a norm is taken of, and the losses' zero with them."""
+        gradients = [gradients] if isinstance(gradients, Tensor) else list(gradients)
+        if self.losses is None:
+            return gradients
+        losses = self.losses.to(gradients[0].device, gradients[0].dtype) if gradients else self.losses
+        return [*gradients, losses]
+
+
+_STEP = _Step()
+
+
+@adaptation(
+    "the first step after a start is applied whatever it is, and so is every other one without the checks of "
+    "--check-for-nan-in-loss-and-grad, which see one rank's share and wait for the device",
+    Where.ANYWHERE,
+)
+def refuse_steps_that_are_not_finite() -> None:
+    """The optimizer checks the gradient norm, with the losses in it, before it changes a weight or a moment."""
+    import megatron.core.optimizer.layer_wise_optimizer as layer_wise
+    import megatron.core.optimizer.optimizer as optimizers
+
+    for module in (optimizers, layer_wise):
+        module.get_grad_norm_fp32 = _norm_with_losses(module.get_grad_norm_fp32)
+    step, get_grad_norm = optimizers.ChainedOptimizer.step, optimizers.ChainedOptimizer.get_grad_norm
+    layer_wise_norm = layer_wise.LayerWiseDistributedOptimizer.get_grad_norm
+
+    @functools.wraps(step)
+    def checked_step(self: Any) -> tuple[bool, float | None, int | None]:
+        if _STEP.optimizer is not None:
+            return step(self)
+        _STEP.optimizer = self
+        try:
+            done = step(self)
+        except _SkippedError:
+            return False, None, None
+        finally:
+            _STEP.optimizer = None
+        if not done[0] and done[1] is None and not _scale_adapts(self):  # a constant scale would skip for ever
+            raise NotFiniteError
+        return done
+
+    optimizers.ChainedOptimizer.step = checked_step
+    optimizers.ChainedOptimizer.get_grad_norm = _checked_norm(get_grad_norm)
+    layer_wise.LayerWiseDistributedOptimizer.get_grad_norm = _checked_norm(layer_wise_norm)
+
+
+def _norm_with_losses(get_norm: Any) -> Any:
+    @functools.wraps(get_norm)
+    def get(grads_for_norm: list[Tensor] | Tensor, *args: Any, **kwargs: Any) -> Any:
+        return get_norm(_STEP.with_losses(grads_for_norm), *args, **kwargs)
+
+    return get
+
+
+def _checked_norm(get_grad_norm: Any) -> Any:
+    @functools.wraps(get_grad_norm)
+    def get(self: Any) -> Any:
+        norm = get_grad_norm(self)
+        if _STEP.optimizer is not self:
+            return norm
+        norm = float(norm)  # with Transformer Engine a tensor, which the training loop would read after the step
+        if not math.isfinite(norm):
+            raise _SkippedError if _scale_adapts(self) else NotFiniteError
+        return norm
+
+    return get
+
+
+def _scale_adapts(optimizer: Any) -> bool:
+    """Whether fp16's dynamic loss scaling is at work, to which a step that is not finite is nothing unusual."""
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    inner = getattr(optimizer, "chained_optimizers", [])
+    return isinstance(getattr(optimizer, "grad_scaler", None), DynamicGradScaler) or any(map(_scale_adapts, inner))
+
+
+@adaptation(
+    "a step that is not finite ended one rank with a traceback, or saved what was damaged as the newest checkpoint "
+    "(without --save: TypeError)",
+    Where.ANYWHERE,
+)
+def stop_at_steps_that_are_not_finite() -> None:
+    """The training step ends in `NotFiniteError` on all ranks, with the place of the fault, after finishing saves."""
+    import megatron.training.training as training
+
+    train_step = training.train_step
+
+    @functools.wraps(train_step)
+    def watched_step(
+        forward: Any, data: Any, model: Any, optimizer: Any, scheduler: Any, config: Any, schedule: Any, **kwargs: Any
+    ) -> Any:
+        def run_schedule(**arguments: Any) -> Any:
+            reports = schedule(**arguments)
+            _STEP.note(reports)
+            return reports
+
+        try:
+            return train_step(forward, data, model, optimizer, scheduler, config, run_schedule, **kwargs)
+        except NotFiniteError as error:
+            training.maybe_finalize_async_save(blocking=True, terminate=True)
+            sentence = _sentence(model, int(training.get_args().curr_iteration) + 1, str(error))
+            raise NotFiniteError(sentence) from None
+        finally:
+            _STEP.losses = None
+
+    training.train_step = watched_step
+
+
+@adaptation(
+    "Megatron's rerun machine saves the weights of a faulty step as the newest checkpoint when the fault comes again, "
+    "to try another GPU; and switched off it ends one rank alone",
+    Where.ANYWHERE,
+)
+def let_reruns_save_nothing() -> None:
+    """A rerun step that stays faulty ends as one that was not rerun; without reruns the gradient norm decides."""
+    from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
+
+    validate, decide = RerunStateMachine.validate_result, RerunStateMachine.should_checkpoint_and_exit
+    verdicts = {
+        RerunState.RERUNNING_IN_PLACE: "a second run of the step gave another result, so suspect that rank's hardware",
+        RerunState.WILL_RERUN_FROM_CHECKPOINT: "a second run of the step gave the same",
+    }
+
+    @functools.wraps(validate)
+    def validate_for_reruns(self: Any, *args: Any, fatal: bool = True, **kwargs: Any) -> None:
+        if self.mode != RerunMode.DISABLED or not fatal:
+            validate(self, *args, fatal=fatal, **kwargs)
+
+    @functools.wraps(decide)
+    def decide_without_saving(self: Any) -> tuple[bool, bool, int]:
+        if self.mode == RerunMode.VALIDATE_RESULTS and self.state in verdicts:
+            raise NotFiniteError(verdicts[self.state])
+        return decide(self)
+
+    RerunStateMachine.validate_result = validate_for_reruns
+    RerunStateMachine.should_checkpoint_and_exit = decide_without_saving
+
+
+def _sentence(model: list[torch.nn.Module], step: int, verdict: str) -> str:
+    """What is wrong and what to do, the same on all ranks; this reads the device, but only at the end."""
+    found = [_faults(model)]
+    if torch.distributed.is_initialized():
+        found = [("", "")] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, _faults(model))
+    weight, gradient = (
+        next((f"{names[kind]} (rank {rank})" for rank, names in enumerate(found) if names[kind]), "") for kind in (0, 1)
+    )
+    loss = _STEP.losses is not None and not bool(_STEP.losses.isfinite())
+    what = "its loss" if loss else "its gradient, not its loss,"
+    if weight:
+        why = f"the weight {weight} was NaN or infinite before it: start from a checkpoint without such a weight"
+    else:
+        first = f", and the first gradient that is not is that of {gradient}" if gradient else ""
+        why = f"every weight is finite{first}: look at the step's data, or lower --lr or --clip-grad, or warm up longer"
+    again = f"; {verdict}" if verdict else ""
+    return f"step {step} was not applied, since {what} is NaN or infinite{again}; {why}. {_newest_checkpoint()}"
+
+
+def _faults(model: list[torch.nn.Module]) -> tuple[str, str]:
+    """Names of this rank's first weight and of its first gradient that are not finite, or ""."""
+    named = [item for chunk in model for item in chunk.named_parameters()]
+    weights = (name for name, weight in named if not weight.detach().isfinite().all())
+    gradients = ((name, getattr(weight, "main_grad", None)) for name, weight in named)
+    faulty = (name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all())
+    return tuple(next(names, "").replace("module.", "") for names in (weights, faulty))  # type: ignore[return-value]
+
+
+def _newest_checkpoint() -> str:
+    from megatron.training import get_args
+    from megatron.training.checkpointing import get_checkpoint_tracker_filename
+
+    save = get_args().save
+    tracker = Path(get_checkpoint_tracker_filename(save)) if save else None
+    if tracker is None or not tracker.is_file():
+        return "No checkpoint has been saved."
+    return f"The newest checkpoint in {save} is that of step {tracker.read_text().strip()}."
+
+
+ADAPTATIONS = (
+    refuse_steps_that_are_not_finite,
+    stop_at_steps_that_are_not_finite,
+    let_reruns_save_nothing,
+)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step that is not finite: never applied, never saved, and the run ends on every rank with the same sentence."""
+
+import re
+
+import pytest
+
+from tests.launch import load_weights, run, run_each_rank
+
+DRIVER = "tests/functional/faulty_run.py"
+FOUR_STEPS = ["--micro-batch-size", 2, "--global-batch-size", 8, "--train-iters", 4, "--num-workers", 0]
+LAYOUTS = {
+    "one process": (1, []),
+    "tensor": (2, ["--tensor-model-parallel-size", 2, "--sequence-parallel"]),
+    "context": (2, ["--context-parallel-size", 2]),
+    "pipeline": (2, ["--pipeline-model-parallel-size", 2]),
+    "experts, distributed optimizer": (2, ["--expert-model-parallel-size", 2, "--use-distributed-optimizer"]),
+    "replicas, no clipping": (2, ["--clip-grad", 0]),
+    "replicas, bf16": (2, ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce"]),
+}
+EXPERT = "experts.local_experts.0.linear_fc1.weight"
+
+
+def sentence_of(world, monkeypatch, fault, *flags, ranks=1):
+    """Runs with a fault and returns what every rank says at its end, which must be the same and all."""
+    monkeypatch.setenv("FAULT", fault)
+    done = run_each_rank(DRIVER, *world.flags, *FOUR_STEPS, *flags, ranks=ranks, check=False, timeout=200)
+    said = [re.findall(r"error: (step .*)", rank.stdout) for rank in done]
+    assert all(rank.returncode == 1 for rank in done), done[0].stdout[-3000:]
+    assert not any("Traceback" in rank.stdout for rank in done), done[0].stdout[-3000:]
+    assert [len(lines) for lines in said] == [1] * ranks and len({lines[0] for lines in said}) == 1, said
+    return said[0][0]
+
+
+def test_a_nan_in_a_weight_stops_the_first_step_and_names_the_weight(world, tmp_path, monkeypatch):
+    said = sentence_of(world, monkeypatch, f"weight,0,nan,{EXPERT}", "--save", tmp_path, "--save-interval", 1)
+    assert said.startswith("step 1 was not applied, since its loss is NaN or infinite; the weight ")
+    assert EXPERT in said and said.endswith("No checkpoint has been saved.")
+    assert not list(tmp_path.glob("iter_*"))
+
+
+@pytest.mark.parametrize("reruns", [[], ["--rerun-mode", "disabled"]], ids=["reruns", "no reruns"])
+def test_a_fault_in_a_later_step_leaves_the_last_good_checkpoint_the_newest(world, tmp_path, monkeypatch, reruns):
+    fault = f"gradient,3,nan,{EXPERT}"
+    layout = ["--expert-model-parallel-size", 2, "--save", tmp_path, "--save-interval", 1]
+    said = sentence_of(world, monkeypatch, fault, *layout, *reruns, ranks=2)
+    assert said.startswith("step 3 was not applied, since its gradient, not its loss, is NaN or infinite")
+    assert EXPERT in said and said.endswith(f"The newest checkpoint in {tmp_path} is that of step 2.")
+    assert sorted(folder.name for folder in tmp_path.glob("iter_*")) == ["iter_0000001", "iter_0000002"]
+    assert all(weight.isfinite().all() for weight in load_weights(tmp_path / "iter_0000002").values())
+
+
+def test_an_infinite_loss_on_one_replica_with_a_finite_gradient_stops_all(world, monkeypatch):
+    said = sentence_of(world, monkeypatch, "loss,1,inf,", "--clip-grad", 0, ranks=2)
+    assert said.startswith("step 1 was not applied, since its loss is NaN or infinite; every weight is finite")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("checks", [[], ["--no-check-for-nan-in-loss-and-grad"]], ids=["checks", "no checks"])
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("fault", ["gradient,{},nan,connector", "gradient,{},inf,layers.0.mlp", "loss,{},inf,"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_layout_applies_a_step_that_is_not_finite(world, tmp_path, monkeypatch, layout, fault, step, checks):
+    ranks, flags = LAYOUTS[layout]
+    save = ["--save", tmp_path, "--save-interval", 2]
+    said = sentence_of(world, monkeypatch, fault.format(step), *flags, *save, *checks, ranks=ranks)
+    assert said.startswith(f"step {step} was not applied, since its {'loss' if 'loss' in fault else 'gradient'}")
+    assert len(list(tmp_path.glob("iter_*"))) == step // 2
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("frozen", ["vision_model", "layers.1.mlp.router.weight"])
+def test_a_nan_in_a_frozen_part_stops_the_first_step(world, monkeypatch, frozen):
+    said = sentence_of(world, monkeypatch, f"weight,0,nan,{frozen}", "--freeze", "vision", "language", ranks=2)
+    assert said.startswith("step 1 was not applied") and frozen in said
+
+
+def test_the_loss_scaling_of_fp16_keeps_its_skips(world, monkeypatch):
+    monkeypatch.setenv("FAULT", f"gradient,2,inf,{EXPERT}")
+    done = run(DRIVER, *world.flags, *FOUR_STEPS, "--fp16", "--initial-loss-scale", 1024, ranks=1)
+    skipped = [int(number) for number in re.findall(r"number of skipped iterations: +(\d+)", done.stdout)]
+    assert skipped == [0, 1, 0, 0]
