@@ -248,3 +248,13 @@ def _check_parallelism(args: Namespace) -> None:
         raise ValueError(
             f"--cuda-graph-impl {args.cuda_graph_impl} is not supported with modality-aware routing; leave it out."
         )
+    if args.optimizer_cuda_graph:
+        raise ValueError(
+            "--optimizer-cuda-graph replays the optimizer's step without looking at the gradients, so that one that is "
+            "not finite would be applied; leave it out."
+        )
+    if args.use_megatron_fsdp:
+        raise ValueError(
+            "--use-megatron-fsdp is not supported: its optimizer would apply a step that is not finite; use "
+            "--use-distributed-optimizer."
+        )

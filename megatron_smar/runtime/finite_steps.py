@@ -2,7 +2,9 @@
 """A training step that is not finite is never applied: the run stops on all ranks, with one sentence.
 
 The gradient norm decides, which Megatron reads in every step anyway. The losses of all ranks are part of it: their sum
-times 0, which is 0 or NaN, is added to the gradients that the norm is taken of.
+times 0, which is 0 or NaN, is added to the gradients that the norm is taken of; and so is what the norm leaves out, the
+gradients of a weight's copies on the other tensor-parallel ranks. What fp16's loss scaling finds in the gradients it
+skips, unless a weight is at fault, which no scale can help.
 """
 
 from __future__ import annotations
@@ -23,32 +25,40 @@ class NotFiniteError(RuntimeError):
     """A step's loss or gradient is NaN or infinite; the same on all ranks, before anything was changed by it."""
 
 
-class _SkippedError(Exception):
-    """The step is left to the loss scaling, which skips it."""
-
-
 class _Step:
     """What is known of the step in progress."""
 
     def __init__(self) -> None:
-        self.losses: Tensor | None = None  # [1], 0, or NaN if a loss of any rank is not finite
+        self.faults: Tensor | None = (
+            None  # [2], of losses and of copies' gradients: 0, or NaN if any rank's is not finite
+        )
         self.optimizer: Any = None  # the outermost that steps; chained optimizers can be nested
 
-    def note(self, reports: Iterable[dict[str, Tensor]] | None) -> None:
-        """Takes what this rank's micro-batches report, and adds up over all ranks; nothing is read."""
-        values = [value.detach().float().reshape(-1) for report in reports or () for value in report.values()]
-        zero = torch.zeros(1, dtype=torch.float32, device=torch.cuda.current_device())
-        self.losses = zero + (0 * torch.cat(values)).sum() if values else zero
+    def note(self, reports: Iterable[dict[str, Tensor]] | None, copies: list[Tensor]) -> None:
+        """Takes what this rank's micro-batches report and its copies' gradients, of all ranks; nothing is read."""
+        device = torch.cuda.current_device()
+        losses = [value.detach().reshape(-1) for report in reports or () for value in report.values()]
+        largest = [value.reshape(1) for value in torch._foreach_norm(copies, math.inf)] if copies else []
+        zeros = [
+            0 * torch.cat([value.to(device, torch.float32) for value in values]).sum()
+            if values
+            else torch.zeros((), device=device)
+            for values in (losses, largest)
+        ]
+        self.faults = torch.stack(zeros)
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.losses)
+            torch.distributed.all_reduce(self.faults)
 
-    def with_losses(self, gradients: list[Tensor] | Tensor) -> list[Tensor]:
-        """The gradients that a norm is taken of, and the losses' zero with them."""
+    def with_faults(self, gradients: list[Tensor] | Tensor) -> list[Tensor]:
+        """The gradients that a norm is taken of, and the zeros of what else must be finite with them."""
         gradients = [gradients] if isinstance(gradients, Tensor) else list(gradients)
-        if self.losses is None:
+        if self.faults is None:
             return gradients
-        losses = self.losses.to(gradients[0].device, gradients[0].dtype) if gradients else self.losses
-        return [*gradients, losses]
+        return [*gradients, self.faults.to(gradients[0].device, gradients[0].dtype) if gradients else self.faults]
+
+    def has_faulty_loss(self) -> bool:
+        """Whether a loss of any rank is not finite; this reads the device, and is the same on all ranks."""
+        return self.faults is not None and not bool(self.faults[0].isfinite())
 
 
 _STEP = _Step()
@@ -65,7 +75,7 @@ def refuse_steps_that_are_not_finite() -> None:
     import megatron.core.optimizer.optimizer as optimizers
 
     for module in (optimizers, layer_wise):
-        module.get_grad_norm_fp32 = _norm_with_losses(module.get_grad_norm_fp32)
+        module.get_grad_norm_fp32 = _norm_with_faults(module.get_grad_norm_fp32)
     step, get_grad_norm = optimizers.ChainedOptimizer.step, optimizers.ChainedOptimizer.get_grad_norm
     layer_wise_norm = layer_wise.LayerWiseDistributedOptimizer.get_grad_norm
 
@@ -76,8 +86,6 @@ def refuse_steps_that_are_not_finite() -> None:
         _STEP.optimizer = self
         try:
             done = step(self)
-        except _SkippedError:
-            return False, None, None
         finally:
             _STEP.optimizer = None
         if not done[0] and done[1] is None and not _scale_adapts(self):  # a constant scale would skip for ever
@@ -89,23 +97,26 @@ def refuse_steps_that_are_not_finite() -> None:
     layer_wise.LayerWiseDistributedOptimizer.get_grad_norm = _checked_norm(layer_wise_norm)
 
 
-def _norm_with_losses(get_norm: Any) -> Any:
+def _norm_with_faults(get_norm: Any) -> Any:
     @functools.wraps(get_norm)
     def get(grads_for_norm: list[Tensor] | Tensor, *args: Any, **kwargs: Any) -> Any:
-        return get_norm(_STEP.with_losses(grads_for_norm), *args, **kwargs)
+        return get_norm(_STEP.with_faults(grads_for_norm), *args, **kwargs)
 
     return get
 
 
 def _checked_norm(get_grad_norm: Any) -> Any:
+    from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
+
     @functools.wraps(get_grad_norm)
     def get(self: Any) -> Any:
         norm = get_grad_norm(self)
         if _STEP.optimizer is not self:
             return norm
         norm = float(norm)  # with Transformer Engine a tensor, which the training loop would read after the step
-        if not math.isfinite(norm):
-            raise _SkippedError if _scale_adapts(self) else NotFiniteError
+        apart = (group for group in SEPARATE_GRAD_NORM_GROUPS if self.has_grad_norm_group(group))  # not in the norm
+        if not math.isfinite(norm + sum(float(self._get_grad_norm_for_group(group)) for group in apart)):
+            raise NotFiniteError
         return norm
 
     return get
@@ -136,17 +147,20 @@ def stop_at_steps_that_are_not_finite() -> None:
     ) -> Any:
         def run_schedule(**arguments: Any) -> Any:
             reports = schedule(**arguments)
-            _STEP.note(reports)
+            _STEP.note(reports, _copies(model))
             return reports
 
         try:
-            return train_step(forward, data, model, optimizer, scheduler, config, run_schedule, **kwargs)
+            done = train_step(forward, data, model, optimizer, scheduler, config, run_schedule, **kwargs)
+            if done[1] and _STEP.has_faulty_loss() and _any_rank(_faults(model)[0] != ""):
+                raise NotFiniteError("no loss scale can help")
+            return done
         except NotFiniteError as error:
             training.maybe_finalize_async_save(blocking=True, terminate=True)
             sentence = _sentence(model, int(training.get_args().curr_iteration) + 1, str(error))
             raise NotFiniteError(sentence) from None
         finally:
-            _STEP.losses = None
+            _STEP.faults = None
 
     training.train_step = watched_step
 
@@ -190,8 +204,7 @@ def _sentence(model: list[torch.nn.Module], step: int, verdict: str) -> str:
     weight, gradient = (
         next((f"{names[kind]} (rank {rank})" for rank, names in enumerate(found) if names[kind]), "") for kind in (0, 1)
     )
-    loss = _STEP.losses is not None and not bool(_STEP.losses.isfinite())
-    what = "its loss" if loss else "its gradient, not its loss,"
+    what = "its loss" if _STEP.has_faulty_loss() else "its gradient, not its loss,"
     if weight:
         why = f"the weight {weight} was NaN or infinite before it: start from a checkpoint without such a weight"
     else:
@@ -199,6 +212,26 @@ def _sentence(model: list[torch.nn.Module], step: int, verdict: str) -> str:
         why = f"every weight is finite{first}: look at the step's data, or lower --lr or --clip-grad, or warm up longer"
     again = f"; {verdict}" if verdict else ""
     return f"step {step} was not applied, since {what} is NaN or infinite{again}; {why}. {_newest_checkpoint()}"
+
+
+def _copies(model: list[torch.nn.Module]) -> list[Tensor]:
+    """Gradients of this rank's weights that the gradient norm takes from another tensor-parallel rank."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return []
+    copies = (p for chunk in model for p in chunk.parameters() if not param_is_not_tensor_parallel_duplicate(p))
+    gradients = (getattr(parameter, "main_grad", None) for parameter in copies)
+    return [gradient for gradient in gradients if isinstance(gradient, Tensor)]
+
+
+def _any_rank(is_so: bool) -> bool:
+    if not torch.distributed.is_initialized():
+        return is_so
+    flag = torch.tensor([is_so], dtype=torch.int32, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def _faults(model: list[torch.nn.Module]) -> tuple[str, str]:

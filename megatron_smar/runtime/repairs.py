@@ -191,6 +191,34 @@ def end_the_first_interval() -> None:
     training.training_log = log_interval
 
 
+@adaptation(
+    "with fp16 each of the chained optimizers, as the experts' beside the others', lowers a loss scale of its own, but "
+    "the loss is scaled by the first's: after one overflow the gradients of the two differ by a factor of 2",
+    Where.ANYWHERE,
+)
+def keep_one_loss_scale() -> None:
+    """The scales of chained optimizers change together: all as that of one which found an overflow, if any did."""
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    def prepare_together(self: Any) -> bool:
+        found = [bool(optimizer.prepare_grads()) for optimizer in self.chained_optimizers]
+        if any(found) and not all(found):
+            state = _grad_scalers(self.chained_optimizers[found.index(True)])[0].state_dict()
+            for scaler in _grad_scalers(self):
+                scaler.load_state_dict(dict(state))
+        return any(found)
+
+    ChainedOptimizer.prepare_grads = prepare_together
+
+
+def _grad_scalers(optimizer: Any) -> list[Any]:
+    """The scalers of an optimizer, or of all that are chained in it."""
+    if hasattr(optimizer, "chained_optimizers"):
+        return [scaler for part in optimizer.chained_optimizers for scaler in _grad_scalers(part)]
+    scaler = getattr(optimizer, "grad_scaler", None)
+    return [scaler] if scaler else []
+
+
 ADAPTATIONS = (
     read_checkpoints_without_running_them,
     skip_compiling_helpers,
@@ -201,4 +229,5 @@ ADAPTATIONS = (
     listen_to_all_signals_that_end_a_run,
     forget_members_that_were_read,
     end_the_first_interval,
+    keep_one_loss_scale,
 )

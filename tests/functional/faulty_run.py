@@ -2,7 +2,8 @@
 """pretrain_vlm.py with one fault: the environment's FAULT is kind, step, value and a part of a parameter's name.
 
 The kinds: `weight` sets one number of the first parameter whose name has the given part, as the model is built;
-`gradient` one number of its gradient, in the given step, on rank 0 alone; `loss` adds the value to the losses of the
+`gradient` one number of its gradient, in the given step, on rank 0 alone, and `copy` on the last rank alone, whose copy
+of a weight that is not split the gradient norm leaves out under tensor parallelism; `loss` adds the value to the losses of the
 last rank, which leaves the gradient as it is.
 """
 
@@ -24,6 +25,10 @@ def in_step() -> bool:
     return get_args().curr_iteration + 1 == int(STEP)
 
 
+def is_faulty_rank() -> bool:
+    return torch.distributed.get_rank() == (0 if KIND == "gradient" else torch.distributed.get_world_size() - 1)
+
+
 def faulty_model(*args, **kwargs):
     model = provide_model(*args, **kwargs)
     for name, parameter in model.named_parameters():
@@ -31,7 +36,7 @@ def faulty_model(*args, **kwargs):
             continue
         if KIND == "weight":
             parameter.data.view(-1)[0] = float(VALUE)
-        elif torch.distributed.get_rank() == 0:
+        elif is_faulty_rank():
             parameter.register_hook(functools.partial(spoil, parameter))
         break
     return model
@@ -47,7 +52,7 @@ def build_faulty_step():
 
     def faulty_step(iterator, model):
         output, loss = forward(iterator, model)
-        faulty = KIND == "loss" and in_step() and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        faulty = KIND == "loss" and in_step() and is_faulty_rank()
         return output, (lambda losses: loss(losses + float(VALUE))) if faulty else loss
 
     return faulty_step

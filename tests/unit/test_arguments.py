@@ -62,6 +62,8 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         (["--moe-router-load-balancing-type", "quantile_balancing"], "quantile_balancing"),
         (["--dataloader-type", "cyclic"], "--dataloader-type is cyclic"),
         (["--qk-l2-norm"], "--qk-l2-norm is in none of the layers"),
+        (["--optimizer-cuda-graph"], "--optimizer-cuda-graph replays"),
+        (["--use-megatron-fsdp"], "--use-megatron-fsdp is not supported"),
         (["--bf16", "--modality-routing", "smar", "--save", "run"], "only with --use-distributed-optimizer"),
     ],
 )

@@ -14,7 +14,7 @@ GRADIENTS = [torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]
 @pytest.fixture
 def step(single_rank):
     yield finite_steps._STEP
-    finite_steps._STEP.losses = None
+    finite_steps._STEP.faults = None
 
 
 def norm(gradients):
@@ -27,26 +27,36 @@ def test_a_loss_that_is_not_finite_makes_the_norm_so_and_a_finite_one_leaves_it(
     reports = [{"lm loss": torch.tensor([7.0, 2.0])}, {"lm loss": torch.tensor([value, 2.0]), "other": torch.ones(1)}]
     expected = 5.0 if gradients else 0.0
     assert norm(gradients) == expected
-    step.note(reports[:1])
+    step.note(reports[:1], [torch.ones(3)])
     assert norm(gradients) == expected
-    step.note(reports)
+    step.note(reports, [])
     assert not torch.tensor(norm(gradients)).isfinite()
-    step.note([])  # of a pipeline stage that computes no loss
+    assert step.has_faulty_loss()
+    step.note([], [])  # of a pipeline stage that computes no loss
     assert norm(gradients) == expected
+    step.note(reports[:1], [torch.ones(3), torch.tensor([0.0, value])])  # the norm leaves a weight's copies out
+    assert not torch.tensor(norm(gradients)).isfinite() and not step.has_faulty_loss()
 
 
 class Part(optimizers.MegatronOptimizer):
     """An optimizer of one parameter that notes whether it stepped."""
 
-    def __init__(self, gradient, grad_scaler=None):
+    def __init__(self, gradient, grad_scaler=None, group=None):
+        self.group = group
         self.gradient, self.grad_scaler, self.stepped, self.is_stub_optimizer = gradient, grad_scaler, False, True
         self.config = optimizers.OptimizerConfig(clip_grad=0.0)
 
     def prepare_grads(self):
-        return False
+        found = self.grad_scaler is not None and not bool(self.gradient.isfinite().all())
+        if self.grad_scaler is not None:
+            self.grad_scaler.update(found)
+        return found
 
-    def get_grad_norm(self):
-        return norm([self.gradient])
+    def get_grads_for_grad_norm(self, grad_norm_group=None):
+        return [self.gradient] if grad_norm_group == self.group else []
+
+    def has_grad_norm_group(self, grad_norm_group):
+        return grad_norm_group == self.group
 
     def step_with_ready_grads(self):
         self.stepped = True
@@ -68,6 +78,25 @@ def test_an_optimizer_that_finds_a_norm_that_is_not_finite_has_changed_nothing(s
             optimizers.ChainedOptimizer([optimizers.ChainedOptimizer([bad])]).step()
         assert not bad.stepped
         assert finite_steps._STEP.optimizer is None
+    apart = Part(torch.tensor([1.0, value]), group="mtp")  # heads whose gradients are clipped by themselves
+    with pytest.raises(finite_steps.NotFiniteError):
+        optimizers.ChainedOptimizer([good, apart]).step()
+    assert not apart.stepped
     scaler = DynamicGradScaler(8.0, 1.0, 2.0, 0.5, 10, 1)
     skipped = Part(torch.tensor([1.0, value]), scaler)
     assert optimizers.ChainedOptimizer([skipped]).step() == (False, None, None) and not skipped.stepped
+
+
+@pytest.mark.parametrize("faulty", [0, 1, 2])
+def test_an_overflow_in_one_of_the_chained_optimizers_lowers_the_loss_scale_of_all(step, faulty):
+    scalers = [DynamicGradScaler(8.0, 1.0, 2.0, 0.5, 2, 1) for _ in range(3)]
+    parts = [Part(torch.ones(2), scaler) for scaler in scalers]
+    nested = optimizers.ChainedOptimizer([optimizers.ChainedOptimizer(parts[:2]), parts[2]])
+    nested.step()
+    parts[faulty].gradient = torch.tensor([float("inf")])
+    assert nested.step() == (False, None, None)
+    assert [scaler.scale.item() for scaler in scalers] == [4.0] * 3
+    parts[faulty].gradient = torch.ones(2)
+    for expected in (4.0, 8.0):  # and grow together
+        assert nested.step()[0]
+        assert [scaler.scale.item() for scaler in scalers] == [expected] * 3
