@@ -28,7 +28,8 @@ def lm_loss(
     Args:
         loss_mask: [b, s], this context-parallel rank's share.
         shares: What is logged beside the loss: name -> [part, whole].
-        check_for_nan: Whether a loss that is not finite stops the run, with the rank and the device named.
+        check_for_nan: Whether Megatron runs the step of a loss that is not finite again, to tell data from hardware.
+            Such a step is never applied, whatever this is (`runtime.finite_steps`).
         output_tensor: [b, s], cross-entropy per token.
         context_tokens: Tokens of the micro-batch that count, over all context-parallel ranks, []; None where Megatron
             adds up over these ranks before it divides (--calculate-per-token-loss) or there is one.

@@ -3,8 +3,8 @@
 
 The kinds: `weight` sets one number of the first parameter whose name has the given part, as the model is built;
 `gradient` one number of its gradient, in the given step, on rank 0 alone, and `copy` on the last rank alone, whose copy
-of a weight that is not split the gradient norm leaves out under tensor parallelism; `loss` adds the value to the losses of the
-last rank, which leaves the gradient as it is.
+of a weight that is not split the gradient norm leaves out under tensor parallelism; `loss` adds the value to the losses
+of the last rank, which leaves the gradient as it is.
 """
 
 import functools
