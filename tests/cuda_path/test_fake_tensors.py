@@ -13,9 +13,9 @@ LAYERS = 2
 # its split sizes there. One event is waited for, for both copies.
 SPLITS = {"read moe_utils:maybe_move_tensor_to_cpu": 2, "wait token_dispatcher:_maybe_dtoh_and_synchronize": 1}
 EVERY_LAYER = {who: LAYERS * number for who, number in SPLITS.items()}
-# Whether the loss is a number is part of the gradient norm's one read per step; the rerun machine, which is off here,
-# reads it once per micro-batch: --no-check-for-nan-in-loss-and-grad or --rerun-mode disabled switches that off.
-STEP = EVERY_LAYER
+# Whether the loss is a number, once per micro-batch, for Megatron's reruns: --rerun-mode disabled or
+# --no-check-for-nan-in-loss-and-grad switches it off. That a step is finite needs no read but the gradient norm's.
+STEP = EVERY_LAYER | {"read rerun_state_machine:validate_result": 1}
 # What a pack would cost each layer, were its lengths on the device: Megatron's rotary embedding reads them for queries
 # and keys, twice each, and our attention once.
 LENGTHS = {"read rope_utils:_apply_rotary_pos_emb_thd": 4, "read local_layers:forward": 1}
