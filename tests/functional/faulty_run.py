@@ -32,7 +32,8 @@ def is_faulty_rank() -> bool:
 def faulty_model(*args, **kwargs):
     model = provide_model(*args, **kwargs)
     for name, parameter in model.named_parameters():
-        if NAME not in name or KIND == "loss":
+        is_split = getattr(parameter, "tensor_model_parallel", False)
+        if NAME not in name or KIND == "loss" or (KIND == "copy" and (is_split or not parameter.requires_grad)):
             continue
         if KIND == "weight":
             parameter.data.view(-1)[0] = float(VALUE)

@@ -84,7 +84,7 @@ def test_a_nan_in_a_frozen_part_stops_the_first_step(world, monkeypatch, frozen)
 
 @pytest.mark.matrix
 def test_a_fault_in_a_copy_that_the_gradient_norm_leaves_out_stops_all(world, monkeypatch):
-    said = sentence_of(world, monkeypatch, "copy,1,nan,vision_model", *LAYOUTS["tensor"][1], ranks=2)
+    said = sentence_of(world, monkeypatch, "copy,1,nan,connector", *LAYOUTS["tensor"][1], ranks=2)
     assert said.startswith("step 1 was not applied, since its gradient, not its loss,") and "(rank 1)" in said
 
 
