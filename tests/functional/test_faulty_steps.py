@@ -90,7 +90,7 @@ def test_a_fault_in_a_copy_that_the_gradient_norm_leaves_out_stops_all(world, mo
 
 @pytest.mark.matrix
 def test_a_nan_in_a_weight_is_no_overflow_that_fp16_skips_for_ever(world, tmp_path, monkeypatch):
-    flags = ["--fp16", "--use-distributed-optimizer", "--save", tmp_path]
+    flags = ["--fp16", "--use-distributed-optimizer", "--save", tmp_path, "--save-interval", 4]
     said = sentence_of(world, monkeypatch, f"weight,0,nan,{EXPERT}", *flags)
     assert said.startswith("step 1 was not applied, since its loss") and EXPERT in said
     assert not list(tmp_path.glob("iter_*"))
