@@ -87,7 +87,7 @@ def test_a_checkpoint_that_does_not_fit_the_flags_is_refused_in_one_sentence(wor
         return errors[0]
 
     of_another_shape = refusal("--finetune", "--ffn-hidden-size", "96")
-    assert "holds another model than the flags describe: --ffn-hidden-size is 64 there and is 96 here" in of_another_shape
+    assert "another model than the flags describe: --ffn-hidden-size is 64 there and is 96 here" in of_another_shape
     without_finetune = refusal("--save", tmp_path / "new", "--freeze", "vision", "language")
     assert "--freeze was vision, not vision language" in without_finetune
     assert "to start a new run from its weights, give --finetune" in without_finetune
