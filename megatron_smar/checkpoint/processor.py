@@ -17,7 +17,7 @@ from typing import Any
 from megatron.core.tokenizers import MegatronTokenizer
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, processors
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SpmConverter
 
 from megatron_smar.checkpoint.chat_template import chat_template
@@ -25,7 +25,7 @@ from megatron_smar.checkpoint.folders import ConversionError
 from megatron_smar.data.conversations import ConversationTemplate, record_segments, template_for, tokenize_segments
 from megatron_smar.data.exactness import set_prefix
 from megatron_smar.data.tiling import ImageConfig
-from megatron_smar.data.tokens import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, IMAGE_TOKENS, TextEncoder
+from megatron_smar.data.tokens import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, IMAGE_TOKENS, TextEncoder, load_huggingface
 from megatron_smar.model.vision import VisionConfig, normalisation, side_in_pixels, tokens_per_tile
 
 TILES_CODE = Path(__file__).parent / "remote_code" / "image_processing_without_thumbnail.py"
@@ -101,8 +101,9 @@ def _read_tokenizer(folder: Path, kind: str) -> _Tokenizer | None:
         return _Tokenizer(trainer, _of_sentencepiece(model))
     if not has_folder:
         return None
+    fast = _of_hugging_face(folder)
     trainer = MegatronTokenizer.from_pretrained(tokenizer_path=str(folder), metadata_path={"library": "huggingface"})
-    return _Tokenizer(trainer, _of_hugging_face(folder))
+    return _Tokenizer(trainer, fast)
 
 
 def _of_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
@@ -131,7 +132,7 @@ def _of_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
 
 def _of_hugging_face(folder: Path) -> PreTrainedTokenizerFast:
     """A folder's tokenizer, with its space in front of a text and not behind every special token."""
-    fast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    fast = load_huggingface(folder)
     settings = json.loads(fast.backend_tokenizer.to_str())
     set_prefix(settings, "first")
     for token in settings["added_tokens"]:

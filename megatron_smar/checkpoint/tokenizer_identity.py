@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer
+
+from megatron_smar.data.tokens import load_huggingface
 
 Fingerprint = tuple[int, str]  # number of pieces, and a hash of all of them in their order
 
@@ -23,10 +24,14 @@ def fingerprint(pieces: Sequence[Any]) -> Fingerprint:
 
 
 def fingerprints_of_folder(folder: Path) -> list[Fingerprint]:
-    """Those of the tokenizers in a model's folder: Hugging Face's, and a SentencePiece model; empty without any."""
+    """Those of the tokenizers in a model's folder: Hugging Face's, and a SentencePiece model; empty without any.
+
+    Raises:
+        ValueError: The folder's tokenizer cannot be loaded, or not without running its code.
+    """
     found = []
     if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_huggingface(folder)
         found.append(fingerprint(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))))
     if (folder / "tokenizer.model").is_file():
         model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

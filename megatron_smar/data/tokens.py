@@ -187,16 +187,25 @@ def _add_to_sentencepiece(source: Path, destination: Path, tokens: Sequence[str]
 
 
 def _add_to_huggingface(source: Path, destination: Path, tokens: Sequence[str]) -> None:
+    tokenizer = load_huggingface(source)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.save_pretrained(destination)
+
+
+def load_huggingface(folder: Path) -> Any:
+    """The tokenizer of a Hugging Face folder, whose code is not run.
+
+    Raises:
+        ValueError: It cannot be loaded, or not without its own code.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = "it names code of its own, which is never run here" if "custom code" in str(error) else lines[0]
-        raise ValueError(f"{source} cannot be read as the folder of a Hugging Face tokenizer ({reason}).") from error
-    tokenizer.add_tokens(list(tokens), special_tokens=True)
-    tokenizer.save_pretrained(destination)
+        raise ValueError(f"{folder} cannot be read as the folder of a Hugging Face tokenizer ({reason}).") from error
 
 
 def _pieces(tokenizer: Any, end_id: int, bos_id: int | None) -> Pieces:
