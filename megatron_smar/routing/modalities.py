@@ -17,6 +17,11 @@ VISION = 1
 PADDING = -1
 
 
+def modality_name(modality: int) -> str:
+    """A modality's name in logs, by its id: text, vision, then modality_2 and so on."""
+    return {TEXT: "text", VISION: "vision"}.get(modality, f"modality_{modality}")
+
+
 def modality_ids_from_tokens(input_ids: Tensor, image_token_id: int, padding_mask: Tensor | None = None) -> Tensor:
     """Modality ids of a batch of token ids.
 

@@ -19,7 +19,8 @@ from megatron.training.utils import print_rank_last
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_smar.routing.modalities import TEXT, VISION
+from megatron_smar.model.parts import frozen_parts
+from megatron_smar.routing.modalities import modality_name
 from megatron_smar.routing.mrd import modality_routing_distribution, mrd_distance
 from megatron_smar.routing.router import COMPARABLE, MRD_DISTANCE, SMAR_LOSS, ModalityAwareRouter
 from megatron_smar.routing.specialization import (
@@ -29,14 +30,11 @@ from megatron_smar.routing.specialization import (
     modality_specialization_index,
 )
 from megatron_smar.routing.statistics import RoutingStatistics
+from megatron_smar.training.collapse import LEAST_TOKENS, CollapseWatch, chosen_share
+from megatron_smar.training.load_map import load_map
 
 MSI = "msi"
 WINDOW = "sums since the last time"
-
-
-def modality_name(modality: int) -> str:
-    """A modality's name in logs, by its id: text, vision, then modality_2 and so on."""
-    return {TEXT: "text", VISION: "vision"}.get(modality, f"modality_{modality}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,9 @@ class MonitorConfig:
         capacity_limited: Whether tokens can be dropped (--moe-expert-capacity-factor).
         collapse_threshold: A warning is given when more than this share of a modality's tokens chooses one expert. 1 is
             the most there is, K experts per token, and switches the warning off; even load gives K / E.
+        collapse_tokens: Fewest tokens of a modality in an interval of the console that the warning looks at.
+        router_learns: Whether the router is not frozen; there is no warning of one that is.
+        has_band: Whether SMAR's loss acts.
     """
 
     num_experts: int = 1
@@ -63,6 +64,9 @@ class MonitorConfig:
     console_interval: int = 1
     capacity_limited: bool = False
     collapse_threshold: float = 0.9
+    collapse_tokens: int = LEAST_TOKENS
+    router_learns: bool = True
+    has_band: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.collapse_threshold <= 1:
@@ -83,6 +87,8 @@ class MonitorConfig:
             console_interval=args.log_interval,
             capacity_limited=args.moe_expert_capacity_factor is not None,
             collapse_threshold=args.moe_collapse_threshold,
+            router_learns="router" not in frozen_parts(args.freeze),
+            has_band=args.modality_routing == "smar",
         )
 
 
@@ -125,7 +131,13 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         self._window: Tensor | None = None  # [L, M, E + 1]
         self._distances: Tensor | None = None  # [L, 2]
         self._unwritten = self._unprinted = Sums()  # of all ranks, since the last point and line
-        self._collapses = CollapseWatch(self.config)
+        self._collapses = CollapseWatch(
+            self.config.collapse_threshold,
+            self.config.top_k,
+            self.config.router_learns,
+            self.config.has_band,
+            self.config.collapse_tokens,
+        )
         self._begun = False
 
     def record_statistics(self, statistics: RoutingStatistics, layer_number: int, num_layers: int) -> None:
@@ -281,74 +293,28 @@ def load_scalars(sums: Tensor, config: MonitorConfig) -> dict[str, float]:
     return scalars
 
 
-def load_images(sums: Tensor, cell: int = 8) -> dict[str, NDArray[np.uint8]]:
-    """The whole load as one grey image per modality, [L * cell, E * cell] by tag `moe/load/<modality>`.
+def load_images(sums: Tensor) -> dict[str, NDArray[np.uint8]]:
+    """The load of all experts as one heat map per modality, [height, width, 3] by tag `moe/load/<modality>`.
 
-    One row per layer from the top, one column per expert: the paper's Figure 4 at a glance, where a scalar for each of
-    thousands of experts would drown a dashboard. Brightness is the square root of the share of the modality's tokens
-    that choose the expert, from black (none) to white (all), the same at every step.
+    The paper's Figure 4 at a glance, where a scalar for each of thousands of experts would drown a dashboard. The scale
+    is the same at every step.
 
     Args:
         sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
-        cell: Pixels per side of an expert's square.
     """
-    shares = chosen_share(sums)
-    grey = (255 * shares.sqrt()).round().to(torch.uint8).repeat_interleave(cell, 0).repeat_interleave(cell, 2)
-    present = (sums[..., -1].sum(dim=0) > 0).nonzero().flatten().tolist()
-    return {f"moe/load/{modality_name(modality)}": grey[:, modality].numpy() for modality in present}
-
-
-def chosen_share(sums: Tensor) -> Tensor:
-    """Share of each modality's tokens that choose each expert, [L, M, E]; K times the load if nothing is dropped."""
-    counts, tokens = sums[..., :-1], sums[..., -1:]
-    return counts / torch.where(tokens > 0, tokens, 1.0)
-
-
-class CollapseWatch:
-    """Tells when nearly all tokens of a modality choose the same expert (the paper's Figure 4c), and tells it once.
-
-    An expert that has been told is not told again before an interval has shown it recovered. An interval with fewer
-    than 16 E tokens of a modality shows nothing of it.
-    """
-
-    def __init__(self, config: MonitorConfig) -> None:
-        self._config = config
-        self._known: set[tuple[int, int, int]] = set()  # layer, modality, expert
-
-    def check(self, sums: Tensor, most: int = 8) -> str | None:
-        """The warning that an interval calls for, one sentence, or None.
-
-        Args:
-            sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
-            most: Experts that are named; of further ones the number is told.
-        """
-        shares = chosen_share(sums)
-        experts = shares.shape[-1]
-        enough = sums[..., -1:] >= 16 * experts  # the patches of one image resemble each other: a few prove nothing
-        if self._config.top_k >= experts:  # every token chooses every expert
-            return None
-        collapsed = {tuple(place) for place in ((shares > self._config.collapse_threshold) & enough).nonzero().tolist()}
-        unknown = sorted(collapsed - self._known)
-        self._known = collapsed | {place for place in self._known if not enough[place[:2]]}
-        if not unknown:
-            return None
-        told = [
-            f"{100 * float(shares[layer, modality, expert]):.1f}% of the {modality_name(modality)} tokens choose "
-            f"expert {expert} of layer {layer + 1}"
-            for layer, modality, expert in unknown[:most]
-        ]
-        more = f", and {len(unknown) - most} more" if len(unknown) > most else ""
-        return (
-            f"routing collapses: {', '.join(told)}{more} (experts count from 0; --moe-collapse-threshold "
-            f"{self._config.collapse_threshold:g}). SMAR's authors saw this with a band too low: raise --smar-d-min "
-            "and --smar-d-max, or balance with --moe-aux-loss-coeff."
-        )
+    shares = chosen_share(sums).numpy()
+    layers, _, experts = shares.shape
+    names = {m: modality_name(m) for m in (sums[..., -1].sum(dim=0) > 0).nonzero().flatten().tolist()}
+    return {
+        f"moe/load/{name}": load_map(layers, experts, f"{name} tokens by expert").draw(shares[:, m])
+        for m, name in names.items()
+    }
 
 
 def _log_images(images: dict[str, NDArray[np.uint8]], iteration: int, writer: Any, wandb_writer: Any) -> None:
     for name, image in images.items():
         if writer is not None:
-            writer.add_image(name, image, iteration, dataformats="HW")
+            writer.add_image(name, image, iteration, dataformats="HWC")
         if wandb_writer is not None:
             wandb_writer.log({name: wandb_writer.Image(image)}, iteration)
 

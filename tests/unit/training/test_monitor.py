@@ -6,10 +6,13 @@ import os
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 
 from megatron_smar.routing import RoutingStatistics
+from megatron_smar.training.load_map import LEFT, TOP
 
 # Counts [M][E] of two layers, 8 tokens each, top-2: the first shares nothing between text and vision, the second all.
 APART = [[8, 8, 0, 0], [0, 0, 8, 8]]
@@ -25,7 +28,7 @@ class Writer(dict):
         self[name] = value
 
     def add_image(self, name, image, iteration, dataformats):
-        assert dataformats == "HW"
+        assert dataformats == "HWC" and image.dtype == np.uint8
         self[name] = image
 
     def log(self, values, iteration):
@@ -35,7 +38,7 @@ class Writer(dict):
 def tracker_of(**config):
     from megatron_smar.training.monitor import MonitorConfig, RoutingMetricsTracker
 
-    return RoutingMetricsTracker(MonitorConfig(**({"num_experts": 4, "top_k": 2} | config)))
+    return RoutingMetricsTracker(MonitorConfig(**({"num_experts": 4, "top_k": 2, "collapse_tokens": 64} | config)))
 
 
 def statistics(counts, top_k=2) -> RoutingStatistics:
@@ -85,11 +88,43 @@ def test_images_show_the_share_of_tokens_that_choose_each_expert(single_rank):
     tracker, board, wandb = tracker_of(), Writer(), Writer()
     record(tracker, APART, ALIKE)
     report(tracker, 1, board, wandb)
-    grey = torch.tensor(board["moe/load/text"][::8, ::8]).double() / 255
-    shares = torch.tensor([[8, 8, 0, 0], [6, 4, 4, 2]]).double() / 8
-    torch.testing.assert_close(grey**2, shares, atol=4e-3, rtol=0)
-    assert board["moe/load/vision"].shape == (2 * 8, 4 * 8)
+    shares = np.array([[8, 8, 0, 0], [6, 4, 4, 2]]) / 8
+    drawn = board["moe/load/text"]
+    high = wide = 40  # pixels of a cell
+    for layer, expert in np.ndindex(2, 4):
+        cell = drawn[TOP + layer * high : TOP + (layer + 1) * high, LEFT + expert * wide : LEFT + (expert + 1) * wide]
+        colour = 255 * np.array(colormaps["viridis"](math.sqrt(shares[layer, expert]))[:3])
+        assert abs(cell - colour).max() <= 4, (layer, expert)
     assert (wandb["moe/load/vision"] == board["moe/load/vision"]).all()
+    assert (board["moe/load/vision"] != drawn).any()
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 4), (32, 8), (61, 256), (94, 128)])
+def test_heat_maps_have_the_numbers_of_layers_and_experts_at_their_cells_and_a_scale(layers, experts):
+    from megatron_smar.training.load_map import LoadMap
+
+    shares = np.zeros((layers, experts))
+    shares[-1, -1] = 1.0
+    drawn = LoadMap(layers, experts, "vision tokens by expert")
+    axes, scale = drawn.figure.axes
+    assert axes.get_title("left") == "vision tokens by expert"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert (from 0)", "layer (from 1)")
+    assert scale.get_ylabel() == "share of tokens"
+    assert {label.get_text() for label in scale.get_yticklabels()} >= {"0%", "1%", "10%", "50%", "100%"}
+    picture = drawn.draw(shares)
+    yellow = 255 * np.array(colormaps["viridis"](1.0)[:3])
+    height = picture.shape[0]
+    for number, size, axis, place in ((layers, drawn.cell[0], 1, axes.yaxis), (experts, drawn.cell[1], 0, axes.xaxis)):
+        ticks = [tick for tick in place.get_majorticklocs() if axis <= tick <= number - 1 + axis]
+        assert ticks and all(tick == int(tick) for tick in ticks)
+        point = (0, number) if axis else (number - 1, 1)
+        at = axes.transData.transform(point)[axis]
+        first = (TOP if axis else LEFT) + (number - 1) * size
+        assert first <= (height - at if axis else at) <= first + size, "a label is at the cell that it names"
+    rows, columns = TOP + layers * drawn.cell[0], LEFT + experts * drawn.cell[1]
+    last = picture[rows - drawn.cell[0] : rows, columns - drawn.cell[1] : columns]
+    assert abs(last - yellow).max() <= 1
+    assert (drawn.draw(shares) == picture).all(), "drawing leaves nothing behind"
 
 
 def test_real_tensorboard_takes_scalars_and_images(single_rank, tmp_path):
@@ -103,7 +138,7 @@ def test_real_tensorboard_takes_scalars_and_images(single_rank, tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("moe/msi_layer_1")[0].value == 1
     image = events.Images("moe/load/vision")[0]
-    assert (image.height, image.width) == (16, 32)
+    assert image.height > 2 * 40 and image.width > 4 * 40, "the cells, and what stands around them"
 
 
 def test_intervals_cover_all_steps_since_the_last_time_and_nothing_is_reduced_between(single_rank, monkeypatch):
@@ -222,16 +257,36 @@ def test_collapse_is_told_once_and_again_only_after_recovery(single_rank, capsys
     [
         ({"collapse_threshold": 1.0}, [[64, 64, 0, 0], [64, 0, 64, 0]]),
         ({"top_k": 4}, [[64, 64, 64, 64], [64, 64, 64, 64]]),
-        ({}, [[64, 64, 64, 64], [63, 63, 0, 0]]),
+        ({"top_k": 3, "collapse_threshold": 0.8}, [[64, 64, 64, 0], [64, 64, 64, 0]]),
+        ({"router_learns": False}, [[64, 64, 0, 0], [64, 0, 64, 0]]),
+        ({"collapse_tokens": 65}, [[64, 64, 0, 0], [64, 0, 64, 0]]),
+        ({"collapse_tokens": 1}, [[64, 64, 64, 64], [63, 63, 0, 0]]),
         ({}, [[64, 64, 64, 64], [90, 10, 50, 50]]),
     ],
-    ids=["switched off", "every expert is always chosen", "fewer tokens than 16 per expert", "below the threshold"],
+    ids=[
+        "switched off",
+        "every expert is always chosen",
+        "three of four experts are chosen, which even load brings near to the threshold",
+        "the router is frozen",
+        "fewer tokens than it takes",
+        "fewer tokens than 16 per expert",
+        "below the threshold",
+    ],
 )
 def test_no_collapse_is_told(single_rank, capsys, config, counts):
     tracker = tracker_of(**config)
     tracker.record_statistics(statistics(counts, config.get("top_k", 2)), 1, 1)
     report(tracker, 1, layers=1)
     assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_band", [True, False])
+def test_the_warning_advises_flags_that_this_run_has(single_rank, capsys, has_band):
+    tracker = tracker_of(has_band=has_band)
+    record(tracker, [[64, 64, 0, 0], [64, 0, 64, 0]])
+    report(tracker, 1, layers=1)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert ("--smar-d-min" in line) == has_band and line.endswith("balance with --moe-aux-loss-coeff.")
 
 
 def test_many_collapses_are_one_line(single_rank, capsys):
@@ -263,10 +318,18 @@ def test_config_comes_from_the_flags():
         "log_interval": 10,
         "moe_expert_capacity_factor": 1.5,
         "moe_collapse_threshold": 0.8,
+        "freeze": ["vision", "language"],
+        "modality_routing": "smar",
     }
     config = MonitorConfig.from_arguments(SimpleNamespace(**flags))
-    assert config == MonitorConfig(8, 2, 2, "local", 10, 10, True, 0.8), "without a writer nothing is due between lines"
+    assert config == MonitorConfig(8, 2, 2, "local", 10, 10, True, 0.8, 1024, False, True), (
+        "without a writer nothing is due between lines"
+    )
     assert MonitorConfig.from_arguments(SimpleNamespace(**flags | {"tensorboard_dir": "x"})).scalar_interval == 5
+    stage_2 = MonitorConfig.from_arguments(
+        SimpleNamespace(**flags | {"freeze": ["vision"], "modality_routing": "none"})
+    )
+    assert (stage_2.router_learns, stage_2.has_band) == (True, False)
 
 
 def test_the_routers_of_a_model_feed_the_tracker_in_training_alone(single_rank, tmp_path):
