@@ -27,6 +27,9 @@ WARNINGS = (
     r"MimoModelConfig is experimental",
     r"`torch\.distributed\.\w+` is deprecated\. Please use `torch\.distributed\.\w+` instead",
     r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # of experts with ETP 1
+    r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
+    r"The argument order of load has been changed",
+    r"Please use DTensor instead and we are deprecating ShardedTensor",
     r"'pin_memory' argument is set as true but no accelerator is found",
 )
 
@@ -53,6 +56,7 @@ PRINTED = re.compile(
     r"> compiling dataset index builder|>>> done with dataset index builder|time to initialize megatron|"
     r"\[(after|before) [\w ,-]+\] datetime: |building VisionLanguageModel|> number of parameters on |"
     r"> building train, validation, and test datasets|> datasets target sizes|(train|validation|test): +\d+$|"
+    r"sharded_state_dict metadata loaded from|could not find arguments in the checkpoint| *checkpoint version |"
     r"done with setup|training \.\.\.|Overwriting rerun_state_machine\.current_iteration|"
     r"Number of active parameters in|Number of parameters in |Total number of (active )?parameters in|"
     r"compute_activation_memory_without_sp|"
