@@ -86,13 +86,16 @@ def main() -> None:
     from megatron.core.timers import Timers
 
     from megatron_smar.checkpoint import fit
-    from megatron_smar.training.setup import start
+    from megatron_smar.checkpoint.start_point import StartPoint
+    from megatron_smar.training import setup
 
     # The flags name a checkpoint, but there are no weights to compare with or to load.
+    setup.find_start = lambda args: StartPoint(args.load, args.finetune, {})
+    setup.check_loadable = lambda args: None
     fit._folder, training.load_checkpoint = (lambda *args: None), (lambda *args, **kwargs: (0, 0))
     Timers.log = lambda *args, **kwargs: None  # times are gathered on the device
     with META:
-        model, optimizer, _ = start([*flags, "--fake-process-group"])
+        model, optimizer, _ = setup.start([*flags, "--fake-process-group"])
     result.write_text(json.dumps(numbers(model, optimizer)))
 
 

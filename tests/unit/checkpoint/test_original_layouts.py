@@ -370,7 +370,7 @@ def test_an_export_of_vita_is_an_internvl_that_computes_the_same(single_rank, tm
     original = write_vita(tmp_path)
     source = read(tmp_path, "vita", "vit")
     write_model(source, tmp_path / "out")
-    export_model(tmp_path / "out", tmp_path / "out" / "hf", tmp_path / "exported")
+    export_model(tmp_path / "out", tmp_path / "out" / "hf", tmp_path / "exported", processor=False)
     remote_code.register()
     exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "exported", dtype="float32").eval()
     ids, pixels = inputs(source.config.image_token_id)
