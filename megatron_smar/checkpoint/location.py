@@ -130,25 +130,25 @@ def _check_place(flag: str, path: str) -> None:
 
 def _check_checkpoint(flag: str, chosen: Path, named_by: str, whole: list[str]) -> None:
     others = [name for name in whole if name != chosen.name]
-    mend = f"whole ones there: {', '.join(others) or 'none'}"
+    fix = f"whole ones there: {', '.join(others) or 'none'}"
     if others:
         tracker = get_checkpoint_tracker_filename(str(chosen.parent))
-        mend += f"; write {_content(others[-1])} into {tracker} to go back to {others[-1]}"
+        fix += f"; write {_content(others[-1])} into {tracker} to go back to {others[-1]}"
     if not chosen.is_dir():
-        raise ValueError(f"{flag} {chosen.parent} has no {chosen.name}, which {named_by} names; {mend}.")
+        raise ValueError(f"{flag} {chosen.parent} has no {chosen.name}, which {named_by} names; {fix}.")
     if _is_foreign(chosen):
         raise ValueError(_other_format(flag, chosen))
     if not (chosen / ".metadata").is_file():
-        raise ValueError(f"{flag}: {chosen}, which {named_by} names, has no .metadata: it is half-written; {mend}.")
+        raise ValueError(f"{flag}: {chosen}, which {named_by} names, has no .metadata: it is half-written; {fix}.")
     try:
         contents = read_contents(chosen)
         problem = next(file_problems(chosen, contents), None)
         if problem is None:
             read_common_state(chosen, contents)
     except DamagedError as error:
-        raise ValueError(f"{flag}: {str(error).rstrip('.')}; {mend}.") from error
+        raise ValueError(f"{flag}: {str(error).rstrip('.')}; {fix}.") from error
     if problem is not None:
-        raise ValueError(f"{flag}: {chosen} is damaged: {problem}; {mend}.")
+        raise ValueError(f"{flag}: {chosen} is damaged: {problem}; {fix}.")
 
 
 def _looks_whole(folder: Path) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experts' load as a heat map with axes and a scale: the paper's Figure 4 while a run goes on."""
+"""The experts' load as a heat map with axes and a scale: the paper's Figure 4, during a run."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DELIMITERS = tuple(" \t\n\r,:]}")  # what shows that a number has ended
-# What the end of a piece can hide from the decoder: a number, a literal or an escape that goes on in the next piece.
+# What the end of a piece can hide from the decoder: a number, a literal or an escape that continues in the next piece.
 _LONGEST_TOKEN = 16
 
 
