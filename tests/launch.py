@@ -29,6 +29,12 @@ SMALL_MODEL = """
 TWO_STEPS = ["--micro-batch-size", "4", "--global-batch-size", "8", "--train-iters", "2", "--num-workers", "0"]
 
 
+def users_environment() -> dict[str, str]:
+    """The environment without what the tests' own process group has set in it, which a program would join."""
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in launched}
+
+
 def run(
     *command: Any,
     ranks: int = 0,
@@ -45,9 +51,8 @@ def run(
     environment of one rank of several, for `run_each_rank`, and `answers` what the program finds on its input.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of the tests' own process group
     environment = (
-        {name: value for name, value in os.environ.items() if name not in launched}
+        users_environment()
         | {
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",

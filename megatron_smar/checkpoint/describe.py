@@ -136,13 +136,13 @@ class CheckpointDescription:
         rows = [
             ("checkpoint", self.folder),
             ("whole", "yes" if self.is_whole else "NO: " + "; ".join(self.problems)),
-            ("size", f"{_bytes(self.size)} in {self.files} files"),
+            ("size", f"{decimal_bytes(self.size)} in {self.files} files"),
             ("step", "none: a release, weights without a training's history" if self.step is None else self.step),
             ("samples", self.samples),
             ("tokens", "not known" if self.tokens_at_most is None else f"at most {self.tokens_at_most:,}"),
             ("stage", self.stage),
             ("data state", f"of {self.data_states} data-parallel ranks" if self.data_states else "none"),
-            ("optimizer", f"{self.optimizer}, {_bytes(self.optimizer_bytes)}" if self.optimizer else "none"),
+            ("optimizer", f"{self.optimizer}, {decimal_bytes(self.optimizer_bytes)}" if self.optimizer else "none"),
             ("saved with", _joined(self.program) or "not known"),
             ("layout", _joined(self.layout) or "not known"),
             ("routing", _joined(self.routing) or "not known"),
@@ -263,7 +263,7 @@ def _joined(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _bytes(number: int) -> str:
+def decimal_bytes(number: float) -> str:
     """A size in the unit that leaves one to three digits before the point."""
     size, units = float(number), ["bytes", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:

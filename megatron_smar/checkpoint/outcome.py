@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_smar.checkpoint.describe import decimal_bytes
+
 
 @dataclass(frozen=True)
 class Written:
@@ -33,16 +35,10 @@ class Written:
 
     def __str__(self) -> str:
         """As `12 weights, 1.2 GB of bfloat16 and 3 kB of float32`."""
-        parts = (f"{_size(size)} of {str(dtype).removeprefix('torch.')}" for dtype, size in self.sizes.most_common())
+        parts = (
+            f"{decimal_bytes(size)} of {str(dtype).removeprefix('torch.')}" for dtype, size in self.sizes.most_common()
+        )
         return f"{self.number} weights, {' and '.join(parts)}"
-
-
-def _size(number: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"
 
 
 def of_import(output: Path, written: Written, sources: Iterable[str]) -> str:

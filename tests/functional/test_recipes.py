@@ -3,7 +3,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 
 from megatron_smar.analysis.scalars import read_scalars
 from megatron_smar.model.parts import part_of
-from tests.launch import ROOT, load_weights
+from tests.launch import ROOT, load_weights, users_environment
 
 # Recipe -> its stages, each with the parts that learn there.
 ALL = {"connector", "embeddings", "attention", "norms", "experts", "router"}
@@ -30,11 +29,9 @@ BANDS = {"stage1": None, "stage2": (1.5, 2.0), "stage3": (1.0, 1.5)}
 
 def run_script(recipe: str, script: str, output: Path, *options: str, **environment: str):
     """Runs one script; a hang is a failure."""
-    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of the tests' own process group
-    inherited = {name: value for name, value in os.environ.items() if name not in left_out}
     return subprocess.run(
         ["bash", ROOT / "examples" / recipe / script, *options],
-        env=inherited | {"PYTHON": sys.executable, "OUTPUT": str(output)} | environment,
+        env=users_environment() | {"PYTHON": sys.executable, "OUTPUT": str(output)} | environment,
         cwd=output.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

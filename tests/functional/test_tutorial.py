@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import free_port
-from tests.launch import ROOT
+from tests.launch import ROOT, users_environment
 
 PAGE = ROOT / "docs" / "tutorial.md"
 BLOCK = re.compile(r"^```(bash|python)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -68,8 +68,7 @@ def followed(tmp_path_factory) -> Followed:
     folder = tmp_path_factory.mktemp("tutorial")
     for name in ("tools", "examples", "megatron_smar", "pretrain_vlm.py"):
         (folder / name).symlink_to(ROOT / name)
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of the tests' own process group
-    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    environment = users_environment()
     environment |= {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]]),
         "PYTHONPATH": str(ROOT),
