@@ -217,7 +217,8 @@ class RoutingMetricsTracker(MoEMetricsTracker):
 
     def _end_interval(self, iteration: int, writer: Any, wandb_writer: Any) -> None:
         """What an interval of the console ends with beside its line."""
-        _log_images(load_images(self._unprinted.load), iteration, writer, wandb_writer)
+        if writer is not None or wandb_writer is not None:
+            _log_images(load_images(self._unprinted.load), iteration, writer, wandb_writer)
         warning = self._collapses.check(self._unprinted.load)
         if warning:
             print_rank_last(f"WARNING: iteration {iteration}: {warning}")
@@ -302,7 +303,7 @@ def load_images(sums: Tensor) -> dict[str, NDArray[np.uint8]]:
     Args:
         sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
     """
-    shares = chosen_share(sums).numpy()
+    shares = np.array(chosen_share(sums).tolist())
     layers, _, experts = shares.shape
     names = {m: modality_name(m) for m in (sums[..., -1].sum(dim=0) > 0).nonzero().flatten().tolist()}
     return {
