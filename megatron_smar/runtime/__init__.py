@@ -66,6 +66,7 @@ def install(wanted: Device | None = None) -> Device:
 def install_or_exit(wanted: Device | None = None) -> Device:
     """As `install`, for a program: an environment that cannot be used ends this rank with one sentence."""
     console.quiet_loggers()
+    failure.explain_lost_connections()
     try:
         found = install(wanted)
         console.quiet_prints(current())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's mistakes: one sentence with the flag, the value and the mend, on every rank, before training starts."""
+"""A user's mistakes: one sentence with the flag, the value and the fix, on every rank, before training starts."""
 
 import json
 import re

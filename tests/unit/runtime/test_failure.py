@@ -39,3 +39,33 @@ def test_an_error_file_that_cannot_be_written_hides_no_sentence(program, tmp_pat
     environment["PYTHONPATH"] = ":".join(sys.path)
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, f"train.py: error: {SENTENCE}\n")
+
+
+@pytest.mark.parametrize("collective", ["dist.all_reduce(value)", "dist.recv(value, 1)", "dist.barrier()"])
+def test_a_rank_that_loses_another_says_so_in_one_sentence_instead_of_gloos_traceback(tmp_path, collective):
+    path = tmp_path / "train.py"
+    path.write_text(f"""
+import torch, torch.distributed as dist
+from megatron_smar.runtime import failure
+failure.explain_lost_connections()
+dist.init_process_group("gloo")
+value = torch.zeros(4)
+dist.all_reduce(value)
+if dist.get_rank() == 1:
+    failure.end({SENTENCE!r})
+{collective}
+""")
+    left, ended = run_each_rank(path, ranks=2, check=False)
+    assert ended.stdout.startswith(f"train.py: error: {SENTENCE}\n")
+    assert left.returncode == 1
+    assert "Traceback" not in left.stdout and "another rank ended first" in left.stdout
+    under_torchrun = run(path, ranks=2, check=False).stdout
+    cause = under_torchrun.rpartition("Root Cause (first observed failure):")[2]
+    assert f"traceback : train.py: error: {SENTENCE}" in cause, under_torchrun
+
+
+def test_any_other_error_keeps_its_traceback(tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text("from megatron_smar.runtime import failure\nfailure.explain_lost_connections()\n[][0]\n")
+    done = run(path, check=False)
+    assert done.returncode == 1 and "Traceback" in done.stdout and "IndexError" in done.stdout
