@@ -6,10 +6,8 @@ Megatron parses; the dataclasses beside the code validate, and `flag_checks` ref
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from functools import partial
-from pathlib import Path
 from typing import get_args
 
 import torch.nn.functional as F
@@ -18,6 +16,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_smar import runtime
+from megatron_smar.config_flags import add_config_flags
 from megatron_smar.data.config import DataConfig
 from megatron_smar.data.tiling import ImageConfig
 from megatron_smar.model.connector import ConnectorType
@@ -25,7 +24,8 @@ from megatron_smar.model.layer_specs import LayerConfig
 from megatron_smar.model.parts import PARTS
 from megatron_smar.model.vision import VisionConfig, tokens_per_tile
 from megatron_smar.model.vlm import LanguageConfig
-from megatron_smar.routing.router import ModalityRoutingConfig
+from megatron_smar.routing.config import ModalityRoutingConfig
+from megatron_smar.routing.strategies import STRATEGIES
 from megatron_smar.runtime.console import ALL_MESSAGES
 from megatron_smar.training.monitor import MonitorConfig
 from megatron_smar.training.sentences import explain_unknown_flags
@@ -65,60 +65,28 @@ def _repair_help(parser: ArgumentParser) -> None:
 
 
 def _add_routing_arguments(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("modality-aware routing", "SMAR (arXiv 2506.06406); defaults are the paper's.")
-    paper = ModalityRoutingConfig()
+    group = parser.add_argument_group("modality-aware routing", "SMAR (arXiv 2506.06406) and others; docs/routing.md.")
+    common = ModalityRoutingConfig()
     group.add_argument(
         "--modality-routing",
-        choices=["none", "smar"],
-        default="none",
-        help="Routing strategy. none: the backbone's own, measured; smar: with the band loss (the paper: stage 2). "
-        "Default: none.",
+        choices=list(STRATEGIES),
+        default=common.strategy.name,
+        help="Routing strategy. "
+        + "".join(f"{name}: {config.title}; " for name, config in STRATEGIES.items())
+        + "default: %(default)s.",
     )
-    group.add_argument(
-        "--smar-coeff", type=float, default=paper.coeff, help="beta, the weight of the SMAR loss. Default: %(default)s."
-    )
-    group.add_argument(
-        "--smar-d-min",
-        type=float,
-        default=paper.d_min,
-        help="Lower end of the tolerance band on the distance between the modalities' routing distributions. "
-        "Default: %(default)s (1.0 for MoE-LLaVA).",
-    )
-    group.add_argument(
-        "--smar-d-max",
-        type=float,
-        default=paper.d_max,
-        help="Upper end of the band. Default: %(default)s (1.5 for MoE-LLaVA).",
-    )
-    group.add_argument(
-        "--smar-band-file",
-        type=Path,
-        metavar="FILE",
-        help='Bands of single layers, a JSON object of layer numbers (from 1): {"1": [0.5, 1.0], "2": [1.0, 1.5]}. '
-        "Layers that it leaves out have [--smar-d-min, --smar-d-max]. Default: one band for all, as in the paper.",
-    )
-    group.add_argument(
-        "--smar-start-iter",
-        type=int,
-        default=paper.start_iter,
-        help="Step from which the SMAR loss acts. Default: %(default)s.",
-    )
-    group.add_argument(
-        "--smar-warmup-iters",
-        type=int,
-        default=paper.warmup_iters,
-        help="Steps in which --smar-coeff rises linearly from 0. Default: %(default)s, none, as in the paper.",
-    )
+    for config in STRATEGIES.values():
+        add_config_flags(group, config)
     group.add_argument(
         "--smar-eps",
         type=float,
-        default=paper.eps,
+        default=common.eps,
         help="Smoothing of the distributions, which keeps the distance finite. Default: %(default)s.",
     )
     group.add_argument(
         "--smar-scope",
         choices=["global", "local"],
-        default=paper.scope,
+        default=common.scope,
         help="global: statistics over all tokens of the micro-batch step on all ranks; local: over each data-parallel "
         "replica's own. Default: %(default)s.",
     )
@@ -328,34 +296,11 @@ def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
 def modality_routing_config(args: Namespace) -> ModalityRoutingConfig:
     """The routers' config."""
     return ModalityRoutingConfig(
-        strategy=args.modality_routing,
-        coeff=args.smar_coeff,
-        d_min=args.smar_d_min,
-        d_max=args.smar_d_max,
-        bands=read_bands(args.smar_band_file) if args.smar_band_file else {},
-        start_iter=args.smar_start_iter,
-        warmup_iters=args.smar_warmup_iters,
+        STRATEGIES[args.modality_routing].from_arguments(args),
         eps=args.smar_eps,
         scope=args.smar_scope,
         router_bias=args.modality_router_bias,
     )
-
-
-def read_bands(path: Path) -> dict[int, tuple[float, float]]:
-    """Reads --smar-band-file: (d_min, d_max) by layer number from 1.
-
-    Raises:
-        ValueError: The file cannot be read, or is not of that form.
-    """
-    form = 'a JSON object such as {"1": [0.5, 1.0], "2": [1.0, 1.5]}'
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--smar-band-file {path} cannot be read ({error}); give {form}.") from error
-    try:
-        return {int(layer): (float(d_min), float(d_max)) for layer, (d_min, d_max) in content.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--smar-band-file {path} is not {form} ({error}).") from error
 
 
 def vision_config(args: Namespace) -> VisionConfig:

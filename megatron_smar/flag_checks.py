@@ -10,7 +10,9 @@ from megatron_smar import runtime
 from megatron_smar.arguments import data_config, image_config, modality_routing_config, vision_config
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts
 from megatron_smar.model.vision import load_vision_config
-from megatron_smar.routing.router import ModalityRoutingConfig
+from megatron_smar.routing.config import ModalityRoutingConfig
+from megatron_smar.routing.modalities import modality_name
+from megatron_smar.routing.strategies import STRATEGIES
 from megatron_smar.training.monitor import MonitorConfig
 
 
@@ -76,21 +78,40 @@ def _check_freeze(args: Namespace, shape_is_known: bool) -> None:
         )
 
 
+def _check_allowed(args: Namespace, routing: ModalityRoutingConfig) -> None:
+    """Refuses allowed experts that leave a token fewer than K to choose, or that a fused kernel would not see."""
+    for layer in _moe_layers(args):
+        allowed = routing.strategy.allowed(layer, routing.num_modalities, args.num_experts)
+        if allowed is None:
+            continue
+        modality, own = min(enumerate(allowed.sum(dim=1).tolist()), key=lambda of: of[1])
+        if own < args.moe_router_topk:
+            raise ValueError(
+                f"--modality-routing {routing.strategy.name} leaves {modality_name(modality)} tokens {own} experts in "
+                f"layer {layer}, but --moe-router-topk is {args.moe_router_topk}; give each modality at least as many."
+            )
+        if args.moe_router_fusion and args.moe_router_enable_expert_bias:
+            raise ValueError(
+                f"--moe-router-fusion adds one --moe-router-enable-expert-bias to all tokens, and --modality-routing "
+                f"{routing.strategy.name} needs one by modality; leave --moe-router-fusion out."
+            )
+
+
 def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_known: bool) -> None:
-    if routing.strategy == "smar" and not args.num_experts and shape_is_known:
+    strategy = routing.strategy
+    if strategy.needs_experts and not args.num_experts and shape_is_known:
         raise ValueError(
-            "--modality-routing smar works on the routers of MoE layers, and this model has none; "
+            f"--modality-routing {strategy.name} works on the routers of MoE layers, and this model has none; "
             "give --num-experts, or --modality-routing none."
         )
-    if routing.bands and routing.strategy != "smar":
-        raise ValueError(f"--smar-band-file has no effect with --modality-routing {routing.strategy}; leave it out.")
-    without = sorted(set(routing.bands) - set(_moe_layers(args)))
-    if without and shape_is_known:
-        raise ValueError(
-            f"--smar-band-file names layer {without[0]}, but the MoE layers are {_moe_layers(args)}; "
-            "correct its numbers."
-        )
-    learns_biases = routing.strategy != "none" and routing.router_bias
+    for other in STRATEGIES.values():
+        other.from_arguments(args)  # a wrong value is wrong, whether or not this run would read it
+        if other is not type(strategy):
+            other.check_unused(args)
+    strategy.check(args, _moe_layers(args) if shape_is_known else None)
+    if args.num_experts and shape_is_known:
+        _check_allowed(args, routing)
+    learns_biases = routing.trains_bias
     saves_optimizer = args.save and not args.no_save_optim
     if learns_biases and saves_optimizer and (args.bf16 or args.fp16) and not args.use_distributed_optimizer:
         raise ValueError(

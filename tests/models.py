@@ -52,16 +52,55 @@ def build_model(
     """A VisionLanguageModel with a vocabulary of 128 and 32 px tiles; needs initialised parallel state."""
     from megatron_smar.model.vision import VisionConfig
     from megatron_smar.model.vlm import LanguageConfig, VisionLanguageModel
-    from megatron_smar.routing.router import ModalityRoutingConfig
+    from megatron_smar.routing.config import ModalityRoutingConfig
+    from megatron_smar.routing.strategies import STRATEGIES
 
+    strategy = dict(routing or {})
+    common = {name: strategy.pop(name) for name in ("eps", "scope", "router_bias") if name in strategy}
     return VisionLanguageModel(
         transformer_config(**config),
         LanguageConfig(vocab_size=128, max_sequence_length=256),
         VisionConfig(vision_path, image_size=32),
         connector,  # type: ignore[arg-type]
-        ModalityRoutingConfig(**(routing or {})),
+        ModalityRoutingConfig(STRATEGIES[strategy.pop("strategy", "none")](**strategy), **common),
         freeze=freeze,
     )
+
+
+def router_of(strategy: Any, **config: Any) -> Any:
+    """A router in float64, of a strategy's config or None; needs initialised parallel state."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_smar.routing.config import ModalityRoutingConfig
+    from megatron_smar.routing.router import ModalityAwareRouter
+
+    router = ModalityAwareRouter(
+        transformer_config(**config),
+        ProcessGroupCollection.use_mpu_process_groups(),
+        modality_routing=ModalityRoutingConfig(*([strategy] if strategy else [])),
+    )
+    router.set_layer_number(1)
+    return router.double()
+
+
+def route(router: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """probs and map, [s, b, E] each, and the statistics that were launched."""
+    probs, chosen = router(inputs, mask)
+    return probs.view(*mask.shape[:2], -1), chosen.view(*mask.shape[:2], -1), router._pending.wait()[0]
+
+
+def smar_of_layer(statistics: Any, top_k: int, eps: float, d_min: float, d_max: float) -> tuple[Any, Any, Any]:
+    """One layer's MRD distance, its SMAR loss, and whether they mean anything, as the router forms them."""
+    from megatron_smar.routing import layer_distance
+    from megatron_smar.routing.strategies import RoutedLayer
+    from megatron_smar.routing.strategies.base import LayerRouting
+    from megatron_smar.routing.strategies.smar import SMAR_LOSS, SmarConfig
+
+    distance, comparable = layer_distance(statistics, top_k, eps)
+    modalities, experts = statistics.counts.shape
+    strategy = SmarConfig(d_min=d_min, d_max=d_max).build(RoutedLayer(experts, top_k, 1, modalities))
+    loss = strategy.losses(LayerRouting(1, 0, statistics, {}, distance, comparable))[SMAR_LOSS]
+    return distance, loss.value, comparable
 
 
 def save_tower(folder: Path) -> str:
@@ -169,5 +208,5 @@ def prepare(ids: Tensor, padding: Tensor, pixels: Tensor, image_token_id: int) -
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tokens = 4 if len(pixels) else 0
     inputs = vars(prepare_batch(batch, image_token_id, tokens, True, groups))
-    of_the_loss = ("labels", "loss_mask", "shares", "context_tokens")
+    of_the_loss = ("labels", "loss_mask", "shares", "step_tokens", "context_tokens")
     return {name: value for name, value in inputs.items() if name not in of_the_loss}

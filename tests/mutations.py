@@ -39,9 +39,9 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "drop the data-parallel scaling",
-        "megatron_smar/routing/router.py",
-        "cls.warmup * (replicas if is_global else 1)",
-        "cls.warmup",
+        "megatron_smar/routing/step.py",
+        "return replicas if is_global else 1",
+        "return 1",
         (exactness("DP 2"),),
     ),
     Mutation(
@@ -68,8 +68,8 @@ MUTATIONS = (
     Mutation(
         "detach R",
         "megatron_smar/routing/statistics.py",
-        "weights = total + (self._local.weights - self._local.weights.detach())",
-        "weights = total",
+        "return total + (local - local.detach())",
+        "return total",
         ("tests/distributed/test_exactness.py::test_the_reference_itself_has_smar_in_it",),
     ),
     Mutation(
@@ -88,17 +88,38 @@ MUTATIONS = (
     ),
     Mutation(
         "forget that gradients are divided by tokens",
-        "megatron_smar/routing/router.py",
-        "return cls.tokens * (cls.warmup / (1 if is_global else replicas))",
-        "return cls.warmup * (1 if is_global else 1 / replicas)",
+        "megatron_smar/routing/step.py",
+        "return self.tokens / (1 if is_global else replicas)",
+        "return 1 if is_global else 1 / replicas",
         (exactness("per-token loss as without it, DP 2"),),
     ),
     Mutation(
         "let the modality bias out of sequence parallelism's sum",
-        "megatron_smar/routing/router.py",
+        "megatron_smar/routing/modality_bias.py",
         "self.bias.sequence_parallel = sequence_parallel",
         "self.bias.sequence_parallel = False",
         (exactness("TP 2 + SP"),),
+    ),
+    Mutation(
+        "let a modality choose the experts of the next",
+        "megatron_smar/routing/strategies/hard.py",
+        "table[modality, numbers] = True",
+        "table[modality - 1, numbers] = True",
+        ("tests/unit/routing/strategies/test_hard.py",),
+    ),
+    Mutation(
+        "let the bias for balance lift an expert that is not allowed",
+        "megatron_smar/routing/router.py",
+        "self.expert_bias = torch.where(forbidden.flatten(0, 1), -torch.inf, bias)",
+        "pass",
+        ("tests/unit/routing/strategies/test_hard.py",),
+    ),
+    Mutation(
+        "leave a strategy's own sums unreduced",
+        "megatron_smar/routing/statistics.py",
+        "_with_gradient(total, self._sums[name])",
+        "self._sums[name]",
+        ("tests/unit/routing/strategies/test_base.py",),
     ),
 )
 

@@ -22,6 +22,7 @@ from megatron_smar.checkpoint.metadata import (
     read_contents,
     saved_arguments,
 )
+from megatron_smar.routing.strategies import STRATEGIES
 
 # Which arguments tell what, under the names of their flags.
 ARCHITECTURE = """
@@ -37,8 +38,7 @@ LAYOUT = """
     use_distributed_optimizer
 """.split()
 ROUTING = """
-    modality_routing modality_router_bias smar_coeff smar_d_min smar_d_max smar_band_file smar_start_iter
-    smar_warmup_iters smar_eps smar_scope moe_aux_loss_coeff
+    modality_routing modality_router_bias smar_eps smar_scope moe_aux_loss_coeff
 """.split()
 PARTS = {"vision": "vision_model.", "connector": "connector.", "language": "language_model."}
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -190,7 +190,7 @@ def describe(path: Path, iteration: int | None = None) -> CheckpointDescription:
         family=_family(folder.parent / "hf" / "config.json"),
         weights=weights,
         parameters=_parameters(weights),
-        routing=_named(arguments, ROUTING),
+        routing=_named(arguments, [*ROUTING, *_strategy_flags(arguments)]),
         layout=_named(arguments, LAYOUT),
         program=dict(arguments.get("program") or {}),
         optimizer=_optimizer(state, contents),
@@ -249,6 +249,11 @@ def _family(config: Path) -> str | None:
         return " with ".join(part["model_type"] for part in parts if "model_type" in part) or None
     except (OSError, ValueError, AttributeError, TypeError):
         return None
+
+
+def _strategy_flags(arguments: dict[str, Any]) -> list[str]:
+    strategy = STRATEGIES.get(arguments.get("modality_routing", "none"))
+    return [f"{strategy.name}_{field.name}" for field in strategy.flag_fields()] if strategy else []
 
 
 def _named(arguments: dict[str, Any], names: list[str]) -> dict[str, Any]:

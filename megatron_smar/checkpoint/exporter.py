@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from megatron_smar.checkpoint.safetensors_io import write_folder
 from megatron_smar.checkpoint.sources import Source
 from megatron_smar.checkpoint.torch_dist import CheckpointReader
 from megatron_smar.checkpoint.weights import Piece, Weight, inverted
+from megatron_smar.routing.strategies import stored_strategy
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -152,7 +154,8 @@ def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Sourc
     """
     config = composite.load_composite(hf)
     reader = CheckpointReader(load, iteration)
-    table, flags = composite.weights(config, has_biases(reader)), composite.flags(config)
+    allowed = allowed_experts(saved_arguments(reader.common_state))
+    table, flags = composite.weights(config, has_biases(reader) or bool(allowed)), composite.flags(config)
     args, parts, _ = describe_model(config, flags)
     if getattr(saved_arguments(reader.common_state), "num_experts", None) and "num-experts" not in flags:
         raise ConversionError(
@@ -164,7 +167,64 @@ def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Sourc
             f"{reader.folder} was trained as another model than {hf}/config.json describes: {'; '.join(differing)}. "
             "Give the --hf that it started from."
         )
-    return Source(config, as_hugging_face(reader, table, parts), table, flags, (hf,))
+    tensors: dict[str, Any] = as_hugging_face(reader, table, parts)
+    for name, bias in tensors.items():
+        if allowed and name.endswith(".modality_bias"):
+            tensors[name] = RestrictedBias(bias, allowed[int(name.split(".layers.")[1].partition(".")[0]) + 1])
+    return Source(config, tensors, table, flags, (hf,))
+
+
+def allowed_experts(saved: Namespace) -> dict[int, Tensor]:
+    """The experts that a run's strategy allows each modality, [M, E] bool by layer from 1; empty where it allows all.
+
+    Args:
+        saved: The run's arguments.
+
+    Raises:
+        ConversionError: An export would compute something else than the trainer did.
+    """
+    strategy = stored_strategy(saved)
+    named = f"the checkpoint was trained with --modality-routing {strategy.name}"
+    if not strategy.exported:
+        raise ConversionError(f"{named}, which no export can compute: it can be trained and evaluated here.")
+    layers = range(1, (getattr(saved, "num_layers", None) or 0) + 1) if getattr(saved, "num_experts", None) else ()
+    tables = {layer: strategy.allowed(layer, RemoteFields.num_modalities, saved.num_experts) for layer in layers}
+    found = {layer: table for layer, table in tables.items() if table is not None}
+    if found and (saved.moe_router_enable_expert_bias or not saved.modality_router_bias):
+        flag = "--no-modality-router-bias" if not saved.modality_router_bias else "--moe-router-enable-expert-bias"
+        raise ConversionError(f"{named} and {flag}, for which an export has no place; it can be evaluated here.")
+    return found
+
+
+FORBIDDEN = -1e9  # instead of -inf, which a product with a one-hot mask makes NaN; the softmax of both is 0
+
+
+@dataclass(frozen=True)
+class RestrictedBias:
+    """A modality bias that also says which experts a modality may not choose.
+
+    Attributes:
+        bias: [M, E], as it is stored.
+        allowed: [M, E] bool.
+    """
+
+    bias: Assembled
+    allowed: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.bias.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored."""
+        return self.bias.dtype
+
+    def read(self, start: int | None = None, length: int = 0) -> Tensor:
+        """All of it, or some of its rows."""
+        whole = self.bias.read().masked_fill(~self.allowed, FORBIDDEN)
+        return whole if start is None else whole[start : start + length]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from megatron_smar.checkpoint.fit import CheckpointMismatchError
 from megatron_smar.checkpoint.location import RELEASE, Location, locate, same_place
 from megatron_smar.checkpoint.metadata import saved_arguments
 from megatron_smar.model.parts import frozen_parts
+from megatron_smar.routing.strategies import STRATEGIES
 
 # Flags of how a checkpoint is taken up, with the number of their values: they belong to the first start.
 _TAKING_UP = {
@@ -43,9 +44,6 @@ _OF_A_RUN = (
     "connector",
     "freeze",
     "modality_routing",
-    "smar_coeff",
-    "smar_d_min",
-    "smar_d_max",
     "data_path",
     "conversation_template",
     "seq_length",
@@ -241,7 +239,8 @@ def _origin(source: Location | None, finetune: bool) -> dict[str, Any]:
 
 def _check_same_run(args: Namespace, saved: Any, start: StartPoint) -> None:
     found = [_other_start(start.origin, getattr(saved, "origin", None))]
-    for name in _OF_A_RUN:
+    strategy = STRATEGIES[args.modality_routing]
+    for name in (*_OF_A_RUN, *(f"{strategy.name}_{field}" for field in strategy.of_a_run)):
         was, now = _comparable(name, getattr(saved, name, None)), _comparable(name, getattr(args, name, None))
         if was != now:
             flag = f"--{name.replace('_', '-')}"

@@ -15,6 +15,7 @@ from megatron_smar import runtime
 from megatron_smar.checkpoint.location import locate
 from megatron_smar.checkpoint.metadata import run_arguments
 from megatron_smar.checkpoint.model_identity import FUNCTION
+from megatron_smar.routing.strategies import stored_strategy
 
 # What a program that runs the model needs beside what the model computes: what it is fed, its precision, its files.
 # How the work is divided, batches, fused kernels and expert capacity are the program's own.
@@ -79,6 +80,7 @@ def stored_flags(argv: Sequence[str], asks: bool = True) -> dict[str, Any]:
         return {}
     saved = vars(run_arguments(Path(given.load), given.ckpt_step))
     flags = {name: saved[name] for name in (*FUNCTION, *_FED) if name in saved}
+    flags |= strategy_flags(Namespace(**saved))
     flags |= {name: False for name in _FUSIONS if saved.get(name) is False}
     if runtime.device() == "cuda" and saved.get("moe_grouped_gemm"):
         flags["moe_grouped_gemm"] = True
@@ -92,6 +94,19 @@ def stored_flags(argv: Sequence[str], asks: bool = True) -> dict[str, Any]:
     if asks and not given.conversation_template and (is_import or flags.get("conversation_template") == "plain"):
         flags["conversation_template"] = _template_of_tokenizer(given, flags, is_import)
     return flags
+
+
+def strategy_flags(saved: Namespace) -> dict[str, Any]:
+    """What a routing strategy changes of a trained model, by argument; empty if the weights say all of it.
+
+    Args:
+        saved: The run's arguments.
+    """
+    strategy = stored_strategy(saved)
+    if not strategy.of_inference:
+        return {}
+    values = {f"{strategy.name}_{field}": getattr(strategy, field) for field in strategy.of_inference}
+    return {"modality_routing": strategy.name} | values
 
 
 def _tokenizer_of_import(given: Namespace, folder: Path) -> dict[str, Any]:

@@ -73,6 +73,8 @@ class VisionLanguageBatch(Batch):
         lengths: [sequences] int64, the lengths of a pack's sequences, each a sample with its padding; their sum is s,
             and b is 1. None without packing.
         num_text_only: Samples in it that have no image.
+        step_tokens: Loss tokens per micro-batch of the training step, over all replicas, [] on the device; None where
+            nothing needs them.
     """
 
     input_ids: torch.Tensor
@@ -82,6 +84,7 @@ class VisionLanguageBatch(Batch):
     pixel_values: torch.Tensor
     lengths: torch.Tensor | None = None
     num_text_only: int = 0
+    step_tokens: torch.Tensor | None = None
 
 
 def collate(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -24,8 +25,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_smar.model.attention_norms import LatentAttention, ProjectionNorm
 from megatron_smar.model.local_layers import LocalExperts, ScaledDotProductAttention, build_norm
 from megatron_smar.model.parallel_block import ParallelBlockLayer
+from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.moe_layer import ModalityAwareMoELayer
-from megatron_smar.routing.router import ModalityAwareRouter, ModalityRoutingConfig
+from megatron_smar.routing.router import ModalityAwareRouter
+from megatron_smar.routing.step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def decoder_block_spec(
     modality_routing: ModalityRoutingConfig,
     vp_stage: int | None = None,
     layers: LayerConfig | None = None,
+    step: TrainingStep | None = None,
 ) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage, with modality-aware MoE layers.
 
@@ -58,17 +62,18 @@ def decoder_block_spec(
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=not local, normalization=config.normalization, vp_stage=vp_stage
     )
-    specs = [_extended(layer, config, modality_routing, layers or LayerConfig()) for layer in block.layer_specs]
+    router = partial(ModalityAwareRouter, modality_routing=modality_routing, step=step)
+    specs = [_extended(layer, config, router, layers or LayerConfig()) for layer in block.layer_specs]
     return dataclasses.replace(block, layer_specs=specs, layer_norm=_as_saved(block.layer_norm, config))
 
 
 def _extended(
-    layer: ModuleSpec, config: TransformerConfig, modality_routing: ModalityRoutingConfig, layers: LayerConfig
+    layer: ModuleSpec, config: TransformerConfig, router: Callable[..., ModalityAwareRouter], layers: LayerConfig
 ) -> ModuleSpec:
     local = config.transformer_impl == "local"
     parts = layer.submodules
     attention = _attention(parts.self_attention, config, layers)
-    mlp = _modality_aware(parts.mlp, modality_routing, local)
+    mlp = _modality_aware(parts.mlp, router, local)
     parts = dataclasses.replace(parts, self_attention=attention, mlp=mlp)
     parts = _with_norms(parts, ("input_layernorm", "pre_mlp_layernorm"), config)
     if local:
@@ -179,7 +184,7 @@ def _is_moe(mlp: Any) -> bool:
     return isinstance(mlp, partial) and mlp.func is MoELayer
 
 
-def _modality_aware(mlp: Any, modality_routing: ModalityRoutingConfig, local: bool) -> Any:
+def _modality_aware(mlp: Any, router: Callable[..., ModalityAwareRouter], local: bool) -> Any:
     """An MoE layer's builder with our layer, router and (locally) experts; a dense layer's builder as it is."""
     if not _is_moe(mlp):
         return mlp
@@ -187,5 +192,4 @@ def _modality_aware(mlp: Any, modality_routing: ModalityRoutingConfig, local: bo
     experts = parts.experts
     if local and isinstance(experts, partial) and experts.func is SequentialMLP:
         experts = partial(LocalExperts, *experts.args, **experts.keywords)
-    router = partial(ModalityAwareRouter, modality_routing=modality_routing)
     return partial(ModalityAwareMoELayer, submodules=dataclasses.replace(parts, router=router, experts=experts))

@@ -21,8 +21,9 @@ from megatron_smar.model.parallel_block import add_output_bias
 from megatron_smar.model.parts import freeze_parameters, frozen_parts
 from megatron_smar.model.vision import VisionConfig, VisionEncoder
 from megatron_smar.model.vocabulary import mask_padding
+from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.modalities import modality_mask_from_ids
-from megatron_smar.routing.router import ModalityRoutingConfig
+from megatron_smar.routing.step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config=config)
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.modality_routing = modality_routing
+        self.step = TrainingStep()
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
         self.vision_model: VisionEncoder | None = None
@@ -103,7 +105,7 @@ class VisionLanguageModel(MegatronModule):
             )
         self.language_model = GPTModel(
             config=config,
-            transformer_layer_spec=decoder_block_spec(config, modality_routing, vp_stage, language.layers),
+            transformer_layer_spec=decoder_block_spec(config, modality_routing, vp_stage, language.layers, self.step),
             pre_process=pre_process,
             post_process=post_process,
             # The whole sequence of embeddings is needed to put the features in; it is scattered afterwards.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft Modality-Aware Routing.
+"""Modality-aware routing.
 
-`modalities` -> `statistics` -> `mrd` -> `losses` is the paper's mathematics, equation by equation, and needs torch
-alone, as do the measures in `specialization`; `router` and `moe_layer` put it into Megatron.
+`modalities`, `statistics` and `mrd` are SMAR's mathematics, equation by equation, and need torch alone, as do the
+measures in `specialization`. `strategies` has one file per published routing; `router` and `moe_layer` put them into
+Megatron.
 """
 
-from megatron_smar.routing.losses import layer_distance_and_loss, smar_loss
 from megatron_smar.routing.modalities import (
     PADDING,
     TEXT,
@@ -13,7 +13,7 @@ from megatron_smar.routing.modalities import (
     modality_ids_from_tokens,
     modality_mask_from_ids,
 )
-from megatron_smar.routing.mrd import modality_routing_distribution, mrd_distance
+from megatron_smar.routing.mrd import layer_distance, modality_routing_distribution, mrd_distance
 from megatron_smar.routing.specialization import (
     dropped_share,
     expert_load,
@@ -21,6 +21,7 @@ from megatron_smar.routing.specialization import (
     modality_specialization_index,
 )
 from megatron_smar.routing.statistics import PendingStatistics, RoutingStatistics, routing_statistics
+from megatron_smar.routing.strategies.smar import smar_loss
 
 __all__ = [
     "PADDING",
@@ -30,7 +31,7 @@ __all__ = [
     "RoutingStatistics",
     "dropped_share",
     "expert_load",
-    "layer_distance_and_loss",
+    "layer_distance",
     "load_entropy",
     "modality_ids_from_tokens",
     "modality_mask_from_ids",

@@ -28,5 +28,5 @@ class ModalityAwareMoELayer(MoELayer):
             parameter.allreduce = False  # reduced over the experts' replicas, which without EP are all replicas
 
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
-        """As Megatron's, [s, b, h]; then the auxiliary loss is hung on the output."""
+        """As Megatron's, [s, b, h]; then the auxiliary losses are attached."""
         return self.router.finish(super().postprocess(output, shared_expert_output))

@@ -57,3 +57,15 @@ def mrd_distance(mrd: Tensor, present: Tensor | None = None) -> Tensor:
         return pairwise.mean()
     comparable = torch.stack([present[i] & present[j] for i, j in pairs])
     return (pairwise * comparable).sum() / comparable.sum().clamp(min=1)
+
+
+def layer_distance(statistics: RoutingStatistics, top_k: int, eps: float) -> tuple[Tensor, Tensor]:
+    """One layer's MRD distance, and whether it means anything.
+
+    Returns:
+        (distance, comparable), scalars. `comparable` is 1 where at least two modalities have tokens, else 0, and then
+        the distance is 0 too.
+    """
+    present = statistics.tokens > 0
+    distance = mrd_distance(modality_routing_distribution(statistics, top_k, eps), present)
+    return distance, (present.sum() >= 2).to(distance.dtype)

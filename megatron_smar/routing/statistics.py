@@ -6,6 +6,7 @@ SMAR, section 3.1, equations 6 and 7, before the divisions: sums are what can be
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -58,26 +59,39 @@ def statistics_from_mask(weights: Tensor, routing_map: Tensor, modality_mask: Te
 class PendingStatistics:
     """A reduction under way: launched when routing is known, waited for after the experts have run.
 
-    One all-reduce of M * (2E + 1) floats. The counts and tokens are constants; the weight sums are differentiable
-    without any communication in the backward pass: every rank computes the same loss from the same global sums, so the
-    derivative of the loss by the global sum *is* its derivative by this rank's share, W = sum_r W_r.
+    One all-reduce of M * (2E + 1) floats and the strategy's own sums. The counts and tokens are constants; the other
+    sums are differentiable without any communication in the backward pass: every rank computes the same loss from the
+    same global sums, so the derivative of the loss by the global sum *is* its derivative by this rank's share,
+    W = sum_r W_r.
+
+    Args:
+        local: This rank's sums.
+        group: The ranks; None for this one alone.
+        sums: The strategy's own sums of this rank, by name, of any shape.
     """
 
-    def __init__(self, local: RoutingStatistics, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, local: RoutingStatistics, group: dist.ProcessGroup | None, sums: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._local = local
-        self._packed = torch.cat(
-            [local.counts.detach(), local.weights.detach(), local.tokens.detach().unsqueeze(1)], dim=1
-        )
+        self._sums = dict(sums or {})
+        parts = [local.counts, local.weights, local.tokens, *self._sums.values()]
+        self._packed = torch.cat([part.detach().flatten().to(local.weights.dtype) for part in parts])
         reduces = group is not None and dist.get_world_size(group) > 1
         self._work = dist.all_reduce(self._packed, group=group, async_op=True) if reduces else None
 
-    def wait(self) -> RoutingStatistics:
-        """The global sums; the gradient of `weights` reaches this rank's own tokens."""
+    def wait(self) -> tuple[RoutingStatistics, dict[str, Tensor]]:
+        """The global sums, those of the statistics and the strategy's; gradients reach this rank's own tokens."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        experts = self._local.weights.shape[1]
-        counts, total, tokens = self._packed.split([experts, experts, 1], dim=1)
-        # The difference is exactly zero: it adds the gradient and leaves the value.
-        weights = total + (self._local.weights - self._local.weights.detach())
-        return RoutingStatistics(counts, weights, tokens.squeeze(1))
+        local = [*self._local, *self._sums.values()]
+        totals = self._packed.split([part.numel() for part in local])
+        counts, weights, tokens, *sums = (total.view_as(part) for total, part in zip(totals, local, strict=True))
+        own = {name: _with_gradient(total, self._sums[name]) for name, total in zip(self._sums, sums, strict=True)}
+        return RoutingStatistics(counts, _with_gradient(weights, self._local.weights), tokens), own
+
+
+def _with_gradient(total: Tensor, local: Tensor) -> Tensor:
+    """The total, with the gradient of this rank's share: what is added is exactly zero."""
+    return total + (local - local.detach())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.model.local_layers import zigzag_positions
 from megatron_smar.routing.modalities import modality_ids_from_tokens
-from megatron_smar.routing.router import LossScale
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class ModelBatch:
         pixel_values: [tiles, 3, H, W]; None but on the first pipeline stage.
         packed_seq_params: Where the sequences of a pack begin and end, on the host; None without packing.
         shares: What is logged as a share: name -> [part, whole].
+        step_tokens: See `TrainingStep.tokens`; None without --calculate-per-token-loss.
         context_tokens: Loss tokens over the shares of all context-parallel ranks, [] float; None where there is one.
     """
 
@@ -50,6 +50,7 @@ class ModelBatch:
     pixel_values: Tensor | None
     packed_seq_params: PackedSeqParams | None
     shares: dict[str, Tensor]
+    step_tokens: Tensor | None
     context_tokens: Tensor | None
 
 
@@ -70,9 +71,9 @@ class DataWait:
 class CountedSteps:
     """Reads a step's micro-batches together, so that its loss tokens are known before its first backward pass.
 
-    For --calculate-per-token-loss, see `LossScale`. One all-reduce of one number per step; the samples and their order
-    stay the same. The loader's state is saved between steps, when nothing is kept here; within a step, the tiles of all
-    its micro-batches lie in the host's memory.
+    For --calculate-per-token-loss, see `TrainingStep.tokens`. One all-reduce of one number per step; the samples and
+    their order stay the same. The loader's state is saved between steps, when nothing is kept here; within a step, the
+    tiles of all its micro-batches are in the host's memory.
 
     Args:
         iterator: The loader's.
@@ -88,13 +89,14 @@ class CountedSteps:
         return self
 
     def __next__(self) -> VisionLanguageBatch:
-        """The next micro-batch; the first of a step sets the step's `LossScale.tokens`."""
+        """The next micro-batch, which has its step's `step_tokens`."""
         if not self._step:
-            self._step.extend(next(self.iterator) for _ in range(get_num_microbatches()))
-            tokens = _on_device(torch.stack([batch.loss_mask.sum() for batch in self._step]).sum())
+            batches = [next(self.iterator) for _ in range(get_num_microbatches())]
+            tokens = _on_device(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
             dist.all_reduce(tokens, group=self.data_parallel)
             # Megatron divides by one token where there is none.
-            LossScale.tokens = tokens.clamp(min=1) / get_num_microbatches()
+            tokens = tokens.clamp(min=1) / get_num_microbatches()
+            self._step.extend(replace(batch, step_tokens=tokens) for batch in batches)
         return self._step.popleft()
 
     def save_state(self) -> Any:
@@ -150,6 +152,7 @@ def prepare_batch(
         packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
         shares=_shares(batch, data_wait),
         # Each of these ranks has read the whole sequences: nothing has to be reduced.
+        step_tokens=batch.step_tokens,
         context_tokens=_on_device(batch.loss_mask.sum()) if cp.size() > 1 else None,
     )
 

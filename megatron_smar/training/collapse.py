@@ -28,14 +28,14 @@ class CollapseWatch:
         top_k: K, experts per token.
         router_learns: Whether the run changes the router; a frozen one is as it was given, and no flag of this run
             can balance it.
-        has_band: Whether SMAR's loss acts, whose band can then be raised.
+        remedy: What the strategy's flags can do about it; "" for nothing.
         least_tokens: Of a modality in an interval.
     """
 
     threshold: float
     top_k: int
     router_learns: bool = True
-    has_band: bool = False
+    remedy: str = ""
     least_tokens: int = LEAST_TOKENS
     _known: set[tuple[int, int, int]] = field(default_factory=set)  # layer, modality, expert
 
@@ -64,8 +64,8 @@ class CollapseWatch:
         ]
         more = f", and {len(unknown) - most} more" if len(unknown) > most else ""
         advice = "balance with --moe-aux-loss-coeff."
-        if self.has_band:
-            advice = f"SMAR's authors saw this with a band too low: raise --smar-d-min and --smar-d-max, or {advice}"
+        if self.remedy:
+            advice = f"{self.remedy}, or {advice}"
         return (
             f"routing collapses: {', '.join(named)}{more} (experts count from 0; --moe-collapse-threshold "
             f"{self.threshold:g}): {advice}"

@@ -13,7 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from megatron.core.transformer.moe.moe_logging import MetricEntry, MoEMetricsTracker, set_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import (
+    MetricEntry,
+    MoEMetricsTracker,
+    get_moe_metrics_tracker,
+    set_moe_metrics_tracker,
+)
 from megatron.training import get_args
 from megatron.training.utils import print_rank_last
 from numpy.typing import NDArray
@@ -22,7 +27,7 @@ from torch import Tensor
 from megatron_smar.model.parts import frozen_parts
 from megatron_smar.routing.modalities import modality_name
 from megatron_smar.routing.mrd import modality_routing_distribution, mrd_distance
-from megatron_smar.routing.router import COMPARABLE, MRD_DISTANCE, SMAR_LOSS, ModalityAwareRouter
+from megatron_smar.routing.router import MRD_DISTANCE, ModalityAwareRouter, RoutingReport
 from megatron_smar.routing.specialization import (
     dropped_share,
     expert_load,
@@ -30,6 +35,8 @@ from megatron_smar.routing.specialization import (
     modality_specialization_index,
 )
 from megatron_smar.routing.statistics import RoutingStatistics
+from megatron_smar.routing.strategies import STRATEGIES
+from megatron_smar.routing.strategies.base import Metric
 from megatron_smar.training.collapse import LEAST_TOKENS, CollapseWatch, chosen_share
 from megatron_smar.training.load_map import load_map
 
@@ -53,7 +60,8 @@ class MonitorConfig:
             the most there is, K experts per token, and switches the warning off; even load gives K / E.
         collapse_tokens: Fewest tokens of a modality in an interval of the console that the warning looks at.
         router_learns: Whether the router is not frozen; there is no warning of one that is.
-        has_band: Whether SMAR's loss acts.
+        collapse_remedy: What the strategy's flags can do about collapse.
+        metrics: The strategy's.
     """
 
     num_experts: int = 1
@@ -66,7 +74,8 @@ class MonitorConfig:
     collapse_threshold: float = 0.9
     collapse_tokens: int = LEAST_TOKENS
     router_learns: bool = True
-    has_band: bool = False
+    collapse_remedy: str = ""
+    metrics: tuple[Metric, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.collapse_threshold <= 1:
@@ -88,7 +97,8 @@ class MonitorConfig:
             capacity_limited=args.moe_expert_capacity_factor is not None,
             collapse_threshold=args.moe_collapse_threshold,
             router_learns="router" not in frozen_parts(args.freeze),
-            has_band=args.modality_routing == "smar",
+            collapse_remedy=STRATEGIES[args.modality_routing].collapse_remedy,
+            metrics=STRATEGIES[args.modality_routing].metrics,
         )
 
 
@@ -98,14 +108,14 @@ class Sums:
 
     Attributes:
         load: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
-        distances: [L, 2], MRD distances, and the number of micro-batches that they are of.
+        weighted: [L, W, 2], of each weighted metric the sums of its weighted values and of the weights.
     """
 
     load: Tensor = field(default_factory=lambda: torch.zeros(()))
-    distances: Tensor = field(default_factory=lambda: torch.zeros(()))
+    weighted: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(self.load + other.load, self.distances + other.distances)
+        return Sums(self.load + other.load, self.weighted + other.weighted)
 
 
 class RoutingMetricsTracker(MoEMetricsTracker):
@@ -113,10 +123,11 @@ class RoutingMetricsTracker(MoEMetricsTracker):
 
     On the console every --log-interval steps, in TensorBoard and W&B every --tensorboard-log-interval steps:
 
-    - `smar loss` and Megatron's own auxiliary losses, as Megatron has the main loss: on the console the mean over the
-      steps since the last line, elsewhere the step's value;
+    - the strategy's losses (`smar loss`) and Megatron's own auxiliary losses, as Megatron has the main loss: on the
+      console the mean over the steps since the last line, elsewhere the step's value;
     - `mrd distance`, the mean over the layers and over the micro-batches since the last line or point, of those in
       which at least two modalities had tokens; by layer in `moe/mrd_distance_layer_N`, N from 1, not on the console;
+      the strategy's weighted metrics likewise, each with its own weights;
     - `msi`, over all tokens since the last line or point; the other scalars of `load_scalars` not on the console.
 
     Every --log-interval steps, over all tokens since the last time: the images of `load_images`, and a warning if
@@ -129,19 +140,39 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         self.config = config or MonitorConfig()
         # This rank's since the last reduction, on the device: counts and tokens; distances and their number.
         self._window: Tensor | None = None  # [L, M, E + 1]
-        self._distances: Tensor | None = None  # [L, 2]
+        self._weighted: Tensor | None = None  # [L, W, 2]
+        own = [metric for metric in self.config.metrics if metric.weighted]
+        self._weighted_metrics = [Metric(MRD_DISTANCE, weighted=True), *own]
         self._unwritten = self._unprinted = Sums()  # of all ranks, since the last point and line
         self._collapses = CollapseWatch(
             self.config.collapse_threshold,
             self.config.top_k,
             self.config.router_learns,
-            self.config.has_band,
+            self.config.collapse_remedy,
             self.config.collapse_tokens,
         )
         self._begun = False
 
-    def record_statistics(self, statistics: RoutingStatistics, layer_number: int, num_layers: int) -> None:
-        """Adds one layer's reduced statistics of one micro-batch, without waiting for the device."""
+    def watch(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Has the modality-aware routers of these modules report to this tracker, from now on."""
+        for router in routers_of(modules):
+            router.observers.append(self.observe)
+
+    def observe(self, report: RoutingReport) -> None:
+        """Adds one layer's report of one micro-batch, without waiting for the device."""
+        if not report.learns:
+            return
+        for name, value in report.losses.items():
+            self.record(name, value, report.layer, report.num_layers, needs_dp_avg=self.config.scope == "local")
+        self._add_statistics(report.statistics, report.layer, report.num_layers)
+        if self._weighted is None:
+            shape, device = (report.num_layers, len(self._weighted_metrics), 2), report.statistics.counts.device
+            self._weighted = torch.zeros(shape, dtype=torch.float64, device=device)
+        pairs = [report.measures[metric.name] for metric in self._weighted_metrics]
+        values = torch.stack([torch.stack([value * weight, weight]) for value, weight in pairs])
+        self._weighted[report.layer - 1] += values.detach()
+
+    def _add_statistics(self, statistics: RoutingStatistics, layer_number: int, num_layers: int) -> None:
         modalities, experts = statistics.counts.shape
         if self._window is None:
             # Whole numbers in float64: sums of any length stay exact.
@@ -156,10 +187,10 @@ class RoutingMetricsTracker(MoEMetricsTracker):
     ) -> str:
         """As Megatron's, once per step on every rank; returns the console's part."""
         layers = _number_of_layers(kwargs)
-        names = [*(kwargs.pop("track_names", None) or []), SMAR_LOSS]
-        for name in (*names, MRD_DISTANCE, COMPARABLE):
+        own = [metric.name for metric in self.config.metrics if not metric.weighted]
+        names = [*(kwargs.pop("track_names", None) or []), *own]
+        for name in names:
             self.ensure_initialized(name, layers)
-        self._add_distances()
         first, self._begun = not self._begun, True  # Megatron also prints a line after its first step
         writes = iteration % self.config.scalar_interval == 0
         ends = iteration % self.config.console_interval == 0
@@ -171,7 +202,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
             sums = self._reduced_sums(layers, kwargs.get("pg_collection"))
             self._unwritten, self._unprinted = self._unwritten + sums, self._unprinted + sums
         if due != (None, None):
-            self._log_scalars(sum_scalars(self._unwritten, self.config), iteration, *due)
+            self._log_scalars(self._scalars(self._unwritten), iteration, *due)
             self._unwritten = Sums()
         if ends or first:
             log += self._console_part()
@@ -185,34 +216,50 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         if wandb_writer is not None and scalars:
             wandb_writer.log(scalars, iteration)
 
-    def _add_distances(self) -> None:
-        """Adds the step's distances, which Megatron's `report` then clears, to those since the last time."""
-        step = torch.stack([self.metrics[name].values.double() for name in (MRD_DISTANCE, COMPARABLE)], dim=1)
-        self._distances = step if self._distances is None else self._distances + step
-
     def _reduced_sums(self, layers: int, groups: Any) -> Sums:
         """The sums of all layers and replicas since the last time, by one reduction and one read of the device.
 
         Reduced as Megatron reduces its own values per layer: summed over the pipeline's stages, which hold different
         layers, then averaged over replicas where those differ, which changes no share and no mean.
         """
-        config, distances, window = self.config, self._distances, self._window
-        assert distances is not None
-        if window is None:  # a stage without MoE layers, or a step without any token
+        config, weighted, window = self.config, self._weighted, self._window
+        if window is None or weighted is None:  # a stage without MoE layers
+            device = torch.cuda.current_device()
             shape = (layers, config.num_modalities, config.num_experts + 1)
-            window = torch.zeros(shape, dtype=torch.float64, device=distances.device)
-        packed = torch.cat([window.flatten(1), distances], dim=1)
+            window = torch.zeros(shape, dtype=torch.float64, device=device)
+            weighted = window.new_zeros(layers, len(self._weighted_metrics), 2)
+        packed = torch.cat([window.flatten(1), weighted.flatten(1)], dim=1)
         self._metrics[WINDOW] = MetricEntry(packed, needs_dp_avg=config.scope == "local")
         self._sync_metrics([WINDOW], groups)
         del self._metrics[WINDOW]
-        self._window = self._distances = None
-        load, distances = packed.cpu().split([packed.shape[1] - 2, 2], dim=1)
-        return Sums(load.unflatten(1, window.shape[1:]), distances)
+        self._window = self._weighted = None
+        columns = weighted[0].numel()
+        load, weighted = packed.cpu().split([packed.shape[1] - columns, columns], dim=1)
+        return Sums(load.unflatten(1, window.shape[1:]), weighted.unflatten(1, (-1, 2)))
+
+    def _weighted_means(self, sums: Sums) -> Iterator[tuple[Metric, dict[int, float]]]:
+        """Each weighted metric that has something to say, with its mean by layer number from 1."""
+        for place, metric in enumerate(self._weighted_metrics):
+            means = weighted_means(sums.weighted[:, place])
+            if means:
+                yield metric, means
+
+    def _scalars(self, sums: Sums) -> dict[str, float]:
+        """What is written of the sums since the last point, by tag: the weighted metrics, and `load_scalars`."""
+        scalars: dict[str, float] = {}
+        for metric, means in self._weighted_means(sums):
+            tag = metric.name.replace(" ", "_")
+            scalars |= {f"moe/{tag}_layer_{layer}": value for layer, value in means.items()}
+            scalars[metric.name] = fmean(means.values())
+        return scalars | load_scalars(sums.load, self.config)
 
     def _console_part(self) -> str:
-        distances = mean_distances(self._unprinted.distances)
         indices = layer_specialization(self._unprinted.load)
-        log = f" {MRD_DISTANCE}: {fmean(distances.values()):.4f} |" if distances else ""
+        log = "".join(
+            f" {metric.name}: {fmean(means.values()):.4f} |"
+            for metric, means in self._weighted_means(self._unprinted)
+            if metric.on_console
+        )
         return log + (f" {MSI}: {fmean(indices.values()):.3f} |" if indices else "")
 
     def _end_interval(self, iteration: int, writer: Any, wandb_writer: Any) -> None:
@@ -229,20 +276,11 @@ def _number_of_layers(kwargs: dict[str, Any]) -> int:
     return int(kwargs["num_layers"] + (kwargs.get("mtp_num_layers") or 0))
 
 
-def sum_scalars(sums: Sums, config: MonitorConfig) -> dict[str, float]:
-    """What is written of the sums since the last point, by tag: the distances, and `load_scalars`."""
-    distances = mean_distances(sums.distances)
-    scalars = {f"moe/mrd_distance_layer_{layer}": value for layer, value in distances.items()}
-    if distances:
-        scalars[MRD_DISTANCE] = fmean(distances.values())
-    return scalars | load_scalars(sums.load, config)
-
-
-def mean_distances(sums: Tensor) -> dict[int, float]:
-    """Mean MRD distance by layer number from 1, of the layers that had something to compare.
+def weighted_means(sums: Tensor) -> dict[int, float]:
+    """A weighted metric's mean by layer number from 1, of the layers that had any weight.
 
     Args:
-        sums: [L, 2], the distances of each layer and the number of micro-batches that they are of.
+        sums: [L, 2], of each layer the sums of the weighted values and of the weights.
     """
     return {layer: total / number for layer, (total, number) in enumerate(sums.tolist(), start=1) if number > 0}
 
@@ -320,6 +358,13 @@ def _log_images(images: dict[str, NDArray[np.uint8]], iteration: int, writer: An
             wandb_writer.log({name: wandb_writer.Image(image)}, iteration)
 
 
+def watch_routing(model: torch.nn.Module) -> None:
+    """Has a model's routers report to the tracker that `install_metrics` has installed."""
+    tracker = get_moe_metrics_tracker()
+    assert isinstance(tracker, RoutingMetricsTracker)
+    tracker.watch([model])
+
+
 def install_metrics() -> None:
     """Makes Megatron's training loop report the routing metrics, as its parsed flags and ours ask for."""
     set_moe_metrics_tracker(RoutingMetricsTracker(MonitorConfig.from_arguments(get_args())))
@@ -335,11 +380,11 @@ class RoutingRecorder:
     def __init__(self) -> None:
         self.statistics: dict[int, RoutingStatistics] = {}
 
-    def __call__(self, layer: int, statistics: RoutingStatistics) -> None:
-        """Takes one layer's global statistics of one micro-batch."""
-        new = RoutingStatistics(*(tensor.detach().double() for tensor in statistics))
-        old = self.statistics.get(layer)
-        self.statistics[layer] = (
+    def __call__(self, report: RoutingReport) -> None:
+        """Takes one layer's report of one micro-batch."""
+        new = RoutingStatistics(*(tensor.detach().double() for tensor in report.statistics))
+        old = self.statistics.get(report.layer)
+        self.statistics[report.layer] = (
             new if old is None else RoutingStatistics(*(a + b for a, b in zip(old, new, strict=True)))
         )
 
@@ -355,11 +400,16 @@ class RoutingRecorder:
         return {layer: expert_load(s.counts) for layer, s in sorted(self.statistics.items())}
 
 
+def routers_of(modules: Iterable[torch.nn.Module]) -> list[ModalityAwareRouter]:
+    """The modality-aware routers in the given modules."""
+    return [m for module in modules for m in module.modules() if isinstance(m, ModalityAwareRouter)]
+
+
 @contextmanager
 def recorded_routing(modules: Iterable[torch.nn.Module]) -> Iterator[RoutingRecorder]:
     """Records the routing of every modality-aware router in the given modules while the context lasts."""
     recorder = RoutingRecorder()
-    routers = [m for module in modules for m in module.modules() if isinstance(m, ModalityAwareRouter)]
+    routers = routers_of(modules)
     for router in routers:
         router.observers.append(recorder)
     try:

@@ -31,11 +31,11 @@ from megatron_smar.data.record import RecordedSamples
 from megatron_smar.data.tokens import TextEncoder
 from megatron_smar.model.vision import tokens_per_tile
 from megatron_smar.model.vlm import VisionLanguageModel
-from megatron_smar.routing.router import LossScale
 from megatron_smar.runtime.signals import begin_training
 from megatron_smar.training.batch import CountedSteps, DataWait, prepare_batch
 from megatron_smar.training.console import write_arguments
 from megatron_smar.training.loss import lm_loss
+from megatron_smar.training.monitor import watch_routing
 from megatron_smar.training.resume import SavedPositions, restore
 from megatron_smar.training.summary import data_lines, place_lines, summary
 
@@ -69,6 +69,7 @@ def model_provider(
         vp_stage=vp_stage,
     )
     check_weights(model, args)
+    watch_routing(model)
     _CHUNKS.append(model)
     return model
 
@@ -152,7 +153,6 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
         A function of the data iterator and the model, which gives this stage's output and the function that makes the
         loss of it.
     """
-    routing = modality_routing_config(get_args())
     data_wait = DataWait()
 
     def forward_step(
@@ -165,7 +165,8 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
         read, waited = data_wait.next(data_iterator)
         batch = prepare_batch(read, image_token_id, tile_tokens, with_images, groups, waited)
         if model.training:
-            LossScale.warmup = routing.warmup(args.curr_iteration)
+            step = get_attr_wrapped_model(model, "step")
+            step.iteration, step.tokens = args.curr_iteration, batch.step_tokens
         timers("batch-generator").stop()
         output = model(
             input_ids=batch.input_ids,

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import nn
 
+from megatron_smar.arguments import modality_routing_config
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts, part_of
 
 GIB = 1024.0**3
@@ -145,11 +146,10 @@ def _layout_lines(args: Namespace) -> list[str]:
 
 
 def _training_lines(args: Namespace) -> list[str]:
-    strategy = "none: the backbone's own routing, measured"
-    if args.modality_routing == "smar":
-        bands = f", bands of {args.smar_band_file}" if args.smar_band_file else ""
-        strategy = f"SMAR: band [{args.smar_d_min:g}, {args.smar_d_max:g}]{bands}, coefficient {args.smar_coeff:g}"
-        strategy += f", {args.smar_scope} statistics"
+    routing = modality_routing_config(args)
+    strategy = routing.strategy.describe()
+    if routing.strategy.name != "none":
+        strategy += f", {routing.scope} statistics"
     batch = f"{args.global_batch_size} samples = {args.micro_batch_size} x {args.data_parallel_size} replicas"
     warmup = args.lr_warmup_iters or (f"{args.lr_warmup_fraction:g} of the decay" if args.lr_warmup_fraction else 0)
     return [

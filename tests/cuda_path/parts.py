@@ -46,14 +46,15 @@ def build(folder: Path, config: Any, **language: Any) -> Any:
     """A tiny model in bf16 as the trainer makes it, all of it learning, on the CPU."""
     from megatron_smar.model.vision import VisionConfig
     from megatron_smar.model.vlm import LanguageConfig, VisionLanguageModel
-    from megatron_smar.routing.router import ModalityRoutingConfig
+    from megatron_smar.routing.config import ModalityRoutingConfig
+    from megatron_smar.routing.strategies.smar import SmarConfig
 
     model = VisionLanguageModel(
         config,
         LanguageConfig(vocab_size=128, max_sequence_length=256, **language),
         VisionConfig(str(folder), image_size=SIDE),
         "mlp2x_gelu",
-        ModalityRoutingConfig(strategy="smar"),
+        ModalityRoutingConfig(SmarConfig()),
         freeze=frozenset(),
     )
     return model.bfloat16().train()
@@ -260,7 +261,7 @@ def _evaluated(model: Any, device: torch.device) -> Tensor:
 
 def _statistics(router: Any, hidden: Tensor, mask: Tensor) -> Any:
     router(hidden, mask)
-    return router._pending.wait()
+    return router._pending.wait()[0]
 
 
 def measure(owner: Any, forward: Part, device: torch.device, mode: FakeTensorMode) -> dict[str, Any]:
@@ -317,6 +318,7 @@ def main() -> None:
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    from megatron_smar.routing.strategies.smar import SmarConfig
     from megatron_smar.training.monitor import MonitorConfig, RoutingMetricsTracker
 
     parallel_state.initialize_model_parallel()
@@ -327,12 +329,13 @@ def main() -> None:
         storage_less.current = torch.device("cpu")
         models = build_models(folder)
         device = storage_less.current = torch.device(name)
-        config = MonitorConfig(num_experts=4, top_k=2, scalar_interval=5, console_interval=10)
+        config = MonitorConfig(4, 2, scalar_interval=5, console_interval=10, metrics=SmarConfig.metrics)
         with FakeTensorMode() as mode:
             MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones((), device=device)  # as Megatron's schedules do
             with storage_less.Waits(mode, answer):
-                set_moe_metrics_tracker(RoutingMetricsTracker(config))
+                set_moe_metrics_tracker(tracker := RoutingMetricsTracker(config))
             models = [storage_less.move(model, device) for model in models]
+            tracker.watch(model for model in models if isinstance(model, torch.nn.Module))
             results[name] = {
                 part: measure(owner, forward, device, mode) for part, owner, forward in parts(models, device)
             }

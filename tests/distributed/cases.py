@@ -2,7 +2,7 @@
 """Which layouts are compared with one process, on which models, batches and settings."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -239,6 +239,7 @@ def cases() -> Iterator[Case]:
     yield from _execution()
     yield from _contents()
     yield from _backbones()
+    yield from _strategies()
 
 
 def _packs() -> Iterator[Case]:
@@ -373,6 +374,22 @@ def _backbones() -> Iterator[Case]:
     yield Case("parallel block, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, Setting("parallel block"))
     yield Case("without SMAR, EP 2", 2, 2, EP, Setting(flags=PLAIN))
     yield Case("without SMAR, CP 2", 2, 1, CP, Setting(flags=PLAIN))
+
+
+def _strategies() -> Iterator[Case]:
+    hard = ("--modality-routing", "hard", "--num-experts", "8", "--hard-experts", "text=0,5-7", "vision=1-4")
+    own = Setting(flags=(*hard, "--freeze", "vision"))
+    balance = ("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")
+    balanced = replace(own, flags=(*own.flags, *balance))
+    yield Case("hard routing, EP 2", 2, 2, EP, own, core=True)
+    yield Case("hard routing, TP 2 + SP", 2, 1, TP_SP, balanced, core=True)
+    yield Case("hard routing, PP 2", 2, 1, PP, own)
+    yield Case("hard routing, CP 2", 2, 1, CP, own)
+    yield Case("hard routing, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, own)
+    packs, alone = replace(own, batch="packed", micro_batches=2), replace(own, micro_batches=2)
+    yield Case("hard routing, packed, CP 2", 2, 1, CP, packs, alone)
+    biased = replace(own, model="sigmoid scores with expert bias")
+    yield Case("hard routing, sigmoid scores with expert bias, EP 2", 2, 2, EP, biased)
 
 
 CASES = {case.name: case for case in cases()}

@@ -151,6 +151,30 @@ def test_a_model_that_was_imported_and_trained_comes_out_as_it_was_trained(start
     assert_same(tmp_path / "same", output)
 
 
+def test_a_model_with_hard_routing_is_evaluated_and_exported_with_its_experts(world, start, convert, tmp_path):
+    model = ["--vision-model", start / "hf", *(start / "flags.txt").read_text().split()]
+    data = ["--tokenizer-model", start / "hf" / "tokenizer.model", "--data-path", world.root / "shards" / "train"]
+    hard = ["--modality-routing", "hard", "--hard-experts", "text=1,3", "vision=0,2"]
+    given = [*TRAINING, *hard, *model, *data, "--load", start, "--finetune", "--save", tmp_path / "hard"]
+    run("pretrain_vlm.py", *given, ranks=2)
+    assert convert("export", "--load", tmp_path / "hard", "--hf", start / "hf", "--output", tmp_path / "out")[0] == 0
+    same = run(PROGRAM, "verify", "--hf", tmp_path / "out", "--load", tmp_path / "hard")
+    assert "greedy tokens that agree" in same.stdout
+    free = ["--load", tmp_path / "hard", "--modality-routing", "none"]
+    assert run(PROGRAM, "verify", "--hf", tmp_path / "out", *free, check=False).returncode == 1, "nothing was forbidden"
+    # Imported, it needs no strategy: the biases say what may not be chosen.
+    assert convert("import", "--hf", tmp_path / "out", "--output", tmp_path / "again")[0] == 0
+    run(PROGRAM, "verify", "--hf", tmp_path / "out", "--load", tmp_path / "again")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "You may reproduce and distribute copies of the Work."}))
+    routing = {}
+    for name in ("hard", "again"):
+        results = tmp_path / f"{name}.json"
+        measured = ["--text", tmp_path / "text.jsonl", "--output", results]
+        run("tools/evaluate.py", "--load", tmp_path / name, *measured, ranks=1)
+        routing[name] = json.loads(results.read_text())["text_perplexity"]
+    assert routing["hard"] == pytest.approx(routing["again"], rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def photograph(tmp_path_factory) -> Path:
     """Where the documented snippet looks for one."""

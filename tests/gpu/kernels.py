@@ -166,7 +166,8 @@ def _routed(
 
 def _routing_values(weights: Tensor, chosen: Tensor, ids: Tensor, modalities: int, top_k: int) -> list[Tensor]:
     """Counts, weight sums, distribution, distance, loss and the loss's gradient, on the host."""
-    from megatron_smar.routing import modality_routing_distribution, mrd_distance, routing_statistics, smar_loss
+    from megatron_smar.routing import modality_routing_distribution, mrd_distance, routing_statistics
+    from megatron_smar.routing.strategies.smar import smar_loss
 
     weights = weights.requires_grad_()
     statistics = routing_statistics(weights, chosen, ids, modalities)

@@ -32,11 +32,12 @@ def parse(monkeypatch, vision: str, *flags: str):
 def test_defaults_are_the_papers(monkeypatch, vision):
     from megatron_smar.arguments import modality_routing_config
 
-    smar = modality_routing_config(parse(monkeypatch, vision, "--modality-routing", "smar"))
-    assert (smar.coeff, smar.d_min, smar.d_max, smar.eps, smar.scope) == (0.01, 1.5, 2.0, 1e-6, "global")
-    assert smar.router_bias
+    routing = modality_routing_config(parse(monkeypatch, vision, "--modality-routing", "smar"))
+    smar = routing.strategy
+    assert (smar.coeff, smar.d_min, smar.d_max, routing.eps, routing.scope) == (0.01, 1.5, 2.0, 1e-6, "global")
+    assert routing.router_bias
     assert not modality_routing_config(parse(monkeypatch, vision, "--no-modality-router-bias")).router_bias
-    assert modality_routing_config(parse(monkeypatch, vision)).strategy == "none"
+    assert modality_routing_config(parse(monkeypatch, vision)).strategy.name == "none"
 
 
 def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, vision):
@@ -89,7 +90,8 @@ def test_bands_of_single_layers_are_read_and_the_others_have_the_common_one(monk
     from megatron_smar.arguments import modality_routing_config
 
     (tmp_path / "bands.json").write_text('{"2": [0.5, 1]}')
-    routing = modality_routing_config(parse(monkeypatch, vision, "--smar-band-file", str(tmp_path / "bands.json")))
+    flags = ["--modality-routing", "smar", "--smar-band-file", str(tmp_path / "bands.json")]
+    routing = modality_routing_config(parse(monkeypatch, vision, *flags)).strategy
     assert (routing.band(1), routing.band(2)) == ((1.5, 2.0), (0.5, 1.0))
 
 

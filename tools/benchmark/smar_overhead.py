@@ -293,7 +293,8 @@ def time_parts(training: Training, rounds: int) -> dict[str, float]:
     """Seconds per step in the parts of SMAR's forward pass and in `global_aux_loss`; median, slowest rank."""
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_smar.routing.router import ModalityAwareRouter, ModalityBias
+    from megatron_smar.routing.modality_bias import ModalityBias
+    from megatron_smar.routing.router import ModalityAwareRouter
     from megatron_smar.routing.statistics import PendingStatistics
 
     watch, rows = Stopwatch(), defaultdict(list)

@@ -34,11 +34,12 @@ from megatron_smar.checkpoint.composite import Connection, load_composite  # noq
 from megatron_smar.checkpoint.describe import describe  # noqa: E402
 from megatron_smar.checkpoint.exporter import export_model, read_checkpoint  # noqa: E402
 from megatron_smar.checkpoint.importer import write_model  # noqa: E402
-from megatron_smar.checkpoint.metadata import find_checkpoint  # noqa: E402
+from megatron_smar.checkpoint.metadata import find_checkpoint, run_arguments  # noqa: E402
 from megatron_smar.checkpoint.model import as_argv  # noqa: E402
 from megatron_smar.checkpoint.reference import load_parts, load_whole, reference_logits  # noqa: E402
 from megatron_smar.checkpoint.safetensors_io import read_folder  # noqa: E402
 from megatron_smar.checkpoint.sources import CONNECTOR_SEED, Source, read_composite, read_parts  # noqa: E402
+from megatron_smar.checkpoint.stored_flags import strategy_flags  # noqa: E402
 from megatron_smar.checkpoint.upcycle import UpcyclingConfig, upcycled  # noqa: E402
 from megatron_smar.checkpoint.verify import (  # noqa: E402
     Agreement,
@@ -204,7 +205,7 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)  # torchrun sets them where there are several
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments
-        model, _, _ = start([str(word) for word in argv])
+        model, _, _ = start([str(word) for word in argv], strategy_flags(run_arguments(options.load)))
     args = get_args()
     ids, tiles = build_inputs(hf, config, options.text, options.image, args.tensor_model_parallel_size)
     ours = checkpoint_logits(model, ids, tiles, config.image_token_id, tokens_per_tile(vision_config(args)))

@@ -7,26 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import transformer_config
+from tests.models import route, router_of
 
 LENGTHS, WIDTH = (8, 3), 48  # of two samples, padded to one length
 
 
 def make_router(**config: Any) -> Any:
     """A router in float64 that sends most of what `padded_batch` gives to expert 0."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from megatron_smar.routing.router import ModalityAwareRouter, ModalityRoutingConfig
-
     torch.manual_seed(3)
-    router = ModalityAwareRouter(
-        transformer_config(**config),
-        ProcessGroupCollection.use_mpu_process_groups(),
-        modality_routing=ModalityRoutingConfig(),
-    )
-    router.set_layer_number(1)
+    router = router_of(None, **config)
     router.weight.data[0] = 0.05
-    return router.double()
+    return router
 
 
 def padded_batch(padding: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,12 +29,6 @@ def padded_batch(padding: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         mask[:length, sample, sample] = True  # one sample of text, one of vision
         inputs[length:, sample] = padding
     return inputs, mask
-
-
-def route(router: Any, inputs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """probs and map, [s, b, E] each, and the statistics that were launched."""
-    probs, chosen = router(inputs, mask)
-    return probs.view(*mask.shape[:2], -1), chosen.view(*mask.shape[:2], -1), router._pending.wait()
 
 
 @pytest.mark.parametrize("topk", [1, 2])

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from megatron_smar.routing import (
     RoutingStatistics,
-    layer_distance_and_loss,
     modality_routing_distribution,
     mrd_distance,
     routing_statistics,
-    smar_loss,
 )
+from megatron_smar.routing.strategies.smar import smar_loss
+from tests.models import smar_of_layer
 from tests.unit.routing import reference
 
 
@@ -43,7 +43,7 @@ def as_torch(weights, chosen, ids):
 def test_distance_and_loss_equal_the_papers_equations(routing, eps):
     weights, chosen, ids, m, k = routing
     statistics = routing_statistics(*as_torch(weights, chosen, ids), m)
-    d, loss, comparable = layer_distance_and_loss(statistics, k, eps, 1.5, 2.0)
+    d, loss, comparable = smar_of_layer(statistics, k, eps, 1.5, 2.0)
     expected_d, expected_loss = reference.layer(weights, chosen, ids, m, k, eps, 1.5, 2.0)
     np.testing.assert_allclose([d.item(), loss.item()], [expected_d, expected_loss], rtol=1e-10, atol=1e-12)
     assert bool(comparable) == (len({i for i in ids if i >= 0}) >= 2)
@@ -102,7 +102,7 @@ def test_gradient_by_logits_and_biases_is_exact(m, k, band):
         values, indices = probabilities.topk(k, dim=-1)
         chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, indices, True)
         weights = torch.zeros_like(probabilities).scatter(1, indices, values / values.sum(-1, keepdim=True))
-        return layer_distance_and_loss(routing_statistics(weights, chosen, ids, m), k, 1e-3, *band)[1]
+        return smar_of_layer(routing_statistics(weights, chosen, ids, m), k, 1e-3, *band)[1]
 
     assert loss(logits, bias) > 0, "inside the band the gradient is zero and proves nothing"
     assert torch.autograd.gradcheck(loss, (logits, bias), atol=1e-8)
@@ -126,7 +126,7 @@ def test_a_batch_with_one_modality_gives_no_loss_and_no_nan(ids):
     logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     weights = logits.softmax(-1)
     statistics = routing_statistics(weights, torch.ones(3, 4, dtype=torch.bool), torch.tensor(ids), 2)
-    distance, loss, comparable = layer_distance_and_loss(statistics, 4, 1e-6, 1.5, 2.0)
+    distance, loss, comparable = smar_of_layer(statistics, 4, 1e-6, 1.5, 2.0)
     loss.backward()
     assert (distance.item(), loss.item(), comparable.item()) == (0.0, 0.0, 0.0)
     assert torch.equal(logits.grad, torch.zeros_like(logits))

@@ -46,9 +46,19 @@ def statistics(counts, top_k=2) -> RoutingStatistics:
     return RoutingStatistics(counts, counts / top_k, counts.sum(dim=1) / top_k)
 
 
+def observe(tracker, found: RoutingStatistics, layer: int, layers: int, distance: float | None = None) -> None:
+    """One layer's micro-batch, with a distance or nothing to compare."""
+    from megatron_smar.routing.router import MRD_DISTANCE, RoutingReport
+    from megatron_smar.routing.strategies.base import Weighted
+
+    weighted = Weighted(torch.tensor(float(distance or 0)), torch.tensor(float(distance is not None)))
+    losses = {metric.name: torch.tensor(1.0) for metric in tracker.config.metrics}
+    tracker.observe(RoutingReport(layer, layers, found, True, losses, {MRD_DISTANCE: weighted}))
+
+
 def record(tracker, *layers) -> None:
     for number, counts in enumerate(layers, start=1):
-        tracker.record_statistics(statistics(counts), number, len(layers))
+        observe(tracker, statistics(counts), number, len(layers))
 
 
 def report(tracker, iteration, writer=None, wandb=None, layers=2) -> str:
@@ -174,13 +184,13 @@ def test_console_covers_the_whole_interval(single_rank):
 
 def test_distances_are_means_over_the_micro_batches_since_the_last_point_and_line(single_rank):
     """Points every 2 steps, lines every 4; steps 3 and 6 have nothing to compare, step 7 two micro-batches."""
-    from megatron_smar.routing.router import COMPARABLE, MRD_DISTANCE
+    from megatron_smar.routing.strategies import STRATEGIES
 
-    tracker, written, lines = tracker_of(scalar_interval=2, console_interval=4), [], []
+    metrics = STRATEGIES["smar"].metrics
+    tracker, written, lines = tracker_of(scalar_interval=2, console_interval=4, metrics=metrics), [], []
     for step, distances in enumerate(([1], [2], [], [4], [5], [], [6, 10], [9]), start=1):
         for distance in distances:
-            for name, value in ((MRD_DISTANCE, distance), (COMPARABLE, 1)):
-                tracker.record(name, torch.tensor(float(value)), 2, 2, needs_dp_avg=False)
+            observe(tracker, statistics(ALIKE), 2, 2, distance)
         writer = Writer()
         found = re.search(r"mrd distance: ([\d.]+) \|", report(tracker, step, writer))
         lines.append(float(found[1]) if found else None)
@@ -194,7 +204,7 @@ def test_distances_are_means_over_the_micro_batches_since_the_last_point_and_lin
 
 def test_layers_without_tokens_of_two_modalities_have_no_index(single_rank):
     tracker, writer = tracker_of(), Writer()
-    tracker.record_statistics(statistics([[8, 8, 0, 0], [0, 0, 0, 0]]), 1, 2)
+    observe(tracker, statistics([[8, 8, 0, 0], [0, 0, 0, 0]]), 1, 2)
     assert "msi" not in report(tracker, 1, writer, layers=2)
     assert not [name for name in writer if "msi" in name or "vision" in name or "layer_2" in name]
     assert writer["moe/token_share/text"] == 1
@@ -203,7 +213,7 @@ def test_layers_without_tokens_of_two_modalities_have_no_index(single_rank):
 def test_third_modality_has_a_name_and_a_stage_without_moe_layers_reports_nothing(single_rank):
     tracker, writer = tracker_of(num_modalities=3), Writer()
     assert "msi" not in report(tracker, 1, writer)
-    tracker.record_statistics(statistics([[4, 4, 0, 0], [0, 0, 4, 4], [0, 0, 8, 8]]), 1, 2)
+    observe(tracker, statistics([[4, 4, 0, 0], [0, 0, 4, 4], [0, 0, 8, 8]]), 1, 2)
     report(tracker, 2, writer, layers=2)
     assert writer["moe/token_share/modality_2"] == 0.5
 
@@ -212,7 +222,7 @@ def test_dropped_slots_are_logged_where_capacity_is_limited(single_rank):
     for limited in (False, True):
         tracker, writer = tracker_of(capacity_limited=limited), Writer()
         executed = RoutingStatistics(torch.tensor([[4.0, 4, 0, 0], [2, 1, 0, 0]]), torch.ones(2, 4), torch.ones(2) * 4)
-        tracker.record_statistics(executed, 1, 1)
+        observe(tracker, executed, 1, 1)
         report(tracker, 1, writer, layers=1)
         dropped = {name: value for name, value in writer.items() if "dropped" in name}
         assert dropped == ({"moe/dropped_layer_1/text": 0, "moe/dropped_layer_1/vision": 5 / 8} if limited else {})
@@ -223,7 +233,7 @@ def test_counting_does_not_touch_the_graph_and_stays_exact_over_millions_of_toke
     counts = torch.full((2, 4), 2.0**24, requires_grad=True)
     for extra in (0.0, 1.0, 1.0):  # float32 would lose the ones
         added = counts if not extra else torch.full((2, 4), extra)
-        tracker.record_statistics(RoutingStatistics(added, added, added.sum(dim=1) / 2), 1, 1)
+        observe(tracker, RoutingStatistics(added, added, added.sum(dim=1) / 2), 1, 1)
     assert tracker._window[0, 0, 0] == 2**24 + 2
     assert not tracker._window.requires_grad
     report(tracker, 1, writer, layers=1)
@@ -275,14 +285,16 @@ def test_collapse_is_told_once_and_again_only_after_recovery(single_rank, capsys
 )
 def test_no_collapse_is_told(single_rank, capsys, config, counts):
     tracker = tracker_of(**config)
-    tracker.record_statistics(statistics(counts, config.get("top_k", 2)), 1, 1)
+    observe(tracker, statistics(counts, config.get("top_k", 2)), 1, 1)
     report(tracker, 1, layers=1)
     assert "WARNING" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("has_band", [True, False])
 def test_the_warning_advises_flags_that_this_run_has(single_rank, capsys, has_band):
-    tracker = tracker_of(has_band=has_band)
+    from megatron_smar.routing.strategies import STRATEGIES
+
+    tracker = tracker_of(collapse_remedy=STRATEGIES["smar" if has_band else "none"].collapse_remedy)
     record(tracker, [[64, 64, 0, 0], [64, 0, 64, 0]])
     report(tracker, 1, layers=1)
     (line,) = capsys.readouterr().out.splitlines()
@@ -306,6 +318,7 @@ def test_a_threshold_that_is_no_share_is_refused(threshold):
 
 
 def test_config_comes_from_the_flags():
+    from megatron_smar.routing.strategies import STRATEGIES
     from megatron_smar.training.monitor import MonitorConfig
 
     flags = {
@@ -322,19 +335,18 @@ def test_config_comes_from_the_flags():
         "modality_routing": "smar",
     }
     config = MonitorConfig.from_arguments(SimpleNamespace(**flags))
-    assert config == MonitorConfig(8, 2, 2, "local", 10, 10, True, 0.8, 1024, False, True), (
-        "without a writer nothing is due between lines"
-    )
+    smar = STRATEGIES["smar"]
+    assert config == MonitorConfig(
+        8, 2, 2, "local", 10, 10, True, 0.8, 1024, False, smar.collapse_remedy, smar.metrics
+    ), "without a writer nothing is due between lines"
     assert MonitorConfig.from_arguments(SimpleNamespace(**flags | {"tensorboard_dir": "x"})).scalar_interval == 5
     stage_2 = MonitorConfig.from_arguments(
         SimpleNamespace(**flags | {"freeze": ["vision"], "modality_routing": "none"})
     )
-    assert (stage_2.router_learns, stage_2.has_band) == (True, False)
+    assert (stage_2.router_learns, stage_2.collapse_remedy, stage_2.metrics) == (True, "", smar.metrics)
 
 
 def test_the_routers_of_a_model_feed_the_tracker_in_training_alone(single_rank, tmp_path):
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, set_moe_metrics_tracker
-
     from tests.models import build_hf_model, build_model, prepare
 
     build_hf_model(image_token_id=5).model.vision_tower.save_pretrained(tmp_path)
@@ -345,15 +357,12 @@ def test_the_routers_of_a_model_feed_the_tracker_in_training_alone(single_rank, 
     padding[1, 9:] = True
     batch = prepare(ids, padding, torch.randn(1, 3, 32, 32), 5)
     tracker, writer = tracker_of(), Writer()
-    set_moe_metrics_tracker(tracker)
-    try:
-        with torch.no_grad():
-            model.eval()(**batch)
-        assert tracker._window is None
-        for _ in range(2):
-            model.train()(**batch, labels=ids).mean().backward()
-    finally:
-        destroy_moe_metrics_tracker()
+    tracker.watch([model])
+    with torch.no_grad():
+        model.eval()(**batch)
+    assert tracker._window is None
+    for _ in range(2):
+        model.train()(**batch, labels=ids).mean().backward()
     assert tracker._window[:, :, -1].tolist() == [[2 * 17, 2 * 4]] * 3, "recomputation counts once, padding never"
     assert (tracker._window[:, :, :-1].sum(dim=2) == 2 * tracker._window[:, :, -1]).all()
     report(tracker, 1, writer, layers=3)
@@ -374,13 +383,11 @@ def _report_on_a_rank(rank: int, store: str, results) -> None:
         parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2 if layout == "pp" else 1)
         tracker, writer = tracker_of(scope=scope, console_interval=1), Writer()
         if layout == "pp":
-            tracker.record_statistics(statistics((APART, ALIKE)[rank]), rank + 1, 3)  # layer 3 is dense
+            observe(tracker, statistics((APART, ALIKE)[rank]), rank + 1, 3)  # layer 3 is dense
         else:
-            tracker.record_statistics(
-                statistics(([[8, 8, 0, 0], [0, 0, 0, 0]], [[8, 8, 0, 0], [8, 8, 8, 8]])[rank]), 1, 3
-            )
+            observe(tracker, statistics(([[8, 8, 0, 0], [0, 0, 0, 0]], [[8, 8, 0, 0], [8, 8, 8, 8]])[rank]), 1, 3)
         report(tracker, 1, writer, layers=3)
-        tracker.record_statistics(statistics(ALIKE), rank + 1 if layout == "pp" else 1, 3)
+        observe(tracker, statistics(ALIKE), rank + 1 if layout == "pp" else 1, 3)
         report(tracker, 2, again := Writer(), layers=3)
         results[f"{layout} {rank}"] = ({k: v for k, v in writer.items() if "/load/" not in k}, again["msi"])
         parallel_state.destroy_model_parallel()

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch, loss, frozen parts and routing metrics, on one rank with a real model."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from tests.models import build_hf_model, build_model, prepare
+from tests.models import build_hf_model, build_model, prepare, smar_of_layer
 
 IMAGE, SIDE, TOKENS = 5, 32, 4
 
@@ -156,35 +158,34 @@ def test_a_loss_that_is_not_finite_has_its_step_run_again(single_rank, value):
 
 
 def test_warm_up_rises_linearly_after_the_start_step():
-    from megatron_smar.routing.router import ModalityRoutingConfig
+    from megatron_smar.routing.strategies.smar import SmarConfig
 
-    routing = ModalityRoutingConfig(start_iter=3, warmup_iters=4)
+    routing = SmarConfig(start_iter=3, warmup_iters=4)
     assert [routing.warmup(step) for step in range(9)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
-    assert [ModalityRoutingConfig(start_iter=2).warmup(step) for step in range(4)] == [0, 0, 1, 1]
-    assert ModalityRoutingConfig().warmup(0) == 1
+    assert [SmarConfig(start_iter=2).warmup(step) for step in range(4)] == [0, 0, 1, 1]
+    assert SmarConfig().warmup(0) == 1
 
 
-def test_counted_steps_keep_the_order_and_know_a_steps_tokens_before_its_first_batch(single_rank, monkeypatch):
+def test_counted_steps_keep_the_order_and_know_a_steps_tokens_before_its_first_batch(single_rank):
     import torch.distributed as dist
     from megatron.core import num_microbatches_calculator as calculator
 
-    from megatron_smar.routing.router import LossScale
     from megatron_smar.training.batch import CountedSteps
 
+    @dataclass
     class Batch:
-        def __init__(self, tokens: int) -> None:
-            self.loss_mask = torch.tensor([1.0] * tokens + [0.0])
+        loss_mask: torch.Tensor
+        step_tokens: torch.Tensor | None = None
 
-    monkeypatch.setattr(LossScale, "tokens", None)
     calculator.init_num_microbatches_calculator(0, None, 3, 1, 1)
     try:
-        batches = [Batch(tokens) for tokens in (1, 2, 6, 0, 0, 0)]
+        batches = [Batch(torch.tensor([1.0] * tokens + [0.0])) for tokens in (1, 2, 6, 0, 0, 0)]
         reader = CountedSteps(iter(batches), dist.group.WORLD)
-        assert next(reader) is batches[0]
-        assert LossScale.tokens == 3  # 9 in 3 micro-batches
-        assert [next(reader), next(reader)] == batches[1:3]
-        assert next(reader) is batches[3]
-        assert LossScale.tokens == pytest.approx(1 / 3)  # Megatron divides by 1 where there is no token
+        for place, given in enumerate(batches):
+            read = next(reader)
+            assert read.loss_mask is given.loss_mask
+            # 9 in 3 micro-batches; Megatron divides by 1 where there is no token
+            assert float(read.step_tokens) == pytest.approx(3 if place < 3 else 1 / 3)
     finally:
         calculator.destroy_num_microbatches_calculator()
 
@@ -216,20 +217,18 @@ def test_smar_adds_beta_times_the_band_losses_of_all_layers_to_the_loss(single_r
     """The gradient of a model with SMAR equals that of main + beta * sum of the losses, formed outside of the model."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron_smar.routing import layer_distance_and_loss
-
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     band = {"eps": 1e-3, "d_min": 3.0, "d_max": 4.0}
     own = {2: (0.0, 0.01)}  # the second layer's, which pulls its modalities together
     model = build_model(vision, routing={"strategy": "smar", "coeff": 0.25, "bands": own, **band}).train()
-    plain = build_model(vision, routing={"strategy": "none", **band}).train()
+    plain = build_model(vision).train()
     plain.load_state_dict(model.state_dict())
     plain.language_model.requires_grad_(True)  # without SMAR the bias is frozen
     losses = []
     for layer in plain.language_model.decoder.layers:
         layer.mlp.router.observers.append(
-            lambda number, statistics: losses.append(
-                layer_distance_and_loss(statistics, 2, 1e-3, *own.get(number, (3.0, 4.0)))[1]
+            lambda report: losses.append(
+                smar_of_layer(report.statistics, 2, 1e-3, *own.get(report.layer, (3.0, 4.0)))[1]
             )
         )
     main = loss_of(plain, inputs())
@@ -246,7 +245,7 @@ def test_smar_adds_beta_times_the_band_losses_of_all_layers_to_the_loss(single_r
 
 
 def test_bias_is_float32_in_half_precision_without_weight_decay_and_ignores_padding(single_rank):
-    from megatron_smar.routing.router import ModalityBias
+    from megatron_smar.routing.modality_bias import ModalityBias
 
     module = torch.nn.ModuleDict({"modality_bias": ModalityBias(2, 4, trainable=True, sequence_parallel=True)})
     module["modality_bias"].bias.data.fill_(0.1)
@@ -277,19 +276,22 @@ def test_recorded_routing_adds_up_over_batches_and_leaves_nothing_behind(single_
 
 
 def test_metrics_average_over_layers_and_comparable_micro_batches(single_rank):
-    from megatron_smar.routing.router import COMPARABLE, MRD_DISTANCE, SMAR_LOSS
-    from megatron_smar.training.monitor import RoutingMetricsTracker
+    from megatron_smar.routing import RoutingStatistics
+    from megatron_smar.routing.router import MRD_DISTANCE, RoutingReport
+    from megatron_smar.routing.strategies.base import Weighted
+    from megatron_smar.routing.strategies.smar import SMAR_LOSS, SmarConfig
+    from megatron_smar.training.monitor import MonitorConfig, RoutingMetricsTracker
 
     class Writer(dict):
         def add_scalar(self, name, value, iteration):
             self[name] = float(value)
 
-    tracker, writer = RoutingMetricsTracker(), Writer()
+    tracker, writer = RoutingMetricsTracker(MonitorConfig(metrics=SmarConfig.metrics)), Writer()
+    nothing = RoutingStatistics(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2))
     for layer, distance in ((1, 2.0), (2, 4.0)):
-        tracker.record(SMAR_LOSS, torch.tensor(1.0), layer, 2, needs_dp_avg=False)
         for comparable in (1.0, 0.0):  # the second micro-batch is pure text
-            tracker.record(MRD_DISTANCE, torch.tensor(distance * comparable), layer, 2, needs_dp_avg=False)
-            tracker.record(COMPARABLE, torch.tensor(comparable), layer, 2, needs_dp_avg=False)
+            measures = {MRD_DISTANCE: Weighted(torch.tensor(distance * comparable), torch.tensor(comparable))}
+            tracker.observe(RoutingReport(layer, 2, nothing, True, {SMAR_LOSS: torch.tensor(comparable)}, measures))
     totals: dict[str, torch.Tensor] = {}
     line = tracker.report(0.5, 1, writer, num_layers=2, total_loss_dict=totals, track_names=[])
     assert writer["mrd distance"] == 3.0

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the modalities take part in routing: what holds for every strategy, and the strategy's own settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_smar.routing.strategies.base import StrategyConfig
+from megatron_smar.routing.strategies.none import NoneConfig
+
+
+@dataclass(frozen=True)
+class ModalityRoutingConfig:
+    """How the modalities take part in routing.
+
+    Attributes:
+        strategy: The strategy with its settings; one of `routing.strategies.STRATEGIES`.
+        eps: Smoothing of the routing distributions; see `modality_routing_distribution`.
+        scope: `global`: statistics over every token of the micro-batch step on all ranks. `local`: over this
+            data-parallel replica's micro-batch.
+        router_bias: Whether each MoE layer has the bias b in R^{M x E}.
+        num_modalities: M.
+    """
+
+    strategy: StrategyConfig = field(default_factory=NoneConfig)
+    eps: float = 1e-6
+    scope: Literal["global", "local"] = "global"
+    router_bias: bool = True
+    num_modalities: int = 2
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("global", "local"):
+            raise ValueError(f"--smar-scope is {self.scope!r}; it must be global or local.")
+        if not self.eps > 0:
+            raise ValueError(f"--smar-eps is {self.eps}; it must be greater than 0, or the distance can be infinite.")
+        if self.num_modalities < 2:
+            raise ValueError(f"num_modalities is {self.num_modalities}; routing by modality needs at least 2.")
+
+    @property
+    def trains_bias(self) -> bool:
+        """Whether the modality bias is there and learns."""
+        return self.router_bias and self.strategy.trains_modality_bias

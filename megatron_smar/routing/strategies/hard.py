@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hard routing: experts of their own for each modality (Mono-InternVL, arXiv 2410.08202; MoMa, arXiv 2407.21770)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from megatron_smar.routing.modalities import modality_name
+from megatron_smar.routing.strategies.base import StrategyConfig
+
+
+@dataclass(frozen=True)
+class HardConfig(StrategyConfig):
+    """Settings of hard routing.
+
+    Attributes:
+        experts: The experts of each modality, all of them divided between the modalities: numbers from 0, as text=0-3
+            vision=4-7 or text=0,2-5 vision=1,6,7, or shares of them in order, as text=0.75 vision=0.25. Default: equal
+            shares.
+    """
+
+    name = "hard"
+    title = "each modality has experts of its own (Mono-InternVL, MoMa)"
+    of_a_run = of_inference = ("experts",)
+
+    experts: tuple[str, ...] = ()
+
+    def allowed(self, layer: int, num_modalities: int, num_experts: int) -> Tensor:
+        """The experts of each modality, [M, E] bool, the same in all layers."""
+        names = [modality_name(modality) for modality in range(num_modalities)]
+        parts = dict(part.partition("=")[::2] for part in self.experts) or dict.fromkeys(names, str(1 / num_modalities))
+        given = f"--hard-experts {' '.join(self.experts)}"
+        if (self.experts and len(parts) < len(self.experts)) or sorted(parts) != sorted(names):
+            raise ValueError(f"{given} must name each of {', '.join(names)} once, as text=0-3 vision=4-7.")
+        if all(re.fullmatch(r"\d*\.\d+", text) for text in parts.values()):
+            ends = [round(num_experts * end) for end in accumulate(float(parts[name]) for name in names)]
+            own = [list(range(*span)) for span in pairwise([0, *ends])]
+        else:
+            own = [_numbers(parts[name], given) for name in names]
+        if sorted(number for numbers in own for number in numbers) != list(range(num_experts)):
+            raise ValueError(f"{given} must give each of the experts 0-{num_experts - 1} to one modality.")
+        table = torch.zeros(num_modalities, num_experts, dtype=torch.bool, device="cpu")
+        for modality, numbers in enumerate(own):
+            table[modality, numbers] = True
+        return table
+
+
+def _numbers(text: str, given: str) -> list[int]:
+    """The numbers of "0,2-5"."""
+    try:
+        ends = [span.partition("-") for span in text.split(",")]
+        return [number for first, _, last in ends for number in range(int(first), int(last or first) + 1)]
+    except ValueError as error:
+        raise ValueError(f"{given}: {text!r} is no list of experts such as 0-3 or 0,2-5, and no share.") from error

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Soft Modality-Aware Routing (arXiv 2506.06406): a tolerance band on the distance between the modalities' routing."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_smar.routing.strategies.base import (
+    NO_FLAG,
+    AuxiliaryLoss,
+    LayerRouting,
+    Metric,
+    RoutedLayer,
+    RoutingStrategy,
+    StrategyConfig,
+)
+
+SMAR_LOSS = "smar loss"
+
+
+def smar_loss(distance: Tensor, d_min: float, d_max: float) -> Tensor:
+    """How far a distance is outside of the band [d_min, d_max]; 0 inside, slope -1 below and +1 above (Eq. 13)."""
+    return (distance - distance.clamp(d_min, d_max)).abs()
+
+
+@dataclass(frozen=True)
+class SmarConfig(StrategyConfig):
+    """Settings of SMAR. The defaults are the paper's (its Table 7 and section 4.1).
+
+    Attributes:
+        coeff: Weight of the SMAR loss, beta of the paper's Eq. 14.
+        d_min: Lower end of the tolerance band on the distance between the modalities' routing distributions, in nats
+            (the paper: 1.0 for MoE-LLaVA).
+        d_max: Upper end of the band (the paper: 1.5 for MoE-LLaVA).
+        band_file: Bands of single layers, a JSON object of layer numbers (from 1), as {"1": [0.5, 1.0]}. Layers that it
+            leaves out have [--smar-d-min, --smar-d-max].
+        start_iter: Step from which the SMAR loss acts.
+        warmup_iters: Steps in which --smar-coeff rises linearly from 0; with 0 all of it acts from the start.
+        bands: What `band_file` holds: (d_min, d_max) by layer number.
+    """
+
+    name = "smar"
+    title = "with the band loss on the distance between modalities (the paper: stage 2)"
+    metrics = (Metric(SMAR_LOSS),)
+    trains_modality_bias = True
+    of_a_run = ("coeff", "d_min", "d_max")
+    collapse_remedy = "SMAR's authors saw this with a band too low: raise --smar-d-min and --smar-d-max"
+
+    coeff: float = 0.01
+    d_min: float = 1.5
+    d_max: float = 2.0
+    band_file: Path | None = None
+    start_iter: int = 0
+    warmup_iters: int = 0
+    bands: Mapping[int, tuple[float, float]] = field(default_factory=dict, metadata=NO_FLAG)
+
+    def __post_init__(self) -> None:
+        if self.band_file is not None:
+            object.__setattr__(self, "bands", read_bands(self.band_file))
+        if not 0 <= self.d_min <= self.d_max:
+            raise ValueError(
+                f"--smar-d-min {self.d_min} and --smar-d-max {self.d_max} are no band: "
+                "give 0 <= d_min <= d_max (the paper's are 1.5 and 2.0)."
+            )
+        for layer, (d_min, d_max) in self.bands.items():
+            if not 0 <= d_min <= d_max:
+                raise ValueError(
+                    f"--smar-band-file gives layer {layer} [{d_min}, {d_max}], which is no band: "
+                    "give 0 <= d_min <= d_max."
+                )
+        for name in ("start_iter", "warmup_iters"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--smar-{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more.")
+        if self.coeff < 0:
+            raise ValueError(f"--smar-coeff is {self.coeff}; it must be 0 or more (the paper's is 0.01).")
+
+    def build(self, layer: RoutedLayer) -> Smar:
+        """The strategy of one layer."""
+        return Smar(self, layer)
+
+    def band(self, layer: int) -> tuple[float, float]:
+        """The tolerance band (d_min, d_max) of a layer, by its number from 1."""
+        return self.bands.get(layer, (self.d_min, self.d_max))
+
+    def warmup(self, iteration: int) -> float:
+        """The share of beta that acts in a step, from 0: none before `start_iter`, then a linear rise to 1."""
+        steps = iteration - self.start_iter + 1
+        return min(max(steps, 0) / max(self.warmup_iters, 1), 1.0)
+
+    def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
+        """Checks that the bands' layers are MoE layers."""
+        without = sorted(set(self.bands) - set(moe_layers or self.bands))
+        if without:
+            raise ValueError(
+                f"--smar-band-file names layer {without[0]}, but the MoE layers are {list(moe_layers or ())}; "
+                "correct its numbers."
+            )
+
+    @classmethod
+    def check_unused(cls, args: Namespace) -> None:
+        """Refuses a file of bands that nothing reads."""
+        if args.smar_band_file:
+            raise ValueError(
+                f"--smar-band-file has no effect with --modality-routing {args.modality_routing}; leave it out."
+            )
+
+    def describe(self) -> str:
+        """The strategy and its settings, in half a line."""
+        bands = f", bands of {self.band_file}" if self.band_file else ""
+        return f"SMAR: band [{self.d_min:g}, {self.d_max:g}]{bands}, coefficient {self.coeff:g}"
+
+
+def read_bands(path: Path) -> dict[int, tuple[float, float]]:
+    """Reads --smar-band-file: (d_min, d_max) by layer number from 1.
+
+    Raises:
+        ValueError: The file cannot be read, or is not of that form.
+    """
+    form = 'a JSON object such as {"1": [0.5, 1.0], "2": [1.0, 1.5]}'
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--smar-band-file {path} cannot be read ({error}); give {form}.") from error
+    try:
+        return {int(layer): (float(d_min), float(d_max)) for layer, (d_min, d_max) in content.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--smar-band-file {path} is not {form} ({error}).") from error
+
+
+class Smar(RoutingStrategy):
+    """The band loss of one layer (Eq. 13 and 14)."""
+
+    config: SmarConfig
+
+    def losses(self, routing: LayerRouting) -> dict[str, AuxiliaryLoss]:
+        """The SMAR loss: 0 where fewer than two modalities have tokens, since pure text is no violation of the band."""
+        value = smar_loss(routing.distance, *self.config.band(routing.number)) * routing.comparable
+        return {SMAR_LOSS: AuxiliaryLoss(value, self.config.coeff * self.config.warmup(routing.iteration))}

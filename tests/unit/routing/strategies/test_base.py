@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the router does for any strategy, shown with one that uses all of the hook."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_smar.routing.statistics import PendingStatistics, RoutingStatistics
+from megatron_smar.routing.strategies.base import (
+    AuxiliaryLoss,
+    Metric,
+    RoutedLayer,
+    RoutingStrategy,
+    StrategyConfig,
+    Weighted,
+)
+from tests.models import router_of
+
+
+@dataclass(frozen=True)
+class ProbeConfig(StrategyConfig):
+    """Uses every part of the hook.
+
+    Attributes:
+        coeff: Weight of its losses.
+    """
+
+    name = "probe"
+    title = "every part of the hook"
+    metrics = (Metric("probe loss"), Metric("gate loss"), Metric("probe mean", weighted=True))
+
+    coeff: float = 0.5
+
+    def build(self, layer: RoutedLayer) -> RoutingStrategy:
+        return Probe(self, layer)
+
+
+class Probe(RoutingStrategy):
+    """A gate of its own, a loss of the mean logit per modality, one of the gate, and a mean load over all steps."""
+
+    def __init__(self, config: ProbeConfig, layer: RoutedLayer) -> None:
+        super().__init__(config, layer)
+        self.gates = nn.Parameter(torch.zeros(layer.num_modalities, layer.num_experts, layer.hidden_size))
+        self.register_buffer("seen", torch.zeros(layer.num_experts))
+        self.register_buffer("load", torch.zeros(layer.num_experts))
+
+    def logits(self, hidden, modality_mask, gate) -> Tensor:
+        return gate(hidden) + torch.einsum("sbh,meh,sbm->sbe", hidden, self.gates, modality_mask.to(hidden.dtype))
+
+    def sums(self, tokens) -> dict[str, Tensor]:
+        return {"logits": tokens.modality_mask.to(tokens.logits.dtype).t() @ tokens.logits}
+
+    def losses(self, routing) -> dict[str, AuxiliaryLoss]:
+        means = routing.sums["logits"] / routing.statistics.tokens.unsqueeze(1)
+        return {"probe loss": AuxiliaryLoss(means.square().sum(), self.config.coeff)}
+
+    def weight_losses(self, gate, iteration) -> dict[str, AuxiliaryLoss]:
+        return {"gate loss": AuxiliaryLoss(gate.square().sum(), self.config.coeff)}
+
+    def measures(self, routing) -> dict[str, Weighted]:
+        return {"probe mean": Weighted(routing.sums["logits"].mean(), routing.statistics.tokens.sum())}
+
+    def accumulate(self, routing) -> None:
+        self.seen += routing.statistics.counts.sum(0)
+
+    def update(self) -> None:
+        self.load += self.seen
+        self.seen.zero_()
+
+
+@pytest.fixture
+def step(single_rank):
+    """A router, its input and mask, and what one micro-batch of it gives."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    router = router_of(ProbeConfig())
+    generator = torch.Generator().manual_seed(4)
+    router.weight.data = torch.randn(router.weight.shape, generator=generator, dtype=torch.float64)
+    router.strategy.gates.data = torch.randn(router.strategy.gates.shape, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(5, 2, 48, generator=generator, dtype=torch.float64)
+    mask = torch.zeros(5, 2, 2, dtype=torch.bool)
+    mask[:, 0, 0] = mask[:3, 1, 1] = True
+    return router, inputs, mask
+
+
+def test_logits_sums_and_both_kinds_of_losses_give_the_gradients_that_are_formed_by_hand(step):
+    router, inputs, mask = step
+    output = router.finish(router(inputs, mask)[0])
+    (output * 0).sum().backward()
+    gate, gates = (tensor.detach().requires_grad_() for tensor in (router.weight, router.strategy.gates))
+    loss = gate.square().sum()
+    for modality in range(2):
+        rows = inputs[mask[..., modality]]
+        loss = loss + (rows @ (gate + gates[modality]).T).mean(0).square().sum()
+    (0.5 * loss).backward()
+    torch.testing.assert_close(router.weight.grad, gate.grad)
+    torch.testing.assert_close(router.strategy.gates.grad, gates.grad)
+
+
+def test_losses_and_measures_are_reported_and_nothing_of_them_in_evaluation(step):
+    router, inputs, mask = step
+    reports = []
+    router.observers.append(reports.append)
+    router.finish(router(inputs, mask)[0])
+    router.eval()
+    router.finish(router(inputs, mask)[0])
+    training, evaluation = reports
+    assert set(training.losses) == {"probe loss", "gate loss"} and training.learns
+    assert set(training.measures) == {"mrd distance", "probe mean"}
+    assert float(training.measures["probe mean"].weight) == 8
+    assert not evaluation.learns and not evaluation.losses and not evaluation.measures
+    torch.testing.assert_close(evaluation.statistics.counts, training.statistics.counts)
+
+
+def test_state_is_updated_once_per_step_and_a_resumed_run_takes_over_what_was_accumulated(step):
+    router, inputs, mask = step
+    strategy = router.strategy
+
+    def micro_batch(of) -> None:
+        of.finish(of(inputs, mask)[0])
+
+    for iteration, loads in ((0, 0), (0, 0), (1, 32), (2, 48)):
+        router.step.iteration = iteration
+        micro_batch(router)
+        assert strategy.load.sum() == loads, "two micro-batches of 8 tokens and 2 experts in step 0, one in step 1"
+    router.eval()
+    micro_batch(router)
+    router.train()
+    resumed = router_of(ProbeConfig())
+    resumed.load_state_dict(router.state_dict())
+    for each in (router, resumed):
+        each.step.iteration = 3
+        micro_batch(each)
+        assert each.strategy.load.sum() == 64, "evaluation counts nothing"
+
+
+def test_a_recomputed_layer_counts_once(step):
+    router, inputs, mask = step
+    with torch.no_grad():  # the first of the two passes
+        router.finish(router(inputs, mask)[0])
+    router.finish(router(inputs, mask)[0])
+    assert router.strategy.seen.sum() == 16
+
+
+def _own_sums(rank: int, store: str, results) -> None:
+    """One of two ranks, each with its own numbers; a loss of the global sums."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    share = (torch.arange(6, dtype=torch.float64).view(2, 3) * (rank + 1)).requires_grad_()
+    local = RoutingStatistics(torch.ones(2, 4).double(), torch.ones(2, 4).double(), torch.ones(2).double())
+    statistics, sums = PendingStatistics(local, dist.group.WORLD, {"a": share, "b": share.sum()}).wait()
+    (sums["a"].square().sum() + sums["b"]).backward()
+    results[rank] = (statistics.counts.tolist(), sums["a"].detach(), float(sums["b"]), share.grad)
+    dist.destroy_process_group()
+
+
+def test_a_strategys_own_sums_are_those_of_all_ranks_and_give_each_rank_its_share_of_the_gradient(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_own_sums, (str(tmp_path / "store"), results), nprocs=2)
+        results = dict(results)
+    total = 3 * torch.arange(6, dtype=torch.float64).view(2, 3)
+    for counts, a, b, gradient in results.values():
+        assert counts == [[2.0] * 4] * 2
+        torch.testing.assert_close(a, total)
+        assert b == 45
+        torch.testing.assert_close(gradient, 2 * total + 1)

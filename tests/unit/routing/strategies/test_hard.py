@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hard routing: whose tokens reach which experts."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_smar.routing.strategies.hard import HardConfig
+from tests.models import route, router_of
+
+
+def allowed(*experts: str, modalities: int = 2, number: int = 8) -> list[list[int]]:
+    table = HardConfig(experts).allowed(1, modalities, number)
+    return [row.nonzero().flatten().tolist() for row in table]
+
+
+def test_numbers_spans_shares_and_nothing_are_read_as_the_partition_that_they_say():
+    assert allowed() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert allowed("vision=0,2-5", "text=1,6,7") == [[1, 6, 7], [0, 2, 3, 4, 5]]
+    assert allowed("text=0.75", "vision=0.25") == [[0, 1, 2, 3, 4, 5], [6, 7]]
+    assert allowed(modalities=3) == [[0, 1, 2], [3, 4], [5, 6, 7]]
+
+
+@given(st.integers(2, 4), st.integers(4, 100))
+def test_equal_shares_of_any_number_give_each_expert_to_one_modality(modalities, number):
+    own = allowed(modalities=modalities, number=number)
+    assert sorted(expert for row in own for expert in row) == list(range(number))
+    assert max(map(len, own)) - min(map(len, own)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("experts", "said"),
+    [
+        (["text=0-7"], "must name each of text, vision once"),
+        (["text=0-3", "text=4", "vision=5-7"], "must name each of text, vision once"),
+        (["text=0-3", "video=4-7"], "must name each of text, vision once"),
+        (["text=0-3", "vision=4-8"], "must give each of the experts 0-7 to one modality"),
+        (["text=0-4", "vision=4-7"], "must give each of the experts 0-7 to one modality"),
+        (["text=0-3", "vision=4-6"], "must give each of the experts 0-7 to one modality"),
+        (["text=0.5", "vision=0.6"], "must give each of the experts 0-7 to one modality"),
+        (["text=a", "vision=0-7"], "'a' is no list of experts"),
+        (["text", "vision=0-7"], "'' is no list of experts"),
+        (["text=a.b", "vision=0.5"], "'a.b' is no list of experts"),
+    ],
+)
+def test_what_is_no_partition_is_refused(experts, said):
+    with pytest.raises(ValueError, match=said) as error:
+        allowed(*experts)
+    assert f"--hard-experts {' '.join(experts)}" in str(error.value)
+
+
+SCORES = {
+    "softmax": {},
+    "softmax before top-k": {"moe_router_pre_softmax": True},
+    "sigmoid with expert bias": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+}
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_no_token_reaches_another_modalitys_expert_and_its_own_weights_are_the_backbones(single_rank, scores):
+    """Against a router of the allowed experts alone; the bias for balance favours what is forbidden."""
+    experts = {"text": [0, 3, 5], "vision": [1, 2, 4, 6, 7]}
+    config = HardConfig(tuple(f"{name}={','.join(map(str, own))}" for name, own in experts.items()))
+    router = router_of(config, num_moe_experts=8, **SCORES[scores])
+    generator = torch.Generator().manual_seed(1)
+    router.weight.data = torch.randn(router.weight.shape, generator=generator, dtype=torch.float64)
+    if router.expert_bias is not None:
+        router.expert_bias = torch.linspace(-2, 2, 8)
+    inputs = torch.randn(6, 2, 48, generator=generator, dtype=torch.float64, requires_grad=True)
+    mask = torch.zeros(6, 2, 2, dtype=torch.bool)
+    mask[:5, 0, 0] = mask[:4, 1, 1] = True  # text, then vision; the rest is padding
+    probs, chosen, statistics = route(router, inputs, mask)
+    total = torch.zeros(())
+    for modality, own in enumerate(experts.values()):
+        rows = mask[..., modality]
+        others = [expert for expert in range(8) if expert not in own]
+        assert not chosen[rows][:, others].any() and (chosen[rows].sum(1) == 2).all()
+        assert not statistics.counts[modality, others].any()
+        alone = router_of(None, num_moe_experts=len(own), **SCORES[scores])
+        alone.weight.data = router.weight.data[own]
+        if router.expert_bias is not None:
+            alone.expert_bias = router.expert_bias[own]
+        lone_mask = torch.zeros(int(rows.sum()), 1, 2, dtype=torch.bool)
+        lone_mask[..., modality] = True
+        expected, _, _ = route(alone, inputs[rows].unsqueeze(1), lone_mask)
+        torch.testing.assert_close(probs[rows][:, own], expected.squeeze(1))
+        total = total + (probs[rows][:, own] ** 2).sum()
+    (gradient,) = torch.autograd.grad(total, inputs)
+    assert gradient.isfinite().all() and gradient[mask.any(-1)].abs().max() > 1e-6
+    assert (chosen[~mask.any(-1)].sum(1) == 2).all(), "padding is routed like any token, as without the strategy"
+
+
+def test_the_bias_for_balance_is_the_same_after_the_choice(single_rank):
+    router = router_of(HardConfig(), moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
+    before = router.expert_bias.clone()
+    mask = torch.zeros(3, 1, 2, dtype=torch.bool)
+    mask[..., 0] = True
+    route(router, torch.randn(3, 1, 48, dtype=torch.float64), mask)
+    torch.testing.assert_close(router.expert_bias, before, check_dtype=False)
+    assert dict(router.named_buffers())["expert_bias"] is router.expert_bias
