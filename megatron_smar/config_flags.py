@@ -26,8 +26,7 @@ def add_config_flags(group: _ArgumentGroup, config: type[StrategyConfig]) -> Non
         text = lines[setting.name].replace("%", "%%")
         if default not in (None, ()):
             text += " Default: %(default)s."
-        flag = f"--{config.name}-{setting.name.replace('_', '-')}"
-        group.add_argument(flag, default=default, help=text, **_parsing(types[setting.name]))
+        group.add_argument(config.flag(setting.name), default=default, help=text, **_parsing(types[setting.name]))
 
 
 def attribute_lines(config: type) -> dict[str, str]:

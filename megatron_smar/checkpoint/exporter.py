@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping
@@ -169,8 +170,9 @@ def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Sourc
         )
     tensors: dict[str, Any] = as_hugging_face(reader, table, parts)
     for name, bias in tensors.items():
-        if allowed and name.endswith(".modality_bias"):
-            tensors[name] = RestrictedBias(bias, allowed[int(name.split(".layers.")[1].partition(".")[0]) + 1])
+        layer = re.search(r"\.layers\.(\d+)\..*\.modality_bias$", name)
+        if layer and int(layer[1]) + 1 in allowed:
+            tensors[name] = RestrictedBias(bias, allowed[int(layer[1]) + 1])
     return Source(config, tensors, table, flags, (hf,))
 
 

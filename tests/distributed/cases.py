@@ -388,6 +388,8 @@ def _strategies() -> Iterator[Case]:
     yield Case("hard routing, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, own)
     packs, alone = replace(own, batch="packed", micro_batches=2), replace(own, micro_batches=2)
     yield Case("hard routing, packed, CP 2", 2, 1, CP, packs, alone)
+    split = ("--modality-routing", "layer_split", "--layer-split-layers", "2", "--freeze", "vision")
+    yield Case("layer split, PP 2", 2, 1, PP, Setting("four layers", flags=split))
     biased = replace(own, model="sigmoid scores with expert bias")
     yield Case("hard routing, sigmoid scores with expert bias, EP 2", 2, 2, EP, biased)
 

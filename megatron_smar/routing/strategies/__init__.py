@@ -5,10 +5,13 @@ from argparse import Namespace
 
 from megatron_smar.routing.strategies.base import RoutedLayer, RoutingStrategy, StrategyConfig
 from megatron_smar.routing.strategies.hard import HardConfig
+from megatron_smar.routing.strategies.layer_split import LayerSplitConfig
 from megatron_smar.routing.strategies.none import NoneConfig
 from megatron_smar.routing.strategies.smar import SmarConfig
 
-STRATEGIES: dict[str, type[StrategyConfig]] = {config.name: config for config in (NoneConfig, SmarConfig, HardConfig)}
+STRATEGIES: dict[str, type[StrategyConfig]] = {
+    config.name: config for config in (NoneConfig, SmarConfig, HardConfig, LayerSplitConfig)
+}
 
 
 def stored_strategy(args: Namespace) -> StrategyConfig:

@@ -172,6 +172,8 @@ class RoutingStrategy(nn.Module):
 class StrategyConfig:
     """Settings of a strategy. Each field of a subclass is a flag, `--<name>-<field>`, with its line of `Attributes`.
 
+    A field that is no flag has `metadata=NO_FLAG`.
+
     Attributes:
         name: What --modality-routing calls it.
         title: One line of --help, after the name.
@@ -218,6 +220,11 @@ class StrategyConfig:
     def flag_fields(cls) -> list[Field[Any]]:
         """The fields that are flags."""
         return [field for field in fields(cls) if field.metadata.get("flag", True)]
+
+    @classmethod
+    def flag(cls, field: str) -> str:
+        """The flag of a field."""
+        return f"--{cls.name}_{field}".replace("_", "-")
 
     @classmethod
     def from_arguments(cls, args: Namespace) -> Self:

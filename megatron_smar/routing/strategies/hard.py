@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,15 +27,16 @@ class HardConfig(StrategyConfig):
 
     name = "hard"
     title = "each modality has experts of its own (Mono-InternVL, MoMa)"
-    of_a_run = of_inference = ("experts",)
+    of_a_run: ClassVar[tuple[str, ...]] = ("experts",)
+    of_inference: ClassVar[tuple[str, ...]] = ("experts",)
 
     experts: tuple[str, ...] = ()
 
-    def allowed(self, layer: int, num_modalities: int, num_experts: int) -> Tensor:
+    def allowed(self, layer: int, num_modalities: int, num_experts: int) -> Tensor | None:
         """The experts of each modality, [M, E] bool, the same in all layers."""
         names = [modality_name(modality) for modality in range(num_modalities)]
         parts = dict(part.partition("=")[::2] for part in self.experts) or dict.fromkeys(names, str(1 / num_modalities))
-        given = f"--hard-experts {' '.join(self.experts)}"
+        given = f"{self.flag('experts')} {' '.join(self.experts)}"
         if (self.experts and len(parts) < len(self.experts)) or sorted(parts) != sorted(names):
             raise ValueError(f"{given} must name each of {', '.join(names)} once, as text=0-3 vision=4-7.")
         if all(re.fullmatch(r"\d*\.\d+", text) for text in parts.values()):
