@@ -90,6 +90,11 @@ def _check_allowed(args: Namespace, routing: ModalityRoutingConfig) -> None:
                 f"--modality-routing {routing.strategy.name} leaves {modality_name(modality)} tokens {own} experts in "
                 f"layer {layer}, but --moe-router-topk is {args.moe_router_topk}; give each modality at least as many."
             )
+        if args.moe_router_group_topk:
+            raise ValueError(
+                f"--moe-router-group-topk {args.moe_router_group_topk} can choose groups in which --modality-routing "
+                f"{routing.strategy.name} leaves a token too few experts; leave it and --moe-router-num-groups out."
+            )
         if args.moe_router_fusion and args.moe_router_enable_expert_bias:
             raise ValueError(
                 f"--moe-router-fusion adds one --moe-router-enable-expert-bias to all tokens, and --modality-routing "

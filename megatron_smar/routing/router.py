@@ -9,10 +9,9 @@ with one asynchronous reduction, and attaches the auxiliary losses.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -109,7 +108,8 @@ class ModalityAwareRouter(TopKRouter):
         self.is_global = modality_routing.scope == "global"
         self.statistics_group = self.tp_dp_cp_group if self.is_global else self.tp_cp_group
         self.replicas = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
-        self.observers: list[Observer] = []
+        self.observers: list[Observer] = []  # of passes that learn
+        self.recorders: list[Observer] = []  # of all passes, evaluation's too
         self._modality_mask: Tensor | None = None
         self._pending: PendingStatistics | None = None
         self._updated_in: int | None = None
@@ -165,7 +165,8 @@ class ModalityAwareRouter(TopKRouter):
             probs, routing_map = super().routing(logits, padding_mask=padding)
         if self.capacity_factor is not None:
             probs, routing_map = self._drop(probs, routing_map, padding.flatten())
-        self._launch_statistics(logits, probs, routing_map, modality_mask)
+        if self._learns() or self.recorders:
+            self._launch_statistics(logits, probs, routing_map, modality_mask)
         return probs, routing_map
 
     @contextmanager
@@ -261,7 +262,7 @@ class ModalityAwareRouter(TopKRouter):
         (statistics, sums), self._pending = self._pending.wait(), None
         layers, layer = self._place()
         if not self._learns():
-            self._report(RoutingReport(layer, layers, statistics))
+            self._report(RoutingReport(layer, layers, statistics), self.recorders)
             return output
         distance, comparable = layer_distance(statistics, self.topk, self.modality_routing.eps)
         routing = LayerRouting(self.layer_number, self.step.iteration, statistics, sums, distance, comparable)
@@ -270,18 +271,25 @@ class ModalityAwareRouter(TopKRouter):
         with torch.no_grad():
             self.strategy.accumulate(routing)
         values = {name: loss.value for name, loss in (losses | own).items()}
-        self._report(RoutingReport(layer, layers, statistics, True, values, measures))
-        per_token = self.calculate_per_token_loss
-        scale = self.step.reductions(self.is_global, self.replicas, per_token)
-        output = _attach(output, losses, scale)
+        self._report(RoutingReport(layer, layers, statistics, True, values, measures), self.observers + self.recorders)
+        output = self._attach(output, losses, self.is_global)
         # All ranks have the whole of such a loss, and their gradients are added up.
-        return _attach(output, own, self.step.reductions(True, self.replicas, per_token) / self.tp_dp_cp_group.size())
+        return self._attach(output, own, True, self.tp_dp_cp_group.size())
+
+    def _attach(self, output: Tensor, losses: Mapping[str, AuxiliaryLoss], is_global: bool, parts: int = 1) -> Tensor:
+        """The output, whose backward pass adds the losses' gradients, each divided by `parts`."""
+        for loss in losses.values():
+            if loss.coefficient != 0:
+                scale = self.step.reductions(is_global, self.replicas, self.calculate_per_token_loss) / parts
+                output = MoEAuxLossAutoScaler.apply(output, loss.value * loss.coefficient * scale)
+        return output
 
     def _learns(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
-    def _report(self, report: RoutingReport) -> None:
-        for observer in self.observers:
+    @staticmethod
+    def _report(report: RoutingReport, observers: Sequence[Observer]) -> None:
+        for observer in observers:
             observer(report)
 
     def _place(self) -> tuple[int, int]:
@@ -289,11 +297,3 @@ class ModalityAwareRouter(TopKRouter):
         layers = self.config.num_layers
         number = self.layer_number + (layers if self.is_mtp_layer else 0)
         return layers + (self.config.mtp_num_layers or 0), number
-
-
-def _attach(output: Tensor, losses: Mapping[str, AuxiliaryLoss], scale: Any) -> Tensor:
-    """The output, whose backward pass adds the losses' gradients."""
-    for loss in losses.values():
-        if loss.coefficient != 0:
-            output = MoEAuxLossAutoScaler.apply(output, loss.value * loss.coefficient * scale)
-    return output

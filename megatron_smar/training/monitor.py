@@ -160,8 +160,6 @@ class RoutingMetricsTracker(MoEMetricsTracker):
 
     def observe(self, report: RoutingReport) -> None:
         """Adds one layer's report of one micro-batch, without waiting for the device."""
-        if not report.learns:
-            return
         for name, value in report.losses.items():
             self.record(name, value, report.layer, report.num_layers, needs_dp_avg=self.config.scope == "local")
         self._add_statistics(report.statistics, report.layer, report.num_layers)
@@ -411,9 +409,9 @@ def recorded_routing(modules: Iterable[torch.nn.Module]) -> Iterator[RoutingReco
     recorder = RoutingRecorder()
     routers = routers_of(modules)
     for router in routers:
-        router.observers.append(recorder)
+        router.recorders.append(recorder)
     try:
         yield recorder
     finally:
         for router in routers:
-            router.observers.remove(recorder)
+            router.recorders.remove(recorder)

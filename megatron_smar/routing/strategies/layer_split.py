@@ -35,7 +35,7 @@ class LayerSplitConfig(HardConfig):
 
     def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
         """Checks that there are MoE layers on both sides."""
-        if moe_layers is not None and not min(moe_layers) <= self.layers < max(moe_layers):
+        if moe_layers and not min(moe_layers) <= self.layers < max(moe_layers):
             raise ValueError(
                 f"--layer-split-layers is {self.layers}, and the MoE layers are {list(moe_layers)}: give a number that "
                 "leaves some of them below and some above, or --modality-routing hard or none."

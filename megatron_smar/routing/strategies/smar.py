@@ -95,7 +95,7 @@ class SmarConfig(StrategyConfig):
 
     def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
         """Checks that the bands' layers are MoE layers."""
-        without = sorted(set(self.bands) - set(moe_layers or self.bands))
+        without = [] if moe_layers is None else sorted(set(self.bands) - set(moe_layers))
         if without:
             raise ValueError(
                 f"--smar-band-file names layer {without[0]}, but the MoE layers are {list(moe_layers or ())}; "

@@ -272,7 +272,7 @@ def test_recorded_routing_adds_up_over_batches_and_leaves_nothing_behind(single_
     assert list(recorder.distances(2, 1e-6)) == [1, 2, 3]
     for shares in recorder.expert_shares().values():
         torch.testing.assert_close(shares.sum(dim=1), torch.ones(2, dtype=torch.float64))
-    assert all(not layer.mlp.router.observers for layer in model.language_model.decoder.layers)
+    assert all(not layer.mlp.router.recorders for layer in model.language_model.decoder.layers)
 
 
 def test_metrics_average_over_layers_and_comparable_micro_batches(single_rank):

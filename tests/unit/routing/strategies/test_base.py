@@ -104,7 +104,7 @@ def test_logits_sums_and_both_kinds_of_losses_give_the_gradients_that_are_formed
 def test_losses_and_measures_are_reported_and_nothing_of_them_in_evaluation(step):
     router, inputs, mask = step
     reports = []
-    router.observers.append(reports.append)
+    router.recorders.append(reports.append)
     router.finish(router(inputs, mask)[0])
     router.eval()
     router.finish(router(inputs, mask)[0])
@@ -169,3 +169,13 @@ def test_a_strategys_own_sums_are_those_of_all_ranks_and_give_each_rank_its_shar
         torch.testing.assert_close(a, total)
         assert b == 45
         torch.testing.assert_close(gradient, 2 * total + 1)
+
+
+def test_a_pass_that_nobody_learns_from_or_records_launches_no_reduction(step):
+    router, inputs, mask = step
+    with torch.no_grad():
+        router(inputs, mask)
+    assert router._pending is None, "the first pass of a recomputed layer"
+    router.eval()
+    router(inputs, mask)
+    assert router._pending is None, "evaluation"
