@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,16 @@ def run_each_rank(*command: Any, ranks: int, **options: Any) -> list[subprocess.
 
     with ThreadPoolExecutor(ranks) as threads:
         return list(threads.map(run_one, range(ranks)))
+
+
+def on_two_ranks(function: Callable[..., None], folder: Path) -> dict[Any, Any]:
+    """What two spawned processes leave in a dictionary: `function(rank, store, results)` joins them by a file store."""
+    import torch
+
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(function, (str(folder / "store"), results), nprocs=2)
+        return dict(results)
 
 
 def load_weights(directory: Path) -> dict[str, Any]:

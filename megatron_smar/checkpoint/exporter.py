@@ -155,15 +155,16 @@ def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Sourc
     """
     config = composite.load_composite(hf)
     reader = CheckpointReader(load, iteration)
-    allowed = allowed_experts(saved_arguments(reader.common_state))
+    saved = saved_arguments(reader.common_state)
+    allowed = allowed_experts(saved)
     table, flags = composite.weights(config, has_biases(reader) or bool(allowed)), composite.flags(config)
     args, parts, _ = describe_model(config, flags)
-    if getattr(saved_arguments(reader.common_state), "num_experts", None) and "num-experts" not in flags:
+    if getattr(saved, "num_experts", None) and "num-experts" not in flags:
         raise ConversionError(
             f"{reader.folder} is a mixture of experts that upcycling made of the {config.text_config.model_type} model "
             f"in {hf}; transformers has no class for it: it can be trained and evaluated here, but not exported."
         )
-    if differing := differing_flags(flags, args, saved_arguments(reader.common_state)):
+    if differing := differing_flags(flags, args, saved):
         raise ConversionError(
             f"{reader.folder} was trained as another model than {hf}/config.json describes: {'; '.join(differing)}. "
             "Give the --hf that it started from."

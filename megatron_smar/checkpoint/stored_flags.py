@@ -78,9 +78,10 @@ def stored_flags(argv: Sequence[str], asks: bool = True) -> dict[str, Any]:
     given, _ = parser.parse_known_args(argv)
     if not given.load or locate("--load", given.load, given.ckpt_step).checkpoint is None:
         return {}
-    saved = vars(run_arguments(Path(given.load), given.ckpt_step))
+    arguments = run_arguments(Path(given.load), given.ckpt_step)
+    saved = vars(arguments)
     flags = {name: saved[name] for name in (*FUNCTION, *_FED) if name in saved}
-    flags |= strategy_flags(Namespace(**saved))
+    flags |= strategy_flags(arguments)
     flags |= {name: False for name in _FUSIONS if saved.get(name) is False}
     if runtime.device() == "cuda" and saved.get("moe_grouped_gemm"):
         flags["moe_grouped_gemm"] = True

@@ -13,6 +13,7 @@ from matplotlib import colormaps
 
 from megatron_smar.routing import RoutingStatistics
 from megatron_smar.training.load_map import LEFT, TOP
+from tests.launch import on_two_ranks
 
 # Counts [M][E] of two layers, 8 tokens each, top-2: the first shares nothing between text and vision, the second all.
 APART = [[8, 8, 0, 0], [0, 0, 8, 8]]
@@ -396,11 +397,7 @@ def _report_on_a_rank(rank: int, store: str, results) -> None:
 
 @pytest.mark.slow
 def test_stages_and_replicas_are_put_together_on_every_rank(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_report_on_a_rank, (str(tmp_path / "store"), results), nprocs=2)
-        results = dict(results)
+    results = on_two_ranks(_report_on_a_rank, tmp_path)
     for rank in (0, 1):
         stages, again = results[f"pp {rank}"]
         assert (stages["moe/msi_layer_1"], stages["moe/msi_layer_2"], again) == (1, 0, 0)

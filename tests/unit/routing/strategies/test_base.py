@@ -17,6 +17,7 @@ from megatron_smar.routing.strategies.base import (
     StrategyConfig,
     Weighted,
 )
+from tests.launch import on_two_ranks
 from tests.models import router_of
 
 
@@ -158,11 +159,7 @@ def _own_sums(rank: int, store: str, results) -> None:
 
 
 def test_a_strategys_own_sums_are_those_of_all_ranks_and_give_each_rank_its_share_of_the_gradient(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_own_sums, (str(tmp_path / "store"), results), nprocs=2)
-        results = dict(results)
+    results = on_two_ranks(_own_sums, tmp_path)
     total = 3 * torch.arange(6, dtype=torch.float64).view(2, 3)
     for counts, a, b, gradient in results.values():
         assert counts == [[2.0] * 4] * 2
