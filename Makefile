@@ -9,7 +9,7 @@ stamp := $(VENV)/.megatron_smar-installed
 # Two files of tests at a time, the long ones first: programs that start leave one of two cores idle.
 two_at_a_time := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 native := $(wildcard megatron_smar/data/csrc/*)
-typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py)
+typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py benchmarks/*.py)
 
 .PHONY: help env demo test test-matrix test-cuda-path test-te test-gpu lint clean interpreter
 .DEFAULT_GOAL := help
@@ -56,9 +56,10 @@ test-te: env ## build Transformer Engine into .venv-te and check layers, checkpo
 test-gpu: ## the first hour with one GPU, at most ten minutes: table, runs/gpu/report.json (PYTHON=, ALLOW_NONE=1, GPU_FLAGS=)
 	$(or $(PYTHON),$(if $(wildcard $(python)),$(python),python3)) -m tests.gpu $(if $(ALLOW_NONE),--allow-none) $(GPU_FLAGS)
 
-lint: env ## check style, format and types
+lint: env ## check style, format, the order of imports and types
 	$(python) -m ruff check
 	$(python) -m ruff format --check
+	$(python) -m tests.layout
 	$(python) -m mypy $(typed)
 
 clean: ## remove caches and build products; .venv and runs/ stay

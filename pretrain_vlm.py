@@ -12,19 +12,19 @@ from megatron_smar import runtime
 
 runtime.install_or_exit()
 
-from megatron.core.enums import ModelType  # noqa: E402  (the runtime comes before anything of Megatron)
-from megatron.training import pretrain  # noqa: E402
-from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
-from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+from megatron.core.enums import ModelType
+from megatron.training import pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_smar.checkpoint.fit import CheckpointMismatchError  # noqa: E402
-from megatron_smar.checkpoint.metadata import DamagedError  # noqa: E402
-from megatron_smar.data.rejects import DataError  # noqa: E402
-from megatron_smar.runtime.finite_steps import NotFiniteError  # noqa: E402
-from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider  # noqa: E402
-from megatron_smar.training.sentences import FLAG_ERRORS  # noqa: E402
-from megatron_smar.training.setup import fail, fail_before_training, parse_arguments  # noqa: E402
-from megatron_smar.training.stop import end_after_a_signal  # noqa: E402
+from megatron_smar.checkpoint.fit import CheckpointMismatchError
+from megatron_smar.checkpoint.metadata import DamagedError
+from megatron_smar.config.flag_errors import FLAG_ERRORS
+from megatron_smar.data.rejects import DataError
+from megatron_smar.runtime.finite_steps import NotFiniteError
+from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider
+from megatron_smar.training.setup import fail, fail_before_training, parse_arguments
+from megatron_smar.training.stop import end_after_a_signal
 
 
 def main() -> None:

@@ -28,15 +28,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import torch  # noqa: E402
-from architectures import ARCHITECTURES  # noqa: E402
-from matplotlib import cbook  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tokenizers import ByteLevelBPETokenizer  # noqa: E402
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
+import torch
+from architectures import ARCHITECTURES
+from matplotlib import cbook
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tools.data.prepare import prepare  # noqa: E402
+from megatron_smar.data.preparation import prepare
 
 PICTURES = {  # of matplotlib's sample data
     "the portrait of Grace Hopper": "grace_hopper.jpg",

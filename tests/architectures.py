@@ -153,9 +153,9 @@ def composite_source(hf: Any, tower: Path, folder: Path, image_token: int = VOCA
         folder: Where the language model is saved.
         image_token: The placeholder of one vision token.
     """
-    from megatron_smar.checkpoint import composite
     from megatron_smar.checkpoint.safetensors_io import read_folder
-    from megatron_smar.checkpoint.sources import Source
+    from megatron_smar.conversion import composite
+    from megatron_smar.conversion.sources import Source
 
     hf.save_pretrained(folder)
     vision = composite.load_config(tower)

@@ -74,7 +74,7 @@ MUTATIONS = (
     ),
     Mutation(
         "take context-parallel shares for contiguous",
-        "megatron_smar/model/local_layers.py",
+        "megatron_smar/model/context_parallel.py",
         "torch.cat([chunks[:context_parallel_size], chunks.flip(0)[:context_parallel_size]], dim=1)",
         "torch.arange(first, first + length).view(context_parallel_size, -1)",
         (exactness("CP 2"),),

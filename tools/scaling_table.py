@@ -4,7 +4,7 @@
     python tools/scaling_table.py [--tokens 4096] [--expert-parallel 8] [--tflops 400]
 
 Beside the routing statistics stands what they are to hide behind: the token all-to-all and the experts' work. Nothing
-here is measured. `tools/benchmark/smar_overhead.py` counts collectives and floats per layer in a real step.
+here is measured. `benchmarks/smar_overhead.py` counts collectives and floats per layer in a real step.
 """
 
 from __future__ import annotations

@@ -24,18 +24,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from steps import Step, StepError, run_program, source_hash  # noqa: E402
+from steps import Step, StepError, run_program, source_hash
 
-from megatron_smar.analysis.report import print_table, write_report  # noqa: E402
-from megatron_smar.analysis.scalars import read_scalars  # noqa: E402
+from megatron_smar.report.report import print_table, write_report
+from megatron_smar.report.scalars import read_scalars
 
 SCRIPTS = Path("examples/emoji_tiny")
 RANKS = 2
 TEXT_ONLY = 0.025  # share of pure text in stage 2, the paper's
 # Whose change makes results invalid: what makes the data, and what trains.
 DATA_CODE = [f"examples/emoji_tiny/{name}.py" for name in ("sources", "corpus", "scenes", "pretrain_vision")]
-TRAINING_PACKAGES = ("runtime", "routing", "model", "training", "data")
-TRAINING_CODE = ["pretrain_vlm.py", "megatron_smar/*.py", *(f"megatron_smar/{name}/*.py" for name in TRAINING_PACKAGES)]
+TRAINING_PACKAGES = ("runtime", "routing", "model", "monitoring", "config", "training", "data")
+TRAINING_CODE = [
+    "pretrain_vlm.py",
+    "megatron_smar/*.py",
+    *(f"megatron_smar/{name}/**/*.py" for name in TRAINING_PACKAGES),
+]
 
 ARCHITECTURE = {
     "--num-layers": 4,
@@ -131,7 +135,7 @@ class Demo:
 
     def __post_init__(self) -> None:
         self.steps: dict[str, Step] = {}
-        self.data_code = source_hash(ROOT, [*DATA_CODE, "tools/data/prepare.py", "megatron_smar/data/**/*.py"])
+        self.data_code = source_hash(ROOT, [*DATA_CODE, "megatron_smar/data/**/*.py"])
         self.training_code = source_hash(ROOT, TRAINING_CODE)
 
     def program(self, step: str, *command: object, ranks: int = 0) -> None:
@@ -212,7 +216,7 @@ class Demo:
     def evaluate(self, trained: Step) -> dict[str, Any]:
         """Measures a checkpoint on the held-out texts and pictures."""
         corpus, scenes, name = self.output / "corpus", self.output / "scenes", f"evaluation_{trained.name}"
-        evaluator = source_hash(ROOT, ["tools/evaluate.py"])
+        evaluator = source_hash(ROOT, ["megatron_smar/commands/evaluate.py", "megatron_smar/evaluation/*.py"])
         step = self.step(name, name, trained.key, evaluator)
         step.run(
             lambda: self.program(

@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, PhiConfig
 if __name__ == "__main__":  # run from the project's folder, without installing it
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_smar.checkpoint import composite
 from megatron_smar.checkpoint.safetensors_io import Stored, read_folder, write_folder
+from megatron_smar.conversion import composite
 from megatron_smar.data.tokens import IMAGE_CONTEXT, add_tokens
 
 # What MoE-LLaVA's names begin with, and what that becomes; None: not taken.

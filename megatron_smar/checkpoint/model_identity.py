@@ -13,10 +13,11 @@ from typing import Any
 from megatron.training.arguments import add_megatron_arguments
 from transformers import PretrainedConfig
 
-from megatron_smar.arguments import add_arguments, vision_config
 from megatron_smar.checkpoint.fit import CheckpointMismatchError, checkpoint_to_load
 from megatron_smar.checkpoint.metadata import read_common_state, read_contents, saved_arguments
 from megatron_smar.checkpoint.tokenizer_identity import settle_vocabulary
+from megatron_smar.config.build import vision_config
+from megatron_smar.config.flags import add_arguments
 from megatron_smar.model.vision import load_vision_config
 
 # Arguments that decide what the model computes, by what they are about. What only says how it is computed (kernels,

@@ -3,7 +3,7 @@
 
 Pillow reads every header and decodes what is no plain JPEG. JPEG's pixels come from libjpeg-turbo by way of simplejpeg:
 the same values, faster, and unlike Pillow it says so when a file breaks off inside a picture
-(tools/benchmark/images.py measures both). Files are judged by their content, never by their names.
+(benchmarks/images.py measures both). Files are judged by their content, never by their names.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ from megatron_smar.data.blend import (
 from megatron_smar.data.config import DataConfig
 from megatron_smar.data.conversations import Segment, record_segments, template_for, tokenize_segments
 from megatron_smar.data.images import read_each, read_image, read_size
-from megatron_smar.data.members import split_parts
 from megatron_smar.data.packing import pack
+from megatron_smar.data.raw_sample import split_parts
 from megatron_smar.data.rejects import DataError, RejectLog, SampleError
 from megatron_smar.data.tiling import ImageProcessor
 from megatron_smar.data.tokens import TextEncoder

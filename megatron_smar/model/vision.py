@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, image_utils
 from transformers.image_processing_base import ImageProcessingMixin
 
-from megatron_smar.checkpoint import remote_code
+from megatron_smar import huggingface
 
 Channels = tuple[float, float, float]
 
@@ -77,7 +77,7 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
     Raises:
         ValueError: The model is unknown, is no supported vision tower, or does not fit the tile size.
     """
-    remote_code.register()  # the folder may be an export of ours
+    huggingface.register()  # the folder may be an export of ours
     try:
         config = AutoConfig.from_pretrained(vision.model, trust_remote_code=False)
     except (OSError, ValueError) as error:

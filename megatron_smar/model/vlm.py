@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_smar.model.connector import Connector, ConnectorType
-from megatron_smar.model.layer_specs import LayerConfig, decoder_block_spec
-from megatron_smar.model.parallel_block import add_output_bias
+from megatron_smar.model.layers.parallel_block import add_output_bias
+from megatron_smar.model.layers.specs import LayerConfig, decoder_block_spec
 from megatron_smar.model.parts import freeze_parameters, frozen_parts
 from megatron_smar.model.vision import VisionConfig, VisionEncoder
 from megatron_smar.model.vocabulary import mask_padding

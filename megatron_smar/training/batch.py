@@ -19,7 +19,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_smar.data.batch import VisionLanguageBatch
-from megatron_smar.model.local_layers import zigzag_positions
+from megatron_smar.model.context_parallel import zigzag_positions
 from megatron_smar.routing.modalities import modality_ids_from_tokens
 
 

@@ -16,26 +16,26 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from torch import Tensor
 
-from megatron_smar.arguments import (
+from megatron_smar.checkpoint.weights_fit import check_weights
+from megatron_smar.config.build import (
     data_config,
     language_config,
     modality_routing_config,
     transformer_config,
     vision_config,
 )
-from megatron_smar.checkpoint.weights_fit import check_weights
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.conversations import template_for
 from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
-from megatron_smar.data.record import RecordedSamples
+from megatron_smar.data.sample_log import RecordedSamples
 from megatron_smar.data.tokens import TextEncoder
 from megatron_smar.model.vision import tokens_per_tile
 from megatron_smar.model.vlm import VisionLanguageModel
+from megatron_smar.monitoring.tracker import watch_routing
 from megatron_smar.runtime.signals import begin_training
 from megatron_smar.training.batch import CountedSteps, DataWait, prepare_batch
 from megatron_smar.training.console import write_arguments
 from megatron_smar.training.loss import lm_loss
-from megatron_smar.training.monitor import watch_routing
 from megatron_smar.training.resume import SavedPositions, restore
 from megatron_smar.training.summary import data_lines, place_lines, summary
 

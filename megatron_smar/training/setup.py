@@ -19,20 +19,21 @@ from megatron.training.training import setup_model_and_optimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smar import __version__, runtime
-from megatron_smar.arguments import add_arguments, transformer_config
 from megatron_smar.checkpoint.continuation import check_continuation
 from megatron_smar.checkpoint.fit import CheckpointMismatchError, leave_other_random_state, resumed_state
 from megatron_smar.checkpoint.loadable import check_loadable
 from megatron_smar.checkpoint.metadata import DamagedError
 from megatron_smar.checkpoint.model_identity import check_identity
 from megatron_smar.checkpoint.start_point import StartPoint, apply_start, find_start, keep_origin
-from megatron_smar.flag_checks import check_arguments, check_shape
+from megatron_smar.config.build import transformer_config
+from megatron_smar.config.checks import check_arguments, check_shape
+from megatron_smar.config.flag_errors import FLAG_ERRORS, sentence
+from megatron_smar.config.flags import add_arguments
+from megatron_smar.monitoring.tracker import install_metrics
 from megatron_smar.runtime import failure
 from megatron_smar.training.console import show_step_lines
-from megatron_smar.training.monitor import install_metrics
 from megatron_smar.training.providers import model_provider
 from megatron_smar.training.resume import take_over_folder
-from megatron_smar.training.sentences import FLAG_ERRORS, sentence
 
 
 def parse_arguments(

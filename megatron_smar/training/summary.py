@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import nn
 
-from megatron_smar.arguments import modality_routing_config
+from megatron_smar.config.build import modality_routing_config
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts, part_of
 
 GIB = 1024.0**3

@@ -78,7 +78,7 @@ def build_models(folder: Path) -> list[Any]:
     """With grouped queries, with multi-latent attention, the first recomputed, like Phi, like OLMoE; then `towers`."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    from megatron_smar.model.layer_specs import LayerConfig
+    from megatron_smar.model.layers.specs import LayerConfig
 
     half = {"bf16": True, "params_dtype": torch.bfloat16, "moe_router_dtype": "fp32", "num_layers": 2}
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -242,7 +242,6 @@ def _clipped(gradients: list[Tensor]) -> Tensor:
 def _evaluated(model: Any, device: torch.device) -> Tensor:
     """One sample scored, as many tokens as `answer` shares out; it and its collation are the host's own."""
     from megatron_smar.data.batch import EncodedSample, collate
-    from megatron_smar.training import evaluation
 
     with _disable_current_modes():
         ids = torch.tensor([IMAGE] * TOKENS + [9] * (LENGTH - TOKENS))
@@ -254,8 +253,10 @@ def _evaluated(model: Any, device: torch.device) -> Tensor:
             loss_mask=torch.ones(LENGTH),
             pixel_values=torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8),
         )
-    evaluation.collate = storage_less.on_host(collate)
-    scores = evaluation.Evaluator(model, IMAGE, TOKENS, 0)._score_batch([sample])
+    from megatron_smar.evaluation import evaluator
+
+    evaluator.collate = storage_less.on_host(collate)
+    scores = evaluator.Evaluator(model, IMAGE, TOKENS, 0)._score_batch([sample])
     return torch.ones(len(scores), device=device)
 
 
@@ -318,8 +319,9 @@ def main() -> None:
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    from megatron_smar.monitoring.config import MonitorConfig
+    from megatron_smar.monitoring.tracker import RoutingMetricsTracker
     from megatron_smar.routing.strategies.smar import SmarConfig
-    from megatron_smar.training.monitor import MonitorConfig, RoutingMetricsTracker
 
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)

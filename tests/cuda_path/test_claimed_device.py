@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_smar.analysis.scalars import read_scalars
+from megatron_smar.report.scalars import read_scalars
 from tests.cuda_path.recipes import STAGES, command_on_gpus, run_script
 from tests.launch import run
 

@@ -12,14 +12,14 @@ from megatron_smar import runtime
 runtime.install()
 stand_for_the_device_in_megatron()
 from architectures import ARCHITECTURES
-from megatron_smar.checkpoint import composite, model
+from megatron_smar.conversion import composite, empty_model
 architecture = ARCHITECTURES["qwen3_30b_a3b_internvl"]
 text = architecture.language
 config = composite.combine(text, architecture.vision, composite.Connection(), text.vocab_size - 1, text.vocab_size)
 built = []
-build_empty = model.build_empty
-model.build_empty = lambda args: built.append(build_empty(args)) or built[-1]
-_, tensors, _ = model.describe_model(config, composite.flags(config))
+build_empty = empty_model.build_empty
+empty_model.build_empty = lambda args: built.append(build_empty(args)) or built[-1]
+_, tensors, _ = empty_model.describe_model(config, composite.flags(config))
 held = {parameter.device.type for parameter in built[0].parameters()}
 assert held == {"meta"}, f"parameters of a 30-billion model were allocated on {held}"
 assert len(tensors) > 500

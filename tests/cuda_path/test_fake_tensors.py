@@ -18,7 +18,7 @@ EVERY_LAYER = {who: LAYERS * number for who, number in SPLITS.items()}
 STEP = EVERY_LAYER | {"read rerun_state_machine:validate_result": 1}
 # What a pack would cost each layer, were its lengths on the device: Megatron's rotary embedding reads them for queries
 # and keys, twice each, and our attention once.
-LENGTHS = {"read rope_utils:_apply_rotary_pos_emb_thd": 4, "read local_layers:forward": 1}
+LENGTHS = {"read rope_utils:_apply_rotary_pos_emb_thd": 4, "read local_attention:forward": 1}
 
 # What the host waits for, by part: in the forward pass, in the backward pass. No part has an upload: copies to the
 # device start from pinned memory and block nothing.

@@ -20,9 +20,9 @@ def write_start(recipe: str, output: Path) -> None:
     """What convert.sh leaves of the published model, as far as a stage's start reads it: flags and config."""
     from architectures import ARCHITECTURES
 
-    from megatron_smar.checkpoint.composite import Connection, combine, flags
-    from megatron_smar.checkpoint.model import write_flags
-    from megatron_smar.checkpoint.upcycle import UpcyclingConfig, mixture_flags
+    from megatron_smar.conversion.composite import Connection, combine, flags
+    from megatron_smar.conversion.empty_model import write_flags
+    from megatron_smar.conversion.upcycle import UpcyclingConfig, mixture_flags
 
     architecture = ARCHITECTURES[recipe]
     text = architecture.language

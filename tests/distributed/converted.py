@@ -17,12 +17,12 @@ from megatron_smar import runtime
 
 runtime.install()
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.training.training import destroy_global_state  # noqa: E402
+import torch
+import torch.distributed as dist
+from megatron.training.training import destroy_global_state
 
-from megatron_smar.checkpoint.verify import checkpoint_logits  # noqa: E402
-from megatron_smar.training.setup import start  # noqa: E402
+from megatron_smar.evaluation.verify import checkpoint_logits
+from megatron_smar.training.setup import start
 
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 SETTINGS = """

@@ -16,14 +16,14 @@ from megatron_smar import runtime
 
 runtime.install()
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core.utils import unwrap_model  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+import torch
+import torch.distributed as dist
+from megatron.core.utils import unwrap_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_smar.routing.router import ModalityAwareRouter  # noqa: E402
-from megatron_smar.routing.statistics import PendingStatistics  # noqa: E402
-from megatron_smar.training.setup import start  # noqa: E402
+from megatron_smar.routing.router import ModalityAwareRouter
+from megatron_smar.routing.statistics import PendingStatistics
+from megatron_smar.training.setup import start
 
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
 

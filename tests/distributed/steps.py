@@ -21,20 +21,20 @@ from megatron_smar import runtime
 
 runtime.install()
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core.distributed import finalize_model_grads  # noqa: E402
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker  # noqa: E402
-from megatron.core.utils import get_model_config  # noqa: E402
-from megatron.training import get_args  # noqa: E402
-from megatron.training.checkpointing import save_checkpoint  # noqa: E402
-from megatron.training.initialize import initialize_megatron  # noqa: E402
-from megatron.training.training import (  # noqa: E402
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.utils import get_model_config
+from megatron.training import get_args
+from megatron.training.checkpointing import save_checkpoint
+from megatron.training.initialize import initialize_megatron
+from megatron.training.training import (
     destroy_global_state,
     disable_forward_pre_hook,
     enable_forward_pre_hook,
@@ -43,10 +43,10 @@ from megatron.training.training import (  # noqa: E402
     train_step,
 )
 
-from megatron_smar.data.batch import VisionLanguageBatch  # noqa: E402
-from megatron_smar.training.batch import CountedSteps  # noqa: E402
-from megatron_smar.training.providers import make_forward_step, model_provider  # noqa: E402
-from megatron_smar.training.setup import parse_arguments  # noqa: E402
+from megatron_smar.data.batch import VisionLanguageBatch
+from megatron_smar.training.batch import CountedSteps
+from megatron_smar.training.providers import make_forward_step, model_provider
+from megatron_smar.training.setup import parse_arguments
 
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 

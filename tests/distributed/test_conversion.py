@@ -26,7 +26,7 @@ IMAGE = VOCABULARY - 1  # the placeholder, which no text has
 
 def import_model(hf: Any, tower: Path, folder: Path) -> None:
     """Writes a language model as a checkpoint, as convert.py does; its vocabulary has the image tokens already."""
-    from megatron_smar.checkpoint.importer import write_model
+    from megatron_smar.conversion.importer import write_model
 
     write_model(composite_source(hf, tower, folder / "language"), folder / "checkpoint")
 
@@ -72,8 +72,8 @@ def test_an_imported_model_gives_transformers_logits_under_each_layout(laborator
 
 @pytest.mark.parametrize("kind", FIRST)
 def test_an_exported_model_is_bit_identical_to_the_imported_one(laboratory, kind: str) -> None:
-    from megatron_smar.checkpoint.exporter import export_model
     from megatron_smar.checkpoint.safetensors_io import read_folder
+    from megatron_smar.conversion.exporter import export_model
 
     folder = laboratory[0] / kind
     export_model(folder / "checkpoint", folder / "checkpoint" / "hf", folder / "exported")

@@ -113,7 +113,7 @@ def world(tmp_path_factory) -> World:
 @pytest.fixture
 def convert(capsys, monkeypatch, single_rank):
     """Runs the program within this process, which has imported Megatron already; its exit status and what it wrote."""
-    from tools.checkpoint.convert import main
+    from megatron_smar.commands.convert import main
 
     def call(*argv: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, argv)])

@@ -9,7 +9,7 @@ from tests.launch import run
 
 
 def test_smar_adds_one_collective_per_layer_and_the_benchmark_reports_its_cost():
-    done = run("tools/benchmark/smar_overhead.py", "--shape", "demo", "--triples", 2, "--json")
+    done = run("benchmarks/smar_overhead.py", "--shape", "demo", "--triples", 2, "--json")
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["collectives_per_layer"] == 1
     assert result["floats_per_layer"] == 2 * (2 * 8 + 1)
@@ -21,12 +21,12 @@ def test_smar_adds_one_collective_per_layer_and_the_benchmark_reports_its_cost()
 
 
 def test_ranks_that_cannot_share_the_experts_are_refused_in_a_sentence():
-    done = run("tools/benchmark/smar_overhead.py", "--ranks", 3, check=False)
+    done = run("benchmarks/smar_overhead.py", "--ranks", 3, check=False)
     assert done.returncode == 2 and "--ranks 3 cannot share 8 experts out; give 2, 4 or 8." in done.stdout
 
 
 def test_packing_is_measured_beside_python_and_megatron_on_the_mixture():
-    done = run("tools/benchmark/packing.py", "--quick", "--image", "llava", "--samples", 20_000, "--json")
+    done = run("benchmarks/packing.py", "--quick", "--image", "llava", "--samples", 20_000, "--json")
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert 0.98 < result["fill"] == result["rows"]["Python"]["fill"] <= result["rows"]["ours, all at once"]["fill"]
     assert min(result[name] for name in ("samples_per_second", "ratio_python", "ratio_megatron")) > 0
@@ -34,13 +34,13 @@ def test_packing_is_measured_beside_python_and_megatron_on_the_mixture():
 
 
 def test_a_pack_shorter_than_the_longest_text_is_refused_by_the_packing_benchmark():
-    done = run("tools/benchmark/packing.py", "--max-tokens", 1024, check=False)
+    done = run("benchmarks/packing.py", "--max-tokens", 1024, check=False)
     assert done.returncode == 2 and "--max-tokens 1024 is too small: give 2048 or more." in done.stdout
 
 
 def test_both_pipelines_give_the_same_samples_tokens_and_tiles_of_the_same_data():
     small = ("--samples", 24, "--samples-per-turn", 8, "--image-size", 112, "--packing-buffer-size", 12)
-    done = run("tools/benchmark/data.py", "--quick", *small, "--json")
+    done = run("benchmarks/data.py", "--quick", *small, "--json")
     result = json.loads(done.stdout.strip().splitlines()[-1])
     counts = result["counts"]
     assert counts.pop("packs") < counts["samples"] == 24 and counts["tiles"] > 24
@@ -50,7 +50,7 @@ def test_both_pipelines_give_the_same_samples_tokens_and_tiles_of_the_same_data(
 
 
 def test_a_long_run_of_the_loader_keeps_nothing_of_the_samples_it_has_read():
-    done = run("tools/benchmark/data.py", "--long", "--samples", 3000, "--json")
+    done = run("benchmarks/data.py", "--long", "--samples", 3000, "--json")
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["slowdown"] > 0 and set(result["modes"]) == {"no worker", "a worker", "a worker, packed"}
     assert all(mode["tenths"][-1]["samples"] >= 3000 for mode in result["modes"].values())

@@ -226,7 +226,7 @@ def test_an_import_is_measured_without_the_flags_of_its_model(start, photograph,
 def test_a_checkpoint_and_its_export_give_the_same_answer_to_one_question(
     start, trained, convert, photograph, tmp_path, capsys
 ):
-    from megatron_smar.chat import main as chat
+    from megatron_smar.commands.chat import main as chat
 
     assert convert("export", "--load", trained, "--hf", start / "hf", "--output", tmp_path / "exported")[0] == 0
     answers: dict[str, set[str]] = {}
@@ -251,7 +251,7 @@ CHAT_MISTAKES = {
 
 @pytest.mark.parametrize("case", CHAT_MISTAKES)
 def test_a_mistaken_question_is_refused_in_one_sentence(case, tmp_path, monkeypatch, capsys):
-    from megatron_smar.chat import main as chat
+    from megatron_smar.commands.chat import main as chat
 
     words, message = CHAT_MISTAKES[case]
     for name in ("hf", "empty"):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_smar.analysis.scalars import read_scalars
 from megatron_smar.model.parts import part_of
+from megatron_smar.report.scalars import read_scalars
 from tests.launch import ROOT, load_weights, users_environment
 
 # Recipe -> its stages, each with the parts that learn there.

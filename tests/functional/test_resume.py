@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 
-from megatron_smar.analysis.scalars import read_scalars
 from megatron_smar.data import load_loader_state
-from megatron_smar.data.record import read_recorded
+from megatron_smar.data.sample_log import read_recorded
+from megatron_smar.report.scalars import read_scalars
 from tests.conftest import free_port
 from tests.launch import ROOT
 

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_smar.data.record import read_recorded
+from megatron_smar.data.sample_log import read_recorded
 from tests.conftest import free_port
 from tests.launch import ROOT
 

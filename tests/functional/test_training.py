@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from megatron_smar.analysis.scalars import read_scalars
 from megatron_smar.model.parts import part_of
+from megatron_smar.report.scalars import read_scalars
 from tests.launch import ROOT, TWO_STEPS, load_weights, run
 
 SMAR = ["--modality-routing", "smar", "--smar-d-min", "3", "--smar-d-max", "4", "--smar-coeff", "0.1"]

@@ -40,8 +40,8 @@ def training_flags(files: Path) -> list[str]:
 
 def make(context: Context, findings: Findings) -> None:
     """The step `files`."""
+    from megatron_smar.data.preparation import prepare
     from megatron_smar.data.tokens import IMAGE_TOKENS, add_tokens
-    from tools.data.prepare import prepare
 
     folder = context.files
     folder.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def build(context: Context, shape: dict[str, Any], extra: tuple[str, ...] = ()) 
     runtime.install()
     import importlib.util
 
-    from tools.benchmark import smar_overhead
+    from benchmarks import smar_overhead
 
     sized = smar_overhead.Shape(**shape, triples=0, quick_triples=0)
     if context.device == "cuda" and importlib.util.find_spec("transformer_engine"):
@@ -89,7 +89,7 @@ def device_seconds(training: Any, setting: str) -> float:
 
 
 def _measure(context: Context, findings: Findings, shape: dict[str, Any]) -> None:
-    from tools.benchmark.smar_overhead import percent_over, time_parts
+    from benchmarks.smar_overhead import percent_over, time_parts
 
     shape = fitting(context, shape)
     training = build(context, shape)
@@ -129,7 +129,7 @@ def _count_kernels(context: Context, findings: Findings, training: Any) -> None:
     """What SMAR adds per layer: kernels and copies of the device; on the CPU, operations that torch dispatches."""
     layers = len(training.routers)
     if context.device == "cpu":
-        from tools.benchmark.smar_overhead import count
+        from benchmarks.smar_overhead import count
 
         findings.note("operations per layer", count(training)["smar"]["operations"])
         return

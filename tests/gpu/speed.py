@@ -77,7 +77,7 @@ def build(context: Context) -> tuple[Callable[[], float], Callable[[], float], i
     runtime.install()
     import importlib.util
 
-    from tools.benchmark import vs_transformers
+    from benchmarks import vs_transformers
 
     options = QUICK if context.quick or context.device == "cpu" else SIZES
     hf, batch = vs_transformers.hugging_face_model(options), vs_transformers.make_batch(options)
@@ -118,7 +118,7 @@ def model_flops(options: argparse.Namespace) -> float:
     Products of matrices, a multiplication and an addition each; of causal attention the lower half. Nothing that is
     computed again counts. The vision tower is frozen: forward alone.
     """
-    from tools.benchmark.vs_transformers import IMAGE_SIZE, PATCH, TOKENS_PER_TILE, VOCABULARY
+    from benchmarks.vs_transformers import IMAGE_SIZE, PATCH, TOKENS_PER_TILE, VOCABULARY
 
     hidden, length, rows = options.hidden_size, options.seq_length, options.micro_batch_size
     tokens = rows * length

@@ -76,20 +76,20 @@ def rank_of(layout: Layout) -> Iterator[None]:
 
 def parse(name: str, tower: str, *more: str) -> Namespace:
     """The trainer's arguments for one of `MODELS`, with the defaults of its own parser on CUDA."""
-    from megatron_smar.checkpoint import model
-    from megatron_smar.checkpoint.architectures import language_of
+    from megatron_smar.conversion import empty_model
+    from megatron_smar.conversion.architectures import language_of
 
     kind, upcycled = MODELS[name]
     config = build_config(kind)
-    flags = model.as_argv(language_of(config).flags(config))
-    args = model.parse([*flags, *upcycled, "--vision-model", tower, "--image-size", "32", *more], VOCABULARY)
+    flags = empty_model.as_argv(language_of(config).flags(config))
+    args = empty_model.parse([*flags, *upcycled, "--vision-model", tower, "--image-size", "32", *more], VOCABULARY)
     args.use_cpu_initialization = False  # what this parser sets for conversions
     return args
 
 
 def build(args: Namespace, layout: Layout | None = None) -> Any:
     """The trainer's model for these arguments, on this rank."""
-    from megatron_smar.arguments import language_config, modality_routing_config, transformer_config, vision_config
+    from megatron_smar.config.build import language_config, modality_routing_config, transformer_config, vision_config
     from megatron_smar.model.vlm import VisionLanguageModel
 
     place = layout or Layout()
@@ -119,7 +119,7 @@ class Part:
 
 def tensors_of(model: Any) -> dict[tuple[str, tuple[int, ...]], Part]:
     """Every part of a weight that this rank would save, by its key and its place in the whole."""
-    from megatron_smar.checkpoint.model import sharded_parts
+    from megatron_smar.conversion.empty_model import sharded_parts
 
     parts = [part for held in sharded_parts(model)[0].values() for part in held]
     found = {
@@ -139,7 +139,7 @@ def tensors_of(model: Any) -> dict[tuple[str, tuple[int, ...]], Part]:
 
 def objects_of(model: Any) -> set[str]:
     """Keys of what else this rank would save."""
-    from megatron_smar.checkpoint.model import sharded_parts
+    from megatron_smar.conversion.empty_model import sharded_parts
 
     return {part.key for part in sharded_parts(model)[1]}
 

@@ -17,17 +17,17 @@ from tests.redirected_cuda import claim_cuda, stand_for_the_device_in_megatron
 
 claim_cuda()
 
-from megatron_smar import runtime  # noqa: E402  (the claim comes first)
-from megatron_smar.runtime.environment import DEVICE_VARIABLE  # noqa: E402
+from megatron_smar import runtime
+from megatron_smar.runtime.environment import DEVICE_VARIABLE
 
 runtime.install()
 os.environ[DEVICE_VARIABLE] = "cpu"  # programs that the tests start
 stand_for_the_device_in_megatron()
 
-from tests.functional.conftest import world  # noqa: E402, F401
-from tests.launch import ROOT  # noqa: E402
-from tests.models import save_tower  # noqa: E402
-from tests.te.building import Layout, rank_of  # noqa: E402
+from tests.functional.conftest import world  # noqa: F401
+from tests.launch import ROOT
+from tests.models import save_tower
+from tests.te.building import Layout, rank_of
 
 
 @pytest.fixture

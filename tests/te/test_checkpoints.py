@@ -76,7 +76,7 @@ def test_beside_the_weights_are_the_same_extra_states_of_linear_layers(name, alo
 @pytest.mark.parametrize("name", MODELS)
 def test_a_conversion_writes_the_keys_that_the_layers_read(name, alone, tower):
     """What a conversion builds: the same model on the meta device, by the CPU's defaults."""
-    from megatron_smar.checkpoint.model import build_empty
+    from megatron_smar.conversion.empty_model import build_empty
 
     args = parse(name, tower, "--transformer-impl", "local", "--no-rope-fusion")
     assert tensors_of(build_empty(args)) == tensors_of(build(parse(name, tower)))

@@ -21,12 +21,13 @@ def assert_no_stand_in(layers: Any) -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from megatron_smar.model import local_layers
+    from megatron_smar.model.layers import local_attention, local_experts
 
     ours = tuple(
         part
-        for part in vars(local_layers).values()
-        if isinstance(part, type) and part.__module__ == local_layers.__name__
+        for module in (local_attention, local_experts)
+        for part in vars(module).values()
+        if isinstance(part, type) and part.__module__ == module.__name__
     )
     assert len(ours) > 2
     stand_ins = (ColumnParallelLinear, RowParallelLinear, DotProductAttention, WrappedTorchNorm, *ours)
@@ -80,7 +81,7 @@ def test_dense_layers_have_their_norms_within_the_linear_layers(alone, tower):
 def test_norms_of_queries_and_keys_are_per_head_or_per_projection(alone, tower):
     import transformer_engine.pytorch as te
 
-    from megatron_smar.model.attention_norms import ProjectionNorm
+    from megatron_smar.model.layers.norms import ProjectionNorm
 
     head = decoder("qwen3", tower)[0].self_attention
     assert isinstance(head.q_layernorm, te.RMSNorm) and head.k_layernorm.weight.shape == (16,)

@@ -27,7 +27,7 @@ def test_the_package_and_megatron_are_imported_with_it():
 def test_every_default_is_megatrons_but_the_few_that_are_ours():
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_smar.arguments import add_arguments
+    from megatron_smar.config.flags import add_arguments
 
     theirs = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
     ours = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))

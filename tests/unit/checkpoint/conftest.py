@@ -61,8 +61,8 @@ def hf(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory, hf, single_rank) -> Path:
     """The checkpoint that it becomes."""
-    from megatron_smar.checkpoint.importer import write_model
-    from megatron_smar.checkpoint.sources import read_composite
+    from megatron_smar.conversion.importer import write_model
+    from megatron_smar.conversion.sources import read_composite
 
     folder = tmp_path_factory.mktemp("imported") / "checkpoint"
     write_model(read_composite(hf), folder)

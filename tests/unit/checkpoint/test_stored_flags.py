@@ -17,7 +17,7 @@ def parsed(monkeypatch, defaults, *flags: str) -> Namespace:
     """What Megatron's parser and checks make of them."""
     from megatron.training.arguments import parse_args, validate_args
 
-    from megatron_smar.arguments import add_arguments
+    from megatron_smar.config.flags import add_arguments
 
     def add_flags(parser):
         parser = add_arguments(parser)

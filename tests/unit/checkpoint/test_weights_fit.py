@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_smar.checkpoint.fit import CheckpointMismatchError
-from megatron_smar.checkpoint.model import build_empty, parse, sharded_parts
 from megatron_smar.checkpoint.torch_dist import Shard, write_checkpoint
 from megatron_smar.checkpoint.weights_fit import check_weights
+from megatron_smar.conversion.empty_model import build_empty, parse, sharded_parts
 from tests.launch import SMALL_MODEL
 from tests.models import save_tower
 

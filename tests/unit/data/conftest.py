@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SpmConverter
 
-import tools.data.prepare
+import megatron_smar.data.preparation
 from megatron_smar.data import DataConfig, ImageConfig
 from megatron_smar.data.tokens import IMAGE_TOKENS, add_tokens
 
@@ -198,7 +198,7 @@ def llama_like(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
 @pytest.fixture(scope="session")
 def prepare_module() -> ModuleType:
     """tools/data/prepare.py as a module."""
-    return tools.data.prepare
+    return megatron_smar.data.preparation
 
 
 def picture(colour: Any = "red", size: tuple[int, int] = (20, 12), kind: str = "PNG", mode: str = "RGB") -> bytes:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import megatron_smar.data
+from benchmarks import packing as benchmark
 from megatron_smar.data.packing import MOST_TOKENS, pack, pack_flat
-from tools.benchmark import packing as benchmark
 
 
 @st.composite

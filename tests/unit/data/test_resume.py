@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from megatron_smar.data import DataConfig, DataError, EnergonIterator, build_train_loader
-from megatron_smar.data.record import RecordedSamples, read_recorded
+from megatron_smar.data.sample_log import RecordedSamples, read_recorded
 from megatron_smar.data.state import WORKER_BATCHES, load_rank_state, redistribute
 
 Make = Callable[..., DataConfig]

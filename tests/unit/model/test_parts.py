@@ -131,8 +131,8 @@ def test_freezing_all_that_a_model_has_is_refused(monkeypatch, freeze, model, tr
     runtime.install()
     from megatron.training.arguments import parse_args
 
-    from megatron_smar.arguments import add_arguments
-    from megatron_smar.flag_checks import check_shape
+    from megatron_smar.config.checks import check_shape
+    from megatron_smar.config.flags import add_arguments
 
     monkeypatch.setattr("sys.argv", ["pretrain_vlm.py", *SMALL_MODEL, *model, "--freeze", *freeze])
     args = parse_args(add_arguments)

@@ -8,7 +8,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_smar.model.parallel_block import add_output_bias
+from megatron_smar.model.layers.parallel_block import add_output_bias
 from megatron_smar.model.vocabulary import mask_padding
 from tests.launch import run
 

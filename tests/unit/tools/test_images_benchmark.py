@@ -5,13 +5,13 @@ from types import ModuleType
 
 import pytest
 
-import tools.benchmark.images
+import benchmarks.images
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    """tools/benchmark/images.py as a module."""
-    return tools.benchmark.images
+    """benchmarks/images.py as a module."""
+    return benchmarks.images
 
 
 def test_all_parts_are_measured_and_ours_stays_near_pillow(benchmark: ModuleType) -> None:

@@ -25,7 +25,7 @@ from megatron.energon import Cooker, DefaultTaskEncoder, WorkerConfig, get_loade
 from megatron.energon.metadataset.loader import load_dataset
 from PIL import Image
 
-import tools.data.prepare
+import megatron_smar.data.preparation
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "tools/data/prepare.py"
@@ -34,7 +34,7 @@ PROGRAM = ROOT / "tools/data/prepare.py"
 @pytest.fixture(scope="module")
 def prepare() -> ModuleType:
     """The program as a module."""
-    return tools.data.prepare
+    return megatron_smar.data.preparation
 
 
 def talk(user: str, answer: str) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ import pytest
     ],
 )
 def test_a_mistyped_flag_gets_its_neighbours_in_one_line_and_no_usage(capsys, given, said):
-    from megatron_smar.training.sentences import explain_unknown_flags
+    from megatron_smar.config.flag_errors import explain_unknown_flags
 
     parser = ArgumentParser(prog="pretrain_vlm.py", allow_abbrev=False)
     parser.add_argument("--hidden-size", type=int)

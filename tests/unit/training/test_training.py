@@ -260,7 +260,7 @@ def test_bias_is_float32_in_half_precision_without_weight_decay_and_ignores_padd
 
 
 def test_recorded_routing_adds_up_over_batches_and_leaves_nothing_behind(single_rank, vision):
-    from megatron_smar.training.monitor import recorded_routing
+    from megatron_smar.monitoring.recorder import recorded_routing
 
     model = build_model(vision).eval()
     with torch.no_grad(), recorded_routing([model]) as recorder:
@@ -276,11 +276,12 @@ def test_recorded_routing_adds_up_over_batches_and_leaves_nothing_behind(single_
 
 
 def test_metrics_average_over_layers_and_comparable_micro_batches(single_rank):
+    from megatron_smar.monitoring.config import MonitorConfig
+    from megatron_smar.monitoring.tracker import RoutingMetricsTracker
     from megatron_smar.routing import RoutingStatistics
     from megatron_smar.routing.router import MRD_DISTANCE, RoutingReport
     from megatron_smar.routing.strategies.base import Weighted
     from megatron_smar.routing.strategies.smar import SMAR_LOSS, SmarConfig
-    from megatron_smar.training.monitor import MonitorConfig, RoutingMetricsTracker
 
     class Writer(dict):
         def add_scalar(self, name, value, iteration):

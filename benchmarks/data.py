@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast data becomes micro-batches, stage by stage and as a whole, beside a plain torch.utils.data pipeline.
+
+    python benchmarks/data.py [--image-size 448] [--max-tiles 6] [--seq-length 4096] [--quick] [--json]
+    python benchmarks/data.py --long [--samples 100000] [--quick] [--json]
+
+With --long, whether loading stays as fast and as small as it begins: long_run.py, beside this file, says how.
+
+The data is made at the start, in a temporary folder (mixture.py): records as in LLaVA-1.5's mixture (packing.py says
+where its numbers come from; 6% have no image), their text cut from Python's own documentation, their pictures from one
+photograph (cropped, mirrored, recoloured, with grain) in the sizes of the mixture's sources, one in 25 as PNG, the
+others as JPEG. A SentencePiece model is trained on the text. tools/data/prepare.py makes the shards.
+
+Compared are two pipelines that read the same records and pictures, with as many workers:
+
+    ours    what training runs: energon, the task encoder with packing, uint8 tiles to the training process
+    torch   torch.utils.data.DataLoader and Pillow, as one would write it (below in this file): JSON and image files,
+            InternVL's dynamic_preprocess and collator, float tiles, padded batches of as many samples as a pack holds
+
+Both end with normalised float32 tiles in the training process; normalising there is part of our time. Before anything
+is timed, every sample is sent through both, and must give the same tokens, mask and tiles. Pixels may be two grey
+levels apart, since torch and Pillow round differently, and one in a thousand more: they resize across and down in
+another order, and cut off in between what overshoots white or black.
+
+The stages are measured in one process, in CPU time. The whole is measured in wall-clock time, the two pipelines by
+turns; their workers are warm, what they had prefetched is used up before the clock starts, and the other pipeline's
+workers stand still. `ratio_torch` is the median over rounds of our samples per second over theirs, with one worker. How
+far a second worker helps depends on the cores: the training process, which here normalises without a GPU, wants one
+for itself (busy is the share of the time that it computes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when the libraries are loaded
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+warnings.filterwarnings("ignore", message=".*(Transformer Engine|dynamic_context|not writable|pin_memory)")
+
+import numpy as np
+import torch
+from long_run import make_long_data, print_long, run_long
+from megatron.core.tokenizers import MegatronTokenizer
+from megatron.energon import Cooker, TaskEncoder, WorkerConfig, get_loader, get_val_dataset
+from mixture import make_data
+from packing import LONGEST_TEXT
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from tqdm import tqdm
+
+from megatron_smar.data import (
+    ConversationTaskEncoder,
+    DataConfig,
+    EnergonIterator,
+    ImageConfig,
+    build_train_loader,
+)
+from megatron_smar.data.batch import EncodedSample, TokenizedSample
+from megatron_smar.data.conversations import get_template, record_segments, tokenize_segments
+from megatron_smar.data.images import read_image
+from megatron_smar.data.rejects import RejectLog
+from megatron_smar.data.task_encoder import RawSample, cook
+from megatron_smar.data.tokens import TextEncoder
+from megatron_smar.model.vision import NORMALISATION, normalise
+
+MEAN, STD = NORMALISATION["internvl_vision"]
+PREFETCH = 2  # batches per worker: torch's default, and energon's
+WORKERS = (1, 2)
+UNITS = ("samples", "tokens", "tiles")
+STAGES = ("raw reading", "tokenising", "packing", "decoding", "tiling", "batching")  # in a worker
+
+
+def load_encoder(folder: Path) -> tuple[Any, TextEncoder]:
+    """The tokenizer as Megatron loads it for --tokenizer-type SentencePieceTokenizer, and ours around it."""
+    tokenizer = MegatronTokenizer.from_pretrained(
+        tokenizer_path=str(folder / "tokenizer.model"),
+        metadata_path={"library": "sentencepiece"},
+        chat_template=None,
+        ignore_extra_whitespaces=True,
+        legacy=False,
+        special_tokens=None,
+    )
+    return tokenizer, TextEncoder(tokenizer)
+
+
+# ---- a plain pipeline, of what every torch program has
+
+
+def dynamic_preprocess(image: Image.Image, side: int, max_tiles: int) -> list[Image.Image]:
+    """InternVL's tiling with a thumbnail, as its model card publishes it."""
+    wide, high = image.size
+    grids = sorted(
+        {(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles},
+        key=lambda grid: grid[0] * grid[1],
+    )
+    best, best_difference = (1, 1), float("inf")
+    for grid in grids:
+        difference = abs(wide / high - grid[0] / grid[1])
+        if difference < best_difference:
+            best, best_difference = grid, difference
+        elif difference == best_difference and wide * high > 0.5 * side * side * grid[0] * grid[1]:
+            best = grid
+    columns, rows = best
+    canvas = image.resize((side * columns, side * rows), Image.Resampling.BICUBIC)
+    corners = [(side * column, side * row) for row in range(rows) for column in range(columns)]
+    tiles = [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
+    if len(tiles) > 1:
+        tiles.append(image.resize((side, side), Image.Resampling.BICUBIC))
+    return tiles
+
+
+class PlainDataset(Dataset[dict[str, torch.Tensor]]):
+    """A JSON file and a folder of images; template, tokens and mask are made by the functions that ours uses."""
+
+    def __init__(self, folder: Path, config: DataConfig, encoder: TextEncoder) -> None:
+        self.folder = folder
+        self.config = config
+        self.encoder = encoder
+        self.records = json.loads((folder / "train.json").read_text())
+        self.template = get_template(config.template)
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        record = self.records[index]
+        image_config = self.config.image
+        tiles: list[torch.Tensor] = []
+        if "image" in record:
+            image = Image.open(self.folder / record["image"]).convert("RGB")
+            tiles = [
+                self.transform(tile)
+                for tile in dynamic_preprocess(image, image_config.image_size, image_config.max_tiles)
+            ]
+        lengths = [self.config.tokens_per_tile * len(tiles)] if tiles else []
+        segments = record_segments(record, self.template, len(lengths))
+        ids, targets = tokenize_segments(segments, self.encoder, lengths)
+        side = image_config.image_size
+        return {
+            "input_ids": torch.tensor(ids[:-1]),
+            "labels": torch.tensor(ids[1:]),
+            "loss_mask": torch.tensor(targets[1:], dtype=torch.float32),
+            "pixel_values": torch.stack(tiles) if tiles else torch.empty(0, 3, side, side),
+        }
+
+    def transform(self, tile: Image.Image) -> torch.Tensor:
+        """[3, H, W] float, normalised; what torchvision's ToTensor and Normalize do."""
+        return (
+            torch.from_numpy(np.array(tile))
+            .permute(2, 0, 1)
+            .contiguous()
+            .float()
+            .div_(255)
+            .sub_(self.mean)
+            .div_(self.std)
+        )
+
+    def collate(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Pad to the longest."""
+        pad = torch.nn.utils.rnn.pad_sequence
+        padding = {"input_ids": self.encoder.pad_id, "labels": self.encoder.pad_id, "loss_mask": 0}
+        batch = {
+            name: pad([sample[name] for sample in samples], batch_first=True, padding_value=value)
+            for name, value in padding.items()
+        }
+        batch["lengths"] = torch.tensor([len(sample["input_ids"]) for sample in samples])
+        batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples])
+        return batch
+
+
+# ---- the two pipelines, as the training process sees them
+
+
+def our_batches(config: DataConfig, tokenizer: Any, workers: int) -> Iterator[Counter[str]]:
+    """Micro-batches without end, normalised: what each holds."""
+    config = dataclasses.replace(config, num_workers=workers)
+    loader = EnergonIterator(build_train_loader(config, tokenizer, 0, 1), config)
+    try:
+        for batch in loader:
+            pixels = normalise(batch.pixel_values, MEAN, STD)
+            yield Counter(samples=len(batch.__key__), tokens=int((~batch.padding_mask).sum()), tiles=len(pixels))
+    finally:
+        loader.close()
+
+
+def plain_batches(dataset: PlainDataset, batch_size: int, workers: int) -> Iterator[Counter[str]]:
+    """Batches without end, in epochs that do not show: what each holds."""
+    order = RandomSampler(dataset, num_samples=1_000_000, generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(
+        dataset, batch_size, sampler=order, num_workers=workers, collate_fn=dataset.collate, prefetch_factor=PREFETCH
+    )
+    for batch in loader:
+        tokens, tiles = int(batch["lengths"].sum()), len(batch["pixel_values"])
+        yield Counter(samples=len(batch["lengths"]), tokens=tokens, tiles=tiles)
+
+
+def measure(batches: Iterator[Counter[str]], workers: int, samples: int) -> dict[str, float]:
+    """Samples, tokens and tiles per second, over at least so many samples, and how busy this process is meanwhile."""
+    for _ in range((PREFETCH + 1) * workers):
+        next(batches)
+    done: Counter[str] = Counter()
+    begin, begin_busy = time.perf_counter(), time.process_time()
+    while done["samples"] < samples:
+        done += next(batches)
+    seconds, busy = time.perf_counter() - begin, time.process_time() - begin_busy
+    return {unit: done[unit] / seconds for unit in UNITS} | {"busy": busy / seconds}
+
+
+def compare(
+    pipelines: dict[str, Iterator[Counter[str]]], workers: int, options: argparse.Namespace, bar: tqdm
+) -> dict[str, Any]:
+    """Speeds of both, measured by turns."""
+    speeds: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
+    for batches in pipelines.values():
+        for _ in range(4 * workers):
+            next(batches)
+    for turn in range(options.rounds):
+        for name in pipelines if turn % 2 == 0 else reversed(pipelines):
+            speeds[name].append(measure(pipelines[name], workers, options.samples_per_turn))
+        bar.update()
+    for batches in pipelines.values():
+        batches.close()  # type: ignore[attr-defined]
+    return summarise(speeds)
+
+
+def summarise(speeds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians over rounds, and the ratio's quartiles."""
+    summary: dict[str, Any] = {
+        name: {unit: statistics.median(speed[unit] for speed in turns) for unit in turns[0]}
+        for name, turns in speeds.items()
+    }
+    pairs = list(zip(speeds["ours"], speeds["torch"], strict=True))
+    for unit in ("samples", "tiles"):
+        ratios = [ours[unit] / theirs[unit] for ours, theirs in pairs]
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+        summary[f"ratio_{unit}"] = {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]}
+    return summary
+
+
+# ---- stages, in this process
+
+
+class RawEncoder(TaskEncoder):
+    """Reads samples and does nothing with them."""
+
+    cookers = (Cooker(cook),)
+    decoder = None
+
+
+class Stages:
+    """CPU seconds of each stage over the whole data, each sample once, and the samples' agreement with the other way.
+
+    Args:
+        config: Data configuration.
+        encoder: Text to ids.
+        dataset: The plain pipeline's.
+    """
+
+    def __init__(self, config: DataConfig, encoder: TextEncoder, dataset: PlainDataset) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.encoder = ConversationTaskEncoder(config, encoder, RejectLog("benchmark", config.data_path))
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.counts: Counter[str] = Counter()
+        self.plain_counts: Counter[str] = Counter()
+        self.far_pixels = 0
+
+    def run(self) -> None:
+        """Goes through all stages, pack by pack.
+
+        Raises:
+            SystemExit: The two pipelines do different work.
+        """
+        workers = WorkerConfig(rank=0, world_size=1, num_workers=0)
+        shards = get_val_dataset(
+            self.config.data_path, split_part="train", worker_config=workers, batch_size=None, task_encoder=RawEncoder()
+        )
+        reader = iter(get_loader(shards))
+        raw: list[RawSample] = [next(reader)]  # starting takes longer than reading
+        raw += self._timed("raw reading", list, reader)
+        self.seconds["raw reading"] *= len(raw) / (len(raw) - 1)
+        records = {sample.__key__: json.loads(sample.parts["json"]) for sample in raw}
+        tokenized = [self._timed("tokenising", self.encoder.preencode_sample, sample) for sample in raw]
+        packs: list[list[TokenizedSample]] = []
+        size = self.config.packing_buffer_size or len(raw)
+        for begin in range(0, len(raw), size):
+            packs += self._timed("packing", self.encoder.select_samples_to_pack, tokenized[begin : begin + size])
+        self.counts["packs"] = len(packs)
+        for pack in tqdm(packs, desc="stages", disable=None):
+            encoded = [self._decode(sample) for sample in pack]
+            row = self.encoder.pack_selected_samples(encoded)
+            batch = self._timed("batching", self.encoder.batch, [row])
+            self._timed("normalising", normalise, batch.pixel_values, MEAN, STD)
+            for sample in encoded:
+                self._compare(records[sample.__key__], sample)
+        if self.counts["samples"] != len(self.dataset):
+            sys.exit(f"{self.counts['samples']} samples came out of the shards, but {len(self.dataset)} went in.")
+
+    def rates(self) -> dict[str, dict[str, float]]:
+        """Stage -> samples, tokens and tiles per second, and its share of a worker's time."""
+        total = sum(self.seconds[name] for name in STAGES)
+        seconds = {name: self.seconds[name] for name in STAGES}
+        seconds |= {"a worker's stages": total, "normalising": self.seconds["normalising"]}
+        return {
+            name: {unit: self.counts[unit] / spent for unit in UNITS} | {"share": spent / total}
+            for name, spent in seconds.items()
+        }
+
+    def _decode(self, sample: TokenizedSample) -> EncodedSample:
+        before = self.seconds["decoding"]
+        for file in sample.files:
+            self._timed("decoding", read_image, file)
+        encoded = self._timed("tiling", self.encoder.postencode_sample, sample)
+        self.seconds["tiling"] -= self.seconds["decoding"] - before  # it decoded once more
+        return encoded
+
+    def _timed(self, stage: str, run: Callable[..., Any], *given: Any) -> Any:
+        begin = time.process_time()
+        result = run(*given)
+        self.seconds[stage] += time.process_time() - begin
+        return result
+
+    def _compare(self, record: dict[str, Any], ours: EncodedSample) -> None:
+        theirs = self.dataset[int(record["id"])]
+        for name in ("input_ids", "labels", "loss_mask"):
+            if not torch.equal(getattr(ours, name), theirs[name]):
+                sys.exit(f"The two pipelines give sample {record['id']} different {name}.")
+        self.counts.update(samples=1, tokens=len(ours.input_ids), tiles=len(ours.pixel_values))
+        self.plain_counts.update(samples=1, tokens=len(theirs["input_ids"]), tiles=len(theirs["pixel_values"]))
+        if ours.pixel_values.shape != theirs["pixel_values"].shape:
+            sys.exit(f"The two pipelines give sample {record['id']} different tiles.")
+        levels = (normalise(ours.pixel_values, MEAN, STD) - theirs["pixel_values"]).mul_(self.dataset.std * 255).abs_()
+        self.far_pixels += int((levels > 2.01).sum())
+        if self.far_pixels > 1e-3 * self.counts["tiles"] * self.config.image.image_size**2 * 3:
+            sys.exit(f"The two pipelines give samples, the last {record['id']}, different pixels.")
+
+
+# ---- the program
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    """Prints what was measured."""
+    counts, far = result["counts"], 1e6 * result["far_pixels_share"]
+    print("the same in both pipelines: " + ", ".join(f"{counts[unit]:,} {unit}" for unit in UNITS), end="; ")
+    print(f"{far:.1f} of a million pixels more than 2 grey levels apart")
+    print(f"packs: {counts['packs']}; a plain batch has {result['batch_size']} samples")
+    print(f"{'stage, in one process':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'share %':>10}")
+    for name, stage in result["stages"].items():
+        speeds = "".join(f"{stage[unit]:12,.0f}" for unit in UNITS)
+        print(f"{name:34}{speeds}{100 * stage['share']:10.1f}")
+    print(f"the limit is {result['limit']}; normalising runs beside the workers, in the training process")
+    print(f"{'whole':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'busy %':>10}{'ratio':>8}  quartiles")
+    for workers, row in result["workers"].items():
+        ratio, (low, high) = row["ratio_samples"]["median"], row["ratio_samples"]["quartiles"]
+        for name, end in (("ours", f"{ratio:8.2f}  {low:.2f}..{high:.2f}"), ("torch", "")):
+            speeds = "".join(f"{row[name][unit]:12,.1f}" for unit in UNITS)
+            print(f"{f'{name}, {workers} worker(s)':34}{speeds}{100 * row[name]['busy']:10.0f}{end}")
+    growth = result["growth"]
+    print(f"from 1 to 2 workers: ours x{growth['ours']:.2f}, torch x{growth['torch']:.2f} ({os.cpu_count()} cores)")
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--image-size", type=int, default=448, help="Side of a tile. Default: %(default)s.")
+    add("--max-tiles", type=int, default=6, help="Of an image, without its thumbnail. Default: %(default)s.")
+    add("--seq-length", type=int, default=4096, help="Of a pack. Default: %(default)s.")
+    add("--packing-buffer-size", type=int, default=100, help="Default: %(default)s.")
+    add("--long", action="store_true", help="Read --samples samples, and compare the end with the beginning.")
+    add("--samples", type=int, help="In the data. Default: 300; 60 with --quick. --long: 100,000; 10,000 with --quick.")
+    add("--samples-per-turn", type=int, help="At least so many in a timed turn. Default: 150; 40 with --quick.")
+    add("--rounds", type=int, help="Pairs of turns for each number of workers. Default: 8; 2 with --quick.")
+    add("--quick", action="store_true", help="Fewer samples and turns, within a minute.")
+    add("--json", action="store_true", help="One JSON object as the last line.")
+    options = parser.parse_args()
+    samples = (100_000, 10_000) if options.long else (300, 60)
+    for name, usual, quick in (("samples", *samples), ("samples_per_turn", 150, 40), ("rounds", 8, 2)):
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else usual)
+    least = {"rounds": 2, "samples": 20, "samples_per_turn": 1, "packing_buffer_size": 1, "max_tiles": 2}
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} is too small: give {value} or more.")
+    if options.image_size < 28 or options.image_size % 28:
+        parser.error(f"--image-size {options.image_size} is no multiple of 28, the side of a vision token: give 448.")
+    longest = LONGEST_TEXT + (options.max_tiles + 1) * tokens_per_tile(options.image_size)
+    if options.seq_length < longest:
+        parser.error(f"--seq-length {options.seq_length} is too short for the longest sample: give {longest} or more.")
+    return options
+
+
+def tokens_per_tile(image_size: int) -> int:
+    """InternViT's: patches of 14 pixels, four of which become one token."""
+    return (image_size // 28) ** 2
+
+
+def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Makes the data and measures."""
+    make_data(folder, options.samples)
+    tokenizer, encoder = load_encoder(folder)
+    config = DataConfig(
+        data_path=str(folder / "shards"),
+        seq_length=options.seq_length,
+        micro_batch_size=1,
+        tokens_per_tile=tokens_per_tile(options.image_size),
+        image=ImageConfig(options.image_size, max_tiles=options.max_tiles, use_thumbnail=True),
+        packing_buffer_size=options.packing_buffer_size,
+        shuffle_buffer_size=100,
+    )
+    dataset = PlainDataset(folder, config, encoder)
+    stages = Stages(config, encoder, dataset)
+    stages.run()
+    batch_size = max(1, round(stages.counts["samples"] / stages.counts["packs"]))
+    workers = {}
+    with tqdm(total=len(WORKERS) * options.rounds, desc="rounds", disable=None) as bar:
+        for number in WORKERS:
+            ours, theirs = our_batches(config, tokenizer, number), plain_batches(dataset, batch_size, number)
+            workers[number] = compare({"ours": ours, "torch": theirs}, number, options, bar)
+    return {
+        "ratio_torch": workers[1]["ratio_samples"]["median"],
+        "samples_per_second": workers[1]["ours"]["samples"],
+        "workers": workers,
+        "growth": {name: workers[2][name]["samples"] / workers[1][name]["samples"] for name in ("ours", "torch")},
+        "stages": stages.rates(),
+        "limit": max(STAGES, key=lambda name: stages.seconds[name]),
+        "counts": dict(stages.counts),
+        "counts_torch": dict(stages.plain_counts),
+        "far_pixels_share": stages.far_pixels / (stages.counts["tiles"] * 3 * options.image_size**2),
+        "batch_size": batch_size,
+    }
+
+
+def main() -> None:
+    """Measures and prints."""
+    options = parse()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="smar-data-benchmark-") as name:
+        folder = Path(name)
+        if options.long:
+            data = make_long_data(folder)
+            result = run_long(folder, load_encoder(folder)[0], data, options.samples)
+            print_long(result)
+        else:
+            result = run(options, folder)
+            print_tables(result)
+    if options.json:
+        print(json.dumps(result | {"options": vars(options)}))
+
+
+if __name__ == "__main__":
+    main()

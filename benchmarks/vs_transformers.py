@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training speed beside Hugging Face's: the same model, the same batch, the same threads, in one process, in turns.
+
+Theirs: `InternVLForConditionalGeneration` with a Mixtral text config in a plain PyTorch loop with AdamW and gradient
+clipping. Ours: Megatron's `train_step` with DDP, its optimizer, SMAR on, as `pretrain_vlm.py` runs it. Reported is the
+ratio of tokens per second, the median over pairs of steps taken one after the other.
+
+    python benchmarks/vs_transformers.py [--quick] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+IMAGE_TOKEN, IMAGE_SIZE, PATCH, VOCABULARY = 5, 64, 8, 8192
+TOKENS_PER_TILE = (IMAGE_SIZE // PATCH // 2) ** 2
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=12, help="Pairs of steps that are timed. Default: %(default)s.")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="Threads of both. Default: all cores.")
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--ffn-hidden-size", type=int, default=896)
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--bf16", action="store_true", help="Both in bfloat16 instead of float32.")
+    parser.add_argument("--quick", action="store_true", help="Three pairs, within a minute.")
+    parser.add_argument("--json", action="store_true", help="One JSON object as the last line.")
+    return parser.parse_args()
+
+
+def hugging_face_model(options: argparse.Namespace) -> Any:
+    """Their model, randomly initialised."""
+    import torch
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, MixtralConfig
+
+    torch.manual_seed(1)
+    vision = InternVLVisionConfig(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        image_size=[IMAGE_SIZE, IMAGE_SIZE],
+        patch_size=[PATCH, PATCH],
+    )
+    text = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=options.hidden_size,
+        intermediate_size=options.ffn_hidden_size,
+        num_hidden_layers=options.num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_local_experts=options.num_experts,
+        num_experts_per_tok=2,
+        max_position_embeddings=options.seq_length,
+        tie_word_embeddings=False,
+    )
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    model = InternVLForConditionalGeneration(config)
+    return model.bfloat16() if options.bf16 else model
+
+
+def our_flags(options: argparse.Namespace, vision_path: str) -> list[str]:
+    """The same model in Megatron's flags."""
+    flags = f"""
+        --vision-model {vision_path} --image-size {IMAGE_SIZE} --connector internvl --modality-routing smar
+        --num-layers {options.num_layers} --hidden-size {options.hidden_size}
+        --ffn-hidden-size {options.ffn_hidden_size} --num-attention-heads 8 --group-query-attention
+        --num-query-groups 4 --num-experts {options.num_experts} --moe-router-topk 2
+        --moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall --swiglu --normalization RMSNorm
+        --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
+        --attention-dropout 0 --hidden-dropout 0 --seq-length {options.seq_length}
+        --max-position-embeddings {options.seq_length} --micro-batch-size {options.micro_batch_size}
+        --global-batch-size {options.micro_batch_size} --train-iters 1000 --lr 1e-4 --clip-grad 1.0 --weight-decay 0
+        --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --make-vocab-size-divisible-by 1
+        {"--bf16" if options.bf16 else ""} --no-check-for-nan-in-loss-and-grad
+    """
+    return flags.split()
+
+
+def make_batch(options: argparse.Namespace) -> dict[str, Any]:
+    """One micro-batch: an image at the front of every sequence, random text behind it."""
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    shape = (options.micro_batch_size, options.seq_length)
+    ids = torch.randint(6, VOCABULARY, shape, generator=generator)
+    ids[:, 1 : 1 + TOKENS_PER_TILE] = IMAGE_TOKEN
+    labels = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)
+    mask = (labels != IMAGE_TOKEN).float()
+    mask[:, -1] = 0
+    pixels = torch.randn(options.micro_batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    return {"ids": ids, "labels": labels, "mask": mask, "pixels": pixels}
+
+
+def their_step(model: Any, batch: dict[str, Any]) -> Callable[[], float]:
+    """A plain PyTorch training step on Hugging Face's model, its vision tower frozen as ours."""
+    import torch
+
+    model.model.vision_tower.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    labels = batch["ids"].masked_fill(batch["ids"] == IMAGE_TOKEN, -100)
+    model.train()
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=batch["ids"], pixel_values=batch["pixels"], labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return float(loss)
+
+    return step
+
+
+def our_step(flags: list[str], batch: dict[str, Any]) -> Callable[[], float]:
+    """Megatron's `train_step` on our model."""
+    import torch
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.rerun_state_machine import RerunDataIterator
+    from megatron.core.utils import get_model_config
+    from megatron.training import get_args
+    from megatron.training.training import train_step
+
+    from megatron_smar.data.batch import VisionLanguageBatch
+    from megatron_smar.training.providers import make_forward_step
+    from megatron_smar.training.setup import start
+
+    model, optimizer, scheduler = start(flags)
+    get_args().curr_iteration = 0
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    micro_batch = VisionLanguageBatch(
+        __key__=[str(i) for i in range(len(batch["ids"]))],
+        __restore_key__=(),
+        input_ids=batch["ids"],
+        labels=batch["labels"],
+        loss_mask=batch["mask"],
+        padding_mask=torch.zeros_like(batch["ids"], dtype=torch.bool),
+        pixel_values=batch["pixels"],
+    )
+
+    def forever() -> Iterator[VisionLanguageBatch]:
+        while True:
+            yield micro_batch
+
+    iterator = RerunDataIterator(forever())
+    schedule, forward_step = get_forward_backward_func(), make_forward_step(IMAGE_TOKEN, TOKENS_PER_TILE)
+
+    def step() -> float:
+        losses, *_ = train_step(forward_step, iterator, model, optimizer, scheduler, config, schedule, iteration=0)
+        return float(losses["lm loss"])
+
+    for chunk in model:
+        chunk.train()
+    return step
+
+
+def seconds(step: Callable[[], float]) -> float:
+    """Wall-clock time of one step."""
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Times the pairs and prints the table."""
+    options = parse()
+    pairs = 3 if options.quick else options.pairs
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost")
+    os.environ.setdefault("MASTER_PORT", "29541")
+    from megatron_smar import runtime
+
+    runtime.install()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    batch = make_batch(options)
+    hf = hugging_face_model(options)
+    with tempfile.TemporaryDirectory() as folder:
+        hf.model.vision_tower.save_pretrained(folder)
+        ours = our_step(our_flags(options, folder), batch)
+    theirs = their_step(hf, batch)
+    for step in (ours, theirs, ours, theirs):  # both optimizers have their state and every buffer exists
+        step()
+    rows = []
+    for pair in range(pairs):
+        order = (ours, theirs) if pair % 2 == 0 else (theirs, ours)
+        times = {step: seconds(step) for step in order}
+        rows.append((times[ours], times[theirs]))
+        print(f"pair {pair + 1}/{pairs}: ours {times[ours]:.3f} s, theirs {times[theirs]:.3f} s", flush=True)
+    report(options, hf, rows)
+
+
+def report(options: argparse.Namespace, hf: Any, rows: list[tuple[float, float]]) -> None:
+    """Prints the table, and the JSON object if asked for."""
+    ratios = sorted(theirs / ours for ours, theirs in rows)
+    tokens = options.micro_batch_size * options.seq_length
+    result = {
+        "ratio": statistics.median(ratios),
+        "ratio_min": ratios[0],
+        "ratio_max": ratios[-1],
+        "tokens_per_second": tokens / statistics.median(ours for ours, _ in rows),
+        "tokens_per_second_transformers": tokens / statistics.median(theirs for _, theirs in rows),
+        "parameters": sum(p.numel() for p in hf.parameters()),
+        "threads": options.threads,
+        "dtype": "bfloat16" if options.bf16 else "float32",
+        "pairs": len(rows),
+    }
+    for name, value in result.items():
+        print(f"{name:32} {value:,.3f}" if isinstance(value, float) else f"{name:32} {value}")
+    if options.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

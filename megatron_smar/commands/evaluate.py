@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Measures a checkpoint: perplexity, word completion, visual question answering, and the routing of both modalities.
+
+    torchrun --nproc-per-node 2 tools/evaluate.py --load CHECKPOINT --text held_out.jsonl --vqa questions.json \
+        --image-root DIR --output results.json  [--expert-model-parallel-size 2 ...]
+
+The model's flags, its vision model, tokenizer, conversation template and tiles are taken from the checkpoint, a run's
+or an import's; flags of pretrain_vlm.py that are given (layout, precision, --vision-model, --seq-length ...) win.
+--text: records with a `text`: perplexity, and the share of words of several pieces that are completed exactly, given
+the text up to their first piece. --vqa: records with `image` (a path or a list), `question`, `answer` and, if you like,
+a `kind` to group by: exact answers. The routing is recorded on --vqa.
+Both are JSON lists or JSON lines, as for prepare.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from megatron_smar import runtime
+
+runtime.install_or_exit()
+
+import torch
+import torch.distributed as dist
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args, get_tokenizer
+
+from megatron_smar.checkpoint.stored_flags import stored_flags
+from megatron_smar.config.build import image_config, vision_config
+from megatron_smar.data.batch import EncodedSample
+from megatron_smar.data.conversations import Segment, record_segments, template_for
+from megatron_smar.data.held_out import read_questions, read_texts
+from megatron_smar.data.rejects import SampleError
+from megatron_smar.data.task_encoder import SampleTokenizer
+from megatron_smar.data.tiling import ImageProcessor
+from megatron_smar.data.tokens import TextEncoder
+from megatron_smar.evaluation.evaluator import Evaluator, exact_match, perplexity, word_completion
+from megatron_smar.model.vision import tokens_per_tile
+from megatron_smar.monitoring.recorder import recorded_routing
+from megatron_smar.training.setup import fail, start
+
+# The alltoall dispatcher takes batches of any length; Megatron's own batch sizes and frozen parts have no effect here.
+RUN = {"moe_token_dispatcher_type": "alltoall", "micro_batch_size": 1, "freeze": ["vision"]}
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """Our options; the rest are Megatron's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="records with `text`: perplexity and word completion")
+    parser.add_argument("--vqa", type=Path, help="records with `image`, `question`, `answer`, `kind`")
+    parser.add_argument("--image-root", type=Path, default=Path("."), help="where the paths in --vqa start")
+    parser.add_argument("--examples", type=int, default=24, help="answers decoded and shown (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples per forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--float32", action="store_true", help="measure in float32 (default: in the precision that was trained in)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    return parser.parse_known_args()
+
+
+def read_records(options: argparse.Namespace) -> None:
+    """Reads --text and --vqa, a JSON list or JSON lines each, before anything is loaded."""
+    try:
+        options.texts = read_texts(options.text) if options.text else []
+        options.questions = read_questions(options.vqa, options.image_root) if options.vqa else []
+    except ValueError as error:
+        fail(error)
+
+
+class Encoder:
+    """Held-out records to encoded samples, as the trainer would encode them."""
+
+    def __init__(self) -> None:
+        args = get_args()
+        self.template = template_for(args.conversation_template, get_tokenizer())
+        self.text = TextEncoder(get_tokenizer(), self.template.special_tokens)
+        self.images = ImageProcessor(image_config(args))
+        self.tokens_per_tile = tokens_per_tile(vision_config(args))
+        self.tokenize = SampleTokenizer(self.text, self.images, self.tokens_per_tile, args.seq_length)
+
+    def encode(self, key: str, segments: list[Segment], files: list[bytes], full: bool = True) -> EncodedSample:
+        """One sample; without `full` a prompt, whose last token has no successor."""
+        try:
+            ids, targets = self.tokenize(segments, files)
+        except SampleError as error:
+            raise SampleError(error.reason, f"{key}: {error.message}") from error
+        inputs, labels, mask = (ids[:-1], ids[1:], targets[1:]) if full else (ids, ids, [False] * len(ids))
+        return EncodedSample(
+            __key__=key,
+            __restore_key__=(),
+            input_ids=torch.tensor(inputs),
+            labels=torch.tensor(labels),
+            loss_mask=torch.tensor(mask, dtype=torch.float32),
+            pixel_values=torch.cat([self.images.empty(), *map(self.images, files)]),
+        )
+
+    @property
+    def end_of_turn(self) -> int:
+        """The token that ends an answer."""
+        return self.text.special_id(self.template.end_of_turn)
+
+    def continues_word(self) -> torch.Tensor:
+        """[vocabulary] bool: pieces of letters without the space that begins a word."""
+        tokenizer = get_tokenizer()
+        pieces = tokenizer._tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))  # the wrapper has no public way
+        return torch.tensor([piece.isalpha() and piece[0] not in "▁Ġ" for piece in pieces])
+
+    def question(self, item: dict[str, Any], root: Path, answered: bool = True) -> EncodedSample:
+        """A question with its answer as target, or the prompt that asks for it."""
+        turns = [{"from": "human", "value": item["question"]}, {"from": "gpt", "value": item["answer"]}]
+        files = [(root / path).read_bytes() for path in item["image"]]
+        segments = record_segments({"conversations": turns}, self.template, len(files))
+        if not answered:
+            segments = [segment for segment in segments if not segment.is_target]
+        return self.encode(str(item.get("id", "")), segments, files, full=answered)
+
+
+def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
+    """All that was asked for."""
+    results: dict[str, Any] = {}
+    if options.texts:
+        samples = [
+            encoder.encode(str(r.get("id", i)), record_segments(r, encoder.template, 0), [])
+            for i, r in enumerate(options.texts)
+        ]
+        scores = evaluator.score(samples, "text")
+        results |= {"text_perplexity": perplexity(scores), "word_accuracy": word_completion(scores)}
+    if options.questions:
+        results |= measure_vqa(options, evaluator, encoder)
+    return results
+
+
+def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
+    """Accuracy by kind of question, the routing while answering, and some answers in the model's words."""
+    items = options.questions
+    samples = [encoder.question(item, options.image_root) for item in items]
+    with recorded_routing([evaluator.model]) as recorder:
+        scores = evaluator.score(samples, "visual questions")
+    kinds = defaultdict(list)
+    for item, score in zip(items, scores, strict=True):
+        kinds[item.get("kind", "all")].append(score)
+    args = get_args()
+    shown = items[: options.examples]
+    prompts = [encoder.question(item, options.image_root, answered=False) for item in shown]
+    answers = evaluator.generate(prompts, max_new_tokens=8, stop_id=encoder.end_of_turn) if shown else []
+    texts = [get_tokenizer().detokenize(ids).strip() for ids in answers]
+    shares = recorder.expert_shares()
+    return {
+        "vqa_accuracy": exact_match(scores),
+        "vqa_by_kind": {k: {"accuracy": exact_match(v), "count": len(v)} for k, v in sorted(kinds.items())},
+        "mrd_distance_by_layer": list(recorder.distances(args.moe_router_topk, args.smar_eps).values()),
+        "expert_share": {
+            name: [share[m].tolist() for share in shares.values()] for m, name in enumerate(("text", "vision"))
+        },
+        "examples": [item | {"prediction": text} for item, text in zip(shown, texts, strict=True)],
+    }
+
+
+def main() -> None:
+    """Loads the checkpoint, measures, and writes the results."""
+    options, flags = parse()
+    read_records(options)
+    try:
+        defaults = RUN | stored_flags(flags, asks=bool(options.questions))
+        defaults |= {"bf16": False, "fp16": False} if options.float32 else {}
+    except ValueError as error:
+        fail(error)
+    only_run = ["--skip-train", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"]
+    model, _, _ = start([*flags, *only_run], defaults)
+    encoder, args = Encoder(), get_args()
+    evaluator = Evaluator(
+        unwrap_model(model)[0],
+        encoder.text.image_tokens.context_id,
+        encoder.tokens_per_tile,
+        encoder.text.pad_id,
+        args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        options.batch_size,
+        encoder.continues_word(),
+    )
+    try:
+        results = measure(options, evaluator, encoder)
+    except SampleError as error:  # one that is too long for the flags
+        fail(error)
+    if dist.get_rank() == 0:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        for name, value in results.items():
+            if isinstance(value, float):
+                print(f"{name:24} {value:.4f}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configs that a run's flags become: each is a dataclass beside the code it configures, which validates itself."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from functools import partial
+
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.checkpointing import checkpoint_exists
+
+from megatron_smar.data.config import DataConfig
+from megatron_smar.data.tiling import ImageConfig
+from megatron_smar.model.layers.specs import LayerConfig
+from megatron_smar.model.vision import VisionConfig, tokens_per_tile
+from megatron_smar.model.vlm import LanguageConfig
+from megatron_smar.routing.config import ModalityRoutingConfig
+from megatron_smar.routing.strategies import STRATEGIES
+
+
+def modality_routing_config(args: Namespace) -> ModalityRoutingConfig:
+    """The routers' config."""
+    return ModalityRoutingConfig(
+        STRATEGIES[args.modality_routing].from_arguments(args),
+        eps=args.smar_eps,
+        scope=args.smar_scope,
+        router_bias=args.modality_router_bias,
+    )
+
+
+def vision_config(args: Namespace) -> VisionConfig:
+    """The vision encoder's config."""
+    return VisionConfig(
+        model=args.vision_model,
+        image_size=args.image_size,
+        pixel_shuffle=args.pixel_shuffle,
+        feature_layer=args.vision_feature_layer,
+        feature_scale=args.vision_feature_scale,
+        has_weights=not args.load or not checkpoint_exists(args.load),
+    )
+
+
+def language_config(args: Namespace) -> LanguageConfig:
+    """What the language model takes beside Megatron's TransformerConfig."""
+    return LanguageConfig(
+        vocab_size=args.padded_vocab_size,
+        true_vocab_size=args.true_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        output_bias=args.output_bias,
+        layers=LayerConfig(args.parallel_block, args.qk_norm_scope, args.latent_norm_epsilon),
+    )
+
+
+def transformer_config(args: Namespace) -> TransformerConfig:
+    """Megatron's config of the language model, with the activation that Megatron has no flag for."""
+    config = core_transformer_config_from_args(args)
+    if args.gelu_tanh:
+        # Megatron's fused kernels choose by the function, and know none of this one.
+        config.activation_func, config.bias_activation_fusion = partial(F.gelu, approximate="tanh"), False
+    return config
+
+
+def image_config(args: Namespace) -> ImageConfig:
+    """How images become tiles."""
+    return ImageConfig(
+        image_size=args.image_size,
+        min_tiles=args.min_tiles,
+        max_tiles=args.max_tiles,
+        use_thumbnail=args.use_thumbnail,
+    )
+
+
+def data_config(args: Namespace) -> DataConfig:
+    """What is read, and how it is padded for this layout."""
+    # Pipelines and the all-gather dispatcher need one shape on every rank; otherwise the longest sample decides.
+    one_shape = args.pipeline_model_parallel_size > 1 or args.moe_token_dispatcher_type == "allgather"
+    shards = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    shards *= 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+    return DataConfig(
+        data_path=args.data_path[0],
+        valid_data_path=args.valid_data_path[0] if args.valid_data_path else None,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        template=args.conversation_template,
+        tokens_per_tile=tokens_per_tile(vision_config(args)),
+        image=image_config(args),
+        pad_to=args.seq_length if one_shape else None,
+        pad_to_multiple_of=shards,
+        packing_buffer_size=args.packing_buffer_size,
+        packing_max_tiles=args.packing_max_tiles,
+        packing_multiple_of=2 * args.context_parallel_size if args.context_parallel_size > 1 else 1,
+        text_only_ratio=args.text_only_ratio,
+        num_workers=args.num_workers,
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        seed=args.seed,
+        rejects_dir=args.rejects_dir,
+        max_skip_ratio=args.max_skip_ratio,
+    )

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags that cannot train, refused before Megatron starts anything: one sentence, the same on every rank."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from importlib.util import find_spec
+
+from megatron_smar import runtime
+from megatron_smar.config.build import data_config, image_config, modality_routing_config, vision_config
+from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts
+from megatron_smar.model.vision import load_vision_config
+from megatron_smar.monitoring.config import MonitorConfig
+from megatron_smar.routing.config import ModalityRoutingConfig
+from megatron_smar.routing.modalities import modality_name
+from megatron_smar.routing.strategies import STRATEGIES
+
+
+def check_shape(args: Namespace, is_known: bool = True) -> None:
+    """Refuses models and layouts that cannot train.
+
+    Args:
+        args: The flags.
+        is_known: False before a checkpoint has given the model's shape (--use-checkpoint-args).
+    """
+    _check_freeze(args, is_known)
+    _check_routing(args, modality_routing_config(args), is_known)
+    _check_layers(args)
+    _check_parallelism(args)
+
+
+def check_arguments(args: Namespace, needs_data: bool = True) -> None:
+    """Refuses what cannot train, in one sentence, on every rank alike.
+
+    Args:
+        args: As Megatron's parser returns them, before it validates its own.
+        needs_data: Whether the program reads --data-path.
+
+    Raises:
+        ValueError: With the flag, its value and the mend.
+    """
+    runtime.check_flags(args)
+    if args.vision_model is None:
+        raise ValueError("--vision-model is missing; give the folder or the hub name of a Hugging Face vision encoder.")
+    load_vision_config(vision_config(args))
+    image_config(args)
+    if needs_data:
+        if not args.data_path or len(args.data_path) != 1 or len(args.valid_data_path or []) > 1:
+            raise ValueError(
+                "--data-path (and --valid-data-path) takes one folder of shards made by tools/data/prepare.py, or one "
+                f"energon metadataset, not {args.data_path or 'nothing'}."
+            )
+        data_config(args)
+        if args.packing_buffer_size and args.eval_micro_batch_size not in (None, 1):
+            raise ValueError(
+                f"--eval-micro-batch-size {args.eval_micro_batch_size} with --packing-buffer-size: a micro-batch of "
+                "validation is one pack too; leave it out."
+            )
+    _check_sizes(args)
+    check_shape(args, is_known=not args.use_checkpoint_args)
+    MonitorConfig.from_arguments(args)
+    if args.dataloader_type != "external":
+        raise ValueError(
+            f"--dataloader-type is {args.dataloader_type}; conversations come through energon: leave the flag out."
+        )
+    _check_batch_sizes(args)
+
+
+def _check_freeze(args: Namespace, shape_is_known: bool) -> None:
+    parts = {"vision", "connector", *LANGUAGE_PARTS}
+    if shape_is_known:
+        moe_layers = len(_moe_layers(args)) if args.num_experts else 0
+        parts -= {"experts", "router"} if not moe_layers else set()
+        parts -= {"dense"} if moe_layers == args.num_layers else set()
+    if parts <= frozen_parts(args.freeze):
+        raise ValueError(
+            f"--freeze {' '.join(args.freeze)} leaves nothing to train in this model; leave out at least one of them."
+        )
+
+
+def _check_allowed(args: Namespace, routing: ModalityRoutingConfig) -> None:
+    """Refuses allowed experts that leave a token fewer than K to choose, or that a fused kernel would not see."""
+    for layer in _moe_layers(args):
+        allowed = routing.strategy.allowed(layer, routing.num_modalities, args.num_experts)
+        if allowed is None:
+            continue
+        modality, own = min(enumerate(allowed.sum(dim=1).tolist()), key=lambda of: of[1])
+        if own < args.moe_router_topk:
+            raise ValueError(
+                f"--modality-routing {routing.strategy.name} leaves {modality_name(modality)} tokens {own} experts in "
+                f"layer {layer}, but --moe-router-topk is {args.moe_router_topk}; give each modality at least as many."
+            )
+        if args.moe_router_group_topk:
+            raise ValueError(
+                f"--moe-router-group-topk {args.moe_router_group_topk} can choose groups in which --modality-routing "
+                f"{routing.strategy.name} leaves a token too few experts; leave it and --moe-router-num-groups out."
+            )
+        if args.moe_router_fusion and args.moe_router_enable_expert_bias:
+            raise ValueError(
+                f"--moe-router-fusion adds one --moe-router-enable-expert-bias to all tokens, and --modality-routing "
+                f"{routing.strategy.name} needs one by modality; leave --moe-router-fusion out."
+            )
+
+
+def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_known: bool) -> None:
+    strategy = routing.strategy
+    if strategy.needs_experts and not args.num_experts and shape_is_known:
+        raise ValueError(
+            f"--modality-routing {strategy.name} works on the routers of MoE layers, and this model has none; "
+            "give --num-experts, or --modality-routing none."
+        )
+    for other in STRATEGIES.values():
+        other.from_arguments(args)  # a wrong value is wrong, whether or not this run would read it
+        if other is not type(strategy):
+            other.check_unused(args)
+    strategy.check(args, _moe_layers(args) if shape_is_known else None)
+    if args.num_experts and shape_is_known:
+        _check_allowed(args, routing)
+    learns_biases = routing.trains_bias
+    saves_optimizer = args.save and not args.no_save_optim
+    if learns_biases and saves_optimizer and (args.bf16 or args.fp16) and not args.use_distributed_optimizer:
+        raise ValueError(
+            "--bf16 and --fp16 leave the modality biases in float32, and Megatron saves the state of such an optimizer "
+            "only with --use-distributed-optimizer: give it, or --no-save-optim, or --no-modality-router-bias."
+        )
+    if learns_biases and args.optimizer_cpu_offload:
+        raise ValueError(
+            "--optimizer-cpu-offload cannot take up the modality biases, which are float32, from a checkpoint: leave "
+            "it out, or give --no-modality-router-bias."
+        )
+    if args.moe_pad_expert_input_to_capacity:
+        raise ValueError(
+            "--moe-pad-expert-input-to-capacity fills every expert, so that no statistics of the routing are left; "
+            "leave it out."
+        )
+    if args.moe_router_load_balancing_type in (["quantile_balancing"], "quantile_balancing"):
+        raise ValueError(
+            "--moe-router-load-balancing-type quantile_balancing cannot leave padding out; use aux_loss or none."
+        )
+
+
+def _check_layers(args: Namespace) -> None:
+    if args.gelu_tanh and (args.swiglu or args.squared_relu or args.quick_geglu):
+        raise ValueError(
+            "--gelu-tanh is one activation, --swiglu, --squared-relu and --quick-geglu are others; give one."
+        )
+    if args.num_experts and args.moe_grouped_gemm and args.add_bias_linear and args.bias_dropout_fusion:
+        raise ValueError(
+            "--moe-grouped-gemm with biases in the linear layers needs --no-bias-dropout-fusion: add it, or give "
+            "--disable-bias-linear for a model without biases."
+        )
+    if args.parallel_block and args.multi_latent_attention:
+        raise ValueError("--parallel-block has no multi-latent attention; leave out one of the two flags.")
+    if args.multi_latent_attention and args.rope_type == "rope" and args.apply_rope_fusion:
+        raise ValueError(
+            "--rope-type rope with --multi-latent-attention has no fused kernel, which knows YaRN only; give "
+            "--no-rope-fusion."
+        )
+    if args.qk_l2_norm:
+        raise ValueError("--qk-l2-norm is in none of the layers here and would have no effect; leave it out.")
+    if args.multi_latent_attention and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with --multi-latent-attention needs "
+            "--sequence-parallel: without it gradients would be counted twice or in part; add --sequence-parallel."
+        )
+    if args.qk_norm_scope == "projection" and (not args.qk_layernorm or args.normalization != "RMSNorm"):
+        raise ValueError("--qk-norm-scope projection needs --qk-layernorm and --normalization RMSNorm; give both.")
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.qk_norm_scope == "projection" and groups and groups % args.tensor_model_parallel_size:
+        raise ValueError(
+            f"--qk-norm-scope projection needs --tensor-model-parallel-size to divide the {groups} heads of keys, and "
+            f"it is {args.tensor_model_parallel_size}; make it smaller."
+        )
+    if args.latent_norm_epsilon is not None and not (args.multi_latent_attention and args.qk_layernorm):
+        raise ValueError(
+            "--latent-norm-epsilon is of the norms in multi-latent attention; give --multi-latent-attention and "
+            "--qk-layernorm, or leave it out."
+        )
+
+
+def _moe_layers(args: Namespace) -> list[int]:
+    """Numbers, from 1, of the layers that are MoE layers (--moe-layer-freq)."""
+    frequency, layers = args.moe_layer_freq, range(1, (args.num_layers or 0) + 1)
+    if isinstance(frequency, int):
+        return [layer for layer in layers if (layer - 1) % frequency == 0]
+    return [layer for layer, is_moe in zip(layers, frequency, strict=False) if is_moe]
+
+
+def _check_sizes(args: Namespace) -> None:
+    for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
+        size = getattr(args, f"{name}_parallel_size")
+        if size < 1:
+            raise ValueError(f"--{name.replace('_', '-')}-parallel-size is {size}; give 1 or more.")
+    for name in ("micro_batch_size", "global_batch_size", "eval_micro_batch_size", "eval_global_batch_size"):
+        size = getattr(args, name)
+        if size is not None and size < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {size}; give 1 or more.")
+
+
+def _check_heads(args: Namespace) -> None:
+    size, groups = args.tensor_model_parallel_size, args.num_query_groups if args.group_query_attention else None
+    for flag, heads in (("--num-attention-heads", args.num_attention_heads), ("--num-query-groups", groups)):
+        if heads and heads % size and (flag == "--num-attention-heads" or heads > size or size % heads):
+            raise ValueError(
+                f"{flag} {heads} cannot be divided among --tensor-model-parallel-size {size}; give a size that divides "
+                f"{heads}."
+            )
+
+
+def _check_batch_sizes(args: Namespace) -> None:
+    """Megatron checks them under names that are no flags, or after the process groups have been made."""
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    if args.world_size % model:
+        raise ValueError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{args.pipeline_model_parallel_size} x --context-parallel-size {args.context_parallel_size} needs a "
+            f"multiple of {model} ranks, and there are {args.world_size}; change the flags, or torchrun's "
+            "--nproc-per-node."
+        )
+    replicas = args.world_size // model
+    for micro_flag, total_flag, micro, total in (
+        ("--micro-batch-size", "--global-batch-size", args.micro_batch_size, args.global_batch_size),
+        (
+            "--eval-micro-batch-size" if args.eval_micro_batch_size else "--micro-batch-size",
+            "--eval-global-batch-size" if args.eval_global_batch_size else "--global-batch-size",
+            args.eval_micro_batch_size or args.micro_batch_size,
+            args.eval_global_batch_size or args.global_batch_size,
+        ),
+    ):
+        if micro and total and total % (micro * replicas):
+            raise ValueError(
+                f"{total_flag} {total} is no multiple of {micro_flag} {micro} x {replicas} data-parallel replicas "
+                f"({args.world_size} ranks / {model}); give a multiple of {micro * replicas}."
+            )
+
+
+def _check_dispatcher(args: Namespace) -> None:
+    backend = {"deepep": "deep_ep", "hybridep": "deep_ep"}.get(args.moe_flex_dispatcher_backend)
+    if args.num_experts and args.moe_token_dispatcher_type == "flex" and backend and not find_spec(backend):
+        raise ValueError(
+            f"--moe-token-dispatcher-type flex with --moe-flex-dispatcher-backend {args.moe_flex_dispatcher_backend} "
+            "needs the package deep_ep (DeepEP), which is not installed; install it, or give alltoall."
+        )
+
+
+def _check_parallelism(args: Namespace) -> None:
+    _check_heads(args)
+    _check_dispatcher(args)
+    if args.hybrid_context_parallel:
+        raise ValueError("--hybrid-context-parallel cuts batches in another way than ours are; leave it out.")
+    if args.iterations_to_skip:
+        raise ValueError(
+            "--iterations-to-skip reads the data on one tensor-parallel rank only, where each reads its own; "
+            "leave it out."
+        )
+    if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with MoE layers needs "
+            "--sequence-parallel: without it every tensor-parallel rank would count the same tokens again; "
+            "add --sequence-parallel."
+        )
+    if getattr(args, "overlap_moe_expert_parallel_comm", False):
+        raise ValueError(
+            "--overlap-moe-expert-parallel-comm interleaves the layers of two micro-batches, which the routing "
+            "statistics do not support yet; leave it out."
+        )
+    kernels = {"layernorm", "moe_act", "mla_up_proj"} & set(args.recompute_modules or [])
+    if kernels and args.transformer_impl == "local":
+        raise ValueError(
+            f"--recompute-modules {' '.join(sorted(kernels))} needs Transformer Engine; use --transformer-impl "
+            "transformer_engine, or recompute core_attn or moe."
+        )
+    if args.cuda_graph_impl not in (None, "none"):
+        raise ValueError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} is not supported with modality-aware routing; leave it out."
+        )
+    if args.optimizer_cuda_graph:
+        raise ValueError(
+            "--optimizer-cuda-graph replays the optimizer's step without looking at the gradients, so that one that is "
+            "not finite would be applied; leave it out."
+        )
+    if args.use_megatron_fsdp:
+        raise ValueError(
+            "--use-megatron-fsdp is not supported: its optimizer would apply a step that is not finite; use "
+            "--use-distributed-optimizer."
+        )

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision encoder, connector and language model as one Hugging Face model: InternVL's layout, whatever its parts.
+
+Everything is read and written under the names of an `InternVLForConditionalGeneration` on disk: `language_model.` and a
+causal language model's own names, `vision_tower.` and a vision model's, `multi_modal_projector.`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    InternVLConfig,
+    PretrainedConfig,
+)
+
+from megatron_smar.checkpoint.metadata import told
+from megatron_smar.conversion.architectures import LANGUAGES, Flags, UnsupportedError, language_of
+from megatron_smar.conversion.architectures.common import refuse
+from megatron_smar.conversion.weights import Weight, generator_of
+from megatron_smar.huggingface import MODEL_TYPE, PLAIN_TYPE, RemoteFields
+from megatron_smar.huggingface.modeling_modality_aware import ModalityAwareInternVLConfig
+from megatron_smar.model.connector import ConnectorType
+from megatron_smar.model.vision import NORMALISATION, side_in_pixels
+
+LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
+TOWER = "vision_model.tower."  # the trainer's
+# Layouts that come with code of their own, which `original_layouts.py` reads.
+ORIGINAL_TYPES = ("internvl_chat", "intern_vit_6b", "vita-mixtral", "vita-Qwen2")
+MODALITY_BIAS = re.compile(r"(.*\.mlp\.router)\.weight")
+# Newer files of the same model name it as it lies in memory.
+IN_MEMORY = {
+    "model.language_model.": LANGUAGE + "model.",
+    "lm_head.": LANGUAGE + "lm_head.",
+    "model." + VISION: VISION,
+    "model." + PROJECTOR: PROJECTOR,
+}
+# Written by older versions of transformers; computed, not learnt.
+COMPUTED = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+
+
+def load_config(folder: Path | str) -> PretrainedConfig:
+    """The config of a Hugging Face folder, ours included; no code of the folder is run.
+
+    Raises:
+        UnsupportedError: There is none, or transformers does not know its type.
+    """
+    content = read_content(folder)
+    kind = content.get("model_type")
+    if kind in ORIGINAL_TYPES:
+        raise UnsupportedError(
+            f"{folder} has the model type {kind!r}, a layout that is only read, by import and upcycle as --hf (a tower "
+            "as --vision); elsewhere give the import's hf/, or an export."
+        )
+    try:
+        if kind == MODEL_TYPE:
+            config = ModalityAwareInternVLConfig.from_pretrained(folder)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise UnsupportedError(
+            f"{Path(folder) / 'config.json'} is of the model type {kind!r}, and transformers cannot read it "
+            f"({told(error)}); supported are {supported()}."
+        ) from error
+    _forget_code(config)
+    if kind in (PLAIN_TYPE, MODEL_TYPE):
+        text: Any = config.text_config
+        if "tie_word_embeddings" not in content:  # older files leave it to the language model's part
+            config.tie_word_embeddings = text.tie_word_embeddings
+        text.tie_word_embeddings = config.tie_word_embeddings  # the whole's decides
+    return config
+
+
+def _forget_code(config: PretrainedConfig) -> None:
+    """Takes out `auto_map`, which would be saved with the config and name code that is not taken along."""
+    config.__dict__.pop("auto_map", None)
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            _forget_code(part)
+
+
+def load_composite(folder: Path | str) -> PretrainedConfig:
+    """The config of a composite model's folder.
+
+    Raises:
+        UnsupportedError: There is none, or it is another kind of model's.
+    """
+    config = load_config(folder)
+    if config.model_type not in (PLAIN_TYPE, MODEL_TYPE):
+        raise UnsupportedError(
+            f"--hf {folder} is a {config.model_type} model; it takes {supported()}. Give a language model alone as "
+            "--language, and a vision encoder with it as --vision."
+        )
+    return config
+
+
+def read_content(folder: Path | str) -> dict[str, Any]:
+    """config.json of a Hugging Face folder, as it is written.
+
+    Raises:
+        UnsupportedError: There is none, or it is damaged.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UnsupportedError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedError(f"{path} is no JSON object ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise UnsupportedError(f"{path} is no JSON object (it holds a {type(content).__name__}); fetch it again.")
+    return content
+
+
+def supported() -> str:
+    """What can be converted, for a sentence."""
+    languages, towers = ", ".join(sorted(LANGUAGES)), ", ".join(NORMALISATION)
+    return (
+        f"{PLAIN_TYPE} with a language model of the type {languages}, or one of these with a tower of {towers}; import "
+        f"and upcycle also read {', '.join(ORIGINAL_TYPES)}"
+    )
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How vision features reach the language model; the trainer's flags of these names.
+
+    Attributes:
+        connector: --connector.
+        pixel_shuffle: --pixel-shuffle.
+        feature_layer: --vision-feature-layer.
+        feature_scale: --vision-feature-scale.
+    """
+
+    connector: ConnectorType = "mlp2x_gelu"
+    pixel_shuffle: float = 0.5
+    feature_layer: int = -1
+    feature_scale: float = 1.0
+
+
+def tower_of(vision: PretrainedConfig) -> PretrainedConfig:
+    """The config of a vision tower, given it or that of a model which has one.
+
+    Raises:
+        UnsupportedError: It is of another kind.
+    """
+    tower: PretrainedConfig = getattr(vision, "vision_config", vision)
+    if tower.model_type not in NORMALISATION:
+        raise UnsupportedError(
+            f"the vision tower's type is {tower.model_type!r}; supported: {', '.join(NORMALISATION)}."
+        )
+    return tower
+
+
+def combine(
+    language: PretrainedConfig, vision: PretrainedConfig, connection: Connection, image_token_id: int, vocab_size: int
+) -> PretrainedConfig:
+    """The config of the model that a separate language model and vision tower become.
+
+    Args:
+        language: A causal language model's.
+        vision: A vision tower's, or that of a model which has one.
+        connection: What lies between them.
+        image_token_id: The placeholder of one vision token.
+        vocab_size: Of the tokenizer; the vocabulary grows to it where it is the larger.
+    """
+    language_of(language)  # refuses what is none
+    tower = tower_of(vision)
+    text = type(language).from_dict(language.to_dict() | {"vocab_size": max(language.vocab_size, vocab_size)})
+    fields = RemoteFields(
+        projector_layer_norm=connection.connector == "internvl",
+        vision_feature_scale=connection.feature_scale,
+        lm_head_bias=text.model_type == "phi",
+    )
+    kind = InternVLConfig if fields == RemoteFields() and tower.model_type == "internvl_vision" else None
+    return (kind or ModalityAwareInternVLConfig)(
+        text_config=text,
+        vision_config=tower,
+        image_token_id=image_token_id,
+        downsample_ratio=connection.pixel_shuffle,
+        vision_feature_layer=connection.feature_layer,
+        vision_feature_select_strategy=selection_of(tower),
+        tie_word_embeddings=language.tie_word_embeddings,
+        **({} if kind else vars(fields)),
+    )
+
+
+def selection_of(tower: PretrainedConfig) -> str:
+    """Which of a tower's features are taken: those behind the class token, which SigLIP does not have."""
+    return "full" if tower.model_type == "siglip_vision_model" else "default"
+
+
+def with_text(config: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
+    """A composite model's config with another language model's in it."""
+    return type(config).from_dict(config.to_dict() | {"text_config": text.to_dict()})
+
+
+def connection_of(config: PretrainedConfig) -> Connection:
+    """How a composite model's vision features reach its language model."""
+    return Connection(
+        "internvl" if getattr(config, "projector_layer_norm", True) else "mlp2x_gelu",
+        config.downsample_ratio,
+        config.vision_feature_layer,
+        getattr(config, "vision_feature_scale", 1.0),
+    )
+
+
+def flags(config: PretrainedConfig) -> Flags:
+    """The flags under which the trainer builds a composite model (without --vision-model, which names a place)."""
+    connection = connection_of(config)
+    refuse(config, projector_hidden_act="gelu", vision_feature_select_strategy=selection_of(config.vision_config))
+    if not isinstance(connection.feature_layer, int):
+        raise UnsupportedError(
+            f"vision_feature_layer is {connection.feature_layer!r} in the config of this {config.model_type} model; "
+            "only one layer's features can be trained on here."
+        )
+    return language_of(config.text_config).flags(config.text_config) | {
+        "image-size": side_in_pixels(config.vision_config.image_size),
+        "connector": connection.connector,
+        "pixel-shuffle": connection.pixel_shuffle,
+        "vision-feature-layer": connection.feature_layer,
+        "vision-feature-scale": connection.feature_scale,
+    }
+
+
+def weights(config: PretrainedConfig, biases: bool, connector_seed: int | None = None) -> list[Weight]:
+    """The table of a composite model.
+
+    Args:
+        config: The model's.
+        biases: Whether Hugging Face's side has the modality biases; new ones are zero.
+        connector_seed: Of a new connector; None where Hugging Face's side has one.
+    """
+    language = [row.prefixed(LANGUAGE, LANGUAGE) for row in language_of(config.text_config).weights(config.text_config)]
+    text = in_float32(language, config.text_config, MODEL_FOR_CAUSAL_LM_MAPPING)
+    return [
+        *text,
+        *modality_biases(language, biases),
+        *in_float32(vision_weights(config.vision_config), config.vision_config, MODEL_MAPPING),
+        *connector_weights(connection_of(config).connector, connector_seed),
+    ]
+
+
+def in_float32(rows: list[Weight], config: PretrainedConfig, classes: Mapping[Any, Any]) -> list[Weight]:
+    """A part's table in which the weights that transformers' class never has in half precision stay in float32.
+
+    Args:
+        rows: The table.
+        config: The part's.
+        classes: transformers' classes by the config's.
+    """
+    kind = classes[type(config)]
+    kept = {*(kind._keep_in_fp32_modules or ()), *(kind._keep_in_fp32_modules_strict or ())}
+    return [replace(row, keeps_float32=any(part in name for name in row.hf for part in kept)) for row in rows]
+
+
+def modality_biases(language: list[Weight], stored: bool) -> list[Weight]:
+    """A row for the modality bias beside each router."""
+    rows = []
+    for row in language:
+        router = MODALITY_BIAS.fullmatch(row.megatron)
+        if router:
+            name = f"{router[1]}.modality_bias.bias"
+            theirs = (row.hf[0].removesuffix("weight") + "modality_bias",) if stored else ()
+            make = None if stored else (lambda shape, dtype: torch.zeros(shape))
+            rows.append(Weight(name, theirs, make=make, dtype=torch.float32))
+    return rows
+
+
+def vision_weights(tower: PretrainedConfig) -> list[Weight]:
+    """The vision tower is transformers' own, taken whole: its weights have the same names on both sides."""
+    with torch.device("meta"):
+        names = list(AutoModel.from_config(tower).state_dict())
+    return [Weight(TOWER + name, (VISION + name,)) for name in names]
+
+
+def connector_weights(connector: ConnectorType, seed: int | None) -> list[Weight]:
+    """The connector's rows.
+
+    Args:
+        connector: --connector.
+        seed: Of a new one, which starts as torch's layers do; None for one that is read.
+    """
+    rows = []
+    for ours, theirs in (("norm", "layer_norm"), ("linear_1", "linear_1"), ("linear_2", "linear_2")):
+        if ours == "norm" and connector != "internvl":
+            continue
+        for kind in ("weight", "bias"):
+            name = f"connector.{ours}.{kind}"
+            read = Weight(name, (f"{PROJECTOR}{theirs}.{kind}",))
+            rows.append(read if seed is None else Weight(name, make=partial(fresh_layer, name, seed)))
+    return rows
+
+
+def fresh_layer(name: str, seed: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A weight or bias of a new connector: LayerNorm's one and zero, a linear layer's uniform weights and zero bias."""
+    if name.endswith(".bias"):
+        return torch.zeros(shape, dtype=dtype)
+    if name == "connector.norm.weight":
+        return torch.ones(shape, dtype=dtype)
+    weight = torch.empty(shape)
+    nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator_of(name, seed))
+    return weight.to(dtype)
+
+
+def canonical(name: str) -> str:
+    """A weight's name in InternVL's layout on disk."""
+    for prefix, replacement in IN_MEMORY.items():
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return name
+
+
+def part_of(names: Mapping[str, Any], part: str, tower: PretrainedConfig | None = None) -> dict[str, str]:
+    """Names of one part's weights in InternVL's layout, by their names in the folder that holds it.
+
+    Args:
+        names: What the folder has.
+        part: `LANGUAGE` or `VISION`.
+        tower: The vision tower's config, for `VISION`.
+    """
+    if part == LANGUAGE:
+        return {name: LANGUAGE + name for name in names}
+    wanted = [row.hf[0].removeprefix(VISION) for row in vision_weights(tower)] if tower is not None else []
+    prefixes = ("", "vision_model.", VISION, "model." + VISION)
+    found = {}
+    for prefix in prefixes:
+        if wanted and prefix + wanted[0] in names:
+            # A model of which the tower is a part has other weights too, which are left where they are.
+            found = {n: VISION + n.removeprefix(prefix) for n in names if not prefix or n.startswith(prefix)}
+            break
+    return found

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can become a checkpoint: a composite model's folder, or a language model and a vision encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, PretrainedConfig
+
+from megatron_smar.checkpoint.folders import copy_companions
+from megatron_smar.checkpoint.safetensors_io import read_folder
+from megatron_smar.conversion import composite, original_layouts
+from megatron_smar.conversion.architectures import Flags
+from megatron_smar.conversion.weights import Weight
+from megatron_smar.data.tokens import IMAGE_CONTEXT, add_tokens
+
+# What is taken from the folder of a model in another layout beside its tokenizer.
+COMPANIONS = ("preprocessor_config.json", "generation_config.json")
+CONNECTOR_SEED = 1234  # upcycling's and the trainer's default too
+
+
+class Readable(Protocol):
+    """A tensor somewhere on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its data type."""
+
+    def read(self, start: int | None = None, length: int = 0) -> Tensor:
+        """All of it, or some of its rows."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is to become a checkpoint of the trainer.
+
+    Attributes:
+        config: Of the composite model.
+        tensors: What there is to read, by its name in the table.
+        table: How the checkpoint's weights are made of it.
+        flags: Under which the trainer builds the model.
+        folders: Where tokenizer and processor lie; the first that has a file gives it.
+    """
+
+    config: PretrainedConfig
+    tensors: Mapping[str, Readable]
+    table: list[Weight]
+    flags: Flags
+    folders: tuple[Path, ...]
+
+
+def read_composite(folder: Path, vision: Path | None = None, scratch: Path | None = None) -> Source:
+    """A composite model's folder: published, or exported by us.
+
+    Args:
+        folder: Its folder.
+        vision: Folder of its vision tower, for a layout that keeps it in another one (VITA's).
+        scratch: Folder for the tokenizer, for layouts of `original_layouts`; the source needs it as long as it is used.
+
+    Raises:
+        ValueError: It is of another kind, or damaged.
+    """
+    content = composite.read_content(folder)
+    layout = original_layouts.LAYOUTS.get(content.get("model_type", ""))
+    if layout is not None and scratch is not None:
+        return _read_original(folder, content, layout, vision, scratch)
+    config = composite.load_composite(folder)
+    if vision is not None:
+        raise composite.UnsupportedError(f"--hf {folder} has its vision tower in it; give no --vision beside it.")
+    tensors = {composite.canonical(name): tensor for name, tensor in read_folder(folder).items()}
+    biases = any(name.endswith(".modality_bias") for name in tensors)
+    return Source(config, tensors, composite.weights(config, biases), composite.flags(config), (folder,))
+
+
+def read_parts(
+    language: Path,
+    vision: Path,
+    connection: composite.Connection,
+    tokenizer: Path,
+    scratch: Path,
+    seed: int = CONNECTOR_SEED,
+) -> Source:
+    """A language model and a vision encoder, with a fresh connector between them.
+
+    The image tokens are added to the tokenizer where it lacks them, and rows for them to the vocabulary.
+
+    Args:
+        language: Folder of a causal language model.
+        vision: Folder of a vision encoder, or of a model that has one.
+        connection: What lies between them.
+        tokenizer: Folder of a Hugging Face tokenizer, or a SentencePiece model.
+        scratch: Folder for the tokenizer; the source needs it as long as it is used.
+        seed: Of the connector.
+
+    Raises:
+        ValueError: One of them cannot be used.
+    """
+    text, tower = composite.load_config(language), read_tower(vision)
+    image_token_id, vocab_size = _with_image_tokens(tokenizer, scratch)
+    config = composite.combine(text, tower.config, connection, image_token_id, vocab_size)
+    stored = read_folder(language)
+    names = composite.part_of(stored, composite.LANGUAGE)
+    tensors = {ours: stored[name] for name, ours in names.items()} | tower.tensors
+    table = composite.weights(config, biases=False, connector_seed=seed)
+    table = _stored_rows(_with_tower(table, tower.table), text.vocab_size)
+    # What else lies there belongs to the tokenizer without the image tokens, or to the model that the tower was of.
+    companions = (vision / "preprocessor_config.json", language / "generation_config.json")
+    return Source(config, tensors, table, composite.flags(config), (scratch, *companions))
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower in a folder: its config, its tensors, and how the checkpoint's weights are made of them."""
+
+    config: PretrainedConfig
+    tensors: dict[str, Readable]
+    table: list[Weight]
+
+
+def read_tower(folder: Path) -> Tower:
+    """A vision encoder, or that of a model which has one; InternViT also as it was published."""
+    content = composite.read_content(folder)
+    if original_layouts.is_tower(content):
+        config: PretrainedConfig = original_layouts.tower_config(content.get("vision_config", content))
+        prefix = original_layouts.INTERNVL.tower if "vision_config" in content else ""
+        own = {name: tensor for name, tensor in read_folder(folder).items() if name.startswith(prefix)}
+        tensors: dict[str, Readable] = {composite.VISION + name: tensor for name, tensor in own.items()}
+        return Tower(config, tensors, original_layouts.tower_weights(config, composite.VISION + prefix))
+    whole = composite.load_config(folder)
+    config = composite.tower_of(whole)
+    stored = read_folder(folder)
+    names = composite.part_of(stored, composite.VISION, config)
+    return Tower(config, {ours: stored[name] for name, ours in names.items()}, composite.vision_weights(config))
+
+
+def _with_tower(table: list[Weight], tower: list[Weight]) -> list[Weight]:
+    """A composite model's table with other rows for its vision tower."""
+    own = {row.megatron: row for row in tower}
+    return [own.get(row.megatron, row) for row in table]
+
+
+def _stored_rows(table: list[Weight], vocab_size: int) -> list[Weight]:
+    """A table whose vocabulary has these many rows where it is read, and grows to the model's."""
+    return [replace(row, rows=vocab_size) if row.rows else row for row in table]
+
+
+def _read_original(
+    folder: Path, content: original_layouts.Content, layout: original_layouts.Layout, vision: Path | None, scratch: Path
+) -> Source:
+    """A composite model in a layout of `original_layouts`."""
+    tensors: dict[str, Readable] = dict(read_folder(folder))
+    left_out = [name for name in tensors if layout.left_out and name.startswith(layout.left_out)]
+    for name in left_out:
+        del tensors[name]
+    text, connection = layout.text_config(content, tensors), layout.connection(content)
+    tower = _original_tower(folder, content, layout, vision, tensors)
+    tokenizer = scratch / "with_image_tokens"
+    image_token_id, vocab_size = _with_image_tokens(_tokenizer_alone(folder, scratch), tokenizer)
+    config = composite.combine(text, tower.config, connection, image_token_id, vocab_size)
+    table = _stored_rows(_with_tower(layout.weights(config), tower.table), text.vocab_size)
+    flags = composite.flags(config) | layout.tiles(content)
+    if left_out:
+        tqdm.write(f"{folder}: {len(left_out)} weights {layout.left_out}* are left out; the trainer hears nothing.")
+    # The tokenizer's other files there would be without the image tokens.
+    companions = [place / name for place in (folder, vision or folder) for name in COMPANIONS]
+    return Source(config, tensors | tower.tensors, table, flags, (tokenizer, *companions))
+
+
+def _original_tower(
+    folder: Path,
+    content: original_layouts.Content,
+    layout: original_layouts.Layout,
+    vision: Path | None,
+    names: Collection[str],
+) -> Tower:
+    """The vision tower of such a model; its own weights go before those of a folder that --vision names."""
+    if "vision_config" in content:
+        if vision is not None:
+            raise composite.UnsupportedError(f"--hf {folder} has its vision tower in it; give no --vision beside it.")
+        config: PretrainedConfig = original_layouts.tower_config(content["vision_config"])
+        return Tower(config, {}, original_layouts.tower_weights(config, layout.tower))
+    if vision is None:
+        raise composite.UnsupportedError(
+            f"--hf {folder} is a {content['model_type']} model, whose config.json only names its vision tower "
+            f"({content.get('mm_vision_tower')!r}); give that model's folder as --vision."
+        )
+    tower = read_tower(vision)
+    if tower.config.model_type != "internvl_vision":
+        raise composite.UnsupportedError(
+            f"--vision {vision} is a tower of the type {tower.config.model_type}; a {content['model_type']} model has "
+            "an InternViT (VITA: InternViT-300M-448px)."
+        )
+    if any(name.startswith(layout.tower) for name in names):
+        return Tower(tower.config, {}, original_layouts.tower_weights(tower.config, layout.tower))
+    return tower
+
+
+def _tokenizer_alone(folder: Path, scratch: Path) -> Path:
+    """A copy of a folder's tokenizer; beside a config.json that names code, transformers would offer to run it."""
+    alone = scratch / "tokenizer"
+    alone.mkdir()
+    copy_companions([folder], alone)
+    return alone
+
+
+def _with_image_tokens(tokenizer: Path, scratch: Path) -> tuple[int, int]:
+    """Writes a tokenizer with the image tokens; their placeholder's id, and the size of the vocabulary."""
+    if tokenizer.is_dir():
+        try:
+            add_tokens(tokenizer, scratch)
+        except ValueError as error:
+            raise ValueError(
+                f"{str(error).rstrip('.')}; give another as --tokenizer-model: the folder of a Hugging Face tokenizer, "
+                "or a SentencePiece model."
+            ) from error
+        made = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
+        return made.get_vocab()[IMAGE_CONTEXT], len(made)
+    add_tokens(tokenizer, scratch / "tokenizer.model")
+    pieces = SentencePieceProcessor(model_file=str(scratch / "tokenizer.model"))
+    return pieces.piece_to_id(IMAGE_CONTEXT), pieces.get_piece_size()

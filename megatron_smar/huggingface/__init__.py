@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modelling code that an exported model carries where transformers' own InternVL has no place for what it is.
+
+`modeling_modality_aware.py` is copied beside the weights as it is, so it imports nothing of this project.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CODE = Path(__file__).with_name("modeling_modality_aware.py")
+PLAIN_TYPE, PLAIN_CLASS = "internvl", "InternVLForConditionalGeneration"
+MODEL_TYPE, MODEL_CLASS = "modality_aware_internvl", "ModalityAwareInternVLForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": f"{CODE.stem}.ModalityAwareInternVLConfig",
+    "AutoModel": f"{CODE.stem}.ModalityAwareInternVLModel",
+    "AutoModelForImageTextToText": f"{CODE.stem}.{MODEL_CLASS}",
+    # Tools for text alone ask for this one; the plain class is not in transformers' list of such models.
+    "AutoModelForCausalLM": f"{CODE.stem}.{MODEL_CLASS}",
+}
+
+
+@dataclass(frozen=True)
+class RemoteFields:
+    """The fields of an exported config.json that transformers' own InternVL does not have; at their defaults it is one.
+
+    Attributes:
+        modality_router_bias: Whether each gate has a bias per modality, `...gate.modality_bias` [M, E] float32.
+        num_modalities: M.
+        projector_layer_norm: Whether the projector begins with a LayerNorm.
+        vision_feature_scale: Multiplies the vision features before the pixel shuffle.
+        lm_head_bias: Whether the output layer has a bias, as Phi's has.
+    """
+
+    modality_router_bias: bool = False
+    num_modalities: int = 2
+    projector_layer_norm: bool = True
+    vision_feature_scale: float = 1.0
+    lm_head_bias: bool = False
+
+
+def needs_remote_code(config: Mapping[str, Any], fields: RemoteFields) -> bool:
+    """Whether the plain class would compute something else.
+
+    Args:
+        config: config.json of a composite model.
+        fields: What the exported model has. Biases that are all zero need not be exported: say
+            `modality_router_bias=False` and leave them out.
+    """
+    own_tower = config["vision_config"].get("model_type", "internvl_vision") == "internvl_vision"
+    return (
+        fields.modality_router_bias
+        or not fields.projector_layer_norm
+        or fields.vision_feature_scale != 1.0
+        or fields.lm_head_bias
+        or not own_tower  # InternVLConfig reads any vision_config as InternViT's
+    )
+
+
+def write_remote_code(folder: Path, config: Mapping[str, Any], fields: RemoteFields) -> dict[str, Any]:
+    """Copies the modelling code into an export's folder.
+
+    Args:
+        folder: Where config.json and the weights are written; it exists.
+        config: config.json of the composite model, plain or from an earlier export.
+        fields: What the exported model has.
+
+    Returns:
+        config.json as the export needs it, which the caller writes: model type, architecture, `auto_map` and `fields`.
+
+    Raises:
+        ValueError: `config` is not InternVL's.
+    """
+    if config.get("model_type") not in (PLAIN_TYPE, MODEL_TYPE):
+        raise ValueError(
+            f"config.json has model_type {config.get('model_type')!r}; modality biases are exported with a composite "
+            f"model of type {PLAIN_TYPE}."
+        )
+    shutil.copyfile(CODE, folder / CODE.name)
+    return (
+        dict(config) | asdict(fields) | {"model_type": MODEL_TYPE, "architectures": [MODEL_CLASS], "auto_map": AUTO_MAP}
+    )
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what `write_remote_code` put into it: that of the plain class.
+
+    Args:
+        config: config.json of an export, with or without modelling code.
+    """
+    if config.get("model_type") != MODEL_TYPE:
+        return dict(config) | {"architectures": [PLAIN_CLASS]}
+    plain = {name: value for name, value in config.items() if name not in {"auto_map", *RemoteFields().__dict__}}
+    return plain | {"model_type": PLAIN_TYPE, "architectures": [PLAIN_CLASS]}
+
+
+def register() -> None:
+    """Lets transformers' Auto classes load such exports with this package's code: none that lies in a folder is run."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from megatron_smar.huggingface import modeling_modality_aware as code
+
+    AutoConfig.register(MODEL_TYPE, code.ModalityAwareInternVLConfig, exist_ok=True)
+    AutoModel.register(code.ModalityAwareInternVLConfig, code.ModalityAwareInternVLModel, exist_ok=True)
+    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        auto.register(
+            code.ModalityAwareInternVLConfig, code.ModalityAwareInternVLForConditionalGeneration, exist_ok=True
+        )

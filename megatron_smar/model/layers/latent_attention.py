@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek's multi-latent attention, with the norms of its spec and no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from torch import Tensor
+
+
+class LatentAttention(MLASelfAttention):
+    """Multi-latent attention with the norms of its spec and no others, and whole gradients under the local spec.
+
+    Where queries have no latent (DeepSeek-V2-Lite, Moonlight), Megatron 0.19.2 builds them with a norm on the hidden
+    state under Transformer Engine, and not at all under the local spec. There it also gives the rotary part of the keys
+    a gradient from this tensor-parallel rank's heads alone.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """The spec's parts, as they are."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents of queries and of keys and values [s / tp, b, ...], whole, as Transformer Engine's layers do.
+
+        From there Megatron gathers the rotary part with its gradients summed over the ranks.
+        """
+        queries, latents = super()._qkv_down_projection(hidden_states)
+        if latents.shape[-1] != self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim:
+            latents = gather_from_tensor_model_parallel_region(latents, group=self.tp_group)
+            latents = scatter_to_sequence_parallel_region(latents, group=self.tp_group)
+        return queries, latents

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention for Megatron's local layer spec (`--transformer-impl local`), which runs without Transformer Engine.
+
+Megatron's own local attention materialises the scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_smar.model.context_parallel import zigzag_positions
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Core attention by torch's `scaled_dot_product_attention`: causal, grouped queries, no score matrix in memory.
+
+    Under context parallelism keys and values are gathered from all ranks: exact, and plain rather than lean. Long
+    sequences on GPUs are for Transformer Engine's ring.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.cp_group = (pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])).cp
+        if config.window_size is not None:
+            raise ValueError(
+                "--window-size needs Transformer Engine's attention; use --transformer-impl transformer_engine."
+            )
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+        self.attn_mask_type = attn_mask_type
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attention of one layer's heads on this tensor-parallel rank.
+
+        Args:
+            query: [s, b, n, d]; packed [s, n, d].
+            key: [s, b, g, d], g query groups; packed [s, g, d].
+            value: As `key`.
+            attention_mask: None for the causal mask, else [b, 1, s, s] bool, True where masked (Megatron's polarity).
+            attn_mask_type: Overrides the layer's own type.
+            attention_bias: Not supported.
+            packed_seq_params: Where the sequences of a pack begin, best on the host, or this waits for the device; each
+                attends to itself alone, causally.
+
+        Returns:
+            [s, b, n * d], packed [s, n * d].
+        """
+        if attention_bias is not None:
+            raise ValueError(
+                "attention biases need Transformer Engine's attention; use --transformer-impl transformer_engine."
+            )
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.diff().tolist()).squeeze(1)
+        causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        kept = None if causal or attention_mask is None else ~attention_mask
+        if self.cp_group.size() > 1:
+            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+            kept, causal = self._mask_of_shard(key, causal, attention_mask), False
+        return self._attend(query, key, value, kept, causal)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        """Block-diagonal causal attention: one sequence of the pack after another, [s, 1, n * d]."""
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        if size == 1:
+            parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+            return torch.cat([self._attend(q, k, v, None, True) for q, k, v in parts])
+        positions = zigzag_positions(lengths, size, key.device)
+        key, value = (
+            gather_from_sequence_parallel_region(x, group=self.cp_group)[positions.flatten().argsort()]
+            for x in (key, value)
+        )
+        shares = [length // size for length in lengths]
+        queries = zip(*(x.split(shares) for x in (query, positions[rank])), strict=True)
+        keys = zip(*(x.split(lengths) for x in (key, value)), strict=True)
+        outputs, first = [], 0
+        for (q, own), (k, v) in zip(queries, keys, strict=True):
+            visible = own.unsqueeze(1) >= torch.arange(first, first + len(k), device=own.device)
+            outputs.append(self._attend(q, k, v, visible, False))
+            first += len(k)
+        return torch.cat(outputs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, causal: bool) -> Tensor:
+        """Attention [s, b, n * d] under a causal mask, or of what `kept`, broadcast to [b, n, s, keys], is True for."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        with self._dropout_generator():
+            context = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=kept,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=causal,
+                scale=self.softmax_scale,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _mask_of_shard(self, keys: Tensor, causal: bool, attention_mask: Tensor | None) -> Tensor:
+        """Which of all ranks' keys, in the order they are gathered in, this rank's queries see, [s / cp, s] bool."""
+        if not causal and attention_mask is not None:
+            raise ValueError(
+                "attention masks with --context-parallel-size > 1 need Transformer Engine's attention; "
+                "use --transformer-impl transformer_engine."
+            )
+        positions = zigzag_positions(keys.shape[0], self.cp_group.size(), keys.device)
+        visible = positions[self.cp_group.rank()].unsqueeze(1) >= positions.flatten().unsqueeze(0)
+        return visible if causal else torch.ones_like(visible)
+
+    def _dropout_generator(self) -> Any:
+        """Tensor-parallel ranks hold different heads, so their dropout must differ."""
+        if self.training and self.dropout > 0 and not self.config.sequence_parallel:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts for Megatron's local layer spec (`--transformer-impl local`), which runs without Transformer Engine.
+
+Megatron's own, initialized on the CPU, start out equal on every expert-parallel rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class GroupedLinear(torch.autograd.Function):
+    """One linear layer per expert over tokens sorted by expert: a matrix product each, into one output."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, splits: list[int], *weights: Tensor) -> Tensor:
+        """Tokens [n, in], the number of each expert's, and one weight [out, in] per expert -> [n, out]."""
+        ctx.save_for_backward(tokens, *weights)
+        ctx.splits = splits
+        output = tokens.new_empty(tokens.shape[0], weights[0].shape[0])
+        for rows, weight, place in zip(tokens.split(splits), weights, output.split(splits), strict=True):
+            torch.mm(rows, weight.t(), out=place)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by tokens and weights that something wants."""
+        (gradient,) = gradients
+        tokens, *weights = ctx.saved_tensors
+        parts = gradient.split(ctx.splits)
+        by_tokens = None
+        if ctx.needs_input_grad[0]:
+            by_tokens = torch.empty_like(tokens)
+            for part, weight, place in zip(parts, weights, by_tokens.split(ctx.splits), strict=True):
+                torch.mm(part, weight, out=place)
+        wanted = ctx.needs_input_grad[2:]
+        by_weights = [
+            _weight_gradient(weight, part, rows) if wants else None
+            for weight, part, rows, wants in zip(weights, parts, tokens.split(ctx.splits), wanted, strict=True)
+        ]
+        return by_tokens, None, *by_weights
+
+
+def _weight_gradient(weight: Any, gradient: Tensor, tokens: Tensor) -> Tensor:
+    """The gradient by a weight [out, in]; under Megatron's DDP added to its buffer at once, as its own linears do."""
+    if not hasattr(weight, "grad_added_to_main_grad") or weight.main_grad.dtype != gradient.dtype:
+        return gradient.t() @ tokens
+    weight.main_grad.addmm_(gradient.t(), tokens)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)  # DDP's hook has to be called, and then does not look at it
+
+
+class LocalExperts(SequentialMLP):
+    """Megatron's experts with their activation computed at once, and drawn independently of the layout.
+
+    Under CPU initialisation Megatron 0.19.2 draws every expert-parallel rank's experts from one generator state, so
+    that expert 0 of each rank starts as the same network, and a different number of ranks gives a different model. Here
+    each expert has a seed of its own, taken from the layer's place in the generator's sequence.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ) -> None:
+        seed = int(torch.randint(2**31, (1,), device="cpu"))
+        with torch.random.fork_rng(devices=[]):
+            super().__init__(num_local_experts, config, submodules, pg_collection, name)
+            if config.use_cpu_initialization and config.perform_initialization:
+                first = self.ep_group.rank() * num_local_experts
+                for index, expert in enumerate(self.local_experts, start=first):
+                    torch.manual_seed(seed + index)
+                    self._draw(expert)
+        for expert in self.local_experts:
+            # Megatron adds the bias in place, which torch forbids to what a Function returned as it is.
+            expert.linear_fc2.register_forward_hook(lambda _, __, output: (output[0].clone(), output[1]))
+        linears = [linear for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)]
+        self._gated_silu = (
+            self.config.gated_linear_unit
+            and self.config.activation_func is F.silu
+            and self.config.activation_func_clamp_value is None
+            and self.config.glu_linear_offset == 0
+            and not self.config.moe_apply_probs_on_input
+            and not (self.config.fp8 or self.config.fp4)
+            and all(linear.bias is None for linear in linears)
+        )
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's: tokens [n, h] sorted by expert, the number of each, and their weights [n] -> [n, h]."""
+        if not self._gated_silu:
+            return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
+        splits = tokens_per_expert.tolist()
+        hidden = self._grouped("linear_fc1", permuted_local_hidden_states, splits)
+        gate, up = hidden.chunk(2, dim=-1)
+        output = self._grouped("linear_fc2", F.silu(gate) * up, splits)
+        # A token's weight commutes with the second layer, whose output is narrower than its input.
+        return (output * permuted_probs.unsqueeze(-1)).to(output.dtype), None
+
+    def _grouped(self, name: str, tokens: Tensor, splits: list[int]) -> Tensor:
+        linears = [getattr(expert, name) for expert in self.local_experts]
+        for linear in linears:  # --overlap-param-gather waits for a weight in a hook before its module's own forward
+            for hook in linear._forward_pre_hooks.values():
+                hook(linear, ())
+        return GroupedLinear.apply(tokens, splits, *(linear.weight for linear in linears))
+
+    def _draw(self, expert: Any) -> None:
+        place = {
+            "rank": self.tp_group.rank(),
+            "world_size": self.tp_group.size(),
+            "skip_set_tensor_parallel_attributes": True,
+        }
+        fc1, fc2 = expert.linear_fc1, expert.linear_fc2
+        for linear, dim, init in ((fc1, 0, self.config.init_method), (fc2, 1, self.config.output_layer_init_method)):
+            _initialize_affine_weight_cpu(
+                linear.weight,
+                linear.output_size,
+                linear.input_size,
+                linear.weight.shape[dim],
+                dim,
+                init,
+                params_dtype=self.config.params_dtype,
+                **place,
+            )

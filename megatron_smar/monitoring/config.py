@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured of the experts' load, and when."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_smar.model.parts import frozen_parts
+from megatron_smar.monitoring.collapse import LEAST_TOKENS
+from megatron_smar.routing.strategies import STRATEGIES
+from megatron_smar.routing.strategies.base import Metric
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is measured of the experts' load, and when.
+
+    Attributes:
+        num_experts: E; a pipeline stage without MoE layers must know it to join the reduction.
+        top_k: K, experts per token.
+        num_modalities: M.
+        scope: Of the routing statistics: with `local`, data-parallel replicas have their own.
+        scalar_interval: Steps between points in TensorBoard and W&B.
+        console_interval: Steps between lines on the console.
+        capacity_limited: Whether tokens can be dropped (--moe-expert-capacity-factor).
+        collapse_threshold: A warning is given when more than this share of a modality's tokens chooses one expert. 1 is
+            the most there is, K experts per token, and switches the warning off; even load gives K / E.
+        collapse_tokens: Fewest tokens of a modality in an interval of the console that the warning looks at.
+        router_learns: Whether the router is not frozen; there is no warning of one that is.
+        collapse_remedy: What the strategy's flags can do about collapse.
+        metrics: The strategy's.
+    """
+
+    num_experts: int = 1
+    top_k: int = 1
+    num_modalities: int = 2
+    scope: Literal["global", "local"] = "global"
+    scalar_interval: int = 1
+    console_interval: int = 1
+    capacity_limited: bool = False
+    collapse_threshold: float = 0.9
+    collapse_tokens: int = LEAST_TOKENS
+    router_learns: bool = True
+    collapse_remedy: str = ""
+    metrics: tuple[Metric, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.collapse_threshold <= 1:
+            raise ValueError(
+                f"--moe-collapse-threshold is {self.collapse_threshold}; it is a share of a modality's tokens: "
+                "give more than 0 and at most 1, which switches the warning off."
+            )
+
+    @classmethod
+    def from_arguments(cls, args: Namespace) -> MonitorConfig:
+        """The config that Megatron's flags and ours ask for."""
+        writes = bool(args.tensorboard_dir or getattr(args, "wandb_project", ""))
+        return cls(
+            num_experts=args.num_experts or 1,
+            top_k=args.moe_router_topk,
+            scope=args.smar_scope,
+            scalar_interval=args.tensorboard_log_interval if writes else args.log_interval,
+            console_interval=args.log_interval,
+            capacity_limited=args.moe_expert_capacity_factor is not None,
+            collapse_threshold=args.moe_collapse_threshold,
+            router_learns="router" not in frozen_parts(args.freeze),
+            collapse_remedy=STRATEGIES[args.modality_routing].collapse_remedy,
+            metrics=STRATEGIES[args.modality_routing].metrics,
+        )

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scalars and images of the experts' load, from the counts of each layer and modality."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_smar.monitoring.config import MonitorConfig
+from megatron_smar.monitoring.load_map import load_map
+from megatron_smar.routing.modalities import modality_name
+from megatron_smar.routing.specialization import (
+    dropped_share,
+    expert_load,
+    load_entropy,
+    modality_specialization_index,
+)
+
+MSI = "msi"
+
+
+def layer_specialization(sums: Tensor) -> dict[int, float]:
+    """Modality Specialization Index by layer number from 1, of the layers with tokens of at least two modalities.
+
+    Args:
+        sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
+    """
+    counts = sums[..., :-1]
+    values = modality_specialization_index(expert_load(counts)).tolist()
+    comparable = ((counts.sum(dim=-1) > 0).sum(dim=-1) >= 2).tolist()
+    return {layer: values[layer - 1] for layer, has_two in enumerate(comparable, start=1) if has_two}
+
+
+def load_scalars(sums: Tensor, config: MonitorConfig) -> dict[str, float]:
+    """What is written of the experts' load, by tag; layers count from 1, and absent modalities are left out.
+
+    - `moe/msi_layer_N`: Modality Specialization Index, and `msi`, its mean over the layers;
+    - `moe/load_entropy_layer_N/<modality>`: entropy of the load, in nats, and `moe/load_entropy_share/<modality>`: as a
+      share of log E, the mean over the layers;
+    - `moe/max_load_layer_N/<modality>`: the largest share of the modality's token slots that one expert has;
+    - `moe/dropped_layer_N/<modality>`: the share of its slots that was dropped, where capacity is limited;
+    - `moe/token_share/<modality>`: its share of all tokens.
+
+    Args:
+        sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
+        config: Of the monitor.
+    """
+    counts, tokens = sums[..., :-1], sums[..., -1]
+    load = expert_load(counts)
+    entropy = load_entropy(load)
+    columns = {"load_entropy": entropy, "max_load": load.amax(dim=-1)}
+    if config.capacity_limited:
+        columns["dropped"] = dropped_share(counts, tokens, config.top_k)
+    indices = layer_specialization(sums)
+    scalars = {f"moe/msi_layer_{layer}": value for layer, value in indices.items()}
+    if indices:
+        scalars[MSI] = fmean(indices.values())
+    for layer, modality in (tokens > 0).nonzero().tolist():
+        for name, values in columns.items():
+            scalars[f"moe/{name}_layer_{layer + 1}/{modality_name(modality)}"] = float(values[layer, modality])
+    for modality in (tokens.sum(dim=0) > 0).nonzero().flatten().tolist():
+        name = modality_name(modality)
+        scalars[f"moe/token_share/{name}"] = float(tokens[:, modality].sum() / tokens.sum())
+        evenness = entropy[tokens[:, modality] > 0, modality].mean() / math.log(max(load.shape[-1], 2))
+        scalars[f"moe/load_entropy_share/{name}"] = float(evenness)
+    return scalars
+
+
+def load_images(sums: Tensor) -> dict[str, NDArray[np.uint8]]:
+    """The load of all experts as one heat map per modality, [height, width, 3] by tag `moe/load/<modality>`.
+
+    The paper's Figure 4 at a glance, where a scalar for each of thousands of experts would drown a dashboard. The scale
+    is the same at every step.
+
+    Args:
+        sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
+    """
+    shares = np.array(chosen_share(sums).tolist())
+    layers, _, experts = shares.shape
+    names = {m: modality_name(m) for m in (sums[..., -1].sum(dim=0) > 0).nonzero().flatten().tolist()}
+    return {
+        f"moe/load/{name}": load_map(layers, experts, f"{name} tokens by expert").draw(shares[:, m])
+        for m, name in names.items()
+    }
+
+
+def chosen_share(sums: Tensor) -> Tensor:
+    """Share of each modality's tokens that choose each expert, [L, M, E]; K times the load if nothing is dropped.
+
+    Args:
+        sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
+    """
+    counts, tokens = sums[..., :-1], sums[..., -1:]
+    return counts / torch.where(tokens > 0, tokens, 1.0)

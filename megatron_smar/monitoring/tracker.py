@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routing metrics on the console, in TensorBoard and in W&B, through Megatron's own tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.transformer.moe.moe_logging import (
+    MetricEntry,
+    MoEMetricsTracker,
+    get_moe_metrics_tracker,
+    set_moe_metrics_tracker,
+)
+from megatron.training import get_args
+from megatron.training.utils import print_rank_last
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_smar.monitoring.collapse import CollapseWatch
+from megatron_smar.monitoring.config import MonitorConfig
+from megatron_smar.monitoring.load import MSI, layer_specialization, load_images, load_scalars
+from megatron_smar.monitoring.recorder import routers_of
+from megatron_smar.routing.router import MRD_DISTANCE, RoutingReport
+from megatron_smar.routing.statistics import RoutingStatistics
+from megatron_smar.routing.strategies.base import Metric
+
+WINDOW = "sums since the last time"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over steps, on the host.
+
+    Attributes:
+        load: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
+        weighted: [L, W, 2], of each weighted metric the sums of its weighted values and of the weights.
+    """
+
+    load: Tensor = field(default_factory=lambda: torch.zeros(()))
+    weighted: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.load + other.load, self.weighted + other.weighted)
+
+
+class RoutingMetricsTracker(MoEMetricsTracker):
+    """Megatron's tracker of MoE metrics, which also reports how the modalities are routed.
+
+    On the console every --log-interval steps, in TensorBoard and W&B every --tensorboard-log-interval steps:
+
+    - the strategy's losses (`smar loss`) and Megatron's own auxiliary losses, as Megatron has the main loss: on the
+      console the mean over the steps since the last line, elsewhere the step's value;
+    - `mrd distance`, the mean over the layers and over the micro-batches since the last line or point, of those in
+      which at least two modalities had tokens; by layer in `moe/mrd_distance_layer_N`, N from 1, not on the console;
+      the strategy's weighted metrics likewise, each with its own weights;
+    - `msi`, over all tokens since the last line or point; the other scalars of `load_scalars` not on the console.
+
+    Every --log-interval steps, over all tokens since the last time: the images of `load_images`, and a warning if
+    routing collapses. What is summed over steps is added up on the device; it is reduced and read only when something
+    is due, which all ranks know by the step.
+    """
+
+    def __init__(self, config: MonitorConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or MonitorConfig()
+        # This rank's since the last reduction, on the device: counts and tokens; distances and their number.
+        self._window: Tensor | None = None  # [L, M, E + 1]
+        self._weighted: Tensor | None = None  # [L, W, 2]
+        own = [metric for metric in self.config.metrics if metric.weighted]
+        self._weighted_metrics = [Metric(MRD_DISTANCE, weighted=True), *own]
+        self._unwritten = self._unprinted = Sums()  # of all ranks, since the last point and line
+        self._collapses = CollapseWatch(
+            self.config.collapse_threshold,
+            self.config.top_k,
+            self.config.router_learns,
+            self.config.collapse_remedy,
+            self.config.collapse_tokens,
+        )
+        self._begun = False
+
+    def watch(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Has the modality-aware routers of these modules report to this tracker, from now on."""
+        for router in routers_of(modules):
+            router.observers.append(self.observe)
+
+    def observe(self, report: RoutingReport) -> None:
+        """Adds one layer's report of one micro-batch, without waiting for the device."""
+        for name, value in report.losses.items():
+            self.record(name, value, report.layer, report.num_layers, needs_dp_avg=self.config.scope == "local")
+        self._add_statistics(report.statistics, report.layer, report.num_layers)
+        if self._weighted is None:
+            shape, device = (report.num_layers, len(self._weighted_metrics), 2), report.statistics.counts.device
+            self._weighted = torch.zeros(shape, dtype=torch.float64, device=device)
+        pairs = [report.measures[metric.name] for metric in self._weighted_metrics]
+        values = torch.stack([torch.stack([value * weight, weight]) for value, weight in pairs])
+        self._weighted[report.layer - 1] += values.detach()
+
+    def _add_statistics(self, statistics: RoutingStatistics, layer_number: int, num_layers: int) -> None:
+        modalities, experts = statistics.counts.shape
+        if self._window is None:
+            # Whole numbers in float64: sums of any length stay exact.
+            shape, device = (num_layers, modalities, experts + 1), statistics.counts.device
+            self._window = torch.zeros(shape, dtype=torch.float64, device=device)
+        counts, tokens = self._window[layer_number - 1].split([experts, 1], dim=1)
+        counts.add_(statistics.counts.detach())
+        tokens.add_(statistics.tokens.detach().unsqueeze(1))
+
+    def report(
+        self, loss_scale: float, iteration: int, writer: Any = None, wandb_writer: Any = None, **kwargs: Any
+    ) -> str:
+        """As Megatron's, once per step on every rank; returns the console's part."""
+        layers = _number_of_layers(kwargs)
+        own = [metric.name for metric in self.config.metrics if not metric.weighted]
+        names = [*(kwargs.pop("track_names", None) or []), *own]
+        for name in names:
+            self.ensure_initialized(name, layers)
+        first, self._begun = not self._begun, True  # Megatron also prints a line after its first step
+        writes = iteration % self.config.scalar_interval == 0
+        ends = iteration % self.config.console_interval == 0
+        due = (writer, wandb_writer) if writes else (None, None)
+        kwargs["force_initialize"] = False
+        kwargs["per_layer_logging"] = writes and kwargs.get("per_layer_logging", False)  # it reads them on every rank
+        log = super().report(loss_scale, iteration, *due, track_names=names, **kwargs)
+        if writes or ends or first:
+            sums = self._reduced_sums(layers, kwargs.get("pg_collection"))
+            self._unwritten, self._unprinted = self._unwritten + sums, self._unprinted + sums
+        if due != (None, None):
+            self._log_scalars(self._scalars(self._unwritten), iteration, *due)
+            self._unwritten = Sums()
+        if ends or first:
+            log += self._console_part()
+        if ends:
+            self._end_interval(iteration, writer, wandb_writer)
+        return log
+
+    def _log_scalars(self, scalars: dict[str, Any], iteration: int, writer: Any, wandb_writer: Any) -> None:
+        """As Megatron's, with one call of W&B for all: hundreds of them, one per scalar, take a noticeable time."""
+        super()._log_scalars(scalars, iteration, writer, None)
+        if wandb_writer is not None and scalars:
+            wandb_writer.log(scalars, iteration)
+
+    def _reduced_sums(self, layers: int, groups: Any) -> Sums:
+        """The sums of all layers and replicas since the last time, by one reduction and one read of the device.
+
+        Reduced as Megatron reduces its own values per layer: summed over the pipeline's stages, which hold different
+        layers, then averaged over replicas where those differ, which changes no share and no mean.
+        """
+        config, weighted, window = self.config, self._weighted, self._window
+        if window is None or weighted is None:  # a stage without MoE layers
+            device = torch.cuda.current_device()
+            shape = (layers, config.num_modalities, config.num_experts + 1)
+            window = torch.zeros(shape, dtype=torch.float64, device=device)
+            weighted = window.new_zeros(layers, len(self._weighted_metrics), 2)
+        packed = torch.cat([window.flatten(1), weighted.flatten(1)], dim=1)
+        self._metrics[WINDOW] = MetricEntry(packed, needs_dp_avg=config.scope == "local")
+        self._sync_metrics([WINDOW], groups)
+        del self._metrics[WINDOW]
+        self._window = self._weighted = None
+        columns = weighted[0].numel()
+        load, weighted = packed.cpu().split([packed.shape[1] - columns, columns], dim=1)
+        return Sums(load.unflatten(1, window.shape[1:]), weighted.unflatten(1, (-1, 2)))
+
+    def _weighted_means(self, sums: Sums) -> Iterator[tuple[Metric, dict[int, float]]]:
+        """Each weighted metric that has something to say, with its mean by layer number from 1."""
+        for place, metric in enumerate(self._weighted_metrics):
+            means = weighted_means(sums.weighted[:, place])
+            if means:
+                yield metric, means
+
+    def _scalars(self, sums: Sums) -> dict[str, float]:
+        """What is written of the sums since the last point, by tag: the weighted metrics, and `load_scalars`."""
+        scalars: dict[str, float] = {}
+        for metric, means in self._weighted_means(sums):
+            tag = metric.name.replace(" ", "_")
+            scalars |= {f"moe/{tag}_layer_{layer}": value for layer, value in means.items()}
+            scalars[metric.name] = fmean(means.values())
+        return scalars | load_scalars(sums.load, self.config)
+
+    def _console_part(self) -> str:
+        indices = layer_specialization(self._unprinted.load)
+        log = "".join(
+            f" {metric.name}: {fmean(means.values()):.4f} |"
+            for metric, means in self._weighted_means(self._unprinted)
+            if metric.on_console
+        )
+        return log + (f" {MSI}: {fmean(indices.values()):.3f} |" if indices else "")
+
+    def _end_interval(self, iteration: int, writer: Any, wandb_writer: Any) -> None:
+        """What an interval of the console ends with beside its line."""
+        if writer is not None or wandb_writer is not None:
+            _log_images(load_images(self._unprinted.load), iteration, writer, wandb_writer)
+        warning = self._collapses.check(self._unprinted.load)
+        if warning:
+            print_rank_last(f"WARNING: iteration {iteration}: {warning}")
+        self._unprinted = Sums()
+
+
+def _number_of_layers(kwargs: dict[str, Any]) -> int:
+    return int(kwargs["num_layers"] + (kwargs.get("mtp_num_layers") or 0))
+
+
+def weighted_means(sums: Tensor) -> dict[int, float]:
+    """A weighted metric's mean by layer number from 1, of the layers that had any weight.
+
+    Args:
+        sums: [L, 2], of each layer the sums of the weighted values and of the weights.
+    """
+    return {layer: total / number for layer, (total, number) in enumerate(sums.tolist(), start=1) if number > 0}
+
+
+def _log_images(images: dict[str, NDArray[np.uint8]], iteration: int, writer: Any, wandb_writer: Any) -> None:
+    for name, image in images.items():
+        if writer is not None:
+            writer.add_image(name, image, iteration, dataformats="HWC")
+        if wandb_writer is not None:
+            wandb_writer.log({name: wandb_writer.Image(image)}, iteration)
+
+
+def watch_routing(model: torch.nn.Module) -> None:
+    """Has a model's routers report to the tracker that `install_metrics` has installed."""
+    tracker = get_moe_metrics_tracker()
+    assert isinstance(tracker, RoutingMetricsTracker)
+    tracker.watch([model])
+
+
+def install_metrics() -> None:
+    """Makes Megatron's training loop report the routing metrics, as its parsed flags and ours ask for."""
+    set_moe_metrics_tracker(RoutingMetricsTracker(MonitorConfig.from_arguments(get_args())))

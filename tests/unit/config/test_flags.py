@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the flags become, and what is refused; the programs' own tests run the same as a user would."""
+
+import sys
+
+import pytest
+
+from tests.launch import SMALL_MODEL
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory) -> str:
+    from tests.models import build_hf_model
+
+    folder = tmp_path_factory.mktemp("vision")
+    build_hf_model(image_token_id=5).model.vision_tower.save_pretrained(folder)
+    return str(folder)
+
+
+def parse(monkeypatch, vision: str, *flags: str):
+    from megatron_smar import runtime
+
+    runtime.install()
+    from megatron.training.arguments import parse_args
+
+    from megatron_smar.config.flags import add_arguments
+
+    monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *SMALL_MODEL, "--vision-model", vision, *flags])
+    return parse_args(add_arguments)
+
+
+def test_defaults_are_the_papers(monkeypatch, vision):
+    from megatron_smar.config.build import modality_routing_config
+
+    routing = modality_routing_config(parse(monkeypatch, vision, "--modality-routing", "smar"))
+    smar = routing.strategy
+    assert (smar.coeff, smar.d_min, smar.d_max, routing.eps, routing.scope) == (0.01, 1.5, 2.0, 1e-6, "global")
+    assert routing.router_bias
+    assert not modality_routing_config(parse(monkeypatch, vision, "--no-modality-router-bias")).router_bias
+    assert modality_routing_config(parse(monkeypatch, vision)).strategy.name == "none"
+
+
+def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, vision):
+    args = parse(monkeypatch, vision)
+    assert (args.distributed_backend, args.transformer_impl, args.use_cpu_initialization) == ("gloo", "local", True)
+    assert parse(monkeypatch, vision, "--distributed-backend", "nccl").distributed_backend == "nccl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--smar-eps", "0"], "--smar-eps is 0.0"),
+        (["--smar-coeff", "-1"], "--smar-coeff is -1.0"),
+        (["--moe-collapse-threshold", "0"], "--moe-collapse-threshold is 0.0"),
+        (["--pixel-shuffle", "0.3"], "--pixel-shuffle is 0.3"),
+        (["--max-tiles", "2", "--min-tiles", "4"], "--max-tiles 2 is less than --min-tiles 4"),
+        (["--use-thumbnail"], "--use-thumbnail .* --max-tiles 12"),
+        (["--smar-warmup-iters", "-1"], "--smar-warmup-iters is -1"),
+        (["--smar-start-iter", "-1"], "--smar-start-iter is -1"),
+        (["--smar-band-file", "nowhere.json"], "--smar-band-file nowhere.json cannot be read"),
+        (["--recompute-modules", "layernorm"], "--recompute-modules layernorm"),
+        (["--moe-pad-expert-input-to-capacity"], "--moe-pad-expert-input-to-capacity"),
+        (["--moe-router-load-balancing-type", "quantile_balancing"], "quantile_balancing"),
+        (["--dataloader-type", "cyclic"], "--dataloader-type is cyclic"),
+        (["--qk-l2-norm"], "--qk-l2-norm is in none of the layers"),
+        (["--optimizer-cuda-graph"], "--optimizer-cuda-graph replays"),
+        (["--use-megatron-fsdp"], "--use-megatron-fsdp is not supported"),
+        (["--modality-routing", "hard", "--hard-experts", "text=0", "vision=1-3"], "leaves text tokens 1 experts"),
+        (["--modality-routing", "hard", "--moe-router-group-topk", "1"], "--moe-router-group-topk 1 can choose"),
+        (["--bf16", "--modality-routing", "smar", "--save", "run"], "only with --use-distributed-optimizer"),
+    ],
+)
+def test_what_cannot_train_is_refused_in_one_sentence(monkeypatch, vision, flags, said):
+    from megatron_smar.config.checks import check_arguments
+
+    with pytest.raises(ValueError, match=said) as error:
+        check_arguments(parse(monkeypatch, vision, *flags), needs_data=False)
+    assert "\n" not in str(error.value)
+
+
+def test_latent_attention_without_yarn_is_refused_where_rope_fusion_would_meet_it(monkeypatch, vision):
+    from megatron_smar.config.checks import check_shape
+
+    args = parse(monkeypatch, vision, "--multi-latent-attention", "--rope-type", "rope")
+    check_shape(args)
+    args.apply_rope_fusion = True  # the default where there is Transformer Engine
+    with pytest.raises(ValueError, match="give --no-rope-fusion"):
+        check_shape(args)
+
+
+def test_bands_of_single_layers_are_read_and_the_others_have_the_common_one(monkeypatch, vision, tmp_path):
+    from megatron_smar.config.build import modality_routing_config
+
+    (tmp_path / "bands.json").write_text('{"2": [0.5, 1]}')
+    flags = ["--modality-routing", "smar", "--smar-band-file", str(tmp_path / "bands.json")]
+    routing = modality_routing_config(parse(monkeypatch, vision, *flags)).strategy
+    assert (routing.band(1), routing.band(2)) == ((1.5, 2.0), (0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[1, 2]", "is not a JSON object"),
+        ('{"1": 2}', "is not a JSON object"),
+        ('{"one": [1, 2]}', "is not a JSON object"),
+        ('{"1": [1, 2', "cannot be read"),
+        ('{"1": [2, 1]}', "gives layer 1 \\[2.0, 1.0\\]"),
+        ('{"3": [1, 2]}', "names layer 3, but the MoE layers are \\[1, 2\\]"),
+    ],
+)
+def test_a_band_file_that_is_none_is_refused_in_one_sentence(monkeypatch, vision, tmp_path, content, said):
+    from megatron_smar.config.checks import check_arguments
+
+    (tmp_path / "bands.json").write_text(content)
+    args = parse(monkeypatch, vision, "--modality-routing", "smar", "--smar-band-file", str(tmp_path / "bands.json"))
+    with pytest.raises(ValueError, match=said) as error:
+        check_arguments(args, needs_data=False)
+    assert "\n" not in str(error.value)
+
+
+def test_help_lists_our_groups(monkeypatch, vision, capsys):
+    """Megatron 0.19.2's own --help dies of a percent sign."""
+    with pytest.raises(SystemExit) as end:
+        parse(monkeypatch, vision, "--help")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("modality-aware routing:", "vision-language model:", "training stages:", "conversations:"):
+        assert group in text
+
+
+def test_normalisation_is_the_vision_models_own(tmp_path):
+    import json
+
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from megatron_smar.model.vision import VisionConfig, normalisation
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path)
+    vision = VisionConfig(str(tmp_path), 32)
+    assert normalisation(vision)[0] == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    settings = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert normalisation(vision) == ((0.1, 0.2, 0.3), (1, 2, 3))
+
+
+def test_a_check_of_megatrons_names_the_flags_behind_its_arguments_and_their_values(vision, monkeypatch):
+    from megatron_smar.config.flag_errors import sentence
+
+    args = parse(monkeypatch, vision, "--num-layers", "3", "--pipeline-model-parallel-size", "2")
+    message = "num_layers should be a multiple of\n  pipeline_model_parallel_size"
+    said = sentence(AssertionError(message), args)
+    assert said.startswith("num_layers should be a multiple of pipeline_model_parallel_size; the flags are: ")
+    assert "--num-layers 3" in said and "--pipeline-model-parallel-size 2" in said and "\n" not in said
+    assert sentence(ValueError("--lr is 0; give more."), args) == "--lr is 0; give more."
+    try:
+        assert args.num_layers == 4
+    except AssertionError as error:
+        error.args = ()
+        assert "`assert args.num_layers == 4`" in sentence(error, args) and "--num-layers 3" in sentence(error, args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num-attention-heads", "4", "--tensor-model-parallel-size", "3"], "--num-attention-heads 4 .*size 3"),
+        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size is 0"),
+        (["--pipeline-model-parallel-size", "2"], "--pipeline-model-parallel-size 2 .* 2 ranks, and there are 1"),
+        (["--micro-batch-size", "4", "--global-batch-size", "6"], "--global-batch-size 6 .* --micro-batch-size 4"),
+        (
+            ["--micro-batch-size", "2", "--global-batch-size", "8", "--eval-global-batch-size", "3"],
+            "--eval-global-batch-size 3 is no multiple of --micro-batch-size 2",
+        ),
+        (["--num-experts", "4", "--moe-token-dispatcher-type", "flex"], "flex .*DeepEP"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_with_flags_that_were_given(vision, monkeypatch, flags, said):
+    from megatron_smar.config.checks import check_arguments
+
+    with pytest.raises(ValueError, match=said):
+        check_arguments(parse(monkeypatch, vision, *flags), needs_data=False)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores and greedy continuations of a real model, against the logits taken whole."""
+
+import pytest
+import torch
+
+from tests.models import build_hf_model, build_model
+
+IMAGE, PAD, STOP = 5, 0, 3
+
+
+@pytest.fixture(scope="module")
+def model(single_rank, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vision")
+    build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(folder)
+    torch.manual_seed(5)
+    model = build_model(str(folder)).eval()
+    for parameter in model.language_model.output_layer.parameters():
+        parameter.data.mul_(20)  # a random model is sure of nothing
+    return model
+
+
+def sample(length: int, seed: int, targets: int):
+    from megatron_smar.data.batch import EncodedSample
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(6, 128, (length,), generator=generator)
+    ids[:4] = IMAGE
+    mask = torch.zeros(length)
+    mask[length - targets :] = 1
+    return EncodedSample(
+        __key__=str(seed),
+        __restore_key__=(),
+        input_ids=ids,
+        labels=torch.cat([ids[1:], ids[:1]]),
+        loss_mask=mask,
+        pixel_values=torch.randint(0, 256, (1, 3, 32, 32), generator=generator, dtype=torch.uint8),
+        num_images=1,
+    )
+
+
+def logits_of(model, ids, pixels) -> torch.Tensor:
+    from tests.models import prepare
+
+    batch = prepare(ids[None], torch.zeros_like(ids[None], dtype=torch.bool), pixels, IMAGE)
+    with torch.no_grad():
+        return model(**batch)[0].float()
+
+
+def evaluator_of(model, **settings):
+    from megatron_smar.evaluation.evaluator import Evaluator
+
+    return Evaluator(model, IMAGE, 4, PAD, **settings)
+
+
+def test_scores_are_those_of_the_whole_logits_however_they_are_cut(model, monkeypatch):
+
+    samples = [sample(length, seed, targets) for length, seed, targets in ((9, 1, 3), (14, 2, 5), (11, 3, 1))]
+    sure = logits_of(model, samples[2].input_ids, samples[2].pixel_values)[-1].argmax()
+    samples[2].labels[-1] = sure
+    continues = torch.arange(128) % 2 == 0
+    from megatron_smar.evaluation import evaluator
+
+    monkeypatch.setattr(evaluator, "_POSITIONS", 5)  # chunks that end within rows
+    scores = evaluator_of(model, batch_size=2, continues_word=continues).score(samples, "test")
+    for score, item in zip(scores, samples, strict=True):
+        kept, logits = item.loss_mask > 0, logits_of(model, item.input_ids, item.pixel_values)
+        losses = torch.nn.functional.cross_entropy(logits, item.labels, reduction="none")
+        assert score.loss == pytest.approx(float(losses[kept].sum()), rel=1e-5)
+        assert score.tokens == int(kept.sum())
+        assert score.exact == bool((logits.argmax(dim=-1) == item.labels)[kept].all())
+    assert [score.exact for score in scores] == [False, False, True]
+    assert scores[2].words == scores[2].words_completed == int(sure % 2 == 0)
+
+
+def test_a_continuation_takes_the_most_likely_token_of_each_prompts_own_end(model):
+    prompts = [sample(length, seed, 0) for length, seed in ((7, 4), (12, 5))]
+    expected = []
+    for prompt in prompts:
+        ids = prompt.input_ids.clone()
+        for _ in range(3):
+            logits = logits_of(model, ids, prompt.pixel_values)
+            ids = torch.cat([ids, logits[-1].argmax()[None]])
+        expected.append(ids[len(prompt.input_ids) :].tolist())
+    assert evaluator_of(model).generate(prompts, 3, stop_id=-1) == expected
+    stopped = evaluator_of(model).generate(prompts, 3, stop_id=expected[0][1])
+    assert stopped[0] == expected[0][: expected[0].index(expected[0][1])]
+
+
+def test_a_batch_of_scores_and_a_new_token_of_all_prompts_are_one_read_each(model, monkeypatch):
+    """Every read waits for the device, and there are thousands of samples."""
+
+    labels, logits = torch.zeros(4, 6, dtype=torch.int64), torch.randn(4, 6, 128)
+    reads = []
+    to_host = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (reads.append(self.shape), to_host(self))[1])
+    from megatron_smar.evaluation import evaluator
+
+    losses, hit = evaluator._loss_and_hit(logits, labels)
+    assert reads == [(2, 24)] and losses.shape == hit.shape == labels.shape

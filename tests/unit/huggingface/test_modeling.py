@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modelling code beside an exported model computes what the trainer computes, in transformers alone."""
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+    SiglipVisionConfig,
+)
+
+from megatron_smar import huggingface
+from megatron_smar.huggingface import (
+    RemoteFields,
+    modeling_modality_aware,
+    needs_remote_code,
+    plain_config,
+    write_remote_code,
+)
+from tests.models import build_hf_model, build_model, copy_weights, prepare
+
+IMAGE, SIDE, TOKENS_PER_TILE, EXPERTS = 5, 32, 4, 4
+BIASED = RemoteFields(modality_router_bias=True)
+
+VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+TEXT = dict(
+    vocab_size=128, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, eos_token_id=None
+)
+GROUPED = dict(TEXT, num_key_value_heads=2)
+EXPERT_SIZES = dict(moe_intermediate_size=32, num_experts_per_tok=2)
+LATENT = dict(
+    EXPERT_SIZES, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=EXPERTS, first_k_dense_replace=1,
+    kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+)  # fmt: skip
+# Text model, and how Megatron routes for it: what --moe-router-* flags say for this architecture.
+GATES: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
+    "mixtral": (MixtralConfig(**GROUPED, num_local_experts=EXPERTS, num_experts_per_tok=2), {}),
+    "qwen3_moe": (
+        Qwen3MoeConfig(
+            **GROUPED, **EXPERT_SIZES, head_dim=16, num_experts=EXPERTS, norm_topk_prob=True, mlp_only_layers=[0]
+        ),
+        {},
+    ),
+    "olmoe": (OlmoeConfig(**GROUPED, num_experts=EXPERTS, num_experts_per_tok=2), {"use_pre_softmax": True}),
+    "deepseek_v2": (
+        DeepseekV2Config(**TEXT, **LATENT, routed_scaling_factor=1.5),
+        {"use_pre_softmax": True, "scaling_factor": 1.5},
+    ),
+    "deepseek_v3": (
+        DeepseekV3Config(**TEXT, **LATENT, n_group=2, topk_group=1, routed_scaling_factor=2.5),
+        {"score_function": "sigmoid", "num_groups": 2, "group_topk": 1, "scaling_factor": 2.5},
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_module_cache(tmp_path_factory):
+    """Transformers copies modelling code to its cache before it imports it: not to the user's here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_registered(monkeypatch):
+    """Transformers keeps the configuration class of code it has loaded, and would take it for the next folder."""
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+
+
+def composite(text: PretrainedConfig, **changes: Any) -> InternVLForConditionalGeneration:
+    vision = InternVLVisionConfig(**VISION, image_size=SIDE, patch_size=8)
+    settings = dict(vision_config=vision, text_config=text, image_token_id=IMAGE, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    return InternVLForConditionalGeneration(InternVLConfig(**(settings | changes))).eval()
+
+
+def export(
+    plain: InternVLForConditionalGeneration, folder: Path, fields: RemoteFields, **config: Any
+) -> dict[str, Tensor]:
+    """Saves a plain model with modelling code and random biases beside its gates, and returns the tensors on disk."""
+    plain.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(write_remote_code(folder, written, fields)))
+    tensors = load_file(folder / "model.safetensors")
+    if fields.modality_router_bias:
+        generator = torch.Generator().manual_seed(7)
+        for gate in sorted(name for name in tensors if name.endswith(".gate.weight")):
+            bias = torch.randn(fields.num_modalities, EXPERTS, generator=generator)
+            tensors[gate.removesuffix("weight") + "modality_bias"] = bias
+    if not fields.projector_layer_norm:
+        tensors = {name: tensor for name, tensor in tensors.items() if "projector.layer_norm" not in name}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def load(folder: Path, **settings: Any) -> Any:
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **settings
+    )
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def samples() -> tuple[Tensor, Tensor]:
+    """Two images in one sample, one at the last place of another, and text alone."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(6, 128, (3, 20), generator=generator)
+    ids[0, :TOKENS_PER_TILE] = ids[0, 9 : 9 + TOKENS_PER_TILE] = ids[1, -TOKENS_PER_TILE:] = IMAGE
+    return ids, torch.randn(3, 3, SIDE, SIDE, generator=generator)
+
+
+class Trainer:
+    """The trainer's model with the weights and biases of an export whose text model is tests.models' Mixtral."""
+
+    def __init__(self, folder: Path) -> None:
+        plain = build_hf_model(image_token_id=IMAGE)
+        plain.generation_config.eos_token_id = None
+        self.tensors = export(plain, folder / "export", BIASED)
+        plain.model.vision_tower.save_pretrained(folder / "tower")
+        self.model = build_model(str(folder / "tower"), connector="internvl").eval()
+        copy_weights(plain, self.model)
+        for index, layer in enumerate(self.model.language_model.decoder.layers):
+            name = f"language_model.model.layers.{index}.block_sparse_moe.gate.modality_bias"
+            layer.mlp.router.modality_bias.bias.data.copy_(self.tensors[name])
+        self.plain, self.folder = plain, folder / "export"
+
+    def logits(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model(**prepare(ids, torch.zeros_like(ids, dtype=torch.bool), pixels, IMAGE))
+
+    def continuation(self, ids: Tensor, pixels: Tensor, steps: int) -> Tensor:
+        """[b, steps]: the most likely next token, step by step, each from the whole text so far."""
+        for _ in range(steps):
+            ids = torch.cat([ids, self.logits(ids, pixels)[:, -1:].argmax(-1)], dim=1)
+        return ids[:, -steps:]
+
+
+@pytest.fixture(scope="module")
+def trainer(single_rank, tmp_path_factory) -> Trainer:
+    return Trainer(tmp_path_factory.mktemp("trainer"))
+
+
+@pytest.fixture(scope="module")
+def exported(trainer) -> Any:
+    return load(trainer.folder)
+
+
+@torch.no_grad()
+def test_logits_of_text_and_images_equal_the_trainers(trainer, exported):
+    ids, pixels = samples()
+    expected, plain = trainer.logits(ids, pixels), trainer.plain(input_ids=ids, pixel_values=pixels).logits
+    torch.testing.assert_close(exported(input_ids=ids, pixel_values=pixels).logits, expected, atol=1e-5, rtol=1e-4)
+    assert (expected - plain).abs().amax((1, 2)).min() > 0.01, "the biases do nothing, so nothing was compared"
+
+
+@torch.no_grad()
+def test_text_alone_gets_the_bias_of_text(trainer, exported):
+    ids, _ = samples()
+    none = torch.zeros(0, 3, SIDE, SIDE)
+    torch.testing.assert_close(exported(input_ids=ids[2:]).logits, trainer.logits(ids[2:], none), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_biases_of_zero_give_the_plain_classs_logits_bit_for_bit(trainer, exported):
+    ids, pixels = samples()
+    kept = {name: parameter for name, parameter in exported.named_parameters() if "modality_bias" in name}
+    values = {name: parameter.clone() for name, parameter in kept.items()}
+    for parameter in kept.values():
+        parameter.zero_()
+    logits = exported(input_ids=ids, pixel_values=pixels).logits
+    for name, parameter in kept.items():
+        parameter.copy_(values[name])
+    assert torch.equal(logits, trainer.plain(input_ids=ids, pixel_values=pixels).logits)
+
+
+def test_greedy_generation_equals_the_trainers_argmax(trainer, exported):
+    ids, pixels = samples()
+    settings = dict(max_new_tokens=6, do_sample=False)
+    seen = exported.generate(
+        input_ids=ids[:2], attention_mask=torch.ones_like(ids[:2]), pixel_values=pixels, **settings
+    )
+    assert seen[:, ids.shape[1] :].tolist() == trainer.continuation(ids[:2], pixels, 6).tolist()
+    read = exported.generate(input_ids=ids[2:], attention_mask=torch.ones_like(ids[2:]), **settings)
+    assert read[:, ids.shape[1] :].tolist() == trainer.continuation(ids[2:], pixels[:0], 6).tolist()
+
+
+def test_left_padding_changes_no_answer(trainer, exported):
+    ids, pixels = samples()
+    short = ids[1:2, 7:]
+    batch = torch.cat([ids[:1], torch.nn.functional.pad(short, (7, 0), value=0)])
+    mask = (batch != 0).long()
+    tokens = exported.generate(
+        input_ids=batch, attention_mask=mask, pixel_values=pixels, max_new_tokens=6, do_sample=False
+    )
+    alone = [trainer.continuation(ids[:1], pixels[:2], 6), trainer.continuation(short, pixels[2:], 6)]
+    assert tokens[:, ids.shape[1] :].tolist() == torch.cat(alone).tolist()
+
+
+@torch.no_grad()
+def test_embeddings_need_the_modalities_beside_them_and_then_give_the_same(exported):
+    ids, pixels = samples()
+    ids, embeddings = ids[:2], exported.get_input_embeddings()(ids[:2])
+    modalities = (ids == IMAGE).long()
+    with pytest.raises(ValueError, match=r"with inputs_embeds \[b, s, h\] also mm_token_type_ids"):
+        exported(inputs_embeds=embeddings, pixel_values=pixels)
+    logits = exported(inputs_embeds=embeddings, pixel_values=pixels, mm_token_type_ids=modalities).logits
+    assert torch.equal(logits, exported(input_ids=ids, pixel_values=pixels).logits)
+    settings = dict(attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=4, do_sample=False)
+    tokens = exported.generate(inputs_embeds=embeddings, mm_token_type_ids=modalities, **settings)
+    assert tokens.tolist() == exported.generate(input_ids=ids, **settings)[:, ids.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def test_compiled_without_a_graph_break_it_gives_the_same(exported):
+    ids, _ = samples()  # the placeholders route as vision, whatever stands in them: that spares compiling the tower
+    compiled = torch.compile(exported, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input_ids=ids).logits, exported(input_ids=ids).logits)
+
+
+def test_a_recomputed_layer_sees_its_own_batchs_modalities(trainer):
+    ids, pixels = samples()
+    gradients = []
+    for recompute in (False, True):
+        model = load(trainer.folder).train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        loss = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits.square().mean()
+        model(
+            input_ids=ids[[1, 2, 0]], pixel_values=pixels[[2, 0, 1]], use_cache=False
+        )  # before the first one's backward
+        loss.backward()
+        gradients.append([gate.grad for name, gate in model.named_parameters() if "modality_bias" in name])
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("kind", GATES)
+@torch.no_grad()
+def test_each_kind_of_gate_routes_as_megatron_with_the_biases_and_keeps_its_names(kind, tmp_path):
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    text, flags = GATES[kind]
+    plain = composite(text)
+    for name, tensor in plain.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            tensor.uniform_(-0.2, 0.2)
+    tensors = export(plain, tmp_path / "first", BIASED)
+    model = load(tmp_path / "first")
+    gates = {name: module for name, module in model.named_modules() if hasattr(module, "modality_bias")}
+    assert len(gates) == sum(name.endswith("modality_bias") for name in tensors) >= 1
+    seen: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
+    for name, gate in gates.items():
+        gate.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0].reshape(-1, 48), y)}))
+    ids, pixels = samples()
+    model(input_ids=ids, pixel_values=pixels)
+    for name, gate in gates.items():
+        hidden, (_, weights, chosen) = seen[name]
+        layer = re.search(r"layers\.(\d+)", name)[1]
+        bias = next(t for n, t in tensors.items() if n.endswith("modality_bias") and f"layers.{layer}." in n)
+        logits = hidden @ gate.weight.T + bias[(ids == IMAGE).long().flatten()]
+        expert_bias = getattr(gate, "e_score_correction_bias", None)
+        expected, _ = topk_routing_with_score_function(logits, 2, expert_bias=expert_bias, **flags)
+        actual = torch.zeros_like(expected).scatter(1, chosen, weights)
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+
+    model.save_pretrained(tmp_path / "second")
+    again = load_file(tmp_path / "second/model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert (tmp_path / "second" / huggingface.CODE.name).read_bytes() == huggingface.CODE.read_bytes()
+    logits = load(tmp_path / "second")(input_ids=ids, pixel_values=pixels).logits
+    assert torch.equal(logits, model(input_ids=ids, pixel_values=pixels).logits)
+
+
+def test_a_model_built_in_memory_is_saved_under_the_plain_names_with_its_code(trainer, tmp_path):
+    """One that was loaded is saved by the renaming it was loaded with; this one has none yet, and no auto_map."""
+    config = modeling_modality_aware.ModalityAwareInternVLConfig.from_pretrained(trainer.folder)
+    del config.auto_map
+    modeling_modality_aware.ModalityAwareInternVLForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == trainer.tensors.keys()
+    assert (tmp_path / huggingface.CODE.name).read_bytes() == huggingface.CODE.read_bytes()
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"].items() <= huggingface.AUTO_MAP.items()
+    load(tmp_path)
+
+
+def test_the_biases_stand_beside_the_gates_on_disk(trainer):
+    names = {name for name in trainer.tensors if "bias" in name and "layers.1." in name}
+    assert names == {"language_model.model.layers.1.block_sparse_moe.gate.modality_bias"}
+
+
+@pytest.mark.parametrize("tower", ["internvl", "clip", "siglip"])
+@pytest.mark.parametrize(
+    ("connector", "shuffle", "scale", "layer"), [("mlp2x_gelu", 0.5, 0.5, -1), ("internvl", 1.0, 2.0, -2)]
+)
+@torch.no_grad()
+def test_image_features_equal_the_trainers(tower, connector, shuffle, scale, layer, tmp_path):
+    from megatron_smar.model.connector import Connector
+    from megatron_smar.model.vision import VisionConfig, VisionEncoder
+
+    kinds = {"internvl": InternVLVisionConfig, "clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
+    vision = kinds[tower](**VISION, image_size=SIDE, patch_size=8)
+    changes = dict(
+        vision_config=vision,
+        downsample_ratio=shuffle,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy="full" if tower == "siglip" else "default",
+    )
+    plain = composite(GATES["mixtral"][0], **changes)
+    fields = RemoteFields(projector_layer_norm=connector == "internvl", vision_feature_scale=scale)
+    assert needs_remote_code(plain.config.to_dict(), fields)
+    tensors = export(plain, tmp_path / "export", fields)
+    model = load(tmp_path / "export")
+
+    plain.model.vision_tower.save_pretrained(tmp_path / "tower")
+    encoder = VisionEncoder(VisionConfig(str(tmp_path / "tower"), SIDE, shuffle, layer, scale), torch.float32)
+    ours = Connector(connector, encoder.output_size, 48, torch.float32)
+    prefix = "multi_modal_projector."
+    renamed = {
+        name.removeprefix(prefix).replace("layer_norm", "norm"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    ours.load_state_dict(renamed)
+    pixels = torch.randn(2, 3, SIDE, SIDE)
+    expected = ours(encoder(pixels))
+    torch.testing.assert_close(model.get_image_features(pixels).pooler_output, expected, atol=1e-5, rtol=1e-4)
+    assert expected.std() > 0.001
+
+    model.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again/model.safetensors").keys() == tensors.keys()
+
+
+@torch.no_grad()
+def test_biases_stay_in_float32_when_the_model_is_loaded_in_bfloat16(trainer, exported):
+    model = load(trainer.folder, dtype=torch.bfloat16)
+    kinds = {name.endswith("modality_bias"): parameter.dtype for name, parameter in model.named_parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    wanted = dict(exported.named_parameters())
+    assert all(torch.equal(p, wanted[n]) for n, p in model.named_parameters() if n.endswith("modality_bias"))
+    ids, pixels = samples()
+    assert model(input_ids=ids, pixel_values=pixels).logits.dtype == torch.bfloat16
+
+
+def test_biases_that_a_checkpoint_lacks_are_zero_and_reported(tmp_path):
+    tensors = export(composite(GATES["mixtral"][0]), tmp_path, BIASED)
+    plain = {name: tensor for name, tensor in tensors.items() if not name.endswith("modality_bias")}
+    save_file(plain, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, trust_remote_code=True, output_loading_info=True
+    )
+    missing = {f"model.language_model.layers.{layer}.mlp.gate.modality_bias" for layer in (0, 1)}
+    assert report["missing_keys"] == missing
+    assert all((model.get_parameter(name) == 0).all() for name in missing)
+
+
+def test_a_text_model_without_known_gates_is_refused(tmp_path):
+    export(composite(LlamaConfig(**GROUPED)), tmp_path, BIASED)
+    with pytest.raises(ValueError, match="the text model is 'llama'; the gates known here are those of mixtral"):
+        load(tmp_path)
+
+
+def test_the_export_does_not_load_as_a_plain_model_by_mistake(trainer):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForImageTextToText.from_pretrained(trainer.folder, trust_remote_code=False)
+
+
+def test_the_code_needs_torch_and_transformers_alone():
+    tree = ast.parse(huggingface.CODE.read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {module.split(".")[0] for module in modules} - sys.stdlib_module_names == {"torch", "transformers"}
+
+
+@torch.no_grad()
+def test_tools_for_text_alone_get_the_same_model_as_a_causal_language_model(trainer, exported):
+    model = AutoModelForCausalLM.from_pretrained(trainer.folder, trust_remote_code=True)
+    ids, _ = samples()
+    assert torch.equal(model(input_ids=ids[2:]).logits, exported(input_ids=ids[2:]).logits)
+
+
+@torch.no_grad()
+def test_the_base_model_finds_its_weights_too(trainer, exported):
+    model, report = AutoModel.from_pretrained(trainer.folder, trust_remote_code=True, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert report["unexpected_keys"] <= {"lm_head.weight", "language_model.lm_head.weight"}
+    ids, pixels = samples()
+    hidden = model(input_ids=ids, pixel_values=pixels).last_hidden_state
+    assert torch.equal(exported.lm_head(hidden), exported(input_ids=ids, pixel_values=pixels).logits)
+
+
+def test_tokenizer_and_processor_load_from_an_export_without_trust(trainer, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerFast
+
+    special = ["<unk>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    words = models.WordLevel({word: index for index, word in enumerate(special)}, unk_token="<unk>")
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), unk_token="<unk>", extra_special_tokens=named | {"video_token": "<unk>"}
+    )
+    processor = InternVLProcessor(GotOcr2ImageProcessor(), tokenizer, InternVLVideoProcessor())
+    processor.save_pretrained(tmp_path)
+    for name in ("config.json", huggingface.CODE.name):
+        (tmp_path / name).write_bytes((trainer.folder / name).read_bytes())
+    assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("<IMG_CONTEXT>") == 3
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is InternVLProcessor
+
+
+def test_plain_models_need_no_code_and_get_their_own_config_back(tmp_path):
+    config = json.loads(composite(GATES["mixtral"][0]).config.to_json_string(use_diff=False))
+    assert not needs_remote_code(config, RemoteFields())
+    assert needs_remote_code(config, BIASED)
+    clip = config | {"vision_config": CLIPVisionConfig().to_dict()}
+    assert needs_remote_code(clip, RemoteFields())
+    written = write_remote_code(tmp_path, config, BIASED)
+    assert plain_config(written) == config | {"architectures": ["InternVLForConditionalGeneration"]}
+    with pytest.raises(ValueError, match="model_type 'llava'"):
+        write_remote_code(tmp_path, config | {"model_type": "llava"}, BIASED)
+
+
+def test_this_package_loads_an_export_with_its_own_code_and_not_the_folders(trainer):
+    huggingface.register()
+    model = AutoModelForImageTextToText.from_pretrained(trainer.folder)
+    assert type(model).__module__ == "megatron_smar.huggingface.modeling_modality_aware"

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which positions a context-parallel rank holds; the attention itself is compared across ranks in tests/distributed."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_smar.model.context_parallel import zigzag_positions
+
+
+@given(st.integers(1, 5), st.integers(1, 6))
+def test_a_rank_holds_its_chunk_and_the_one_as_far_from_the_end(chunk, ranks):
+    positions = zigzag_positions(2 * ranks * chunk, ranks)
+    for rank, held in enumerate(positions.tolist()):
+        first, second = rank * chunk, (2 * ranks - 1 - rank) * chunk
+        assert held == [*range(first, first + chunk), *range(second, second + chunk)]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 4))
+def test_each_sequence_of_a_pack_is_shared_out_by_itself(chunks, ranks):
+    lengths = torch.tensor(chunks) * 2 * ranks
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    alone = [zigzag_positions(length, ranks) + start for start, length in zip(starts, lengths.tolist(), strict=True)]
+    assert torch.equal(zigzag_positions(lengths.tolist(), ranks), torch.cat(alone, dim=1))
+
+
+class _Place:
+    """What Megatron asks a process group for here."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+def test_an_attention_mask_under_context_parallelism_is_refused(single_rank):
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_smar.model.layers.local_attention import ScaledDotProductAttention
+    from tests.models import transformer_config
+
+    attention = ScaledDotProductAttention(transformer_config(), 1, AttnMaskType.padding, "self")
+    attention.cp_group = _Place(0, 2)
+    with pytest.raises(ValueError, match="--context-parallel-size > 1"):
+        attention._mask_of_shard(torch.zeros(8, 1, 1, 1), False, torch.zeros(1, 1, 8, 8, dtype=torch.bool))
+
+
+def test_each_weight_is_waited_for_before_it_is_used(single_rank, tmp_path):
+    """--overlap-param-gather waits in hooks before a module's forward, which grouped experts go around."""
+    from tests.models import build_hf_model, build_model, prepare
+
+    build_hf_model(image_token_id=5).model.vision_tower.save_pretrained(tmp_path)
+    model = build_model(str(tmp_path))
+    waited = set()
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: waited.add(name))
+    ids = torch.arange(6, 14).unsqueeze(0)
+    ids[0, :4] = 5
+    model(**prepare(ids, torch.zeros_like(ids, dtype=torch.bool), torch.ones(1, 3, 32, 32), 5))
+    used = {name for name, part in model.named_modules() if any(p.requires_grad for p in part.parameters(False))}
+    assert used <= waited, f"never waited for: {sorted(used - waited)[:5]}"
