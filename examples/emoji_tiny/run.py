@@ -24,9 +24,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from demo_report import print_table, write_report
 from steps import Step, StepError, run_program, source_hash
 
-from megatron_smar.report.report import print_table, write_report
 from megatron_smar.report.scalars import read_scalars
 
 SCRIPTS = Path("examples/emoji_tiny")
