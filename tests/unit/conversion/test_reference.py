@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.unit.checkpoint.test_original_layouts import TOWER, trained, write
 
 from tests.architectures import FIRST, VOCABULARY, build_hf
+from tests.unit.conversion.test_original_layouts import TOWER, trained, write
 
 SIZES: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
 
@@ -30,8 +30,9 @@ def write_tokenizer(folder: Path) -> Path:
 
 def write_tower(kind: str, folder: Path) -> Path:
     """A vision tower, or a model that has one, with weights that each matter."""
-    from tests.unit.checkpoint.test_original_layouts import Tower, randomise
     from transformers import AutoModel, CLIPConfig, CLIPModel, InternVLVisionConfig, SiglipVisionConfig
+
+    from tests.unit.conversion.test_original_layouts import Tower, randomise
 
     torch.manual_seed(1)
     if kind == "original":
