@@ -38,7 +38,7 @@ LAYOUT = """
     use_distributed_optimizer
 """.split()
 ROUTING = """
-    modality_routing modality_router_bias smar_eps smar_scope moe_aux_loss_coeff
+    image_modalities modality_routing modality_router_bias smar_eps smar_scope moe_aux_loss_coeff
 """.split()
 PARTS = {"vision": "vision_model.", "connector": "connector.", "language": "language_model."}
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
