@@ -32,6 +32,7 @@ from megatron_smar.checkpoint.safetensors_io import read_folder
 from megatron_smar.checkpoint.stored_flags import strategy_flags
 from megatron_smar.config.build import vision_config
 from megatron_smar.config.flags import CONNECTORS
+from megatron_smar.config.run_file import saved_folder
 from megatron_smar.conversion import composite, outcome
 from megatron_smar.conversion.composite import Connection, load_composite
 from megatron_smar.conversion.empty_model import as_argv
@@ -61,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     imported = commands.add_parser("import", help="a Hugging Face model to a checkpoint for --load")
     _add_source(imported)
     exported = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
-    exported.add_argument("--load", type=Path, required=True, help="folder of the checkpoint")
+    place = exported.add_mutually_exclusive_group(required=True)
+    place.add_argument("--load", type=Path, help="folder of the checkpoint")
+    place.add_argument("--config", type=Path, help="or its run's run.yaml")
     exported.add_argument("--iteration", type=int, help="which of its checkpoints. Default: the latest")
     exported.add_argument(
         "--hf",
@@ -256,9 +259,9 @@ def main() -> None:
                 written = write_model(source, args.output, DTYPES.get(args.dtype))
             print(outcome.of_import(args.output, written, sources_of(args)))
         else:
-            dtype = DTYPES.get(args.dtype)
-            written = export_model(args.load, args.hf, args.output, args.iteration, dtype, args.processor)
-            print(outcome.of_export(args.output, written, args.load))
+            dtype, load = DTYPES.get(args.dtype), saved_folder(args.config) if args.config else args.load
+            written = export_model(load, args.hf, args.output, args.iteration, dtype, args.processor)
+            print(outcome.of_export(args.output, written, load))
     except ValueError as error:
         parser.error(str(error))
 

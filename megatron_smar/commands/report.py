@@ -3,9 +3,9 @@
 
     python tools/report.py RUN [--results results.json] [--before before.json] [--output FOLDER]
 
-RUN is what the run had as --save (or as --tensorboard-dir, which leaves the settings out). The page shows losses, the
-distance of each layer with the band, the experts' load, throughput, skipped samples, settings, and results of
-evaluate.py: those after the run (by default RUN/results.json) and, with --before, those before it.
+RUN is what the run had as --save (or as --tensorboard-dir, which leaves the settings out), or its run.yaml. The page
+shows losses, the distance of each layer with the band, the experts' load, throughput, skipped samples, settings, and
+results of evaluate.py: those after the run (by default RUN/results.json) and, with --before, those before it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron_smar import runtime
 
 runtime.install_or_exit("cpu")  # it reads files alone
 
+from megatron_smar.config.run_file import saved_folder
 from megatron_smar.report.run import format_summary, read_run, write_run_report
 
 
@@ -32,8 +33,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of the report. Default: RUN")
     options = parser.parse_args()
     try:
-        run = read_run(options.run, options.tensorboard_dir, options.results, options.before, options.image_root)
-        _, page = write_run_report(run, options.output or options.run)
+        folder = options.run if options.run.suffix not in (".yaml", ".yml") else saved_folder(options.run)
+        run = read_run(folder, options.tensorboard_dir, options.results, options.before, options.image_root)
+        _, page = write_run_report(run, options.output or folder)
     except ValueError as error:
         parser.error(str(error))
     print(format_summary(run))
