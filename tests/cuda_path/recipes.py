@@ -34,6 +34,9 @@ def run_script(recipe: str, script: str, output: Path, *options: str, **environm
 
 def command_on_gpus(recipe: str, script: str, gpus: int, output: Path, **files: str) -> tuple[str, list[str]]:
     """The program that a script starts last on 8 or 64 GPUs, and its flags, those of --config expanded."""
+    from megatron_smar import runtime
+
+    runtime.install()
     from megatron_smar.config.run_file import expand
 
     recorder, record = output / "recorder.sh", output / f"{script}-{gpus}.record"

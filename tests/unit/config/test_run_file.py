@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("single_rank")  # the parser of flags is Megatron's
+
 FILE = """
 model:
   num-layers: 2
