@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_smar import runtime
 
@@ -216,7 +217,7 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)  # torchrun sets them where there are several
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments
-        model, _, _ = start([str(word) for word in argv], strategy_flags(run_arguments(options.load)))
+        model, _, _ = start([str(word) for word in argv], _stored_strategy(options.load, flags))
     args = get_args()
     ids, tiles = build_inputs(hf, config, options.text, options.image, args.tensor_model_parallel_size)
     ours = checkpoint_logits(model, ids, tiles, config.image_token_id, tokens_per_tile(vision_config(args)))
@@ -234,6 +235,15 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
     dist.destroy_process_group()
     assert found[0] is not None
     return found[0].within(options.tolerance)
+
+
+def _stored_strategy(load: Path, flags: list[str]) -> dict[str, Any]:
+    """The routing strategy's settings of the checkpoint that Megatron will load, unless flags choose a strategy."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt-step", type=int)
+    parser.add_argument("--modality-routing")
+    given, _ = parser.parse_known_args(flags)
+    return {} if given.modality_routing else strategy_flags(run_arguments(load, given.ckpt_step))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from tests.launch import run
 
 
 @pytest.fixture(scope="module")
-def written(world, tmp_path_factory):
+def written(world, tmp_path_factory, single_rank):
     """A run of four steps whose flags are all in a file, but for what the command line overrides."""
     root = tmp_path_factory.mktemp("run_file")
     save = root / "saved"
