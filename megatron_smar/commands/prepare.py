@@ -29,7 +29,7 @@ from megatron_smar.data.sources.report import format_report
 
 
 def main() -> None:
-    """Run `prepare` as a program."""
+    """Runs `prepare` as a program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", required=True, help="folder to make; give it as --data-path when training")

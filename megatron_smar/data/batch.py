@@ -66,7 +66,7 @@ class VisionLanguageBatch(Batch):
 
     Attributes:
         input_ids: [b, s] int64; one image placeholder per vision token is in place.
-        labels: [b, s] int64; ``labels[i]`` is the token to predict at position i; anything where `loss_mask` is 0.
+        labels: [b, s] int64; `labels[i]` is the token to predict at position i; anything where `loss_mask` is 0.
         loss_mask: [b, s] float32; 1 where the loss counts.
         padding_mask: [b, s] bool; True is padding, as in Megatron.
         pixel_values: [tiles, 3, H, W] uint8, in the order of the placeholders (row by row); no tiles is [0, 3, H, W].
@@ -90,7 +90,7 @@ class VisionLanguageBatch(Batch):
 def collate(
     rows: Sequence[Sequence[EncodedSample]], *, num_rows: int, length: int, pad_id: int, multiple: int | None = None
 ) -> VisionLanguageBatch:
-    """Pad samples to one micro-batch.
+    """Pads samples to one micro-batch.
 
     Args:
         rows: Of each row the samples that stand in it one behind the other; without packing one each.
@@ -133,12 +133,12 @@ def collate(
 
 
 def _gather_tiles(tiles: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Put together the tiles of samples, each [n, 3, H, W]."""
+    """Puts together the tiles of samples, each [n, 3, H, W]."""
     single = [tile for of_sample in tiles for tile in of_sample]
     # In a worker process torch's function writes to shared memory, where they would have to be copied later.
     return default_collate(single) if single else tiles[0]
 
 
 def padded_length(length: int, multiple: int) -> int:
-    """Return `length`, rounded up to a multiple."""
+    """Returns `length`, rounded up to a multiple."""
     return -(-length // multiple) * multiple

@@ -24,7 +24,7 @@ TEXT_PART, IMAGE_PART = "train_text", "train_image"
 
 
 def num_samples(source: LoadedDataset) -> int:
-    """Return the samples of a source on all workers together."""
+    """Returns the samples of a source on all workers together."""
     dataset: Any = source.dataset
     if dataset.subset is None:
         return len(dataset)
@@ -33,14 +33,14 @@ def num_samples(source: LoadedDataset) -> int:
 
 
 def blend_weight(source: LoadedDataset) -> float:
-    """Return what a source has of its blend: its weight, or its samples as often as they are repeated."""
+    """Returns what a source has of its blend: its weight, or its samples as often as they are repeated."""
     if source.repetitions is not None:
         return num_samples(source) * source.repetitions
     return 1.0 if source.weight is None else float(source.weight)
 
 
 def check_sizes(sources: Sequence[LoadedDataset], workers: WorkerConfig, place: str, kind: str) -> None:
-    """Check that every worker of every rank has samples of every source.
+    """Checks that every worker of every rank has samples of every source.
 
     energon divides each source among all workers, and one that has none of a source draws from the others instead. The
     check looks at all ranks, so that all say the same.
@@ -75,7 +75,7 @@ def check_sizes(sources: Sequence[LoadedDataset], workers: WorkerConfig, place: 
 
 
 def check_ranks(source: LoadedDataset, workers: WorkerConfig, place: str, kind: str) -> None:
-    """Check that every rank has samples of a single source, though some of its workers may have none.
+    """Checks that every rank has samples of a single source, though some of its workers may have none.
 
     Raises:
         DataError: A rank has none.
@@ -100,13 +100,13 @@ def _count(workers: WorkerConfig) -> tuple[int, str]:
 def split_by_image(
     datasets: Sequence[LoadedDataset], blend_mode: DatasetBlendMode
 ) -> tuple[list[LoadedDataset], list[LoadedDataset]]:
-    """Take the sources of a blend apart into their text-only shards and those with images.
+    """Takes the sources of a blend apart into their text-only shards and those with images.
 
     The weight of a source is shared between its two parts by their numbers of samples, so that within each kind the
     blend's proportions stay.
 
     Args:
-        datasets: As energon loaded them, each a folder made by ``tools/data/prepare.py``.
+        datasets: As energon loaded them, each a folder made by `tools/data/prepare.py`.
         blend_mode: What the blend's numbers mean.
 
     Returns:
@@ -143,7 +143,7 @@ def split_by_image(
 
 
 def _part_of(source: Any, split_part: str) -> Any:
-    """Return a copy of an energon dataset factory with the shards of another split part alone, None if it has none."""
+    """Returns a copy of an energon dataset factory with the shards of another split part alone, None if it has none."""
     try:
         names = set(WebdatasetMeta.from_config(path=source.path, split_part=split_part).split_part_files)
     except (AssertionError, EmptyDatasetError):  # energon's ways to say that the split file has no such part
@@ -170,7 +170,7 @@ class MixtureDataset[T](BaseWrapperDataset[T, T]):
     def __init__(
         self, datasets: Sequence[SavableDataset[T]], weights: Sequence[float], *, worker_config: WorkerConfig
     ) -> None:
-        """Keep the parts."""
+        """Keeps the parts."""
         super().__init__(tuple(datasets), worker_config=worker_config)
         self.shares = [weight / sum(weights) for weight in weights]
 
@@ -178,12 +178,12 @@ class MixtureDataset[T](BaseWrapperDataset[T, T]):
         """There is none: a pass always begins at its beginning."""
 
     def len_worker(self, worker_idx: int | None = None) -> int:
-        """Return the samples of a pass on a worker, one more or less."""
+        """Returns the samples of a pass on a worker, one more or less."""
         lengths = [dataset.len_worker(worker_idx) for dataset in self.datasets]
         return max(math.ceil(length / share - 1e-9) for length, share in zip(lengths, self.shares, strict=True))
 
     def __iter__(self) -> Iterator[T]:
-        """Yield the samples of a pass."""
+        """Yields the samples of a pass."""
         iterators = [iter(dataset) for dataset in self.datasets]
         left = [dataset.len_worker() for dataset in self.datasets]
         owed = [0.0] * len(iterators)
@@ -199,7 +199,7 @@ class MixtureDataset[T](BaseWrapperDataset[T, T]):
                 return
 
     def config(self) -> dict[str, Any]:
-        """Return what decides the order of samples, as energon's wrappers do."""
+        """Returns what decides the order of samples, as energon's wrappers do."""
         return {
             "type": type(self).__qualname__,
             "datasets": [dataset.config() for dataset in self.datasets],
@@ -226,22 +226,22 @@ class RatioDataset[T](BaseWrapperDataset[T, T]):
     def __init__(
         self, first: SavableDataset[T], second: SavableDataset[T], ratio: float, *, worker_config: WorkerConfig
     ) -> None:
-        """Begin at no sample drawn."""
+        """Begins at no sample drawn."""
         super().__init__((first, second), worker_config=worker_config)
         self.ratio = Fraction(str(ratio))  # 0.025 is 1/40, which no binary fraction is
         self.reset_state_own()
 
     def reset_state_own(self) -> None:
-        """Begin at no sample drawn."""
+        """Begins at no sample drawn."""
         self._drawn = 0
 
     def len_worker(self, worker_idx: int | None = None) -> int:
-        """Return the samples of both on a worker; none if one of them has none there."""
+        """Returns the samples of both on a worker; none if one of them has none there."""
         lengths = [dataset.len_worker(worker_idx) for dataset in self.datasets]
         return sum(lengths) if all(lengths) else 0
 
     def __iter__(self) -> Iterator[T]:
-        """Yield samples for ever."""
+        """Yields samples for ever."""
         workers = max(1, self.worker_config.num_workers) * self.worker_config.world_size
         phase = Fraction(2 * self.worker_config.global_worker_id() + 1, 2 * workers)
         iterators = [iter(dataset) for dataset in self.datasets]
@@ -253,7 +253,7 @@ class RatioDataset[T](BaseWrapperDataset[T, T]):
             yield add_sample_restore_key(sample, index, src=self)
 
     def config(self) -> dict[str, Any]:
-        """Return what decides the order of samples, as energon's wrappers do."""
+        """Returns what decides the order of samples, as energon's wrappers do."""
         return {
             "type": type(self).__qualname__,
             "datasets": [dataset.config() for dataset in self.datasets],

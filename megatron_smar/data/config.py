@@ -16,21 +16,21 @@ from megatron_smar.data.tiling import ImageConfig
 class DataConfig:
     """What is read and how it becomes micro-batches.
 
-    Args:
-        data_path: Folder of prepared shards (``--data-path``); its ``train`` split is used.
+    Attributes:
+        data_path: Folder of prepared shards (`--data-path`); its `train` split is used.
         seq_length: Most positions of a sample; longer ones are rejected, never cut.
         micro_batch_size: Rows of a micro-batch.
-        valid_data_path: Where the ``val`` split is read (``--valid-data-path``); None is `data_path`.
+        valid_data_path: Where the `val` split is read (`--valid-data-path`); None is `data_path`.
         template: Conversation template.
         tokens_per_tile: Vision tokens of one image tile.
         image: How images become tiles.
         pad_to: Pad every micro-batch to this many positions; None pads to its longest sample.
         pad_to_multiple_of: Round the padded length up to a multiple of this, e.g. for sequence parallelism.
         packing_buffer_size: Samples of a worker among which those that share a sequence are chosen
-            (``--packing-buffer-size``); None does not pack.
-        packing_max_tiles: Most image tiles of a pack (``--packing-max-tiles``); None for no limit.
+            (`--packing-buffer-size`); None does not pack.
+        packing_max_tiles: Most image tiles of a pack (`--packing-max-tiles`); None for no limit.
         packing_multiple_of: Round each sample's length in a pack up to a multiple of this, for context parallelism.
-        text_only_ratio: Share of samples without images, held exactly (``--text-only-ratio``); None takes the data as
+        text_only_ratio: Share of samples without images, held exactly (`--text-only-ratio`); None takes the data as
             it is.
         num_workers: Worker processes of one loader; 0 loads in the training process.
         shuffle_buffer_size: Samples among which the next one is drawn, per worker.
@@ -38,9 +38,9 @@ class DataConfig:
         seed: Seed of the order of samples.
         verify_images: Pipeline stages that need no pixels decode images all the same, so that all stages reject the
             same damaged ones. Without it those stages read headers only, and an image damaged behind its header ends
-            the run; shards made by ``tools/data/prepare.py`` have none.
+            the run; shards made by `tools/data/prepare.py` have none.
         rejects_dir: Folder in which rejected samples are listed; None lists none.
-        max_skip_ratio: The run ends when more than this share of the samples is rejected (``--max-skip-ratio``); 1 lets
+        max_skip_ratio: The run ends when more than this share of the samples is rejected (`--max-skip-ratio`); 1 lets
             all pass.
         max_consecutive_rejects: So many rejected samples in a row end the run, whatever their share.
     """
@@ -68,7 +68,7 @@ class DataConfig:
     max_consecutive_rejects: int = 1000
 
     def __post_init__(self) -> None:
-        """Check the values and that the data is there."""
+        """Checks the values and that the data is there."""
         for name in (
             "seq_length",
             "micro_batch_size",

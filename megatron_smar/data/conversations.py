@@ -22,8 +22,8 @@ _SPECIAL = re.compile(r"(\{eos\}|<\|\w+\|>|\{\[/?\w+\]\})")
 class Segment:
     """A run of text that is either learned or not.
 
-    Args:
-        text: The text; ``<image>`` tags in it stand for images.
+    Attributes:
+        text: The text; `<image>` tags in it stand for images.
         is_target: Whether the loss counts on its tokens.
         special: A special token that follows and is learned as the text is: `EOS`, or one of the template's.
     """
@@ -37,17 +37,17 @@ class Segment:
 class ConversationTemplate:
     """How a conversation is written as one text.
 
-    In all of its patterns ``{eos}`` stands for the tokenizer's end-of-sentence token, and ``<|name|>`` and ``{[NAME]}``
+    In all of its patterns `{eos}` stands for the tokenizer's end-of-sentence token, and `<|name|>` and `{[NAME]}`
     are special tokens of the vocabulary (the latter without the braces); records cannot spell out any of them.
 
-    Args:
-        user: A user's turn up to where the answer begins, with ``{text}``, and ``{system}`` where system text goes.
-        assistant: An answer, with ``{text}`` and the token that ends it: what is learned.
+    Attributes:
+        user: A user's turn up to where the answer begins, with `{text}`, and `{system}` where system text goes.
+        assistant: An answer, with `{text}` and the token that ends it: what is learned.
         between: What joins a user's turn to the answer before it.
-        system: How system text is written, with ``{system_text}``.
+        system: How system text is written, with `{system_text}`.
         default_system: System text of a conversation that has no system turn; an empty system turn switches it off.
         default_system_with_images: The same where the user shows an image; None is `default_system`.
-        keeps_user_text: False leaves nothing of the user's turn but its ``<image>`` tags.
+        keeps_user_text: False leaves nothing of the user's turn but its `<image>` tags.
         system_in_last: System text goes into the last of the user's turns, not the first.
         system_apart: System text is a turn of its own, so that it runs into no other text.
         front: What stands before each run of text in a user's turn; images end one.
@@ -80,7 +80,7 @@ class ConversationTemplate:
         return _token_name(_SPECIAL.findall(self.assistant)[-1])
 
     def render(self, turns: Sequence[tuple[str, str]]) -> list[Segment]:
-        """Write turns ``(role, text)``, as `read_turns` gives them, as segments."""
+        """Writes turns `(role, text)`, as `read_turns` gives them, as segments."""
         segments: list[Segment] = []
         system = turns[0][1] if turns[0][0] == "system" else self._default_system(turns)
         asked = [number for number, (role, _) in enumerate(turns) if role == "user"]
@@ -115,7 +115,7 @@ class ConversationTemplate:
 
 
 def _write(pattern: str, is_target: bool, **texts: str) -> Iterator[Segment]:
-    """Fill a pattern, cut at its special tokens before the texts go in, so that no text can pass for one."""
+    """Fills a pattern, cut at its special tokens before the texts go in, so that no text can pass for one."""
     parts = _SPECIAL.split(pattern)  # text, token, text, token, ..., text
     for part, special in zip_longest(parts[::2], parts[1::2]):
         segment = Segment(part.format_map(texts), is_target, special and _token_name(special))
@@ -182,7 +182,7 @@ TEMPLATES: dict[str, ConversationTemplate] = {
 
 
 def get_template(name: str) -> ConversationTemplate:
-    """Return a template by name.
+    """Returns a template by name.
 
     Raises:
         ValueError: There is none of that name.
@@ -194,7 +194,7 @@ def get_template(name: str) -> ConversationTemplate:
 
 
 def template_for(name: str, tokenizer: Any) -> ConversationTemplate:
-    """Return a template by name, as a tokenizer's vocabulary asks for it.
+    """Returns a template by name, as a tokenizer's vocabulary asks for it.
 
     `mistral` is Mistral's own by the versions of mistral-common: v1 as text, from v2 on with control tokens.
 
@@ -226,16 +226,16 @@ def template_for(name: str, tokenizer: Any) -> ConversationTemplate:
 
 
 def read_turns(conversations: Any, system: str | None = None) -> list[tuple[str, str]]:
-    """Check a record's ``conversations`` and return its turns as ``(role, text)``.
+    """Checks a record's `conversations` and return its turns as `(role, text)`.
 
-    Roles are ``system`` (at most one, first), then ``user`` and ``assistant`` by turns.
+    Roles are `system` (at most one, first), then `user` and `assistant` by turns.
 
     Args:
         conversations: The turns.
         system: The record's own system text, which becomes the first turn.
 
     Raises:
-        SampleError: ``empty_conversation``, ``bad_record``, ``role_order``, ``image_in_answer``, `check_text`'s or
+        SampleError: `empty_conversation`, `bad_record`, `role_order`, `image_in_answer`, `check_text`'s or
             `check_keys`'s.
     """
     if not isinstance(conversations, list) or not conversations:
@@ -272,14 +272,14 @@ def _with_system(system: str, turns: list[tuple[str, str]]) -> list[tuple[str, s
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse text that no text is, or that would pass for a picture.
+    """Refuses text that no text is, or that would pass for a picture.
 
     Args:
         text: Of a record.
         where: How a message names it.
 
     Raises:
-        SampleError: ``null_character``, ``invalid_unicode`` or ``image_token_in_text``.
+        SampleError: `null_character`, `invalid_unicode` or `image_token_in_text`.
     """
     if "\0" in text:
         raise SampleError("null_character", f"{where} has a null character at {text.index(chr(0))}")
@@ -301,21 +301,21 @@ def _check_order(roles: list[str]) -> None:
 
 
 def has_turns(record: dict[str, Any]) -> bool:
-    """Return whether a record is read as a conversation, and not as plain text: an empty column is none."""
+    """Returns whether a record is read as a conversation, and not as plain text: an empty column is none."""
     return "text" not in record or not is_empty(record.get("conversations"))
 
 
 def record_segments(record: Any, template: ConversationTemplate, num_images: int) -> list[Segment]:
-    """Turn one record into segments.
+    """Turns one record into segments.
 
     Args:
-        record: ``{"conversations": [...]}``, with or without a ``system`` text, or ``{"text": ...}`` (plain text:
+        record: `{"conversations": [...]}`, with or without a `system` text, or `{"text": ...}` (plain text:
             all of it is learned); where there are both, the conversation counts.
         template: How conversations are written.
         num_images: Number of images that came with the record.
 
     Raises:
-        SampleError: The record is malformed, or its ``<image>`` tags are not as many as its images.
+        SampleError: The record is malformed, or its `<image>` tags are not as many as its images.
     """
     if not isinstance(record, dict) or not ("conversations" in record or "text" in record):
         raise SampleError("bad_record", "the record is no JSON object with `conversations` or `text`")
@@ -343,12 +343,12 @@ def record_segments(record: Any, template: ConversationTemplate, num_images: int
 def tokenize_segments(
     segments: Iterable[Segment], encoder: TextEncoder, image_lengths: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
-    """Turn segments into token ids and say which of them are to be learned.
+    """Turns segments into token ids and say which of them are to be learned.
 
     Args:
         segments: From `record_segments`.
         encoder: Text to ids.
-        image_lengths: Number of vision tokens of each image, in the order of the ``<image>`` tags.
+        image_lengths: Number of vision tokens of each image, in the order of the `<image>` tags.
 
     Returns:
         Ids [n] and, for each, whether it is a target. A beginning-of-sentence token, if the tokenizer has one, and

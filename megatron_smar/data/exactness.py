@@ -48,7 +48,7 @@ class HuggingFacePieces:
     """
 
     def __init__(self, fast: Any, end_id: int, end: str) -> None:
-        """Copy the tokenizer where something has to be taken off."""
+        """Copies the tokenizer where something has to be taken off."""
         settings = json.loads(fast.backend_tokenizer.to_str())
         self.puts_space = set_prefix(settings, "never")
         self._backend = Tokenizer.from_str(json.dumps(settings)) if self.puts_space else fast.backend_tokenizer
@@ -79,7 +79,7 @@ class GuardedPieces:
     """
 
     def __init__(self, tokenizer: Any, end_id: int, end: str, bos_id: int | None) -> None:
-        """Keep them."""
+        """Keeps them."""
         self.puts_space = tokenizer._tokenizer.text_to_tokens("a")[0].startswith("▁")
         self._tokenizer, self._end_id, self._end, self._bos_id = tokenizer, end_id, end, bos_id
 
@@ -111,7 +111,7 @@ def fast_tokenizer(tokenizer: Any) -> Any | None:
 
 
 def set_prefix(settings: dict[str, Any], scheme: str) -> bool:
-    """Say where a tokenizer puts a space in front, by its tokenizer.json.
+    """Says where a tokenizer puts a space in front, by its tokenizer.json.
 
     Args:
         settings: Content of the file, which is changed.
@@ -152,7 +152,7 @@ def _parts(settings: dict[str, Any], name: str, many: str) -> list[dict[str, Any
 
 
 def same_text(one: str, other: str) -> bool:
-    """Whether two texts are the same, or what Unicode calls equivalent: Qwen's tokenizers compose accents."""
+    """Returns whether two texts are the same, or what Unicode calls equivalent: Qwen's tokenizers compose accents."""
     return one == other or unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
 
 

@@ -47,7 +47,7 @@ _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a column holds nothing: null, no text, no number, or a list or object of nothing else."""
+    """Returns whether a column holds nothing: null, no text, no number, or a list or object of nothing else."""
     if isinstance(value, str):
         return not value.strip()
     if isinstance(value, Mapping):
@@ -58,7 +58,7 @@ def is_empty(value: Any) -> bool:
 
 
 def check_keys(record: Mapping[str, Any], known: Collection[str] = RECORD_KEYS, where: str = "") -> list[str]:
-    """Return the keys of a record, or of a turn, that hold something, are not read, and are not known to be harmless.
+    """Returns the keys of a record, or of a turn, that hold something, are not read, and are not known to be harmless.
 
     Args:
         record: The record, or one of its turns.
@@ -66,7 +66,7 @@ def check_keys(record: Mapping[str, Any], known: Collection[str] = RECORD_KEYS, 
         where: What goes before a key in messages and in what is returned.
 
     Raises:
-        SampleError: ``unsupported_key``: a key holds pictures, videos, sounds, tools, system text or turns that are
+        SampleError: `unsupported_key`: a key holds pictures, videos, sounds, tools, system text or turns that are
             not read, and would be lost without a word.
     """
     unread = []
@@ -87,7 +87,7 @@ def _loss_hint(value: Any) -> str:
 
 
 def _hint(key: str, value: Any, record: Mapping[str, Any]) -> str | None:
-    """Say what to do about a key that holds something to learn from; empty if it is harmless, None if unknown."""
+    """Says what to do about a key that holds something to learn from; empty if it is harmless, None if unknown."""
     words = [word.lower() for word in _WORDS.findall(key)]
     speaks_of_media = not _MEDIA.isdisjoint(words)
     if speaks_of_media and words[-1] in _SAID_OF_MEDIA:
@@ -109,16 +109,16 @@ def _hint(key: str, value: Any, record: Mapping[str, Any]) -> str | None:
 
 
 def _names_file(value: Any) -> bool:
-    """Return whether a value is the name of a picture, a video or a sound, or a list of such names."""
+    """Returns whether a value is the name of a picture, a video or a sound, or a list of such names."""
     names = value if isinstance(value, list) else [value]
     return all(isinstance(name, str) and _MEDIA_FILE.search(name) for name in names)
 
 
 def image_paths(record: Mapping[str, Any]) -> list[str]:
-    """Return the paths of a record's pictures, from `image` or `images`; an empty one is none.
+    """Returns the paths of a record's pictures, from `image` or `images`; an empty one is none.
 
     Raises:
-        SampleError: ``bad_record``.
+        SampleError: `bad_record`.
     """
     found = {key: _paths(key, record.get(key)) for key in ("image", "images") if not is_empty(record.get(key))}
     if len(found) == 2 and found["image"] != found["images"]:
@@ -134,5 +134,5 @@ def _paths(key: str, value: Any) -> list[str]:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun."""
+    """Returns a number with its noun."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

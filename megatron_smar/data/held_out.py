@@ -22,7 +22,7 @@ _QUESTION_KEYS = frozenset({"image", "images", "question", "answer", "kind"})
 
 
 def read_texts(path: Path) -> list[dict[str, Any]]:
-    """Return the records of ``--text``, a JSON list or JSON lines.
+    """Returns the records of `--text`, a JSON list or JSON lines.
 
     Raises:
         ValueError: The file or one of its records cannot be used; the message is one sentence for the user.
@@ -40,7 +40,7 @@ def read_texts(path: Path) -> list[dict[str, Any]]:
 
 
 def read_questions(path: Path, image_root: Path) -> list[dict[str, Any]]:
-    """Return the records of ``--vqa``, a JSON list or JSON lines, with `image` as a list of paths that can be read.
+    """Returns the records of `--vqa`, a JSON list or JSON lines, with `image` as a list of paths that can be read.
 
     Raises:
         ValueError: The file, one of its records or a picture cannot be used; the message is one sentence for the user.

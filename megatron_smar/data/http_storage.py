@@ -33,18 +33,18 @@ class HttpStorageProvider(BaseStorageProvider):
     Proxies, certificates and passwords come from where `requests` takes them: HTTPS_PROXY, REQUESTS_CA_BUNDLE, .netrc.
 
     Args:
-        base_path: ``host``, ``host:port`` or either with a path behind it.
-        scheme: ``http`` or ``https``.
+        base_path: `host`, `host:port` or either with a path behind it.
+        scheme: `http` or `https`.
         options: What the Multi-Storage Client hands every provider.
     """
 
     def __init__(self, base_path: str, scheme: str = "https", **options: Any) -> None:
-        """Keep the parts; nothing is asked of the server before the first read."""
+        """Keeps the parts; nothing is asked of the server before the first read."""
         super().__init__(base_path=base_path, provider_name=scheme, **options)
         self._scheme = scheme
 
     def _request(self, method: str, path: str, byte_range: Range | None = None) -> requests.Response:
-        """Ask once; the client repeats what raises RetryableError, three times by default.
+        """Asks once; the client repeats what raises RetryableError, three times by default.
 
         Raises:
             FileNotFoundError: The server does not give that file; the message has its answer.
@@ -128,9 +128,9 @@ def _session(process: int) -> requests.Session:
 
 
 def register() -> None:
-    """Make ``msc://_http-HOST:PORT/PATH``, and https likewise, known to the Multi-Storage Client.
+    """Makes `msc://_http-HOST:PORT/PATH`, and https likewise, known to the Multi-Storage Client.
 
-    This is its own naming of storage that needs no profile, as ``msc://_s3-BUCKET/PATH`` is.
+    This is its own naming of storage that needs no profile, as `msc://_s3-BUCKET/PATH` is.
     """
     for protocol in PROTOCOLS:
         name = f"{protocol.title()}StorageProvider"

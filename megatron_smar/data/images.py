@@ -40,10 +40,10 @@ _TURNS = {
 
 
 def read_size(data: bytes) -> tuple[int, int]:
-    """Return width and height of an image file as it is shown, from its header alone.
+    """Returns width and height of an image file as it is shown, from its header alone.
 
     Raises:
-        SampleError: ``bad_image``, ``image_too_large``.
+        SampleError: `bad_image`, `image_too_large`.
     """
 
     def size(image: Image.Image) -> tuple[int, int]:
@@ -54,13 +54,13 @@ def read_size(data: bytes) -> tuple[int, int]:
 
 
 def read_image(data: bytes) -> np.ndarray:
-    """Decode an image file: turned upright as its EXIF says, transparency on white, an animation's first frame.
+    """Decodes an image file: turned upright as its EXIF says, transparency on white, an animation's first frame.
 
     Returns:
         [height, width, 3] uint8, red, green, blue.
 
     Raises:
-        SampleError: ``bad_image`` if the file is damaged, or ends before its picture does; ``image_too_large`` if its
+        SampleError: `bad_image` if the file is damaged, or ends before its picture does; `image_too_large` if its
             header promises more than `MAX_PIXELS` pixels, of which none is decoded.
     """
 
@@ -76,7 +76,7 @@ def read_image(data: bytes) -> np.ndarray:
 
 
 def read_each[T](files: Sequence[bytes], read: Callable[[bytes], T]) -> list[T]:
-    """Read something from each image file of a sample; what is wrong with one of several is said with its number.
+    """Reads something from each image file of a sample; what is wrong with one of several is said with its number.
 
     Raises:
         SampleError: As `read`.
@@ -91,7 +91,7 @@ def read_each[T](files: Sequence[bytes], read: Callable[[bytes], T]) -> list[T]:
 
 
 def which(number: int, total: int) -> str:
-    """Return how a message about one of several images begins."""
+    """Returns how a message about one of several images begins."""
     return f"image {number} of {total}: " if total > 1 else ""
 
 
@@ -163,7 +163,7 @@ def _decode_deep_colours(image: Image.Image, data: bytes) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1..8, that is left to be applied; 1 is none."""
+    """Returns the EXIF orientation, 1..8, that is left to be applied; 1 is none."""
     if image.format == "TIFF":  # Pillow turns these itself, and gives the turned size
         return 1
     try:
@@ -175,7 +175,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _guarded[T](data: bytes, read: Callable[[Image.Image], T]) -> T:
-    """Open an image and read something from it, with one kind of error for whatever Pillow and simplejpeg raise."""
+    """Opens an image and read something from it, with one kind of error for whatever Pillow and simplejpeg raise."""
     try:
         # Pillow warns about sizes, EXIF and palettes; what matters of it is an error here.
         with warnings.catch_warnings(action="ignore"):

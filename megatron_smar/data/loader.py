@@ -30,7 +30,7 @@ from megatron_smar.data.config import DataConfig
 from megatron_smar.data.conversations import template_for
 from megatron_smar.data.metadataset import open_sources
 from megatron_smar.data.rejects import DataError, RejectLog
-from megatron_smar.data.state import WORKER_BATCHES, pack, unpack
+from megatron_smar.data.state import WORKER_BATCHES, from_plain, to_plain
 from megatron_smar.data.task_encoder import ConversationTaskEncoder
 from megatron_smar.data.tokens import TextEncoder
 
@@ -44,7 +44,7 @@ def build_train_loader(
     decode_images: bool = True,
     announce_rejects: bool = True,
 ) -> SavableDataLoader[VisionLanguageBatch]:
-    """Build the endless, shuffled loader of this data-parallel rank.
+    """Builds the endless, shuffled loader of this data-parallel rank.
 
     Args:
         config: Data configuration.
@@ -92,7 +92,7 @@ def build_valid_loader(
     decode_images: bool = True,
     announce_rejects: bool = True,
 ) -> BasicDataLoader[VisionLanguageBatch]:
-    """Build the loader of this data-parallel rank's validation micro-batches: each pass is the same, not shuffled.
+    """Builds the loader of this data-parallel rank's validation micro-batches: each pass is the same, not shuffled.
 
     A micro-batch that the data does not fill has rows of padding.
 
@@ -136,7 +136,7 @@ def build_valid_loader(
 
 
 class EnergonIterator:
-    """The iterator that Megatron is handed as its ``external`` dataloader.
+    """The iterator that Megatron is handed as its `external` dataloader.
 
     Args:
         loader: From `build_train_loader` or `build_valid_loader`.
@@ -152,7 +152,7 @@ class EnergonIterator:
         *,
         batches_per_pass: int | None = None,
     ) -> None:
-        """Keep the parts; nothing is read before the first ``next``."""
+        """Keeps the parts; nothing is read before the first `next`."""
         self.loader = loader
         is_train = isinstance(loader, SavableDataLoader)
         self.source = config.data_path if is_train else config.valid_data_path or config.data_path
@@ -189,11 +189,11 @@ class EnergonIterator:
         }
 
     def __iter__(self) -> EnergonIterator:
-        """Return itself."""
+        """Returns itself."""
         return self
 
     def __next__(self) -> VisionLanguageBatch:
-        """Return the next micro-batch.
+        """Returns the next micro-batch.
 
         Raises:
             DataError: The data cannot be used.
@@ -210,13 +210,13 @@ class EnergonIterator:
         return batch
 
     def save_state(self) -> dict[str, Any]:
-        """Return where this rank stands, for ``torch.save``; Megatron calls it when it saves a checkpoint."""
+        """Returns where this rank stands, for `torch.save`; Megatron calls it when it saves a checkpoint."""
         if not isinstance(self.loader, SavableDataLoader):
             raise TypeError("Only the training loader has a state; validation begins anew each time.")
-        return {"layout": self._layout, "loader": pack(self.loader.save_state_rank())}
+        return {"layout": self._layout, "loader": to_plain(self.loader.save_state_rank())}
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Go on where `save_state` stood; to be called before the first ``next``.
+        """Go on where `save_state` stood; to be called before the first `next`.
 
         Raises:
             DataError: The state belongs to another data-parallel layout or other data.
@@ -232,10 +232,10 @@ class EnergonIterator:
                 "what it was saved with, or begin at the start of the data with --no-load-dataloader-state."
             )
         assert isinstance(self.loader, SavableDataLoader)
-        self.loader.restore_state_rank(unpack(state["loader"]))
+        self.loader.restore_state_rank(from_plain(state["loader"]))
 
     def close(self) -> None:
-        """End the worker processes, after which nothing can be read.
+        """Ends the worker processes, after which nothing can be read.
 
         The garbage collector takes the loader's cycle of references apart in an order that leaves workers without
         their sign to end, and torch then waits 5 s for each.
@@ -249,7 +249,7 @@ class EnergonIterator:
         del self.loader
 
     def _read(self) -> VisionLanguageBatch | None:
-        """Return the next micro-batch, None at the end of a pass."""
+        """Returns the next micro-batch, None at the end of a pass."""
         try:
             if self._iterator is None:
                 self._iterator = iter(self.loader)
@@ -267,7 +267,7 @@ class EnergonIterator:
             raise DataError(f"Reading the data from {self.source} failed ({what}).") from error
 
     def _finish_pass(self) -> None:
-        """Read what is left of a pass: only behind its end does energon begin at the first sample."""
+        """Reads what is left of a pass: only behind its end does energon begin at the first sample."""
         self._batches_left = self.batches_per_pass
         while self._iterator is not None:
             self._read()
@@ -317,7 +317,7 @@ def _start_worker(start: Callable[[int], None], worker: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Wait for the parent's signal: how Python ends the workers that it did not get to stop otherwise."""
+    """Waits for the parent's signal: how Python ends the workers that it did not get to stop otherwise."""
     while True:
         sent = signal.sigwaitinfo(_END_SIGNALS)
         if sent.si_signo == signal.SIGTERM and sent.si_pid == parent:
@@ -325,7 +325,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _raise_data_error(error: Exception, sample: Any, sources: Any = None) -> None:
-    """End the run with one sentence, where energon would print and go on: rejected samples never come here."""
+    """Ends the run with one sentence, where energon would print and go on: rejected samples never come here."""
     if isinstance(error, DataError):
         raise error
     places = ", ".join(f"{source.shard_name}[{source.index}] of {source.dataset_path}" for source in sources or [])

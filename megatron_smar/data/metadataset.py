@@ -39,7 +39,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_sources(path: str, flag: str) -> None:
-    """Check the files that describe the data at `path`, down to the last folder that a metadataset names.
+    """Checks the files that describe the data at `path`, down to the last folder that a metadataset names.
 
     Args:
         path: A folder of shards or a metadataset, found there by `check_data_path`.
@@ -57,7 +57,7 @@ def check_sources(path: str, flag: str) -> None:
 
 
 def open_sources(path: str, split: str, flag: str) -> Any:
-    """Return energon's loader of one split of what is at `path`; sources of weight 0 are not in it.
+    """Returns energon's loader of one split of what is at `path`; sources of weight 0 are not in it.
 
     Raises:
         ValueError: See `check_sources`; or there is no such split.
@@ -93,7 +93,7 @@ def _references(split: Any) -> list[Any]:
 
 
 def _metadataset(path: EPath, where: str, parents: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
-    """Check a metadataset; yields each split's name and the list that it is (None for a single source)."""
+    """Checks a metadataset; yields each split's name and the list that it is (None for a single source)."""
     if str(path) in parents:
         raise ValueError(f"{where} is a metadataset that names itself, by way of {' -> '.join([*parents, str(path)])}.")
     content = _read(path, where)
@@ -112,7 +112,7 @@ def _metadataset(path: EPath, where: str, parents: tuple[str, ...]) -> Iterator[
 
 
 def _check_split_of(path: EPath, name: str, split: Any, kind: str, where: str, parents: tuple[str, ...]) -> str | None:
-    """Check one split of a metadataset, and return which list it is."""
+    """Checks one split of a metadataset, and return which list it is."""
     _mapping(split, where)
     lists = _LISTS[kind]
     found = [key for key in lists if key in split]
@@ -149,7 +149,7 @@ def _check_split_of(path: EPath, name: str, split: Any, kind: str, where: str, p
 
 
 def _share(source: Any, share: str, where: str) -> float:
-    """Return a source's weight or repetitions, a number that is not negative."""
+    """Returns a source's weight or repetitions, a number that is not negative."""
     _mapping(source, where)
     other = {"weight": "repetitions", "repetitions": "weight"}[share]
     if other in source:
@@ -165,7 +165,7 @@ def _share(source: Any, share: str, where: str) -> float:
 def _check_reference(
     path: EPath, split: str, source: Mapping[str, Any], kind: str, share: str | None, where: str, parents: Any
 ) -> str | None:
-    """Check one source, and return which list the split of a metadataset is that it names."""
+    """Checks one source, and return which list the split of a metadataset is that it names."""
     for name in ("join", "joiner", "aux"):
         if name in source:
             raise ValueError(f"{where} has `{name}`, which megatron_smar does not read: leave it out.")
@@ -200,7 +200,7 @@ def _check_reference(
 
 
 def _check_subset(source: Mapping[str, Any], where: str) -> None:
-    """Check `subset`, e.g. ``{range: [25%, 75%]}``, with energon's own reading of it."""
+    """Checks `subset`, e.g. `{range: [25%, 75%]}`, with energon's own reading of it."""
     subset = source.get("subset")
     if subset is None:
         return
@@ -221,11 +221,11 @@ def _check_subset(source: Mapping[str, Any], where: str) -> None:
 
 
 def _check_folder(place: EPath, source: Mapping[str, Any], where: str) -> None:
-    """Check that shards are in a folder, and that reading their samples needs no other class than ours.
+    """Checks that shards are in a folder, and that reading their samples needs no other class than ours.
 
     Args:
         place: The folder.
-        source: A metadataset's entry for it, which may name other files than ``dataset.yaml`` and ``split.yaml``.
+        source: A metadataset's entry for it, which may name other files than `dataset.yaml` and `split.yaml`.
         where: What to call it.
     """
     config = source.get("dataset_config") or "dataset.yaml"
@@ -253,7 +253,7 @@ def _check_folder(place: EPath, source: Mapping[str, Any], where: str) -> None:
 
 
 def _check_split(place: EPath, split_config: str | None, split: str, where: str) -> None:
-    """Check that a folder has a split with shards."""
+    """Checks that a folder has a split with shards."""
     try:
         WebdatasetMeta.from_config(path=place, split_part=split, split_config=split_config)
     except Exception as error:  # energon's checks are assertions, and each store has errors of its own
@@ -262,7 +262,7 @@ def _check_split(place: EPath, split_config: str | None, split: str, where: str)
 
 
 def _read(path: EPath, where: str) -> dict[str, Any]:
-    """Read a YAML file as energon does, after a look at what energon passes over: tags, aliases and repeated keys."""
+    """Reads a YAML file as energon does, after a look at what energon passes over: tags, aliases and repeated keys."""
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -319,7 +319,7 @@ def _line(node: Any) -> int:
 
 
 def _no_code(value: Any, where: str) -> None:
-    """Refuse what energon would import, at any depth."""
+    """Refuses what energon would import, at any depth."""
     if isinstance(value, dict):
         if any(name in value for name in _CODE):
             raise ValueError(f"{where} names {_code_name(value)}, which a file of data must not: leave it out.")
@@ -353,7 +353,7 @@ def _mapping(value: Any, where: str, empty: bool = False) -> Mapping[str, Any]:
 
 
 def _resolve(file: EPath, path: str, where: str = "") -> EPath:
-    """Return where a metadataset's path leads; a relative one begins beside its file."""
+    """Returns where a metadataset's path leads; a relative one begins beside its file."""
     try:
         return EPath(energon_path(path)) if "://" in path else file.parent / path
     except Exception as error:  # an address that no store takes

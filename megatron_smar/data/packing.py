@@ -18,7 +18,7 @@ def pack(
     max_tiles: int | None = None,
     window: int | None = None,
 ) -> list[list[int]]:
-    """Distribute samples over packs, each of which holds at most `max_tokens` tokens and `max_tiles` tiles.
+    """Distributes samples over packs, each of which holds at most `max_tokens` tokens and `max_tiles` tiles.
 
     Best-fit decreasing: the samples of a window are taken by descending tokens, equal ones by index. Each goes into the
     open pack of its window that holds it and has the least token room; of several into the one with the least tile
@@ -50,7 +50,7 @@ def pack_flat(
     max_tiles: int | None = None,
     window: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Do what `pack` does without making lists: pack p is ``order[offsets[p] : offsets[p + 1]]``.
+    """Do what `pack` does without making lists: pack p is `order[offsets[p] : offsets[p + 1]]`.
 
     Returns:
         order [n] and offsets [packs + 1], both int64.
@@ -74,7 +74,7 @@ def pack_flat(
 
 
 def _counts(name: str, values: Sequence[int] | np.ndarray, least: int, most: int | None) -> np.ndarray:
-    """Return what `pack` was given as int64 [n], without a copy if it is that, after checking every value."""
+    """Returns what `pack` was given as int64 [n], without a copy if it is that, after checking every value."""
     counts = np.asarray(values)
     if counts.size == 0:
         counts = counts.astype(np.int64)

@@ -21,10 +21,10 @@ _REMOTE = ("msc", *(protocol for protocol in PROTOCOL_TO_PROVIDER_TYPE_MAPPING i
 
 
 def energon_path(path: str) -> str:
-    """Return the name by which energon knows `path`.
+    """Returns the name by which energon knows `path`.
 
-    energon reads everything remote through the Multi-Storage Client, as ``msc://PROFILE/PATH``. ``http://HOST/PATH``
-    and ``s3://BUCKET/PATH`` need no profile there: the client names such storage ``msc://_http-HOST/PATH``.
+    energon reads everything remote through the Multi-Storage Client, as `msc://PROFILE/PATH`. `http://HOST/PATH`
+    and `s3://BUCKET/PATH` need no profile there: the client names such storage `msc://_http-HOST/PATH`.
     """
     url = urlsplit(path)
     if not _is_remote(path) or url.scheme == "msc":
@@ -33,7 +33,7 @@ def energon_path(path: str) -> str:
 
 
 def check_data_path(path: str, flag: str) -> None:
-    """Check that prepared shards, or an energon metadataset file, are at `path`.
+    """Checks that prepared shards, or an energon metadataset file, are at `path`.
 
     A server that cannot be reached is given up on after three attempts.
 
@@ -86,7 +86,7 @@ def _is_remote(path: str) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return the innermost reason, on one line: the client wraps the store's error in its own."""
+    """Returns the innermost reason, on one line: the client wraps the store's error in its own."""
     while error.__cause__ is not None and not isinstance(error, FileNotFoundError):
         error = error.__cause__
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -38,10 +38,10 @@ SPLIT_PARTS = {"train": "train/", "train_image": "train/image-", "train_text": "
 
 
 class TooManyRejectsError(ValueError):
-    """More records were left out than ``--max-skip-ratio`` allows; the work folder is kept."""
+    """More records were left out than `--max-skip-ratio` allows; the work folder is kept."""
 
     def __init__(self, message: str, reports: dict[str, SplitReport]) -> None:
-        """Keep the reports for the table."""
+        """Keeps the reports for the table."""
         super().__init__(message)
         self.reports = reports
 
@@ -61,7 +61,7 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, SplitReport]:
-    """Write shards and everything energon needs beside them to `output`, which can then be given as ``--data-path``.
+    """Writes shards and everything energon needs beside them to `output`, which can then be given as `--data-path`.
 
     Args:
         output: Folder to make.
@@ -78,8 +78,8 @@ def prepare(
         progress: Show progress bars.
 
     Returns:
-        Split (``train``, ``val``) -> what became of its records. Those left out are listed in
-        ``output/rejects.jsonl``, with their reasons.
+        Split (`train`, `val`) -> what became of its records. Those left out are listed in
+        `output/rejects.jsonl`, with their reasons.
 
     Raises:
         TooManyRejectsError: More than `max_skip_ratio` of the records cannot be used.
@@ -126,7 +126,7 @@ def prepare(
 
 
 def _clean_up(work: Path) -> None:
-    """Remove the work folder of a finished run; the note that it has finished goes last."""
+    """Removes the work folder of a finished run; the note that it has finished goes last."""
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -164,7 +164,7 @@ def _check_arguments(
 
 
 def _digest(path: str | Path) -> str:
-    """Return a hash of a file of records: a run goes on only with the same ones."""
+    """Returns a hash of a file of records: a run goes on only with the same ones."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -180,7 +180,7 @@ def _size(path: str | Path) -> int:
 
 
 def _claim(output: Path, arguments: dict[str, Any], overwrite: bool) -> dict[str, SplitReport] | None:
-    """Make the work folder, or find that of the same run; refuse or, if asked to, empty a folder of anything else.
+    """Makes the work folder, or find that of the same run; refuse or, if asked to, empty a folder of anything else.
 
     Returns:
         The reports of the same run where it had finished all but its cleaning up.
@@ -214,7 +214,7 @@ def _claim(output: Path, arguments: dict[str, Any], overwrite: bool) -> dict[str
 
 
 def _clear(output: Path) -> None:
-    """Remove all that this program wrote, so that it can be killed at any moment and still knows the folder."""
+    """Removes all that this program wrote, so that it can be killed at any moment and still knows the folder."""
     write_whole(output / WORK / "arguments.json", "{}")
     shutil.rmtree(output / META, ignore_errors=True)
     for path in (path for split in ("train", "val") for path in (output / split).glob("*.tar*")):
@@ -240,7 +240,7 @@ def _plan(
     work: Path,
     bar: Callable[..., tqdm],
 ) -> list[Shard]:
-    """Read all records once, one at a time, into files of lines; a record's key is its number within its option."""
+    """Reads all records once, one at a time, into files of lines; a record's key is its number within its option."""
     files: dict[tuple[str, str], RecordFile] = {}
     paths = [Path(path) for path in (*train, *valid)]
     total = sum(map(_size, (*paths, *image_files)))
@@ -264,7 +264,7 @@ def _plan(
 def _read_all(
     paths: Sequence[str | Path], source_format: str, images: Base64Images | None, advance: Callable[[int], Any]
 ) -> Iterator[SourceRecord | Unreadable]:
-    """Yield all records of some files; `advance` is told how many bytes have been read."""
+    """Yields all records of some files; `advance` is told how many bytes have been read."""
     for path in paths:
         with Path(path).open("rb") as file:
             position = 0
@@ -278,7 +278,7 @@ def _read_all(
 
 
 def _drawn(record: SourceRecord | Unreadable, fraction: float) -> bool:
-    """Draw a record for validation by its content, so that neither order nor further records change the draw."""
+    """Draws a record for validation by its content, so that neither order nor further records change the draw."""
     if fraction == 0:
         return False
     digest = hashlib.sha256(json.dumps(record.data, sort_keys=True).encode()).digest()
@@ -286,7 +286,7 @@ def _drawn(record: SourceRecord | Unreadable, fraction: float) -> bool:
 
 
 def _write_shards(output: Path, image_root: Path, shards: list[Shard], workers: int, bar: Callable[..., tqdm]) -> None:
-    """Write the shards that are not there yet."""
+    """Writes the shards that are not there yet."""
     shutil.rmtree(output / WORK / "partial")
     (output / WORK / "partial").mkdir()
     for shard in shards:
@@ -304,7 +304,7 @@ def _write_shards(output: Path, image_root: Path, shards: list[Shard], workers: 
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Yield a `map` that runs here or in worker processes; results come as they are ready."""
+    """Yields a `map` that runs here or in worker processes; results come as they are ready."""
     if workers <= 1:
         yield map
         return
@@ -335,7 +335,7 @@ def _end_with_parent() -> None:
 
 
 def _collect(output: Path, shards: list[Shard]) -> dict[str, SplitReport]:
-    """Add up what became of the records, and list those left out."""
+    """Adds up what became of the records, and list those left out."""
     reports = {split: SplitReport() for split in dict.fromkeys(["train", *(shard.split for shard in shards)])}
     partial = output / WORK / "rejects.jsonl"
     with partial.open("w", encoding="utf-8", errors="backslashreplace") as rejects:
@@ -365,7 +365,7 @@ def _check_kept(output: Path, reports: dict[str, SplitReport], max_skip_ratio: f
 
 
 def _write_index(output: Path, names: list[str], bar: Callable[..., tqdm]) -> None:
-    """Let energon index the shards, and say which split each is in and how samples are read."""
+    """Lets energon index the shards, and say which split each is in and how samples are read."""
     shutil.rmtree(output / META, ignore_errors=True)
     for split in ("train", "val"):  # the index of each shard, and what energon leaves of one when it is killed
         for path in [*(output / split).glob("*.tar.idx"), *(output / split).glob(".*")]:

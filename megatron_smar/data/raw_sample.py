@@ -12,14 +12,14 @@ from megatron_smar.data.rejects import SampleError
 
 
 def split_parts(key: str, parts: Mapping[str, bytes]) -> tuple[Any, list[bytes]]:
-    """Return a sample's record and its image files in the order of their numbers.
+    """Returns a sample's record and its image files in the order of their numbers.
 
     Args:
         key: Name of the archive's members up to the first dot.
-        parts: The rest of their names (``json``, ``0.jpg``, ``1.png``) -> content.
+        parts: The rest of their names (`json`, `0.jpg`, `1.png`) -> content.
 
     Raises:
-        SampleError: ``unsafe_path`` or ``bad_record``.
+        SampleError: `unsafe_path` or `bad_record`.
     """
     for name in parts:
         check_member_name(f"{key}.{name}")
@@ -34,10 +34,10 @@ def split_parts(key: str, parts: Mapping[str, bytes]) -> tuple[Any, list[bytes]]
 
 
 def check_member_name(name: str) -> None:
-    """Refuse a name that leads out of the archive: nothing here unpacks it, but the next program might.
+    """Refuses a name that leads out of the archive: nothing here unpacks it, but the next program might.
 
     Raises:
-        SampleError: ``unsafe_path``.
+        SampleError: `unsafe_path`.
     """
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.anchor or ".." in path.parts:
@@ -45,10 +45,10 @@ def check_member_name(name: str) -> None:
 
 
 def parse_record(data: bytes) -> Any:
-    """Read a record's JSON, which is UTF-8 (with or without a byte order mark) and has each key once.
+    """Reads a record's JSON, which is UTF-8 (with or without a byte order mark) and has each key once.
 
     Raises:
-        SampleError: ``not_utf8`` or ``bad_record``.
+        SampleError: `not_utf8` or `bad_record`.
     """
     try:
         # Not left to `json`, which takes UTF-16 for JSON and lets encoded surrogates pass.

@@ -20,18 +20,18 @@ class SampleError(ValueError):
     """One sample that cannot be used.
 
     Args:
-        reason: Short slug by which such samples are counted, e.g. ``image_count_mismatch``.
+        reason: Short slug by which such samples are counted, e.g. `image_count_mismatch`.
         message: What is wrong with this sample.
     """
 
     def __init__(self, reason: str, message: str) -> None:
-        """Keep the two parts; ``str()`` gives ``reason: message``."""
+        """Keeps the two parts; `str()` gives `reason: message`."""
         super().__init__(reason, message)
         self.reason = reason
         self.message = message
 
     def __str__(self) -> str:
-        """Return ``reason: message``."""
+        """Returns `reason: message`."""
         return f"{self.reason}: {self.message}"
 
 
@@ -46,8 +46,8 @@ class RejectLog:
     One object serves one loader. Worker processes inherit copies of it; each counts for itself and writes a file of its
     own. Ranks that read the same samples count the same, and so stop at the same sample.
 
-    Args:
-        name: Which loader this is; the files are called ``{name}-worker{i}.jsonl``.
+    Attributes:
+        name: Which loader this is; the files are called `{name}-worker{i}.jsonl`.
         source: Where the samples come from, for messages.
         directory: Folder of the files; None writes none.
         limit: This many rejected samples in a row end the run.
@@ -69,7 +69,7 @@ class RejectLog:
     _seen: set[str] = field(default_factory=set, init=False)
 
     def add(self, key: str, error: SampleError, *, late: bool = False) -> None:
-        """Record one rejected sample.
+        """Records one rejected sample.
 
         Args:
             key: Its key.
@@ -91,7 +91,7 @@ class RejectLog:
         self._check(key, error)
 
     def accept(self, *, late: bool = False) -> None:
-        """Note that a sample is good, or with `late` that its images are, so that the row of rejects ends."""
+        """Notes that a sample is good, or with `late` that its images are, so that the row of rejects ends."""
         self._accepted += not late
         self._in_a_row[late] = 0
 
@@ -127,7 +127,7 @@ def _shown(key: str) -> str:
 
 
 def format_rejects(rejected: Mapping[str, int], examples: Mapping[str, str], total: int | None = None) -> str:
-    """Write a table of rejects, the most frequent reason first.
+    """Writes a table of rejects, the most frequent reason first.
 
     Args:
         rejected: Reason -> number of samples.
@@ -146,13 +146,13 @@ def format_rejects(rejected: Mapping[str, int], examples: Mapping[str, str], tot
 
 
 def read_rejects(directory: str | Path, name: str = "") -> Counter[str]:
-    """Count the rejected samples of a run by reason.
+    """Counts the rejected samples of a run by reason.
 
     A sample counts once, however many epochs, workers or restarts rejected it.
 
     Args:
         directory: The folder given to `RejectLog`.
-        name: Only the loaders whose name begins so, e.g. ``train``.
+        name: Only the loaders whose name begins so, e.g. `train`.
 
     Returns:
         reason -> number of samples.
@@ -161,7 +161,7 @@ def read_rejects(directory: str | Path, name: str = "") -> Counter[str]:
 
 
 def read_reasons(directory: str | Path, name: str = "") -> dict[tuple[str, str], str]:
-    """Return (split, key) -> reason of each rejected sample; the arguments are `read_rejects`'s."""
+    """Returns (split, key) -> reason of each rejected sample; the arguments are `read_rejects`'s."""
     reasons: dict[tuple[str, str], str] = {}
     for path in sorted(Path(directory).glob(f"{name}*-worker*.jsonl")):
         split = path.name.split("-", 1)[0]

@@ -12,9 +12,9 @@ from megatron_smar.data.batch import VisionLanguageBatch
 
 
 class RecordedSamples:
-    """Writes the keys of each micro-batch that it passes on to ``DIRECTORY/rank000.jsonl`` (the data-parallel rank).
+    """Writes the keys of each micro-batch that it passes on to `DIRECTORY/rank000.jsonl` (the data-parallel rank).
 
-    A line is ``{"step": 7, "keys": [...]}``, one per micro-batch. A run that goes on from a checkpoint first takes back
+    A line is `{"step": 7, "keys": [...]}`, one per micro-batch. A run that goes on from a checkpoint first takes back
     the steps behind it, which the model has forgotten: the files always tell what the model has learned from.
 
     Args:
@@ -35,7 +35,7 @@ class RecordedSamples:
         steps_done: int,
         current_step: Callable[[], int],
     ) -> None:
-        """Take back what lies behind the checkpoint, and open the file."""
+        """Takes back what lies behind the checkpoint, and open the file."""
         self.iterator = iterator
         self._current_step = current_step
         folder = Path(directory)
@@ -48,23 +48,23 @@ class RecordedSamples:
         self._file = (folder / f"rank{rank:03d}.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def __iter__(self) -> RecordedSamples:
-        """Return itself."""
+        """Returns itself."""
         return self
 
     def __next__(self) -> VisionLanguageBatch:
-        """Return the next micro-batch, recorded."""
+        """Returns the next micro-batch, recorded."""
         batch = next(self.iterator)
         line = json.dumps({"step": self._current_step(), "keys": list(batch.__key__)}, ensure_ascii=False)
         self._file.write(line + "\n")
         return batch
 
     def save_state(self) -> dict[str, Any]:
-        """Return the loader's state."""
+        """Returns the loader's state."""
         return self.iterator.save_state()  # type: ignore[attr-defined]
 
 
 def read_recorded(directory: str | Path) -> dict[int, dict[int, list[list[str]]]]:
-    """Read what `RecordedSamples` wrote, or is writing: half a line at the end is left out.
+    """Reads what `RecordedSamples` wrote, or is writing: half a line at the end is left out.
 
     Returns:
         step -> data-parallel rank -> the keys of each of its micro-batches.
@@ -81,7 +81,7 @@ def read_recorded(directory: str | Path) -> dict[int, dict[int, list[list[str]]]
 
 
 def _keep_steps(path: Path, last: int) -> None:
-    """Cut a file behind step `last`; its lines are in the order of the steps, and the last may be half a line."""
+    """Cuts a file behind step `last`; its lines are in the order of the steps, and the last may be half a line."""
     with path.open("r+b") as file:
         end = 0
         for line in file:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loader states as tensors and Python's own types, so that ``torch.load(weights_only=True)`` can read them.
+"""Loader states as tensors and Python's own types, so that `torch.load(weights_only=True)` can read them.
 
 energon's states are dataclasses and a subclass of dict, which only a full unpickling could restore; and that runs
 whatever code a checkpoint holds.
@@ -27,17 +27,17 @@ _STATES = (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
 _DATACLASSES = {cls.__name__: cls for cls in _STATES}
 
 
-def pack(value: Any) -> Any:
-    """Turn a state into tensors, dicts, lists, tuples and scalars."""
+def to_plain(value: Any) -> Any:
+    """Turns a state into tensors, dicts, lists, tuples and scalars."""
     name = type(value).__name__
     if name in _DATACLASSES:
-        fields = {field.name: pack(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {_TYPE: name, **fields}
     if isinstance(value, dict):
-        packed = {key: pack(item) for key, item in value.items()}
+        packed = {key: to_plain(item) for key, item in value.items()}
         return {_TYPE: name, **packed} if isinstance(value, FlexState) else packed
     if isinstance(value, list | tuple):
-        return type(value)(pack(item) for item in value)
+        return type(value)(to_plain(item) for item in value)
     if isinstance(value, np.ndarray):
         return {_TYPE: "ndarray", "values": torch.from_numpy(value.copy())}
     if isinstance(value, bytes):
@@ -49,13 +49,13 @@ def pack(value: Any) -> Any:
     raise TypeError(f"A data loader's state holds a {type(value)}, which is not known here.")
 
 
-def unpack(value: Any) -> Any:
-    """Turn back what `pack` made."""
+def from_plain(value: Any) -> Any:
+    """Turns back what `to_plain` made."""
     if isinstance(value, list | tuple):
-        return type(value)(unpack(item) for item in value)
+        return type(value)(from_plain(item) for item in value)
     if not isinstance(value, dict):
         return value
-    items = {key: unpack(item) for key, item in value.items() if key != _TYPE}
+    items = {key: from_plain(item) for key, item in value.items() if key != _TYPE}
     name = value.get(_TYPE)
     if name is None:
         return items
@@ -67,7 +67,7 @@ def unpack(value: Any) -> Any:
 
 
 def load_loader_state(path: str | Path) -> dict[str, Any]:
-    """Load a state that Megatron saved (``--dataloader-save``) for `EnergonIterator.restore_state`.
+    """Loads a state that Megatron saved (`--dataloader-save`) for `EnergonIterator.restore_state`.
 
     Raises:
         DataError: There is no such file, or it holds something else.
@@ -85,7 +85,7 @@ def load_loader_state(path: str | Path) -> dict[str, Any]:
 def load_rank_state(
     path_of: Callable[[int], str | Path], rank: int, size: int, num_workers: int, num_microbatches: int
 ) -> dict[str, Any]:
-    """Load where a data-parallel rank goes on, from the states of all the ranks that there were.
+    """Loads where a data-parallel rank goes on, from the states of all the ranks that there were.
 
     Args:
         path_of: Gives the file of a data-parallel rank of the run that saved.
@@ -111,7 +111,7 @@ def load_rank_state(
 def redistribute(
     states: list[dict[str, Any]], rank: int, size: int, num_workers: int, num_microbatches: int
 ) -> dict[str, Any]:
-    """Divide the workers of all data-parallel ranks among another number of ranks; the samples of each step stay.
+    """Divides the workers of all data-parallel ranks among another number of ranks; the samples of each step stay.
 
     energon gives each worker its share of the shards by its place among all workers of all ranks, wherever it runs. A
     rank asks its workers by turns, so that as many workers as before read what they read before, if each of them gives

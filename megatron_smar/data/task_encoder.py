@@ -52,7 +52,7 @@ class RawSample(Sample):
     """A sample as it stands in the shard.
 
     Attributes:
-        parts: Name behind the key (``json``, ``0.jpg``) -> content of that file.
+        parts: Name behind the key (`json`, `0.jpg`) -> content of that file.
     """
 
     parts: dict[str, bytes]
@@ -60,7 +60,7 @@ class RawSample(Sample):
 
 @stateless
 def cook(sample: CrudeSample) -> RawSample:
-    """Take a crude sample as it is; whatever is wrong with it is found when it is encoded, and counted there."""
+    """Takes a crude sample as it is; whatever is wrong with it is found when it is encoded, and counted there."""
     parts = {name: content for name, content in sample.items() if not name.startswith("__")}
     return RawSample(**basic_sample_keys(sample), parts=parts)
 
@@ -69,7 +69,7 @@ def cook(sample: CrudeSample) -> RawSample:
 class SampleTokenizer:
     """Segments and image files to ids.
 
-    Args:
+    Attributes:
         encoder: Text to ids.
         images: Knows how many tiles an image gives.
         tokens_per_tile: Vision tokens of one tile.
@@ -112,7 +112,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
     def __init__(
         self, config: DataConfig, encoder: TextEncoder, rejects: RejectLog, *, decode_images: bool = True
     ) -> None:
-        """Build the parts."""
+        """Builds the parts."""
         super().__init__()
         self.config = config
         self.encoder = encoder
@@ -125,7 +125,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def preencode_sample(self, sample: RawSample) -> TokenizedSample:
-        """Turn one sample into tokens; one that cannot be used is recorded and left out.
+        """Turns one sample into tokens; one that cannot be used is recorded and left out.
 
         Raises:
             SkipSample: energon's sign to go on to the next sample.
@@ -138,7 +138,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def postencode_sample(self, sample: TokenizedSample) -> EncodedSample:
-        """Decode one sample's images; one that cannot be used is recorded and left out.
+        """Decodes one sample's images; one that cannot be used is recorded and left out.
 
         Raises:
             SkipSample: energon's sign to go on to the next sample.
@@ -150,7 +150,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         return encoded
 
     def encode(self, sample: RawSample) -> EncodedSample:
-        """Encode one sample from beginning to end.
+        """Encodes one sample from beginning to end.
 
         Raises:
             SampleError: It cannot be used.
@@ -159,13 +159,13 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         return self.decode_sample(self.tokenize_sample(sample))
 
     def name(self, sample: RawSample) -> str:
-        """Return what tells a sample from all others: its key, in a blend of sources behind the source's name."""
+        """Returns what tells a sample from all others: its key, in a blend of sources behind the source's name."""
         sources = sample.__sources__
         label = self._labels.get(str(sources[0].dataset_path)) if sources else None
         return f"{label}/{sample.__key__}" if label else sample.__key__
 
     def tokenize_sample(self, sample: RawSample) -> TokenizedSample:
-        """Read a sample's record and turn it into tokens, with placeholders as its images' headers ask for.
+        """Reads a sample's record and turn it into tokens, with placeholders as its images' headers ask for.
 
         Raises:
             SampleError: It cannot be used.
@@ -192,7 +192,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         return tokenized
 
     def decode_sample(self, sample: TokenizedSample) -> EncodedSample:
-        """Decode a sample's images.
+        """Decodes a sample's images.
 
         Raises:
             SampleError: It cannot be used.
@@ -234,7 +234,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def select_samples_to_pack(self, samples: list[TokenizedSample]) -> list[list[TokenizedSample]]:
-        """Choose which of the samples share a sequence of at most --seq-length and --packing-max-tiles."""
+        """Chooses which of the samples share a sequence of at most --seq-length and --packing-max-tiles."""
         multiple = self.config.packing_multiple_of
         packs = pack(
             [padded_length(len(sample.input_ids), multiple) for sample in samples],
@@ -246,7 +246,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample]) -> Pack:
-        """Put together samples that share a sequence.
+        """Puts together samples that share a sequence.
 
         Raises:
             SkipSample: None of them could be used.
@@ -257,7 +257,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def batch(self, samples: list[Any]) -> VisionLanguageBatch:
-        """Pad samples, or the samples of packs, to a micro-batch; it always has `micro_batch_size` rows."""
+        """Pads samples, or the samples of packs, to a micro-batch; it always has `micro_batch_size` rows."""
         config = self.config
         packs = config.packing_buffer_size is not None
         rows = [sample.samples if packs else [sample] for sample in samples]
@@ -280,7 +280,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         shuffle_buffer_size: int | None = None,
         **batching: Any,
     ) -> SavableDataset[VisionLanguageBatch]:
-        """Build energon's chain of datasets; with --text-only-ratio, samples of either kind come in that ratio.
+        """Builds energon's chain of datasets; with --text-only-ratio, samples of either kind come in that ratio.
 
         The two kinds are mixed after their samples have been turned into tokens, so that those left out there do not
         change the ratio.
@@ -307,7 +307,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
     def build_val_datasets(
         self, *, datasets: list[LoadedDataset], worker_config: WorkerConfig, limit: int | None = None, **batching: Any
     ) -> SavableDataset[VisionLanguageBatch]:
-        """Build energon's chain of datasets for validation, where a blend keeps its shares.
+        """Builds energon's chain of datasets for validation, where a blend keeps its shares.
 
         energon itself reads one source after the other there, so that a short pass would see the first one alone.
         """
@@ -337,7 +337,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
 
 def _labels(datasets: Sequence[LoadedDataset]) -> dict[str, str]:
-    """Return a name for each source of a blend, its folder's if no other's is called so; nothing for a single source.
+    """Returns a name for each source of a blend, its folder's if no other's is called so; nothing for a single source.
 
     Prepared folders all number their samples in the same way.
     """

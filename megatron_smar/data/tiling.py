@@ -2,7 +2,7 @@
 """From an image file to the tiles that the vision encoder sees, by InternVL's dynamic tiling.
 
 The rule is that of InternVL 1.5 (https://arxiv.org/abs/2404.16821; VITA's is the same), as published in its
-``dynamic_preprocess`` and in transformers' `GotOcr2ImageProcessor`, which is InternVL's image processor there. The two
+`dynamic_preprocess` and in transformers' `GotOcr2ImageProcessor`, which is InternVL's image processor there. The two
 agree on every size, ties included, though the former's order of equally large grids is that of a Python set.
 """
 
@@ -21,11 +21,11 @@ from megatron_smar.data.images import read_image
 class ImageConfig:
     """How images become tiles.
 
-    Args:
-        image_size: Side of a tile in pixels (``--image-size``).
-        min_tiles: Fewest tiles of an image (``--min-tiles``), its thumbnail not counted.
-        max_tiles: Most tiles of an image (``--max-tiles``), its thumbnail not counted.
-        use_thumbnail: Add the whole image as the last tile where there is more than one (``--use-thumbnail``).
+    Attributes:
+        image_size: Side of a tile in pixels (`--image-size`).
+        min_tiles: Fewest tiles of an image (`--min-tiles`), its thumbnail not counted.
+        max_tiles: Most tiles of an image (`--max-tiles`), its thumbnail not counted.
+        use_thumbnail: Add the whole image as the last tile where there is more than one (`--use-thumbnail`).
     """
 
     image_size: int = 448
@@ -34,7 +34,7 @@ class ImageConfig:
     use_thumbnail: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Checks the values."""
         if self.image_size < 1:
             raise ValueError(f"--image-size {self.image_size} is not a number of pixels: give one above 0.")
         if self.min_tiles < 1:
@@ -59,31 +59,31 @@ class ImageProcessor:
     """
 
     def __init__(self, config: ImageConfig) -> None:
-        """Keep the configuration."""
+        """Keeps the configuration."""
         self.config = config
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return (columns, rows) of the tiles that an image of that size is cut into."""
+        """Returns (columns, rows) of the tiles that an image of that size is cut into."""
         config = self.config
         return tile_grid(width, height, config.min_tiles, config.max_tiles, config.image_size)
 
     def count_tiles(self, width: int, height: int) -> int:
-        """Return the number of tiles, thumbnail included, of an image of that size as it is shown; no pixels needed."""
+        """Returns the number of tiles, thumbnail included, of an image of that size as it is shown; no pixels needed."""
         columns, rows = self.grid(width, height)
         return columns * rows + (1 if self.config.use_thumbnail and columns * rows > 1 else 0)
 
     def empty(self) -> torch.Tensor:
-        """Return the tiles of no image, [0, 3, H, W] uint8."""
+        """Returns the tiles of no image, [0, 3, H, W] uint8."""
         return torch.empty(0, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8)
 
     def __call__(self, data: bytes) -> torch.Tensor:
-        """Decode an image file and cut it into tiles.
+        """Decodes an image file and cut it into tiles.
 
         Returns:
             [tiles, 3, H, W] uint8, row by row from the upper left, the thumbnail last; the vision encoder normalises.
 
         Raises:
-            SampleError: ``bad_image``, ``image_too_large``.
+            SampleError: `bad_image`, `image_too_large`.
         """
         pixels = read_image(data)
         height, width = pixels.shape[:2]
@@ -99,7 +99,7 @@ class ImageProcessor:
 
 @functools.lru_cache(maxsize=2**16)
 def tile_grid(width: int, height: int, min_tiles: int, max_tiles: int, image_size: int) -> tuple[int, int]:
-    """Return (columns, rows) of the grid whose shape is closest to an image's.
+    """Returns (columns, rows) of the grid whose shape is closest to an image's.
 
     Among equally close grids it is the smallest one, unless the image has more than half the pixels of a larger one.
 

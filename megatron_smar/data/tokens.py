@@ -32,10 +32,10 @@ EOS = "{eos}"  # the tokenizer's end-of-sentence token, whatever its name
 class ImageTokens:
     """Ids of InternVL's image tokens.
 
-    Args:
-        start_id: ``<img>``, before an image's placeholders.
-        end_id: ``</img>``, behind them.
-        context_id: ``<IMG_CONTEXT>``, the placeholder of one vision token.
+    Attributes:
+        start_id: `<img>`, before an image's placeholders.
+        end_id: `</img>`, behind them.
+        context_id: `<IMG_CONTEXT>`, the placeholder of one vision token.
     """
 
     start_id: int
@@ -44,7 +44,7 @@ class ImageTokens:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> ImageTokens:
-        """Look the ids up in a Megatron text tokenizer.
+        """Looks the ids up in a Megatron text tokenizer.
 
         Raises:
             ValueError: A token is missing from the vocabulary.
@@ -60,7 +60,7 @@ class ImageTokens:
         return cls(*[int(token_id) for token_id in ids if token_id is not None])
 
     def block(self, num_vision_tokens: int) -> list[int]:
-        """Return the ids of one image: start, its placeholders, end."""
+        """Returns the ids of one image: start, its placeholders, end."""
         return [self.start_id, *[self.context_id] * num_vision_tokens, self.end_id]
 
 
@@ -68,7 +68,7 @@ class TextEncoder:
     """Pieces of one text to ids, such that they join to the ids of the whole text and spell it exactly.
 
     Args:
-        tokenizer: Megatron text tokenizer (``get_tokenizer()``).
+        tokenizer: Megatron text tokenizer (`get_tokenizer()`).
         special_tokens: What the conversation template needs as single tokens (`ConversationTemplate.special_tokens`).
 
     Raises:
@@ -76,7 +76,7 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Any, special_tokens: Sequence[str] = ()) -> None:
-        """Look up the special ids, and try the tokenizer out."""
+        """Looks up the special ids, and try the tokenizer out."""
         self.tokenizer = tokenizer
         self.image_tokens = ImageTokens.from_tokenizer(tokenizer)
         self.bos_id = _special_id(tokenizer, "bos")
@@ -105,15 +105,15 @@ class TextEncoder:
 
     @property
     def puts_space(self) -> bool:
-        """Whether the tokenizer puts a space in front of a text."""
+        """Returns whether the tokenizer puts a space in front of a text."""
         return self._pieces.puts_space
 
     def special_id(self, token: str) -> int:
-        """Return the id of `EOS`, or of one of `special_tokens`."""
+        """Returns the id of `EOS`, or of one of `special_tokens`."""
         return self._specials[token]
 
     def encode(self, text: str, *, begins_text: bool = False) -> list[int]:
-        """Encode one piece of text.
+        """Encodes one piece of text.
 
         Args:
             text: The piece.
@@ -138,7 +138,7 @@ class TextEncoder:
 
 
 def control_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
-    """Return those of some names that are control tokens of a vocabulary, which no text can spell out by accident."""
+    """Returns those of some names that are control tokens of a vocabulary, which no text can spell out by accident."""
     fast = fast_tokenizer(tokenizer)
     if fast is not None:
         return [token for token in tokens if (i := fast.get_vocab().get(token)) is not None and _is_special(fast, i)]
@@ -149,12 +149,12 @@ def control_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
 
 
 def puts_space(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts a space in front of a text."""
+    """Returns whether a tokenizer puts a space in front of a text."""
     return bool(tokenizer._tokenizer.text_to_tokens("a")[0].startswith(("▁", "Ġ")))
 
 
 def add_tokens(source: str | Path, destination: str | Path, tokens: Sequence[str] = IMAGE_TOKENS) -> None:
-    """Write a tokenizer with `tokens` behind its last id; those it has already stay where they are.
+    """Writes a tokenizer with `tokens` behind its last id; those it has already stay where they are.
 
     Args:
         source: A SentencePiece model, or the folder of a Hugging Face tokenizer.
@@ -237,13 +237,13 @@ def _template_ids(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _token_id(tokenizer: Any, token: str) -> int | None:
-    """Return the id of a token that is one piece in any text, None if there is none."""
+    """Returns the id of a token that is one piece in any text, None if there is none."""
     ids = {i for i in tokenizer.tokenize(token) if tokenizer.detokenize([i], skip_special_tokens=False) == token}
     return ids.pop() if len(ids) == 1 else None
 
 
 def _special_id(tokenizer: Any, name: str) -> int | None:
-    """Return a tokenizer's special id; libraries say that there is none by -1, None or an error."""
+    """Returns a tokenizer's special id; libraries say that there is none by -1, None or an error."""
     try:
         token_id = getattr(tokenizer, name)
     except (AttributeError, NotImplementedError):

@@ -17,7 +17,7 @@ from megatron_smar.data.tokens import IMAGE_TOKENS, add_tokens
 
 
 def main() -> None:
-    """Run `add_tokens` as a program."""
+    """Runs `add_tokens` as a program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "source", help="SentencePiece model, e.g. Mixtral's tokenizer.model, or folder of a Hugging Face tokenizer"

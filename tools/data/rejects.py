@@ -15,7 +15,7 @@ from megatron_smar.data.rejects import format_rejects, read_reasons
 
 
 def main() -> None:
-    """Print the table of a run's rejected samples, one for each split."""
+    """Prints the table of a run's rejected samples, one for each split."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="the run's --rejects-dir")
     args = parser.parse_args()

@@ -21,10 +21,10 @@ __all__ = ["FORMATS", "Base64Images", "ImageFile", "ImageSlice", "SourceRecord",
 class Format:
     """A published format.
 
-    Args:
+    Attributes:
         read: File -> its entries.
         convert: Entry -> records of ours; with `needs_images`, it is also given the `Base64Images`.
-        needs_images: Images come in files of their own, ``--image-files``, rather than below ``--image-root``.
+        needs_images: Images come in files of their own, `--image-files`, rather than below `--image-root`.
     """
 
     read: Callable[[BinaryIO], Iterator[Any]]
@@ -42,7 +42,7 @@ FORMATS: dict[str, Format] = {
 
 
 def read_source(file: BinaryIO, name: str, images: Base64Images | None = None) -> Iterator[SourceRecord | Unreadable]:
-    """Yield the records of one published file.
+    """Yields the records of one published file.
 
     Args:
         file: The file, opened.

@@ -27,7 +27,7 @@ _LONGEST_TOKEN = 16
 class BrokenEntry:
     """A line of JSON lines, or an entry of a list, that is no record while those beside it may be.
 
-    Args:
+    Attributes:
         reason: Slug by which such entries are counted.
         message: What is wrong with it, with its number.
     """
@@ -37,7 +37,7 @@ class BrokenEntry:
 
 
 def read_list(file: BinaryIO, member: str | None = None) -> Iterator[Any]:
-    """Yield the entries of a JSON list or of JSON lines; one that is broken by itself is a `BrokenEntry`.
+    """Yields the entries of a JSON list or of JSON lines; one that is broken by itself is a `BrokenEntry`.
 
     Args:
         file: The records, from their beginning.
@@ -62,7 +62,7 @@ def read_list(file: BinaryIO, member: str | None = None) -> Iterator[Any]:
 
 
 def read_members(file: BinaryIO, member: str) -> Iterator[tuple[str, Any]]:
-    """Yield the names and values of the JSON object that is `member` of the file's JSON object.
+    """Yields the names and values of the JSON object that is `member` of the file's JSON object.
 
     Raises:
         ValueError: The file is not like that, or is broken at some place.
@@ -80,7 +80,7 @@ def read_members(file: BinaryIO, member: str) -> Iterator[tuple[str, Any]]:
 
 
 def _find_member(text: _Text, member: str) -> Iterator[None]:
-    """Stop once at the value of `member` of the file's object, which the caller reads; run over all other members."""
+    """Stops once at the value of `member` of the file's object, which the caller reads; run over all other members."""
     for name in _names(text):
         if name == member:
             yield
@@ -90,7 +90,7 @@ def _find_member(text: _Text, member: str) -> Iterator[None]:
 
 
 def _names(text: _Text) -> Iterator[str]:
-    """Yield the names of an object; the caller reads the value behind each."""
+    """Yields the names of an object; the caller reads the value behind each."""
     text.expect("{")
     if text.skip("}"):
         return
@@ -106,7 +106,7 @@ def _names(text: _Text) -> Iterator[str]:
 
 
 def _read_array(text: _Text) -> Iterator[Any]:
-    """Yield the values of a list behind its bracket."""
+    """Yields the values of a list behind its bracket."""
     if text.skip("]"):
         raise ValueError("it is an empty list" if text.what == "a JSON list" else f"it is {text.what} that is empty")
     while True:
@@ -138,24 +138,24 @@ class _Text:
         self._parse = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
 
     def skip(self, sign: str) -> bool:
-        """Step over a sign, if it is what comes next."""
+        """Steps over a sign, if it is what comes next."""
         found = self._next() == sign
         self._at += found
         return found
 
     def expect(self, sign: str) -> None:
-        """Step over a sign, or say that it is missing."""
+        """Steps over a sign, or say that it is missing."""
         if not self.skip(sign):
             self.fail(f"{sign!r} is missing" if self._next() else self._ends_with)
 
     def expect_end(self) -> None:
-        """Say so if there is more."""
+        """Says so if there is more."""
         if self._next():
             self.count = 0
             self.fail("more text follows its end")
 
     def value(self) -> Any:
-        """Read the value that comes next."""
+        """Reads the value that comes next."""
         self._next()
         while True:
             self.twice, start = None, self._at
@@ -179,7 +179,7 @@ class _Text:
                     return value
 
     def fail(self, message: str) -> NoReturn:
-        """Say what is wrong where.
+        """Says what is wrong where.
 
         Raises:
             ValueError: Always.
@@ -202,7 +202,7 @@ class _Text:
         return self._line, self._column + self._at
 
     def _next(self) -> str:
-        """Return the character that comes next, behind any space; nothing at the end."""
+        """Returns the character that comes next, behind any space; nothing at the end."""
         while True:
             self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text):
@@ -211,7 +211,7 @@ class _Text:
                 return ""
 
     def _read(self) -> bool:
-        """Add a piece of the file, as large as what is held, so that a large entry is not begun too often."""
+        """Adds a piece of the file, as large as what is held, so that a large entry is not begun too often."""
         if self._is_all:
             return False
         data = self._file.read(max(_CHUNK, len(self._text) - self._at))
@@ -236,13 +236,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def key_twice(pairs: list[tuple[str, Any]]) -> str:
-    """Return the first name that stands twice in an object, of which Python's decoder takes the last."""
+    """Returns the first name that stands twice in an object, of which Python's decoder takes the last."""
     names = [name for name, _ in pairs]
     return next(name for name in names if names.count(name) > 1)
 
 
 def _start(file: BinaryIO) -> bytes:
-    """Leave the file behind a byte order mark; return what comes next, without space in front."""
+    """Leaves the file behind a byte order mark; return what comes next, without space in front."""
     start = file.read(4096)
     if start.startswith(_UTF16_MARKS):
         raise ValueError("it is UTF-16, not UTF-8")

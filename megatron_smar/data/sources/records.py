@@ -14,7 +14,7 @@ from megatron_smar.data.conversations import IMAGE_TAG
 class ImageFile:
     """An image file below the image root.
 
-    Args:
+    Attributes:
         paths: Where it may lie; the first path that exists is taken, since archives are unpacked in several ways.
     """
 
@@ -25,7 +25,7 @@ class ImageFile:
 class ImageSlice:
     """An image as a base64 string inside a large file.
 
-    Args:
+    Attributes:
         file: The large file.
         offset: Where the string begins, in bytes.
         length: Its length in bytes.
@@ -40,9 +40,9 @@ class ImageSlice:
 class SourceRecord:
     """One record, not checked yet.
 
-    Args:
-        data: What becomes the sample's ``.json``: ``{"id", "conversations" or "text", ...}``.
-        images: Its images, in the order of the ``<image>`` tags.
+    Attributes:
+        data: What becomes the sample's `.json`: `{"id", "conversations" or "text", ...}`.
+        images: Its images, in the order of the `<image>` tags.
         trimmed: Turns that were left out of it.
         unread: Keys of the published entry that hold something which is not read (`check_keys`).
     """
@@ -57,7 +57,7 @@ class SourceRecord:
 class Unreadable:
     """A published entry of which no record of ours can be made.
 
-    Args:
+    Attributes:
         data: The entry.
         reason: Slug by which such entries are counted.
         message: What is wrong with it.
@@ -70,7 +70,7 @@ class Unreadable:
 
 
 def talk(turns: Sequence[tuple[Any, Any]], num_images: int) -> list[dict[str, Any]]:
-    """Return questions and their answers as turns, with the images in front of the first question.
+    """Returns questions and their answers as turns, with the images in front of the first question.
 
     What is not text stays as it is, for the check that names it.
     """

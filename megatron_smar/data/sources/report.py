@@ -15,7 +15,7 @@ from megatron_smar.data.fields import counted
 class SplitReport:
     """What became of one split's records.
 
-    Args:
+    Attributes:
         kept: Samples in the shards.
         images: Images in the shards.
         trimmed: Samples from which a turn was left out: an answer that nothing asked for, a question without answer.
@@ -31,12 +31,12 @@ class SplitReport:
 
     @classmethod
     def from_json(cls, report: Mapping[str, Any]) -> SplitReport:
-        """Take a report back from JSON."""
+        """Takes a report back from JSON."""
         counters = {name: Counter(report[name]) for name in ("unread", "rejected")}
         return cls(**{**report, **counters})
 
     def add(self, note: Mapping[str, Any]) -> None:
-        """Add what became of one shard's records (`write_shard`)."""
+        """Adds what became of one shard's records (`write_shard`)."""
         self.kept += note["kept"]
         self.images += note["images"]
         self.trimmed += note["trimmed"]
@@ -45,7 +45,7 @@ class SplitReport:
 
 
 def format_report(reports: Mapping[str, SplitReport]) -> str:
-    """Return a table of what was kept and, by reason, what was not; below it the keys that were not read."""
+    """Returns a table of what was kept and, by reason, what was not; below it the keys that were not read."""
     reasons = sorted({reason for report in reports.values() for reason in report.rejected})
     rows = [["split", "kept", "images", "trimmed", "left out", *reasons]]
     for split, report in reports.items():

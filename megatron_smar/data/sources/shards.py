@@ -32,9 +32,9 @@ WORK = ".prepare"
 class Shard:
     """One shard to be written.
 
-    Args:
-        split: ``train`` or ``val``.
-        kind: ``image``, ``text`` or, where both are in it, ``shard``.
+    Attributes:
+        split: `train` or `val`.
+        kind: `image`, `text` or, where both are in it, `shard`.
         number: Its number among those of its split and kind.
         offset: Where its records begin in the work folder's file of that split and kind.
         count: How many they are, those to be left out included.
@@ -63,7 +63,7 @@ class Shard:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there either whole or not at all."""
+    """Writes a file that is there either whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -76,14 +76,14 @@ class RecordFile:
     """The work folder's file of one split and kind: a line for each record, and where each shard's lines begin."""
 
     def __init__(self, work: Path, split: str, kind: str, size: int) -> None:
-        """Begin the file."""
+        """Begins the file."""
         self._size = size
         self._first = Shard(split, kind, 0, 0, 0)
         self._file = (work / self._first.records).open("wb")
         self.shards: list[Shard] = []
 
     def add(self, key: str, record: SourceRecord | Unreadable) -> None:
-        """Add one record, under the key that its sample will have."""
+        """Adds one record, under the key that its sample will have."""
         if not self.shards or self.shards[-1].count == self._size:
             offset = self._file.tell()
             self.shards.append(dataclasses.replace(self._first, number=len(self.shards), offset=offset))
@@ -92,12 +92,12 @@ class RecordFile:
         self._file.write(json.dumps(line).encode() + b"\n")
 
     def close(self) -> None:
-        """End the file."""
+        """Ends the file."""
         self._file.close()
 
 
 def write_shard(output: Path, image_root: Path, shard: Shard) -> int:
-    """Write one shard, then the note of what became of its records; return how many those are.
+    """Writes one shard, then the note of what became of its records; return how many those are.
 
     Args:
         output: The output folder, with the work folder in it.
@@ -128,7 +128,7 @@ def _read_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
 
 
 def _write_sample(tar: TarWriter, line: dict[str, Any], image_root: Path, report: dict[str, Any]) -> None:
-    """Write one record as a sample, or note why it is left out."""
+    """Writes one record as a sample, or note why it is left out."""
     try:
         if "reason" in line:
             raise SampleError(line["reason"], line["message"])
@@ -145,12 +145,12 @@ def _write_sample(tar: TarWriter, line: dict[str, Any], image_root: Path, report
 
 
 def _id(data: Any) -> str:
-    """Return what a record, or an entry of a published file, is called in it."""
+    """Returns what a record, or an entry of a published file, is called in it."""
     return str(data.get("id", data.get("image_id", ""))) if isinstance(data, dict) else ""
 
 
 def _read_members(line: dict[str, Any], image_root: Path) -> dict[str, bytes]:
-    """Check a record and its images; return a sample's members, ``json``, ``0.jpg``, ``1.png``, ..."""
+    """Checks a record and its images; return a sample's members, `json`, `0.jpg`, `1.png`, ..."""
     record_segments(line["data"], TEMPLATES["mistral"], len(line["images"]))
     try:
         members = {"json": json.dumps(line["data"], ensure_ascii=False).encode()}
@@ -166,7 +166,7 @@ def _read_members(line: dict[str, Any], image_root: Path) -> dict[str, bytes]:
 
 
 def read_picture(place: dict[str, Any], image_root: Path) -> tuple[bytes, str]:
-    """Return an image's bytes and its suffix, decoded once: a damaged one would be found by every run that reads it.
+    """Returns an image's bytes and its suffix, decoded once: a damaged one would be found by every run that reads it.
 
     Raises:
         SampleError: It is not there, or damaged; the message names it.
@@ -180,7 +180,7 @@ def read_picture(place: dict[str, Any], image_root: Path) -> tuple[bytes, str]:
 
 
 def _read_file(image_root: Path, paths: list[str]) -> tuple[bytes, str, str]:
-    """Return the first of the files that exists, its suffix, and what a message calls it."""
+    """Returns the first of the files that exists, its suffix, and what a message calls it."""
     for path in paths:
         if not _is_below(image_root, path):
             raise SampleError("unsafe_path", f"{path!r} leads out of the image root")
@@ -196,7 +196,7 @@ def _read_file(image_root: Path, paths: list[str]) -> tuple[bytes, str, str]:
 
 
 def _is_below(root: Path, path: str) -> bool:
-    """Return whether a path stays below the image root, links aside."""
+    """Returns whether a path stays below the image root, links aside."""
     if "\0" in path:
         return False
     if ".." not in path and not os.path.isabs(path):  # nearly all
@@ -211,7 +211,7 @@ def _suffix(path: str) -> str:
 
 
 def _read_slice(place: dict[str, Any]) -> tuple[bytes, str, str]:
-    """Return an image that is a base64 string in a larger file, in either of base64's alphabets, padded or not."""
+    """Returns an image that is a base64 string in a larger file, in either of base64's alphabets, padded or not."""
     with open(place["file"], "rb") as file:
         file.seek(place["offset"])
         # JSON may write a slash behind a backslash, and pandas does.

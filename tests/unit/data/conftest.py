@@ -109,7 +109,7 @@ def train_llama_like(folder: Path, more: Sequence[str] = (), prefix: str = "Prep
 
 
 def load_huggingface(folder: Path, tokens: Sequence[str] = IMAGE_TOKENS) -> MegatronTokenizer:
-    """Load a folder as Megatron's build_tokenizer does for --tokenizer-type HuggingFaceTokenizer."""
+    """Loads a folder as Megatron's build_tokenizer does for --tokenizer-type HuggingFaceTokenizer."""
     return MegatronTokenizer.from_pretrained(
         tokenizer_path=str(folder), metadata_path={"library": "huggingface"}, additional_special_tokens=list(tokens)
     )
@@ -142,7 +142,7 @@ def convert_mistral(version: str, folder: Path) -> Path:
 
 
 def load_tokenizer(path: Path) -> MegatronTokenizer:
-    """Load a SentencePiece model as Megatron's build_tokenizer does for --tokenizer-type SentencePieceTokenizer."""
+    """Loads a SentencePiece model as Megatron's build_tokenizer does for --tokenizer-type SentencePieceTokenizer."""
     return MegatronTokenizer.from_pretrained(
         tokenizer_path=str(path),
         metadata_path={"library": "sentencepiece"},

@@ -436,7 +436,7 @@ def mutate_text(record: Any, rng: random.Random) -> None:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End what takes longer, so that a hang shows as a failure."""
+    """Ends what takes longer, so that a hang shows as a failure."""
 
     def expire(*_: Any) -> None:
         raise AssertionError(f"took longer than {seconds} s")

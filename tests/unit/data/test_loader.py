@@ -43,7 +43,7 @@ _opened: list[EnergonIterator] = []
 
 @pytest.fixture(autouse=True)
 def close_iterators() -> Iterator[None]:
-    """End the worker processes of each test."""
+    """Ends the worker processes of each test."""
     yield
     while _opened:
         _opened.pop().close()
