@@ -75,10 +75,10 @@ def convert(entry: tuple[str, Any], images: Base64Images) -> Iterator[SourceReco
     """
     name, content = entry
     if not isinstance(content, dict):
-        raise SampleError("bad_record", "the instruction is no JSON object")
+        raise SampleError("bad_record", "the instruction is not a JSON object")
     image_ids = content.get("image_ids") or []
     if not isinstance(image_ids, list) or not all(isinstance(image_id, str) for image_id in image_ids):
-        raise SampleError("bad_record", "`image_ids` is no list of ids")
+        raise SampleError("bad_record", "`image_ids` is not a list of ids")
     slices = tuple(images.find(image_id) for image_id in image_ids)
     found = tuple(image for image in slices if image is not None)
     if len(found) < len(image_ids):

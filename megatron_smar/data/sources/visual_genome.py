@@ -34,7 +34,7 @@ def convert_svit(entry: Any) -> Iterator[SourceRecord]:
         return
     conversations = entry.get("conversations") if isinstance(entry, dict) else None
     if not isinstance(conversations, list):
-        raise SampleError("bad_record", "the entry is no JSON object with `image_id` and a list `conversations`")
+        raise SampleError("bad_record", "the entry is not a JSON object with `image_id` and a list `conversations`")
     image_id = entry["image_id"]
     unread = tuple(check_keys(entry, {"image_id", "conversations"}))
     for number, conversation in enumerate(conversations):
@@ -56,7 +56,7 @@ def convert_lrv(entry: Any) -> Iterator[SourceRecord]:
         SampleError: `bad_record` or `unsupported_key`.
     """
     if not isinstance(entry, dict) or "image_id" not in entry:
-        raise SampleError("bad_record", "the entry is no JSON object with `image_id`, `question` and `answer`")
+        raise SampleError("bad_record", "the entry is not a JSON object with `image_id`, `question` and `answer`")
     image = _image(entry["image_id"], "", "image", "chart_image")
     texts = (entry.get("question"), entry.get("answer"))
     question, answer = (text.strip() if isinstance(text, str) else text for text in texts)

@@ -434,7 +434,7 @@ BAD = {
     "image_in_answer": ({"conversations": talk("Hi", "See <image>")}, 1, "turn 2"),
     "bad_record": ({"conversations": [{"from": "human"}]}, 0, "turn 1"),
     "bad_record ": ({"id": 1}, 0, "conversations"),
-    "bad_record  ": ([1], 0, "no JSON object"),
+    "bad_record  ": ([1], 0, "not a JSON object"),
     "bad_record   ": ({"conversations": [{"from": "human", "value": 1}]}, 0, "turn 1"),
     "bad_record    ": ({"conversations": ["Hi", "Yes"]}, 0, "turn 1"),
     "bad_record     ": ({"conversations": [{"from": ["human"], "value": "Hi"}]}, 0, "turn 1"),

@@ -134,7 +134,7 @@ def test_a_records_system_text_is_its_system_turn() -> None:
         ({"system": ["x"], "conversations": talk("a", "b")}, "`system` is not a text"),
         ({"system": "<image>", "conversations": talk("a", "b")}, "`system` has an <image> tag"),
         ({"system": "<IMG_CONTEXT>", "conversations": talk("a", "b")}, "`system` contains <IMG_CONTEXT>"),
-        ({"system": "x", "text": "y"}, "`system` stands beside `text`"),
+        ({"system": "x", "text": "y"}, "`system` is given beside `text`"),
     ],
 )
 def test_system_text_that_cannot_be_used_is_named(changes: dict[str, Any], message: str) -> None:

@@ -47,12 +47,12 @@ BAD: dict[str, tuple[str, Any, str]] = {
         "image 2 of 2: {root}/bad.png: an image cannot be decoded",
     ),
     "no tag": ("vqa", {"image": "red.png", "question": "What?", "answer": "A"}, "0 <image> tags but 1 image:"),
-    "no question": ("vqa", {"image": "red.png", "answer": "A"}, "no JSON object with `question` and `answer`"),
+    "no question": ("vqa", {"image": "red.png", "answer": "A"}, "not a JSON object with `question` and `answer`"),
     "no text": ("vqa", {"question": 3, "answer": "A"}, "`question` is not a text"),
     "another key": ("vqa", {"video": "a.mp4", "question": "What?", "answer": "A"}, "`video` is not read"),
-    "picture in text": ("text", {"image": "red.png", "text": "<image>"}, "it has 1 image, but --text is text alone"),
-    "empty text": ("text", {"text": ""}, "`text` is not a text with something in it"),
-    "number": ("text", 3, "the record is no JSON object"),
+    "picture in text": ("text", {"image": "red.png", "text": "<image>"}, "it has 1 image, but --text is for text only"),
+    "empty text": ("text", {"text": ""}, "`text` is not text, or is empty"),
+    "number": ("text", 3, "the record is not a JSON object"),
 }
 
 
@@ -78,7 +78,7 @@ def test_a_record_that_cannot_be_measured_is_named(name: str, tmp_path: Path) ->
         (None, "cannot be read (No such file or directory)."),
         (b"", "cannot be read: it is empty."),
         (b"[]", "cannot be read: it is an empty list."),
-        (b"[1", "record 1: the record is no JSON object"),
+        (b"[1", "record 1: the record is not a JSON object"),
         (b'[{"text": "a"}, {"text": ', "cannot be read: it is not a JSON list (record 2, line 1, column 26: "),
         (b'{"text": "a"}\n{"text": "\xff"}', "record 2: line 2 is not UTF-8 (byte 0xff at 10)."),
         (b'{"text": "a"}\n{"text"}', "record 2: line 2 is not JSON (Expecting ':' delimiter at column 8)."),

@@ -297,7 +297,7 @@ def test_a_mistake_in_a_blend_file_gets_a_sentence_before_anything_is_built(
         ("splits: [", "is not YAML (line 2"),
         ("splits:\n\ttrain: x", "is not YAML (line 2"),
         ("splits:\n", "line 1 has a name without a value"),
-        ("splits: {train: {path: ./big}}\nsplits: {train: {path: ./small}}", "line 2: the name `splits` stands twice"),
+        ("splits: {train: {path: ./big}}\nsplits: {train: {path: ./small}}", "line 2: the name `splits` appears twice"),
         ("a: &x 1\nsplits: {train: {path: *x}}", "line 1 has an anchor or alias"),
         ("splits: !!python/object/apply:os.system ['true']", "line 1 has the tag !!python/object/apply:os.system"),
         ("splits: !local {train: {path: ./big}}", "line 1 has the tag !local"),

@@ -99,7 +99,7 @@ def test_arrays_of_any_integer_type_and_stride_give_the_same_packs(dtype):
         (([3, 3], [0, -1], 8), "Sample 1 has -1 tiles"),
         (([3.5], [0], 8), "tokens has shape (1,) and type float64"),
         (([[3]], [[0]], 8), "tokens has shape (1, 1)"),
-        (([3, 3], [0], 8), "tokens are of 2 samples, but tiles of 1"),
+        (([3, 3], [0], 8), "tokens has 2 samples, but tiles has 1"),
         (([3], [0], 0), "max_tokens 0 holds no sample"),
         (([3], [0], 8, None, 0), "window 0 holds no sample"),
         (([3], [0], 8, -1), "max_tiles -1 is below 0"),

@@ -44,7 +44,7 @@ def test_too_many_rejects_end_the_run_with_the_table() -> None:
             rejects.add(f"c{number}", BAD)
     sentence, *table = str(error.value).splitlines()
     assert sentence == (
-        "18.9% of the first 111 samples that a worker read from SHARDS were rejected and --max-skip-ratio is 0.1: mend "
+        "18.9% of the first 111 samples that a worker read from SHARDS were rejected and --max-skip-ratio is 0.1: fix "
         "the data, or the settings it was rejected for, or raise it."
     )
     assert [line.split() for line in table] == [

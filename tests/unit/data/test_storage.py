@@ -181,7 +181,7 @@ def test_large_shards_are_read_in_parts_over_http(s3_endpoint: str) -> None:
 def test_a_server_without_ranges_is_refused_for_large_shards(http_url: str, shards: Path) -> None:
     name = f"/{shards.name}/.nv-meta/dataset.yaml"
     path = EPath(energon_path(http_url + name))
-    with pytest.raises(RuntimeError, match=r"sends whole files only \(it knows no Range\)"):
+    with pytest.raises(RuntimeError, match=r"sends full files only \(it does not support Range\)"):
         path.fs.open(name, "rb", memory_load_limit=1).read(3)
 
 
@@ -214,7 +214,7 @@ def test_a_broken_connection_is_tried_again_from_the_start(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("ftp://host/shards", r"no address that can be read: give a local folder, or one of msc://, s3://.*http://"),
+        ("ftp://host/shards", r"not an address that can be read: give a local folder, or one of msc://, s3://.*http://"),
         ("msc://nowhere/shards", r'cannot be used \(Profile "nowhere" not found.*\): describe its profile'),
         (
             "msc://team/none",

@@ -174,11 +174,11 @@ def test_nothing_but_rejects_ends_the_run_with_their_reasons(make_config: Make, 
         ({"data_path": "/"}, "--data-path / has no .nv-meta/dataset.yaml"),
         ({"data_path": __file__}, "is neither a folder of shards nor"),
         ({"pad_to": 100}, "--seq-length is 256, and a padded length of 100 would not hold its samples"),
-        ({"pad_to_multiple_of": 100}, "256 is no multiple of 100"),
+        ({"pad_to_multiple_of": 100}, "256 is not a multiple of 100"),
         ({"micro_batch_size": 0}, "--micro-batch-size 0 must be at least 1"),
         ({"num_workers": -1}, "--num-workers -1 must not be negative"),
         ({"template": "x"}, "--conversation-template x is unknown"),
-        ({"max_skip_ratio": 1.5}, r"--max-skip-ratio 1\.5 is no share: give one from 0 to 1"),
+        ({"max_skip_ratio": 1.5}, r"--max-skip-ratio 1\.5 is not a share: give one from 0 to 1"),
     ],
 )
 def test_wrong_settings_name_the_flag_and_the_value(changes: dict[str, Any], message: str, make_config: Make) -> None:

@@ -225,7 +225,7 @@ def test_shards_of_somebody_else_are_left_alone(prepare: ModuleType, tmp_path: P
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(b"theirs")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"holds train/images.tar, which is not of this program"):
+        with pytest.raises(ValueError, match=r"holds train/images.tar, which this program did not write"):
             prepare.prepare(theirs.parents[1], [write(tmp_path / "r.json", GOOD[2:])], overwrite=overwrite)
     assert theirs.read_bytes() == b"theirs"
 
