@@ -97,7 +97,7 @@ class RejectLog:
     def _check(self, key: str, error: SampleError) -> None:
         total = self._accepted + self._rejected.total()
         share, ratio = self._rejected.total() / total, self.max_skip_ratio
-        fix = "fix the data, or the settings for which it was rejected"
+        fix = "fix the data, or the settings it was rejected for"
         if max(self._in_a_row.values()) >= self.limit:
             what = f"The last {self.limit} samples in a row from {self.source} were rejected"
             fix = f"(the last was {_shown(key)}: {error.message}): {fix}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Add the image tokens to a SentencePiece model, or to a Hugging Face tokenizer's folder, behind the last id.
+"""Add the image tokens to a SentencePiece model, or to the folder of a Hugging Face tokenizer, after the last id.
 
-Every existing id stays what it is; tokens that are there already stay where they are.
+Existing ids do not change; tokens that already exist keep their ids.
 """
 
 from __future__ import annotations

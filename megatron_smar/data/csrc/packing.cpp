@@ -33,8 +33,8 @@ class OpenPacks {
         std::int64_t tile_room;
     };
 
-    // Removes and returns the pack with the least token room that the sample fits into; among several, the pack with the
-    // least tile room; among those, the pack that was put here last.
+    // Removes and returns the pack with the least token room that the sample fits into; among several, the pack with
+    // the least tile room; among those, the pack that was put here last.
     std::optional<Pack> take(std::int64_t tokens, std::int64_t tiles) {
         std::size_t node = leaves_ + tokens;
         while (most_tiles_[node] < tiles) {
@@ -196,6 +196,6 @@ py::list lists(const Array &order, const Array &offsets) {
 PYBIND11_MODULE(_packing, module) {
     module.doc() = "Best-fit decreasing over two capacities; use megatron_smar.data.packing.";
     module.def("pack", &pack, py::arg("tokens"), py::arg("tiles"), py::arg("max_tokens"), py::arg("max_tiles"),
-               py::arg("window"), "Returns the samples pack by pack, [n], and the offset of each pack, [packs + 1].");
-    module.def("lists", &lists, py::arg("order"), py::arg("offsets"), "Returns the result of pack as one list per pack.");
+               py::arg("window"), "The samples pack by pack, [n], and the offset of each pack, [packs + 1].");
+    module.def("lists", &lists, py::arg("order"), py::arg("offsets"), "The result of pack as one list per pack.");
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the entries of a file of records one at a time: a published file of 1 GB takes no more memory than a small one.
+"""Reads the entries of a file of records one at a time: a file of 1 GB takes as little memory as a small file.
 
 Python's own JSON decoder reads each entry, so that a list gives exactly the same values as JSON lines: integers of any
 size, and lone surrogates unchanged, for the check that reports them.

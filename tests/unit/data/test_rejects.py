@@ -150,4 +150,4 @@ def test_a_missing_folder_of_rejects_is_named(
     monkeypatch.setattr("sys.argv", ["rejects", str(tmp_path / "none")])
     with pytest.raises(SystemExit):
         main()
-    assert "none is no folder: give a run's --rejects-dir" in capsys.readouterr().err
+    assert "none is not a folder: give a run's --rejects-dir" in capsys.readouterr().err
