@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out records: whatever prepare reads is read, and what cannot be measured is one sentence with its place."""
+"""Held-out records: everything that prepare reads is read, and an unusable record is one sentence with its place."""
 
 import json
 import re
@@ -17,7 +17,7 @@ LINES = "a\u2028b\x85c"
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("is_list", [True, False])
-def test_lists_lines_marks_and_line_separators_are_read(is_list: bool, mark: bytes, tmp_path: Path) -> None:
+def test_lists_lines_byte_order_marks_and_line_separators_are_read(is_list: bool, mark: bytes, tmp_path: Path) -> None:
     texts = [{"text": LINES}, {"id": 2**64, "text": "Plain."}, {"conversations": None, "text": "x", "video": []}]
     questions: list[dict[str, Any]] = [
         {"id": "1", "image": "red.png", "question": f"<image>\n{LINES}", "answer": "Red.", "kind": 3},
@@ -57,7 +57,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_record_that_cannot_be_measured_is_named(name: str, tmp_path: Path) -> None:
+def test_an_unusable_record_is_named(name: str, tmp_path: Path) -> None:
     kind, record, message = BAD[name]
     (tmp_path / "red.png").write_bytes(picture())
     (tmp_path / "bad.png").write_bytes(picture()[:50])
@@ -84,7 +84,7 @@ def test_a_record_that_cannot_be_measured_is_named(name: str, tmp_path: Path) ->
         (b'{"text": "a"}\n{"text"}', "record 2: line 2 is not JSON (Expecting ':' delimiter at column 8)."),
     ],
 )
-def test_a_broken_file_is_one_sentence(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_a_broken_file_is_reported_in_one_sentence(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     if content is not None:
         path.write_bytes(content)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loader states as plain values."""
+"""Loader states converted to plain values and back."""
 
 import io
 from pathlib import Path
@@ -36,7 +36,7 @@ def through_a_file(value: object) -> object:
 
 @given(values)
 @settings(max_examples=40, deadline=None)
-def test_states_survive_a_file_that_may_run_no_code(value: object) -> None:
+def test_states_survive_a_weights_only_file(value: object) -> None:
     result = through_a_file(value)
     assert result == value and type(result) is type(value)
 
