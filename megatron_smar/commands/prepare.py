@@ -40,9 +40,7 @@ def main() -> None:
     add("--image-root", default=".", metavar="DIR", help="where the records' image paths start (default: here)")
     add("--image-files", default=[], nargs="+", metavar="FILE", help="images by id, for --format mimic_it: LA.json")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="records per shard (default: 1000)")
-    add(
-        "--max-skip-ratio", type=float, default=0.1, metavar="R", help="largest share of unusable records (0.1)"
-    )
+    add("--max-skip-ratio", type=float, default=0.1, metavar="R", help="largest share of unusable records (0.1)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
     add("--overwrite", action="store_true", help="replace the shards in --output")
     args = parser.parse_args()

@@ -72,7 +72,7 @@ def check_sizes(sources: Sequence[LoadedDataset], workers: WorkerConfig, place: 
         repeated = f", repeated {source.repetitions} times," if part < 1 else ""
         raise DataError(
             f"{place}: the source {source.dataset.paths[0]} has {samples} {kind}{repeated} for {total} workers "
-            f"({layout}), and without any of them on some workers the blend's shares would be others: lower "
+            f"({layout}), and the blend's shares would change if some workers had none of them: lower "
             "--num-workers, or switch the source off with weight 0."
         )
 

@@ -220,7 +220,7 @@ def _claim(output: Path, arguments: dict[str, Any], overwrite: bool) -> dict[str
 
 
 def _clear(output: Path) -> None:
-    """Removes everything that this program wrote; if killed at any moment, it still recognizes the folder."""
+    """Removes everything that this program wrote; a later run knows the folder even if this is killed midway."""
     write_whole(output / WORK / "arguments.json", "{}")
     shutil.rmtree(output / META, ignore_errors=True)
     for path in (path for split in ("train", "val") for path in (output / split).glob("*.tar*")):
@@ -246,7 +246,7 @@ def _plan(
     work: Path,
     bar: Callable[..., tqdm],
 ) -> list[Shard]:
-    """Reads all records once, one at a time, into files of lines; a record's key is its number among its flag's."""
+    """Reads all records once, one at a time, into line files; a record's key is its number among its flag's records."""
     files: dict[tuple[str, str], RecordFile] = {}
     paths = [Path(path) for path in (*train, *valid)]
     total = sum(map(_size, (*paths, *image_files)))
@@ -356,15 +356,15 @@ def _collect(output: Path, shards: list[Shard]) -> dict[str, SplitReport]:
 def _check_kept(output: Path, reports: dict[str, SplitReport], max_skip_ratio: float) -> None:
     left_out = sum(report.rejected.total() for report in reports.values())
     total = left_out + sum(report.kept for report in reports.values())
-    say = f"{output / 'rejects.jsonl'} says why, record by record"
+    details = f"{output / 'rejects.jsonl'} says why, record by record"
     if left_out > max_skip_ratio * total or reports["train"].kept == 0:
         (output / WORK / "stopped").touch()
     if reports["train"].kept == 0:
-        raise TooManyRejectsError(f"No training record could be used; {say}.", reports)
+        raise TooManyRejectsError(f"No training record could be used; {details}.", reports)
     if left_out > max_skip_ratio * total:
         raise TooManyRejectsError(
-            f"{left_out:,} of {total:,} records cannot be used, more than --max-skip-ratio {max_skip_ratio}; {say}. If "
-            "that is expected, run the same command with a higher --max-skip-ratio; if files have been fixed, with "
+            f"{left_out:,} of {total:,} records cannot be used, more than --max-skip-ratio {max_skip_ratio}; {details}."
+            " If that is expected, run the same command with a higher --max-skip-ratio; if files have been fixed, with "
             "--overwrite.",
             reports,
         )

@@ -197,7 +197,7 @@ def blank(text: str) -> str:
 
 def check(sample: EncodedSample, parts: Parts, config: DataConfig, tokenizer: MegatronTokenizer) -> str:
     """Compares a sample with an independent reading of its record; returns its text."""
-    whole, answers = read_back(sample, tokenizer)
+    full, answers = read_back(sample, tokenizer)
     record = json.loads(parts["json"].decode("utf-8-sig"))
     if "conversations" in record:
         turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
@@ -206,15 +206,15 @@ def check(sample: EncodedSample, parts: Parts, config: DataConfig, tokenizer: Me
         pairs = list(zip(turns[::2], turns[1::2], strict=True))
         assert all(user in ("human", "user") and bot in ("gpt", "assistant") for (user, _), (bot, _) in pairs)
         rounds = [f"{question} [/INST] {answer}" for (_, question), (_, answer) in pairs]
-        assert whole == blank("[INST] " + system + " [INST] ".join(rounds))
+        assert full == blank("[INST] " + system + " [INST] ".join(rounds))
         assert answers == [blank(" " + answer) for _, (_, answer) in pairs]
     elif "<image>" in record["text"]:
-        assert whole == blank(record["text"]) and answers == [" " + whole.replace("<image>", "")]
+        assert full == blank(record["text"]) and answers == [" " + full.replace("<image>", "")]
     else:
-        assert whole == blank(record["text"]) and [whole] == [answer.removeprefix(" ") for answer in answers]
+        assert full == blank(record["text"]) and [full] == [answer.removeprefix(" ") for answer in answers]
     files = [parts[name] for name in sorted(parts) if name != "json"]
     context = TextEncoder(tokenizer).image_tokens.context_id
-    assert whole.count("<image>") == len(files) == sample.num_images
+    assert full.count("<image>") == len(files) == sample.num_images
     assert (sample.input_ids == context).sum() == TOKENS_PER_TILE * len(sample.pixel_values)
     tiles = [tile for data in files for tile in ImageProcessor(config.image)(data)]
     assert len(sample.pixel_values) == len(tiles) >= len(files)
@@ -222,7 +222,7 @@ def check(sample: EncodedSample, parts: Parts, config: DataConfig, tokenizer: Me
     assert sample.input_ids.shape == sample.labels.shape == sample.loss_mask.shape
     assert torch.equal(sample.input_ids[1:], sample.labels[:-1]) and len(sample.input_ids) <= config.seq_length
     assert sample.input_ids.min() >= 0 and sample.labels.max() < tokenizer.vocab_size
-    return whole
+    return full
 
 
 @pytest.fixture(scope="module")

@@ -322,9 +322,9 @@ def test_templates_render_as_in_transformers(
 @pytest.mark.parametrize(("texts", "system"), CONVERSATIONS)
 def test_chatml_ids_equal_those_of_transformers(texts: list[str], system: str | None, byte_level: Any) -> None:
     conversation = messages(texts, system)
-    whole = byte_level.apply_chat_template(conversation, chat_template=CHATML, tokenize=False)
+    full = byte_level.apply_chat_template(conversation, chat_template=CHATML, tokenize=False)
     turns = [{"from": message["role"], "value": message["content"]} for message in conversation]
-    assert encode(byte_level, {"conversations": turns}, "chatml", [])[0] == byte_level.tokenize(whole)[:-1]
+    assert encode(byte_level, {"conversations": turns}, "chatml", [])[0] == byte_level.tokenize(full)[:-1]
 
 
 @pytest.mark.parametrize(("texts", "system"), CONVERSATIONS)

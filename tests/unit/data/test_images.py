@@ -278,11 +278,11 @@ def test_images_of_one_pixel_or_one_line_are_used(kind: str, size: tuple[int, in
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_truncated_image_is_refused_wherever_it_ends(kind: str, mode: str) -> None:
-    whole = encode(Image.fromarray(noise(48, 40, 3)).convert(mode), kind)
-    expected = read_image(whole)
-    for length in range(0, len(whole), len(whole) // 60):
+    complete = encode(Image.fromarray(noise(48, 40, 3)).convert(mode), kind)
+    expected = read_image(complete)
+    for length in range(0, len(complete), len(complete) // 60):
         try:
-            pixels = read_image(whole[:length])
+            pixels = read_image(complete[:length])
         except SampleError as error:
             assert error.reason == "bad_image"
         else:  # only the end marker of the file is missing

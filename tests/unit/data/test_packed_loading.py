@@ -25,7 +25,7 @@ def read(config: DataConfig, tokenizer: Any, samples: int) -> list[VisionLanguag
     return batches
 
 
-def alone(make_config: Make, tokenizer: Any) -> dict[str, VisionLanguageBatch]:
+def one_per_batch(make_config: Make, tokenizer: Any) -> dict[str, VisionLanguageBatch]:
     """Returns each sample in a separate micro-batch."""
     batches = read(make_config(seq_length=96, micro_batch_size=1, shuffle_buffer_size=1), tokenizer, 50)
     return {batch.__key__[0]: batch for batch in batches}
@@ -33,7 +33,7 @@ def alone(make_config: Make, tokenizer: Any) -> dict[str, VisionLanguageBatch]:
 
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_a_pack_has_complete_samples_within_the_limits(make_config: Make, tokenizer: Any, multiple: int) -> None:
-    single = alone(make_config, tokenizer)
+    single = one_per_batch(make_config, tokenizer)
     config = make_config(**LIMITS, packing_multiple_of=multiple, pad_to_multiple_of=multiple)
     packs = read(config, tokenizer, 500)
     assert {key for pack in packs for key in pack.__key__} == set(single)
@@ -70,7 +70,7 @@ def test_a_sample_with_more_tiles_than_a_pack_holds_is_skipped_and_reported(
 def test_packs_have_little_padding(make_config: Make, tokenizer: Any) -> None:
     packs = read(make_config(**(LIMITS | {"packing_buffer_size": 50, "packing_max_tiles": None})), tokenizer, 500)
     filled = sum(float((~pack.padding_mask).sum()) for pack in packs) / (96 * len(packs))
-    single = alone(make_config, tokenizer).values()
+    single = one_per_batch(make_config, tokenizer).values()
     one_each = sum(float((~batch.padding_mask).sum()) for batch in single) / (96 * len(single))
     assert filled > 0.85 > 2 * one_each
 

@@ -92,12 +92,14 @@ def config(kind: str, make_config: Make, blend: str) -> DataConfig:
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopping_at_any_step_does_not_change_later_samples(config: DataConfig, tokenizer: Any) -> None:
     with Run(config, tokenizer, 2, batches=2) as run:
-        whole = run.steps(8)
+        uninterrupted = run.steps(8)
     with Run(config, tokenizer, 2, batches=2) as run:
         for step in range(1, 6):
             run.steps(1)
             with Run(config, tokenizer, 2, batches=2) as resumed:
-                assert resumed.restore(run.save()).steps(3) == whole[step : step + 3], f"stopped after step {step}"
+                assert resumed.restore(run.save()).steps(3) == uninterrupted[step : step + 3], (
+                    f"stopped after step {step}"
+                )
 
 
 @pytest.mark.parametrize(("kind", "num_workers"), [("folder", 1), ("packs", 2)])

@@ -33,8 +33,8 @@ def read(content: bytes, member: str | None = None) -> list[Any]:
     indent=st.sampled_from([None, 1]),
 )
 def test_a_list_gives_pythons_values_for_any_chunk_size(records: list[Any], chunk: int, indent: int | None) -> None:
-    whole = json.dumps(records, indent=indent, ensure_ascii=False)
-    raw = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", whole).encode()
+    full = json.dumps(records, indent=indent, ensure_ascii=False)
+    raw = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", full).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entries, "_CHUNK", chunk)
         assert read(raw) == json.loads(raw)
