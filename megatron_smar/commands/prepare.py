@@ -10,8 +10,8 @@ one `<image>` tag per image and `image` or `images` (a path or a list of paths; 
 
 That is `--format llava`; the others are read as their authors published them (docs/data.md).
 
-The same records and images always give the same shards. A run that was interrupted, in whatever way, goes on where it
-was when the same command is given again.
+The same records and images always give the same shards. A run that was interrupted, in any way, continues where it
+stopped when the same command is run again.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from megatron_smar.data.sources.report import format_report
 
 
 def main() -> None:
-    """Run `prepare` as a program."""
+    """Runs `prepare` as a program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", required=True, help="folder to make; give it as --data-path when training")
+    add("--output", required=True, help="folder to create; give it as --data-path when training")
     add("--train", required=True, nargs="+", metavar="FILE", help="training records")
     add("--valid", default=[], nargs="+", metavar="FILE", help="validation records")
     add("--valid-fraction", type=float, default=0.0, metavar="F", help="share of --train to validate on (default: 0)")
-    add("--format", dest="source_format", default="llava", choices=FORMATS, help="of the records (default: llava)")
+    add("--format", dest="source_format", default="llava", choices=FORMATS, help="the records' format (default: llava)")
     add("--image-root", default=".", metavar="DIR", help="where the records' image paths start (default: here)")
     add("--image-files", default=[], nargs="+", metavar="FILE", help="images by id, for --format mimic_it: LA.json")
-    add("--samples-per-shard", type=int, default=1000, metavar="N", help="records of one shard (default: 1000)")
-    add("--max-skip-ratio", type=float, default=0.1, metavar="R", help="share of unusable records that ends it (0.1)")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
-    add("--overwrite", action="store_true", help="replace the shards that --output holds")
+    add("--samples-per-shard", type=int, default=1000, metavar="N", help="records per shard (default: 1000)")
+    add("--max-skip-ratio", type=float, default=0.1, metavar="R", help="largest share of unusable records (0.1)")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
+    add("--overwrite", action="store_true", help="replace the shards in --output")
     args = parser.parse_args()
-    tqdm.monitor_interval = 0  # its thread would be there when processes fork
+    tqdm.monitor_interval = 0  # its thread must not exist when processes fork
     try:
         reports = prepare(**vars(args))
     except TooManyRejectsError as error:
@@ -53,7 +53,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: interrupted; the same command goes on from here.")
+        sys.exit(f"{parser.prog}: interrupted; the same command continues from here.")
     print(format_report(reports))
     if any(report.rejected for report in reports.values()):
         print(f"Left-out records, with reasons: {Path(args.output) / 'rejects.jsonl'}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data: conversations with images, from shards to micro-batches."""
+"""The data pipeline: conversations with images, from shards to micro-batches."""
 
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.config import DataConfig

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One encoded sample, and the micro-batch that the model is given."""
+"""An encoded sample, and the micro-batch that the model receives."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils.data import default_collate
 
 @edataclass
 class TokenizedSample(Sample):
-    """One sample whose images are not decoded yet, so that many of them can wait to be packed.
+    """A sample whose images are not decoded yet, so that many samples fit into the packing buffer.
 
     Attributes:
         input_ids: [n] int64.
         labels: [n] int64, the token to predict at each position.
         loss_mask: [n] float32.
-        num_tiles: Tiles that its images give.
-        files: Its image files.
+        num_tiles: Number of tiles that the sample's images give.
+        files: The sample's image files, encoded.
     """
 
     input_ids: torch.Tensor
@@ -32,14 +32,14 @@ class TokenizedSample(Sample):
 
 @edataclass
 class EncodedSample(Sample):
-    """One sample, not padded.
+    """A sample, not padded.
 
     Attributes:
         input_ids: [n] int64.
         labels: [n] int64, the token to predict at each position.
         loss_mask: [n] float32.
         pixel_values: [tiles, 3, H, W] uint8.
-        num_images: Its images, decoded here or not.
+        num_images: Number of the sample's images, whether or not this rank decodes them.
     """
 
     input_ids: torch.Tensor
@@ -51,10 +51,10 @@ class EncodedSample(Sample):
 
 @edataclass
 class Pack(Sample):
-    """Samples that share a row.
+    """Samples that share a sequence.
 
     Attributes:
-        samples: In their order.
+        samples: The samples, in their order in the sequence.
     """
 
     samples: list[EncodedSample]
@@ -62,18 +62,18 @@ class Pack(Sample):
 
 @edataclass
 class VisionLanguageBatch(Batch):
-    """One micro-batch.
+    """A micro-batch.
 
     Attributes:
-        input_ids: [b, s] int64; one image placeholder per vision token is in place.
-        labels: [b, s] int64; ``labels[i]`` is the token to predict at position i; anything where `loss_mask` is 0.
+        input_ids: [b, s] int64, with one image placeholder per vision token.
+        labels: [b, s] int64; `labels[i]` is the token to predict at position i. Where `loss_mask` is 0, any value.
         loss_mask: [b, s] float32; 1 where the loss counts.
         padding_mask: [b, s] bool; True is padding, as in Megatron.
-        pixel_values: [tiles, 3, H, W] uint8, in the order of the placeholders (row by row); no tiles is [0, 3, H, W].
+        pixel_values: [tiles, 3, H, W] uint8, in the order of the placeholders (row by row); [0, 3, H, W] without tiles.
         lengths: [sequences] int64, the lengths of a pack's sequences, each a sample with its padding; their sum is s,
             and b is 1. None without packing.
-        num_text_only: Samples in it that have no image.
-        step_tokens: Loss tokens per micro-batch of the training step, over all replicas, [] on the device; None where
+        num_text_only: Number of samples without an image.
+        step_tokens: Loss tokens per micro-batch of the training step, over all replicas, [] on the device; None if
             nothing needs them.
     """
 
@@ -90,15 +90,15 @@ class VisionLanguageBatch(Batch):
 def collate(
     rows: Sequence[Sequence[EncodedSample]], *, num_rows: int, length: int, pad_id: int, multiple: int | None = None
 ) -> VisionLanguageBatch:
-    """Pad samples to one micro-batch.
+    """Pads samples to one micro-batch.
 
     Args:
-        rows: Of each row the samples that stand in it one behind the other; without packing one each.
-        num_rows: b; rows without a sample are padding throughout, since pipelines need one shape.
-        length: s.
+        rows: The samples of each row, concatenated in this order; without packing, one sample per row.
+        num_rows: Number of rows, b. Rows without a sample are padding only, because pipelines need a fixed shape.
+        length: Length of each row, s.
         pad_id: Token id of padding.
-        multiple: For packs, in one row: each sample is padded to a multiple of this, and what is left of the row is a
-            sequence of its own. None without packing.
+        multiple: With packing, each sample is padded to a multiple of this, and the rest of the row is a separate
+            sequence. None without packing.
     """
     shape = (num_rows, length)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
@@ -133,12 +133,12 @@ def collate(
 
 
 def _gather_tiles(tiles: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Put together the tiles of samples, each [n, 3, H, W]."""
+    """Concatenates the tiles of the samples, each [n, 3, H, W]."""
     single = [tile for of_sample in tiles for tile in of_sample]
-    # In a worker process torch's function writes to shared memory, where they would have to be copied later.
+    # In a worker process `default_collate` writes straight to shared memory, which saves a later copy.
     return default_collate(single) if single else tiles[0]
 
 
 def padded_length(length: int, multiple: int) -> int:
-    """Return `length`, rounded up to a multiple."""
+    """Returns `length`, rounded up to a multiple of `multiple`."""
     return -(-length // multiple) * multiple

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shares of a blend: on every worker or refused, in validation too; a fixed share of text-only samples."""
+"""Blends of several sources: checks that every worker can keep the blend's shares, and wrappers that keep them.
+
+`MixtureDataset` keeps the shares in validation, `RatioDataset` a fixed share of text-only samples in training.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ TEXT_PART, IMAGE_PART = "train_text", "train_image"
 
 
 def num_samples(source: LoadedDataset) -> int:
-    """Return the samples of a source on all workers together."""
+    """Returns the number of samples of a source, over all workers."""
     dataset: Any = source.dataset
     if dataset.subset is None:
         return len(dataset)
@@ -33,30 +36,30 @@ def num_samples(source: LoadedDataset) -> int:
 
 
 def blend_weight(source: LoadedDataset) -> float:
-    """Return what a source has of its blend: its weight, or its samples as often as they are repeated."""
+    """Returns a source's weight in its blend; with `repetitions`, its number of samples times the repetitions."""
     if source.repetitions is not None:
         return num_samples(source) * source.repetitions
     return 1.0 if source.weight is None else float(source.weight)
 
 
 def check_sizes(sources: Sequence[LoadedDataset], workers: WorkerConfig, place: str, kind: str) -> None:
-    """Check that every worker of every rank has samples of every source.
+    """Checks that every worker of every rank has samples of every source.
 
-    energon divides each source among all workers, and one that has none of a source draws from the others instead. The
-    check looks at all ranks, so that all say the same.
+    energon divides each source among all workers, and a worker without samples of a source reads the other sources
+    instead. The check covers all ranks, so that every rank reports the same error.
 
     Args:
-        sources: As energon loaded them.
+        sources: The sources, as energon loaded them.
         workers: The ranks and their workers.
         place: Flag and path, for the message.
         kind: What is counted, for the message.
 
     Raises:
-        DataError: A source has too few.
+        DataError: A source has too few samples.
     """
     total, layout = _count(workers)
     for source in sources:
-        # A part of a repetition is rounded down on each worker.
+        # energon rounds a fraction of a repetition down on each worker.
         part = math.modf(source.repetitions or 1)[0] or 1
         samples = num_samples(source)
         if samples * part >= total:
@@ -69,16 +72,16 @@ def check_sizes(sources: Sequence[LoadedDataset], workers: WorkerConfig, place: 
         repeated = f", repeated {source.repetitions} times," if part < 1 else ""
         raise DataError(
             f"{place}: the source {source.dataset.paths[0]} has {samples} {kind}{repeated} for {total} workers "
-            f"({layout}), and without any of them on some workers the blend's shares would be others: lower "
+            f"({layout}), and the blend's shares would change if some workers had none of them: lower "
             "--num-workers, or switch the source off with weight 0."
         )
 
 
 def check_ranks(source: LoadedDataset, workers: WorkerConfig, place: str, kind: str) -> None:
-    """Check that every rank has samples of a single source, though some of its workers may have none.
+    """Checks that every rank has samples of a single source; some of a rank's workers may have none.
 
     Raises:
-        DataError: A rank has none.
+        DataError: A rank has no samples.
     """
     samples = num_samples(source)
     for rank in range(workers.world_size):
@@ -100,21 +103,21 @@ def _count(workers: WorkerConfig) -> tuple[int, str]:
 def split_by_image(
     datasets: Sequence[LoadedDataset], blend_mode: DatasetBlendMode
 ) -> tuple[list[LoadedDataset], list[LoadedDataset]]:
-    """Take the sources of a blend apart into their text-only shards and those with images.
+    """Splits each source of a blend into its text-only shards and its shards with images.
 
-    The weight of a source is shared between its two parts by their numbers of samples, so that within each kind the
-    blend's proportions stay.
+    A source's weight is divided between the two parts in proportion to their numbers of samples, so that the blend's
+    proportions hold within each kind.
 
     Args:
-        datasets: As energon loaded them, each a folder made by ``tools/data/prepare.py``.
-        blend_mode: What the blend's numbers mean.
+        datasets: The sources, as energon loaded them; each is a folder made by `tools/data/prepare.py`.
+        blend_mode: Whether the blend gives weights or repetitions.
 
     Returns:
-        The text-only sources and those with images, with weights.
+        The text-only sources and the sources with images, with their weights.
 
     Raises:
-        DataError: There is no text-only shard or none with images, a folder does not say which shards are which, or the
-            blend counts repetitions instead of giving weights.
+        DataError: There are no text-only shards or none with images, a folder's split file does not say which shards
+            are which, or the blend gives repetitions instead of weights.
     """
     if blend_mode == DatasetBlendMode.SAMPLE_REPETITIONS:
         raise DataError("--text-only-ratio needs a metadataset with `blend` and weights, not `blend_epochized`.")
@@ -143,10 +146,10 @@ def split_by_image(
 
 
 def _part_of(source: Any, split_part: str) -> Any:
-    """Return a copy of an energon dataset factory with the shards of another split part alone, None if it has none."""
+    """Returns a copy of an energon dataset factory with only the shards of another split part, None without any."""
     try:
         names = set(WebdatasetMeta.from_config(path=source.path, split_part=split_part).split_part_files)
-    except (AssertionError, EmptyDatasetError):  # energon's ways to say that the split file has no such part
+    except (AssertionError, EmptyDatasetError):  # what energon raises if the split file has no such part
         return None
     part = copy.copy(source)
     part.shards = [shard for shard in source.shards if shard.name in names]
@@ -154,14 +157,14 @@ def _part_of(source: Any, split_part: str) -> Any:
 
 
 class MixtureDataset[T](BaseWrapperDataset[T, T]):
-    """Draws from endless datasets by turns, so that no share strays by more than about a sample.
+    """Interleaves endless datasets by weight; no dataset's share deviates by more than about one sample.
 
-    Ends when each dataset has been read once, the small ones more often. The turns of a worker begin one further on
-    than those of the worker before, so that the shares hold over all of them in every step too.
+    A pass ends when every dataset has been read at least once; small datasets repeat. Each worker starts one turn later
+    in the sequence of turns than the worker before it, so that the shares also hold in every step, over all workers.
 
     Args:
         datasets: Endless datasets.
-        weights: Of each.
+        weights: Weight of each dataset.
         worker_config: energon's worker configuration.
     """
 
@@ -170,20 +173,19 @@ class MixtureDataset[T](BaseWrapperDataset[T, T]):
     def __init__(
         self, datasets: Sequence[SavableDataset[T]], weights: Sequence[float], *, worker_config: WorkerConfig
     ) -> None:
-        """Keep the parts."""
         super().__init__(tuple(datasets), worker_config=worker_config)
         self.shares = [weight / sum(weights) for weight in weights]
 
     def reset_state_own(self) -> None:
-        """There is none: a pass always begins at its beginning."""
+        """Does nothing: there is no state, a pass always starts from the beginning."""
 
     def len_worker(self, worker_idx: int | None = None) -> int:
-        """Return the samples of a pass on a worker, one more or less."""
+        """Returns the number of samples of a pass on a worker, to within one sample."""
         lengths = [dataset.len_worker(worker_idx) for dataset in self.datasets]
         return max(math.ceil(length / share - 1e-9) for length, share in zip(lengths, self.shares, strict=True))
 
     def __iter__(self) -> Iterator[T]:
-        """Yield the samples of a pass."""
+        """Yields the samples of one pass."""
         iterators = [iter(dataset) for dataset in self.datasets]
         left = [dataset.len_worker() for dataset in self.datasets]
         owed = [0.0] * len(iterators)
@@ -199,7 +201,7 @@ class MixtureDataset[T](BaseWrapperDataset[T, T]):
                 return
 
     def config(self) -> dict[str, Any]:
-        """Return what decides the order of samples, as energon's wrappers do."""
+        """Returns the settings that determine the order of samples, as energon's wrappers do."""
         return {
             "type": type(self).__qualname__,
             "datasets": [dataset.config() for dataset in self.datasets],
@@ -209,10 +211,9 @@ class MixtureDataset[T](BaseWrapperDataset[T, T]):
 
 
 class RatioDataset[T](BaseWrapperDataset[T, T]):
-    """Draws from two endless datasets so that the first one's share never strays from its ratio by a whole sample.
+    """Interleaves two endless datasets; the first dataset's share deviates from `ratio` by less than one sample.
 
-    Every worker holds the ratio by itself, and workers are out of step with each other, so that the samples of all of
-    them together hold it too.
+    Every worker keeps the ratio separately, and the workers are out of phase, so that all of them together keep it too.
 
     Args:
         first: Endless dataset.
@@ -226,22 +227,21 @@ class RatioDataset[T](BaseWrapperDataset[T, T]):
     def __init__(
         self, first: SavableDataset[T], second: SavableDataset[T], ratio: float, *, worker_config: WorkerConfig
     ) -> None:
-        """Begin at no sample drawn."""
         super().__init__((first, second), worker_config=worker_config)
-        self.ratio = Fraction(str(ratio))  # 0.025 is 1/40, which no binary fraction is
+        self.ratio = Fraction(str(ratio))  # exact: 0.025 is 1/40, which a float cannot represent
         self.reset_state_own()
 
     def reset_state_own(self) -> None:
-        """Begin at no sample drawn."""
+        """Starts again from no samples read."""
         self._drawn = 0
 
     def len_worker(self, worker_idx: int | None = None) -> int:
-        """Return the samples of both on a worker; none if one of them has none there."""
+        """Returns the number of samples of both datasets on a worker; 0 if either has none there."""
         lengths = [dataset.len_worker(worker_idx) for dataset in self.datasets]
         return sum(lengths) if all(lengths) else 0
 
     def __iter__(self) -> Iterator[T]:
-        """Yield samples for ever."""
+        """Yields samples endlessly."""
         workers = max(1, self.worker_config.num_workers) * self.worker_config.world_size
         phase = Fraction(2 * self.worker_config.global_worker_id() + 1, 2 * workers)
         iterators = [iter(dataset) for dataset in self.datasets]
@@ -253,7 +253,7 @@ class RatioDataset[T](BaseWrapperDataset[T, T]):
             yield add_sample_restore_key(sample, index, src=self)
 
     def config(self) -> dict[str, Any]:
-        """Return what decides the order of samples, as energon's wrappers do."""
+        """Returns the settings that determine the order of samples, as energon's wrappers do."""
         return {
             "type": type(self).__qualname__,
             "datasets": [dataset.config() for dataset in self.datasets],

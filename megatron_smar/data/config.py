@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is read, and how it becomes micro-batches."""
+"""The data configuration."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ from megatron_smar.modalities import Modalities
 
 @dataclass
 class DataConfig:
-    """What is read and how it becomes micro-batches.
+    """Which data is read, and how it becomes micro-batches.
 
-    Args:
-        data_path: Folder of prepared shards (``--data-path``); its ``train`` split is used.
-        seq_length: Most positions of a sample; longer ones are rejected, never cut.
+    Attributes:
+        data_path: Folder of prepared shards (`--data-path`); its `train` split is used.
+        seq_length: Maximum number of positions of a sample; longer samples are rejected, never truncated.
         micro_batch_size: Rows of a micro-batch.
-        valid_data_path: Where the ``val`` split is read (``--valid-data-path``); None is `data_path`.
-        template: Conversation template.
-        modalities: The run's table of modalities (``--image-modalities``).
+        valid_data_path: Folder whose `val` split is used (`--valid-data-path`); None uses `data_path`.
+        template: Name of the conversation template.
+        modalities: The run's table of modalities (`--image-modalities`).
         tokens_per_tile: Vision tokens of one image tile.
-        image: How images become tiles.
-        pad_to: Pad every micro-batch to this many positions; None pads to its longest sample.
-        pad_to_multiple_of: Round the padded length up to a multiple of this, e.g. for sequence parallelism.
-        packing_buffer_size: Samples of a worker among which those that share a sequence are chosen
-            (``--packing-buffer-size``); None does not pack.
-        packing_max_tiles: Most image tiles of a pack (``--packing-max-tiles``); None for no limit.
-        packing_multiple_of: Round each sample's length in a pack up to a multiple of this, for context parallelism.
-        text_only_ratio: Share of samples without images, held exactly (``--text-only-ratio``); None takes the data as
-            it is.
-        num_workers: Worker processes of one loader; 0 loads in the training process.
-        shuffle_buffer_size: Samples among which the next one is drawn, per worker.
-        max_samples_per_sequence: Longest run of samples read from one place of a shard; None is a whole shard.
+        image: How images are split into tiles.
+        pad_to: Length to which every micro-batch is padded; None pads to the longest sample of the micro-batch.
+        pad_to_multiple_of: The padded length is rounded up to a multiple of this, e.g. for sequence parallelism.
+        packing_buffer_size: Number of samples per worker from which packs are formed (`--packing-buffer-size`); None
+            does not pack.
+        packing_max_tiles: Maximum number of image tiles in a pack (`--packing-max-tiles`); None for no limit.
+        packing_multiple_of: Each sample's length in a pack is rounded up to a multiple of this, for context
+            parallelism.
+        text_only_ratio: Exact share of samples without images (`--text-only-ratio`); None keeps the data's own share.
+        num_workers: Worker processes of each loader; 0 loads in the training process.
+        shuffle_buffer_size: Size of each worker's shuffle buffer, in samples.
+        max_samples_per_sequence: Maximum number of consecutive samples read from one place in a shard; None reads full
+            shards.
         seed: Seed of the order of samples.
-        verify_images: Pipeline stages that need no pixels decode images all the same, so that all stages reject the
-            same damaged ones. Without it those stages read headers only, and an image damaged behind its header ends
-            the run; shards made by ``tools/data/prepare.py`` have none.
+        verify_images: Whether pipeline stages that need no pixels decode images too, so that all stages reject the same
+            damaged images. If False, those stages read only headers, and an image damaged after its header ends the
+            run; shards made by `tools/data/prepare.py` contain no damaged images.
         rejects_dir: Folder in which rejected samples are listed; None lists none.
-        max_skip_ratio: The run ends when more than this share of the samples is rejected (``--max-skip-ratio``); 1 lets
-            all pass.
-        max_consecutive_rejects: So many rejected samples in a row end the run, whatever their share.
+        max_skip_ratio: The run ends when a larger share of the samples is rejected (`--max-skip-ratio`); 1 never ends
+            the run.
+        max_consecutive_rejects: The run ends after this many rejected samples in a row, whatever their share.
     """
 
     data_path: str
@@ -71,7 +72,7 @@ class DataConfig:
     max_consecutive_rejects: int = 1000
 
     def __post_init__(self) -> None:
-        """Check the values and that the data is there."""
+        """Checks the values, and that the data exists."""
         for name in (
             "seq_length",
             "micro_batch_size",
@@ -91,7 +92,7 @@ class DataConfig:
         padded = self.pad_to or self.seq_length
         if padded % self.pad_to_multiple_of:
             raise ValueError(
-                f"--seq-length {padded} is no multiple of {self.pad_to_multiple_of}, which tensor and context "
+                f"--seq-length {padded} is not a multiple of {self.pad_to_multiple_of}, which tensor and context "
                 f"parallelism need; give {padded + -padded % self.pad_to_multiple_of}."
             )
         self._check_packing()
@@ -99,15 +100,15 @@ class DataConfig:
         if tiles * self.tokens_per_tile > self.seq_length:
             raise ValueError(
                 f"--max-tiles {self.image.max_tiles} lets an image have {tiles} tiles of {self.tokens_per_tile} tokens "
-                f"each, more than --seq-length {self.seq_length} takes: lower the one or raise the other."
+                f"each, more than --seq-length {self.seq_length} takes: lower the former or raise the latter."
             )
         if self.text_only_ratio is not None and not 0 < self.text_only_ratio < 1:
             raise ValueError(
-                f"--text-only-ratio {self.text_only_ratio} is no share between 0 and 1 (the paper's is 0.025): leave "
-                "it out to take the data as it is."
+                f"--text-only-ratio {self.text_only_ratio} is not a share between 0 and 1 (the paper's is "
+                "0.025): leave it out to take the data as it is."
             )
         if not 0 <= self.max_skip_ratio <= 1:
-            raise ValueError(f"--max-skip-ratio {self.max_skip_ratio} is no share: give one from 0 to 1.")
+            raise ValueError(f"--max-skip-ratio {self.max_skip_ratio} is not a share: give one from 0 to 1.")
         get_template(self.template)
         for path, flag in ((self.data_path, "--data-path"), (self.valid_data_path, "--valid-data-path")):
             if path is not None:
@@ -134,8 +135,8 @@ class DataConfig:
             raise ValueError(f"--packing-max-tiles {self.packing_max_tiles} must be at least 1.")
         if self.seq_length % self.packing_multiple_of:
             raise ValueError(
-                f"--seq-length {self.seq_length} is no multiple of {self.packing_multiple_of} (2 x "
-                "--context-parallel-size), to which samples in a pack are padded: choose it so."
+                f"--seq-length {self.seq_length} is not a multiple of {self.packing_multiple_of} (2 x "
+                "--context-parallel-size), to which samples in a pack are padded: choose such a length."
             )
 
 

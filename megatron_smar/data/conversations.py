@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a record to tokens: conversation templates, checks, and which tokens are to be learned."""
+"""From records to tokens: conversation templates, checks, and which tokens are training targets."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _SPECIAL = re.compile(r"(\{eos\}|<\|\w+\|>|\{\[/?\w+\]\})")
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of text that is either learned or not.
+    """A run of text that is a training target, or is not.
 
-    Args:
-        text: The text; ``<image>`` tags in it stand for images.
-        is_target: Whether the loss counts on its tokens.
-        special: A special token that follows and is learned as the text is: `EOS`, or one of the template's.
+    Attributes:
+        text: The text; `<image>` tags in it stand for images.
+        is_target: Whether its tokens count in the loss.
+        special: A special token after the text, which is a target if the text is: `EOS`, or one of the template's
+            special tokens.
     """
 
     text: str
@@ -38,22 +39,23 @@ class Segment:
 class ConversationTemplate:
     """How a conversation is written as one text.
 
-    In all of its patterns ``{eos}`` stands for the tokenizer's end-of-sentence token, and ``<|name|>`` and ``{[NAME]}``
-    are special tokens of the vocabulary (the latter without the braces); records cannot spell out any of them.
+    In all patterns, `{eos}` stands for the tokenizer's end-of-sentence token, and `<|name|>` and `{[NAME]}` are special
+    tokens of the vocabulary (the latter without the braces). The text of a record cannot produce any of them.
 
-    Args:
-        user: A user's turn up to where the answer begins, with ``{text}``, and ``{system}`` where system text goes.
-        assistant: An answer, with ``{text}`` and the token that ends it: what is learned.
-        between: What joins a user's turn to the answer before it.
-        system: How system text is written, with ``{system_text}``.
-        default_system: System text of a conversation that has no system turn; an empty system turn switches it off.
-        default_system_with_images: The same where the user shows an image; None is `default_system`.
-        keeps_user_text: False leaves nothing of the user's turn but its ``<image>`` tags.
-        system_in_last: System text goes into the last of the user's turns, not the first.
-        system_apart: System text is a turn of its own, so that it runs into no other text.
-        front: What stands before each run of text in a user's turn; images end one.
-        image_first: An image behind the only text of a turn goes before it.
-        strips_answers: Spaces at the end of an answer are left out.
+    Attributes:
+        user: Pattern of a user turn, up to the start of the answer, with `{text}`, and `{system}` where the system text
+            goes.
+        assistant: Pattern of an answer, with `{text}` and the token that ends it. This is the training target.
+        between: Text between an answer and the next user turn.
+        system: Pattern of the system text, with `{system_text}`.
+        default_system: System text of a conversation without a system turn; an empty system turn disables it.
+        default_system_with_images: The same for conversations with images; None uses `default_system`.
+        keeps_user_text: If False, only the `<image>` tags of a user turn are kept.
+        system_in_last: Whether the system text goes into the last user turn instead of the first.
+        system_apart: Whether the system text is a separate turn, so that it does not join other text.
+        front: Prefix of each run of text in a user turn; images separate the runs.
+        image_first: Whether an image that follows the only text of a turn is moved before it.
+        strips_answers: Whether spaces at the end of an answer are removed.
     """
 
     user: str
@@ -71,7 +73,7 @@ class ConversationTemplate:
 
     @property
     def special_tokens(self) -> list[str]:
-        """The vocabulary must have these as single tokens, in the order of their names."""
+        """The special tokens that the vocabulary must have as single tokens, sorted by name."""
         patterns = self.user + self.assistant + self.between + self.system
         return sorted({_token_name(token) for token in _SPECIAL.findall(patterns)} - {EOS})
 
@@ -81,7 +83,7 @@ class ConversationTemplate:
         return _token_name(_SPECIAL.findall(self.assistant)[-1])
 
     def render(self, turns: Sequence[tuple[str, str]]) -> list[Segment]:
-        """Write turns ``(role, text)``, as `read_turns` gives them, as segments."""
+        """Renders turns `(role, text)`, as returned by `read_turns`, as segments."""
         segments: list[Segment] = []
         system = turns[0][1] if turns[0][0] == "system" else self._default_system(turns)
         asked = [number for number, (role, _) in enumerate(turns) if role == "user"]
@@ -89,24 +91,24 @@ class ConversationTemplate:
         for number, (role, text) in enumerate(turns):
             if role == "user":
                 system_pattern = self.system if number == with_system else ""
-                text = self._user_text(text, behind_text=bool(system_pattern) and not self.system_apart)
+                text = self._user_text(text, after_text=bool(system_pattern) and not self.system_apart)
                 pattern = (self.between if segments else "") + self.user.replace("{system}", system_pattern)
                 segments += _write(pattern, is_target=False, text=text, system_text=system)
             elif role == "assistant":
-                # The space in front of an answer separates; with nothing before it there is nothing to separate.
+                # The space before an answer is a separator, which an answer without a question does not need.
                 pattern = self.assistant if segments else self.assistant.removeprefix(" ")
                 text = text.rstrip(" ") if self.strips_answers else text
                 segments += _write(pattern, is_target=True, text=text)
         return segments
 
-    def _user_text(self, text: str, behind_text: bool) -> str:
-        """A user's text as the template shows it; without images it runs on from system text before it."""
+    def _user_text(self, text: str, after_text: bool) -> str:
+        """Returns a user's text in the template's form; without images it continues the system text before it."""
         if not self.keeps_user_text:
             return IMAGE_TAG * text.count(IMAGE_TAG)
         runs = text.split(IMAGE_TAG)
         if self.image_first and len(runs) == 2 and not runs[1]:
             runs.reverse()
-        front = "" if behind_text and len(runs) == 1 else self.front
+        front = "" if after_text and len(runs) == 1 else self.front
         return IMAGE_TAG.join(run and front + run for run in runs)
 
     def _default_system(self, turns: Sequence[tuple[str, str]]) -> str:
@@ -116,7 +118,7 @@ class ConversationTemplate:
 
 
 def _write(pattern: str, is_target: bool, **texts: str) -> Iterator[Segment]:
-    """Fill a pattern, cut at its special tokens before the texts go in, so that no text can pass for one."""
+    """Fills a pattern, split at its special tokens before the texts are inserted: no text can act as such a token."""
     parts = _SPECIAL.split(pattern)  # text, token, text, token, ..., text
     for part, special in zip_longest(parts[::2], parts[1::2]):
         segment = Segment(part.format_map(texts), is_target, special and _token_name(special))
@@ -125,7 +127,7 @@ def _write(pattern: str, is_target: bool, **texts: str) -> Iterator[Segment]:
 
 
 def _token_name(token: str) -> str:
-    """A special token by its name, as a pattern of a template has it."""
+    """Returns the name of a special token that is written as in a template's pattern."""
     return token[1:-1] if token.startswith("{[") else token
 
 
@@ -150,14 +152,14 @@ _VITA_SYSTEM_WITH_IMAGES = (
 )
 
 TEMPLATES: dict[str, ConversationTemplate] = {
-    # Stage 1 (visual alignment): the picture, then its caption.
+    # Stage 1 (visual alignment): the image, then its caption.
     "plain": ConversationTemplate(user="{text}", assistant=" {text}{eos}", keeps_user_text=False),
-    # Mistral and Mixtral instruct, v1: <s>[INST] user [/INST] answer</s> [INST] user [/INST] answer</s>; where the
-    # vocabulary has these as control tokens `template_for` gives later versions.
+    # Mistral and Mixtral instruct, v1: <s>[INST] user [/INST] answer</s> [INST] user [/INST] answer</s>. If the
+    # vocabulary has [INST] as a control token, `template_for` returns a later version.
     "mistral": ConversationTemplate(
         user="[INST] {system}{text} [/INST]", assistant=" {text}{eos}", between=" ", system="{system_text}\n\n"
     ),
-    # VITA (vita/conversation.py, mixtral_two): an end of sentence behind every turn, of which the answers' are learned.
+    # VITA (vita/conversation.py, mixtral_two): every turn ends with an end of sentence; only the answers' are targets.
     "vita": ConversationTemplate(
         user="{system}\nuser:{text}{eos}\nbot:",
         assistant="{text}{eos}",
@@ -172,7 +174,8 @@ TEMPLATES: dict[str, ConversationTemplate] = {
         system="{system_text} ",
         default_system=_VICUNA_SYSTEM,
     ),
-    # ChatML, as Qwen's and others'. The newline behind the last answer, which nothing learns or sees, is left out.
+    # ChatML, as used by Qwen and others, without the newline after the last answer: it is not a target, and no target
+    # follows it.
     "chatml": ConversationTemplate(
         user="{system}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
         assistant="{text}<|im_end|>",
@@ -183,10 +186,10 @@ TEMPLATES: dict[str, ConversationTemplate] = {
 
 
 def get_template(name: str) -> ConversationTemplate:
-    """Return a template by name.
+    """Returns a template by name.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is no template of that name.
     """
     try:
         return TEMPLATES[name]
@@ -195,23 +198,23 @@ def get_template(name: str) -> ConversationTemplate:
 
 
 def template_for(name: str, tokenizer: Any) -> ConversationTemplate:
-    """Return a template by name, as a tokenizer's vocabulary asks for it.
+    """Returns a template by name, in the version that fits a tokenizer's vocabulary.
 
-    `mistral` is Mistral's own by the versions of mistral-common: v1 as text, from v2 on with control tokens.
+    `mistral` follows the versions of mistral-common: v1 as text, v2 and later with control tokens.
 
     Args:
-        name: As for `get_template`.
+        name: Name of the template, as for `get_template`.
         tokenizer: Megatron text tokenizer.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is no template of that name.
     """
     template = get_template(name)
     if name != "mistral" or not control_tokens(tokenizer, ["[INST]"]):
         return template
-    # Each run of text is encoded as a text of its own: SentencePiece puts a space in front, Tekken does not.
+    # Each run of text is encoded separately: SentencePiece adds a leading space, Tekken does not.
     front = " " if puts_space(tokenizer) else ""
-    apart = bool(control_tokens(tokenizer, ["[SYSTEM_PROMPT]"]))  # from v7 on
+    apart = bool(control_tokens(tokenizer, ["[SYSTEM_PROMPT]"]))  # v7 and later
     return ConversationTemplate(
         user="{system}{[INST]}{text}{[/INST]}" if apart else "{[INST]}{system}{text}{[/INST]}",
         assistant=front + "{text}{eos}",
@@ -227,17 +230,17 @@ def template_for(name: str, tokenizer: Any) -> ConversationTemplate:
 
 
 def read_turns(conversations: Any, system: str | None = None) -> list[tuple[str, str]]:
-    """Check a record's ``conversations`` and return its turns as ``(role, text)``.
+    """Checks a record's `conversations` and returns the turns as `(role, text)`.
 
-    Roles are ``system`` (at most one, first), then ``user`` and ``assistant`` by turns.
+    The roles are `system` (optional, only first), then `user` and `assistant` alternating.
 
     Args:
         conversations: The turns.
-        system: The record's own system text, which becomes the first turn.
+        system: Text of the record's `system` key, which becomes the first turn.
 
     Raises:
-        SampleError: ``empty_conversation``, ``bad_record``, ``role_order``, ``image_in_answer``, `check_text`'s or
-            `check_keys`'s.
+        SampleError: `empty_conversation`, `bad_record`, `role_order`, `image_in_answer`, or a reason of `check_text` or
+            `check_keys`.
     """
     if not isinstance(conversations, list) or not conversations:
         raise SampleError("empty_conversation", "`conversations` is not a list with at least one turn")
@@ -273,20 +276,20 @@ def _with_system(system: str, turns: list[tuple[str, str]]) -> list[tuple[str, s
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse text that no text is, or that would pass for a picture.
+    """Refuses text that is not valid text, or that would be read as an image.
 
     Args:
-        text: Of a record.
-        where: How a message names it.
+        text: A text of a record.
+        where: Name of the text in error messages.
 
     Raises:
-        SampleError: ``null_character``, ``invalid_unicode`` or ``image_token_in_text``.
+        SampleError: `null_character`, `invalid_unicode` or `image_token_in_text`.
     """
     if "\0" in text:
         raise SampleError("null_character", f"{where} has a null character at {text.index(chr(0))}")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and Python reads it
+    except UnicodeEncodeError as error:  # JSON can encode half of a surrogate pair, and Python reads it
         raise SampleError("invalid_unicode", f"{where} has a lone surrogate at {error.start}") from error
     for token in IMAGE_TOKENS:
         if token in text:
@@ -294,32 +297,32 @@ def check_text(text: str, where: str) -> None:
 
 
 def _check_order(roles: list[str]) -> None:
-    spoken = roles[1:] if roles[0] == "system" else roles
-    expected = ["user", "assistant"] * ((len(spoken) + 1) // 2)
-    if not spoken or spoken != expected:
-        wanted = "user and assistant by turns, the last an answer"
-        raise SampleError("role_order", f"the turns are from {', '.join(roles)}; wanted is {wanted}")
+    without_system = roles[1:] if roles[0] == "system" else roles
+    expected = ["user", "assistant"] * ((len(without_system) + 1) // 2)
+    if not without_system or without_system != expected:
+        wanted = "user and assistant alternating, ending with an answer"
+        raise SampleError("role_order", f"the turns are from {', '.join(roles)}; expected is {wanted}")
 
 
 def has_turns(record: dict[str, Any]) -> bool:
-    """Return whether a record is read as a conversation, and not as plain text: an empty column is none."""
+    """Returns whether a record is read as a conversation, not as plain text; an empty column does not count."""
     return "text" not in record or not is_empty(record.get("conversations"))
 
 
 def record_segments(record: Any, template: ConversationTemplate, num_images: int) -> list[Segment]:
-    """Turn one record into segments.
+    """Converts a record to segments.
 
     Args:
-        record: ``{"conversations": [...]}``, with or without a ``system`` text, or ``{"text": ...}`` (plain text:
-            all of it is learned); where there are both, the conversation counts.
-        template: How conversations are written.
-        num_images: Number of images that came with the record.
+        record: `{"conversations": [...]}`, with or without a `system` text, or `{"text": ...}` (plain text, all of it a
+            target). If it has both, the conversation is used.
+        template: The conversation template.
+        num_images: Number of images that belong to the record.
 
     Raises:
-        SampleError: The record is malformed, or its ``<image>`` tags are not as many as its images.
+        SampleError: The record is malformed, or the number of `<image>` tags differs from the number of images.
     """
     if not isinstance(record, dict) or not ("conversations" in record or "text" in record):
-        raise SampleError("bad_record", "the record is no JSON object with `conversations` or `text`")
+        raise SampleError("bad_record", "the record is not a JSON object with `conversations` or `text`")
     check_keys(record)
     system = None if is_empty(record.get("system")) else record["system"]
     if system is not None and not isinstance(system, str):
@@ -329,9 +332,9 @@ def record_segments(record: Any, template: ConversationTemplate, num_images: int
     else:
         text = record["text"]
         if not isinstance(text, str) or not text.strip():
-            raise SampleError("empty_conversation", "`text` is not a text with something in it")
+            raise SampleError("empty_conversation", "`text` is not text, or is empty")
         if system is not None:
-            raise SampleError("bad_record", "`system` stands beside `text`, which is learned as it is")
+            raise SampleError("bad_record", "`system` is given beside `text`, which is learned as it is")
         check_text(text, "`text`")
         segments = [Segment(text, is_target=True, special=EOS)]
     image_modalities(record, num_images)
@@ -345,20 +348,20 @@ def record_segments(record: Any, template: ConversationTemplate, num_images: int
 def tokenize_segments(
     segments: Iterable[Segment], encoder: TextEncoder, image_lengths: Sequence[int], kinds: Sequence[str] | None = None
 ) -> tuple[list[int], list[bool]]:
-    """Turn segments into token ids and say which of them are to be learned.
+    """Converts segments to token ids and marks which of them are training targets.
 
     Args:
-        segments: From `record_segments`.
-        encoder: Text to ids.
-        image_lengths: Number of vision tokens of each image, in the order of the ``<image>`` tags.
-        kinds: The modality of each image (`fields.image_modalities`); None for ordinary ones, vision.
+        segments: The segments, from `record_segments`.
+        encoder: Encodes text to token ids.
+        image_lengths: Number of vision tokens of each image, in the order of the `<image>` tags.
+        kinds: The modality of each image (`fields.image_modalities`); None where all are vision.
 
     Returns:
-        Ids [n] and, for each, whether it is a target. A beginning-of-sentence token, if the tokenizer has one, and
-        the tokens of images are never targets.
+        Token ids [n] and, for each id, whether it is a target. The beginning-of-sentence token, if the tokenizer has
+        one, and the tokens of images are never targets.
 
     Raises:
-        SampleError: The text spells out a special token, or an image is of a kind that the run does not have.
+        SampleError: The text contains a special token, or an image is of a kind that the run does not have.
     """
     ids = [] if encoder.bos_id is None else [encoder.bos_id]
     num_special = len(ids)

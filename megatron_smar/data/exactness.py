@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces of a text to ids that spell exactly these pieces, whatever a tokenizer does to the beginning of a text.
+"""Exact tokenization of the pieces of a text: the ids decode to the same text, whatever a tokenizer prepends.
 
-SentencePiece and Llama's Hugging Face tokenizers put a space in front of what they are given, some behind every special
-token too; others strip, collapse or replace. The first is undone here; the rest is found by `changed`.
+SentencePiece and Llama's Hugging Face tokenizers add a space before their input, some after every special token too;
+others strip, collapse or replace characters. The added space is removed here; `changed` detects everything else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-# Whitespace at either end and in runs, where tokenizers strip, collapse or prepend ...
+# Whitespace at either end and in runs, which tokenizers strip, collapse or prepend ...
 WHITESPACE = (
     *(
         "a",
@@ -34,21 +34,21 @@ WHITESPACE = (
     ),
     "\nWhat",
 )
-# ... and what normalisers replace: case, accents, ligatures, widths, quotes, spaces of other kinds.
+# ... and what normalizers replace: case, accents, ligatures, widths, quotes, other kinds of spaces.
 CHARACTERS = ("Aa", "é", "e\u0301", "ﬁ", "２", "①", "…", "``a''", "\u00a0a", "\u3000a", "x²", "a\u200bb")
 
 
 class HuggingFacePieces:
-    """Pieces by a Hugging Face tokenizer, of which what it puts in front of each piece was taken off.
+    """Encodes pieces of text with a Hugging Face tokenizer, without the space that it adds before each piece.
 
     Args:
-        fast: transformers' tokenizer.
-        end_id: A token that is no text.
-        end: Its name.
+        fast: Fast tokenizer of transformers.
+        end_id: Id of a token that never occurs in text.
+        end: Name of that token.
     """
 
     def __init__(self, fast: Any, end_id: int, end: str) -> None:
-        """Copy the tokenizer where something has to be taken off."""
+        """Copies the tokenizer if its settings have to be changed."""
         settings = json.loads(fast.backend_tokenizer.to_str())
         self.puts_space = set_prefix(settings, "never")
         self._backend = Tokenizer.from_str(json.dumps(settings)) if self.puts_space else fast.backend_tokenizer
@@ -57,34 +57,33 @@ class HuggingFacePieces:
         self._end_id, self._end = end_id, end
 
     def encode(self, text: str, begins_text: bool) -> list[int]:
-        """Ids of a piece; the first of a text has the tokenizer's space in front, as SentencePiece puts it."""
+        """Returns the ids of a piece; the first piece of a text keeps the tokenizer's space, as with SentencePiece."""
         front = " " if begins_text and self.puts_space else ""
         ids: list[int] = self._backend.encode(front + text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: list[int], begins_text: bool) -> str:
-        """The text that they spell; behind another token, since decoders strip the space in front of a text."""
+        """Decodes ids to text, after another token, because decoders strip the space at the start of a text."""
         text: str = self._backend.decode([self._end_id, *ids], skip_special_tokens=False).removeprefix(self._end)
         return text.removeprefix(" ") if begins_text and self.puts_space else text
 
 
 class GuardedPieces:
-    """Pieces by any other tokenizer: between two image tokens, which none of them merges with text.
+    """Encodes pieces of text with any other tokenizer, between two image tokens, which never merge with text.
 
     Args:
         tokenizer: Megatron text tokenizer.
-        end_id: A token that is no text.
-        end: Its name.
-        bos_id: Its beginning-of-sentence token, if it has one.
+        end_id: Id of a token that never occurs in text.
+        end: Name of that token.
+        bos_id: Id of the beginning-of-sentence token, None if there is none.
     """
 
     def __init__(self, tokenizer: Any, end_id: int, end: str, bos_id: int | None) -> None:
-        """Keep them."""
         self.puts_space = tokenizer._tokenizer.text_to_tokens("a")[0].startswith("▁")
         self._tokenizer, self._end_id, self._end, self._bos_id = tokenizer, end_id, end, bos_id
 
     def encode(self, text: str, begins_text: bool) -> list[int]:
-        """Ids of a piece; the first of a text has in front what the tokenizer puts there."""
+        """Returns the ids of a piece; the first piece of a text keeps what the tokenizer prepends."""
         if begins_text:
             ids = self._tokenizer.tokenize(text + self._end)
             first = 1 if self._bos_id is not None and ids[0] == self._bos_id else 0
@@ -95,7 +94,7 @@ class GuardedPieces:
         return list(ids[first:last])
 
     def decode(self, ids: list[int], begins_text: bool) -> str:
-        """The text that they spell."""
+        """Decodes ids to text."""
         guarded = [*ids, self._end_id] if begins_text else [self._end_id, *ids, self._end_id]
         text: str = self._tokenizer.detokenize(guarded)
         return text.removesuffix(self._end) if begins_text else text.removeprefix(self._end).removesuffix(self._end)
@@ -105,26 +104,26 @@ Pieces = HuggingFacePieces | GuardedPieces
 
 
 def fast_tokenizer(tokenizer: Any) -> Any | None:
-    """transformers' tokenizer inside of a Megatron one, if it is one of the `tokenizers` library."""
+    """Returns the transformers tokenizer inside a Megatron tokenizer, None unless it is a fast one."""
     inner = getattr(tokenizer._tokenizer, "tokenizer", None)
     return inner if isinstance(getattr(inner, "backend_tokenizer", None), Tokenizer) else None
 
 
 def set_prefix(settings: dict[str, Any], scheme: str) -> bool:
-    """Say where a tokenizer puts a space in front, by its tokenizer.json.
+    """Sets where a tokenizer adds a leading space, in the content of its tokenizer.json.
 
     Args:
-        settings: Content of the file, which is changed.
-        scheme: "never", or "first" for the beginning of a text alone and not behind special tokens too.
+        settings: Content of the file, changed in place.
+        scheme: "never", or "first" for the beginning of a text only, not after special tokens.
 
     Returns:
-        Whether it puts one anywhere.
+        Whether the tokenizer added a space anywhere before this change.
     """
     normalizers, found = _parts(settings, "normalizer", "normalizers"), False
     kept = []
     for part in normalizers:
         prepends = part["type"] == "Prepend" and part["prepend"] == "▁"
-        # transformers' own conversion of SentencePiece models doubles a space at the beginning, for Metaspace to keep.
+        # transformers' conversion of SentencePiece models doubles a space at the beginning, for Metaspace to keep.
         doubles = part["type"] == "Replace" and part["content"] == "▁▁" and part["pattern"] == {"Regex": "\\A▁"}
         found = found or prepends
         if not prepends and not doubles:
@@ -152,16 +151,17 @@ def _parts(settings: dict[str, Any], name: str, many: str) -> list[dict[str, Any
 
 
 def same_text(one: str, other: str) -> bool:
-    """Whether two texts are the same, or what Unicode calls equivalent: Qwen's tokenizers compose accents."""
+    """Returns whether two texts are the same up to Unicode equivalence: Qwen's tokenizers compose accents."""
     return one == other or unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
 
 
 def changed(pieces: Pieces, unknown_id: int | None) -> tuple[str, str] | None:
-    """The first of some texts that a tokenizer changes, and what it becomes.
+    """Returns the first test text that a tokenizer changes, with the result, or None if it changes none.
 
     Args:
-        pieces: By the tokenizer.
-        unknown_id: Its unknown token. A rare character without a token of its own is a matter of the samples with it.
+        pieces: Encodes and decodes with the tokenizer.
+        unknown_id: Id of the tokenizer's unknown token. A rare character without a token is accepted here and reported
+            for the samples that contain it.
     """
     for text in (*WHITESPACE, *CHARACTERS):
         for begins_text in (False, True):
@@ -173,6 +173,6 @@ def changed(pieces: Pieces, unknown_id: int | None) -> tuple[str, str] | None:
 
 
 def difference(text: str, read: str) -> str:
-    """Where a text and what its ids spell part, for a sentence."""
+    """Returns the first place where a text differs from the decoded text, for an error message."""
     place = next((i for i, (a, b) in enumerate(zip(text, read, strict=False)) if a != b), min(len(text), len(read)))
     return f"{text[place : place + 8]!r}, at {place}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of a record: which are read, which may be left aside, and which hold what must not get lost unseen."""
+"""The keys of a record: which are read, which may be ignored, and which must not be lost silently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_smar.modalities import VISION
 RECORD_KEYS = frozenset({"conversations", "text", "image", "images", "image_modality", "system"})
 TURN_KEYS = frozenset({"from", "value"})
 
-# Where a record comes from and how large things are: nothing that a model could learn.
+# Metadata, such as a record's source and sizes: nothing that a model could learn.
 _ABOUT = frozenset(
     "id ids idx index uid uuid key sample_id conversation_id question_id source sources data_source dataset "
     "dataset_name data_type origin model model_name generator task task_type type category categories domain topic "
@@ -21,7 +21,7 @@ _ABOUT = frozenset(
     "widths heights width_list height_list size resolution length len num_tokens token_count num_turns num_rounds "
     "score scores rating quality difficulty hash md5 sha256 meta metadata comment note annotator".split()
 )
-# Other forms of a conversation, and pairs of which only one is to be learned.
+# Other forms of a conversation, and preference pairs, of which only one answer should be learned.
 _OTHER_FORMS = frozenset("messages history chosen rejected rejected_response".split())
 _SYSTEM = frozenset("system sys".split())
 _PICTURES = frozenset(
@@ -31,44 +31,44 @@ _MEDIA = _PICTURES | frozenset(
     "video videos frame frames clip clips movie movies audio audios speech sound sounds voice wav waveform music "
     "media attachment attachments tool tools function functions plugin plugins api apis depth pointcloud".split()
 )
-# `image_size`, `num_images`: words that make a key speak about a picture, where it does not hold one.
+# Words that make a key metadata of an image instead of an image, as in `image_size` and `num_images`.
 _ABOUT_MEDIA = frozenset(
     "id ids idx index size sizes width height widths heights source count num number length hash md5 sha256 license "
     "ratio quality type format mode resolution resolutions shape dims category label score meta metadata".split()
 )
 _FIRST_ABOUT_MEDIA = frozenset("num n has is with count nb total max min".split())
-# What is said about a picture, in words: not read, but reported.
-_SAID_OF_MEDIA = frozenset("caption captions description descriptions title text ocr".split())
+# Text about an image: not read, but reported.
+_TEXT_ABOUT_MEDIA = frozenset("caption captions description descriptions title text ocr".split())
 _MEDIA_FILE = re.compile(
     r"\.(jpe?g|png|webp|gif|bmp|tiff?|jp2|avif|heic|mp4|mkv|avi|mov|webm|wav|mp3|flac|ogg|m4a)$", re.I
 )
-# A turn's say in the loss; a turn that is learned as usual says nothing else than these values.
+# Keys that weight a turn's loss; `_loss_hint` accepts only values that leave the turn a normal target.
 _LOSS = frozenset("loss loss_mask loss_weight weight train learn trainable".split())
 _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a column holds nothing: null, no text, no number, or a list or object of nothing else."""
+    """Returns whether a value is empty: null, NaN, blank text, or a list or object that contains only empty values."""
     if isinstance(value, str):
         return not value.strip()
     if isinstance(value, Mapping):
         return all(map(is_empty, value.values()))
     if isinstance(value, list):
         return all(map(is_empty, value))
-    return value is None or value != value  # NaN is what pandas writes for nothing
+    return value is None or value != value  # pandas writes NaN for a missing value
 
 
 def check_keys(record: Mapping[str, Any], known: Collection[str] = RECORD_KEYS, where: str = "") -> list[str]:
-    """Return the keys of a record, or of a turn, that hold something, are not read, and are not known to be harmless.
+    """Returns the keys of a record, or of a turn, that are not empty, not read, and not known to be harmless.
 
     Args:
         record: The record, or one of its turns.
         known: The keys that are read.
-        where: What goes before a key in messages and in what is returned.
+        where: Prefix of the keys in messages and in the result.
 
     Raises:
-        SampleError: ``unsupported_key``: a key holds pictures, videos, sounds, tools, system text or turns that are
-            not read, and would be lost without a word.
+        SampleError: `unsupported_key`: a key holds images, videos, sounds, tools, system text or turns that are not
+            read and would be lost silently.
     """
     unread = []
     for key, value in record.items():
@@ -88,17 +88,17 @@ def _loss_hint(value: Any) -> str:
 
 
 def _hint(key: str, value: Any, record: Mapping[str, Any]) -> str | None:
-    """Say what to do about a key that holds something to learn from; empty if it is harmless, None if unknown."""
+    """Returns what to do about a key that holds something to learn; "" if it is harmless, None if unknown."""
     words = [word.lower() for word in _WORDS.findall(key)]
-    speaks_of_media = not _MEDIA.isdisjoint(words)
-    if speaks_of_media and words[-1] in _SAID_OF_MEDIA:
+    is_about_media = not _MEDIA.isdisjoint(words)
+    if is_about_media and words[-1] in _TEXT_ABOUT_MEDIA:
         return None
     about = len(words) > 1 and (words[-1] in _ABOUT_MEDIA or words[0] in _FIRST_ABOUT_MEDIA)
-    if speaks_of_media and (about or isinstance(value, bool | int | float)):
+    if is_about_media and (about or isinstance(value, bool | int | float)):
         return ""
     if not _PICTURES.isdisjoint(words):
         return "pictures are read from the record's `image` or `images`"
-    if speaks_of_media:
+    if is_about_media:
         return "leave it out, or empty, where the record is to be learned without it"
     if _names_file(value) and not image_paths(record):
         return "pictures are read from the record's `image` or `images`"
@@ -110,16 +110,16 @@ def _hint(key: str, value: Any, record: Mapping[str, Any]) -> str | None:
 
 
 def _names_file(value: Any) -> bool:
-    """Return whether a value is the name of a picture, a video or a sound, or a list of such names."""
+    """Returns whether a value is the file name of an image, a video or a sound, or a list of such names."""
     names = value if isinstance(value, list) else [value]
     return all(isinstance(name, str) and _MEDIA_FILE.search(name) for name in names)
 
 
 def image_paths(record: Mapping[str, Any]) -> list[str]:
-    """Return the paths of a record's pictures, from `image` or `images`; an empty one is none.
+    """Returns the paths of a record's images, from `image` or `images`; empty values are ignored.
 
     Raises:
-        SampleError: ``bad_record``.
+        SampleError: `bad_record`: a value is not a path or a list of paths, or `image` and `images` differ.
     """
     found = {key: _paths(key, record.get(key)) for key in ("image", "images") if not is_empty(record.get(key))}
     if len(found) == 2 and found["image"] != found["images"]:
@@ -155,5 +155,5 @@ def _paths(key: str, value: Any) -> list[str]:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun."""
+    """Returns a number with its noun, in the plural where needed."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

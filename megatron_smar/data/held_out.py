@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out records for tools/evaluate.py: read and checked as tools/data/prepare.py does, before a model is loaded.
 
-A record that cannot be used ends the program, where training would leave it out: a measurement of other records than
-those asked for is no measurement.
+A record that cannot be used ends the program, although training would skip it: scores must cover exactly the records
+that were requested.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _QUESTION_KEYS = frozenset({"image", "images", "image_modality", "question", "an
 
 
 def read_texts(path: Path) -> list[dict[str, Any]]:
-    """Return the records of ``--text``, a JSON list or JSON lines.
+    """Returns the records of `--text`, a JSON list or JSON lines.
 
     Raises:
         ValueError: The file or one of its records cannot be used; the message is one sentence for the user.
@@ -31,7 +31,7 @@ def read_texts(path: Path) -> list[dict[str, Any]]:
     def check(record: Any) -> dict[str, Any]:
         if isinstance(record, dict) and (paths := image_paths(record)):
             raise SampleError(
-                "image_count_mismatch", f"it has {counted(len(paths), 'image')}, but --text is text alone"
+                "image_count_mismatch", f"it has {counted(len(paths), 'image')}, but --text is for text only"
             )
         record_segments(record, TEMPLATES["mistral"], 0)
         return dict(record)
@@ -40,15 +40,15 @@ def read_texts(path: Path) -> list[dict[str, Any]]:
 
 
 def read_questions(path: Path, image_root: Path) -> list[dict[str, Any]]:
-    """Return the records of ``--vqa``, a JSON list or JSON lines, with `image` as a list of paths that can be read.
+    """Returns the records of `--vqa`, a JSON list or JSON lines, with `image` as a list of paths that can be read.
 
     Raises:
-        ValueError: The file, one of its records or a picture cannot be used; the message is one sentence for the user.
+        ValueError: The file, one of its records or an image cannot be used; the message is one sentence for the user.
     """
 
     def check(record: Any) -> dict[str, Any]:
         if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
-            raise SampleError("bad_record", "the record is no JSON object with `question` and `answer`")
+            raise SampleError("bad_record", "the record is not a JSON object with `question` and `answer`")
         check_keys(record, _QUESTION_KEYS)
         for key in ("question", "answer"):
             if not isinstance(record[key], str):
@@ -86,7 +86,7 @@ def _read(flag: str, path: Path, check: Callable[[Any], dict[str, Any]]) -> list
 
 
 class _RecordError(ValueError):
-    """A record that cannot be used, already named."""
+    """A record cannot be used; the message already names the file and the record."""
 
 
 def _checked(entry: Any, check: Callable[[Any], dict[str, Any]], where: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shards on a plain HTTP or HTTPS server, as a storage provider of the Multi-Storage Client that energon reads through.
 
-The client (1.3) knows S3, GCS, Azure, OCI, AIStore and Hugging Face, but not HTTP, and its configuration has no place
-for a provider of one's own; `register` therefore adds one to its tables.
+The client (1.3) knows S3, GCS, Azure, OCI, AIStore and Hugging Face, but not HTTP, and its configuration cannot name
+a custom provider; `register` therefore adds this one to the client's tables.
 """
 
 from __future__ import annotations
@@ -28,30 +28,29 @@ _CHUNK = 1 << 20
 
 
 class HttpStorageProvider(BaseStorageProvider):
-    """Reads files below one server; there is no writing, and no listing, which HTTP does not have.
+    """Reads files from a server. Writing is not supported, nor is listing, which HTTP does not have.
 
-    Proxies, certificates and passwords come from where `requests` takes them: HTTPS_PROXY, REQUESTS_CA_BUNDLE, .netrc.
+    Proxies, certificates and passwords are those of `requests`: HTTPS_PROXY, REQUESTS_CA_BUNDLE, .netrc.
 
     Args:
-        base_path: ``host``, ``host:port`` or either with a path behind it.
-        scheme: ``http`` or ``https``.
-        options: What the Multi-Storage Client hands every provider.
+        base_path: `host` or `host:port`, optionally followed by a path.
+        scheme: `http` or `https`.
+        options: Options that the Multi-Storage Client passes to every provider.
     """
 
     def __init__(self, base_path: str, scheme: str = "https", **options: Any) -> None:
-        """Keep the parts; nothing is asked of the server before the first read."""
         super().__init__(base_path=base_path, provider_name=scheme, **options)
         self._scheme = scheme
 
     def _request(self, method: str, path: str, byte_range: Range | None = None) -> requests.Response:
-        """Ask once; the client repeats what raises RetryableError, three times by default.
+        """Sends one request; the client retries after a RetryableError, three times by default.
 
         Raises:
-            FileNotFoundError: The server does not give that file; the message has its answer.
-            RetryableError: The server cannot be reached, or says that it is busy or broken.
+            FileNotFoundError: The server does not return the file; the message contains its answer.
+            RetryableError: The server cannot be reached, or reports that it is busy or has failed.
         """
         url = f"{self._scheme}://{path}"
-        headers = {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file
+        headers = {"Accept-Encoding": "identity"}  # sizes and ranges refer to the file itself
         if byte_range:
             headers["Range"] = f"bytes={byte_range.offset}-{byte_range.offset + byte_range.size - 1}"
         try:
@@ -62,7 +61,7 @@ class HttpStorageProvider(BaseStorageProvider):
             raise RetryableError(f"{self._scheme}://{urlsplit(url).netloc} cannot be reached ({error})") from error
         if response.status_code == 429 or response.status_code >= 500:
             raise RetryableError(f"{url}: the server answered {response.status_code} {response.reason}")
-        # Servers answer a folder by redirecting to its name with a slash, whether or not they list it.
+        # For a folder, servers redirect to its name with a slash, whether or not they list it.
         if not response.ok or urlsplit(response.url).path.endswith("/"):
             raise FileNotFoundError(f"{url}: the server answered {response.status_code} {response.reason}")
         return response
@@ -71,7 +70,7 @@ class HttpStorageProvider(BaseStorageProvider):
         with self._request("HEAD", path) as response:
             headers = response.headers
         if "Content-Length" not in headers:
-            raise RuntimeError(f"{self._scheme}://{path}: the server does not tell the file's size (Content-Length)")
+            raise RuntimeError(f"{self._scheme}://{path}: the server does not report the file's size (Content-Length)")
         modified = headers.get("Last-Modified")
         return ObjectMetadata(
             key=path,
@@ -84,8 +83,8 @@ class HttpStorageProvider(BaseStorageProvider):
         with self._request("GET", path, byte_range) as response:
             if byte_range and response.status_code != 206:
                 raise RuntimeError(
-                    f"{response.url}: the server sends whole files only (it knows no Range), but a file of this size "
-                    "has to be read in parts"
+                    f"{response.url}: the server sends full files only (it does not support Range), but a file of "
+                    "this size has to be read in parts"
                 )
             return b"".join(_chunks(response))
 
@@ -100,12 +99,12 @@ class HttpStorageProvider(BaseStorageProvider):
             try:
                 return sum(f.write(chunk) for chunk in _chunks(response))
             except RetryableError:
-                f.seek(start)  # the next attempt begins at the beginning
+                f.seek(start)  # the next attempt starts over
                 f.truncate()
                 raise
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(f"{self._scheme}:// storage can be read only, file by file")
+        raise NotImplementedError(f"{self._scheme}:// storage is read-only, and has no listing")
 
     _put_object = _copy_object = _delete_object = _make_symlink = _upload_file = _refuse
 
@@ -114,7 +113,7 @@ class HttpStorageProvider(BaseStorageProvider):
 
 
 def _chunks(response: requests.Response) -> Iterator[bytes]:
-    """The body, piece by piece; one that ends early is an error, which `requests` finds by its length."""
+    """Yields the body in chunks; `requests` checks its length, and a body that ends early is an error."""
     try:
         yield from response.iter_content(_CHUNK)
     except requests.RequestException as error:
@@ -123,14 +122,14 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
 
 @lru_cache(maxsize=1)
 def _session(process: int) -> requests.Session:
-    """Connections of this process: a data worker, which is forked, must not go on with those of its parent."""
+    """Returns this process's connections: a forked data worker must not use those of its parent."""
     return requests.Session()
 
 
 def register() -> None:
-    """Make ``msc://_http-HOST:PORT/PATH``, and https likewise, known to the Multi-Storage Client.
+    """Registers `msc://_http-HOST:PORT/PATH`, and the same for https, with the Multi-Storage Client.
 
-    This is its own naming of storage that needs no profile, as ``msc://_s3-BUCKET/PATH`` is.
+    This is the client's naming scheme for storage that needs no profile, as in `msc://_s3-BUCKET/PATH`.
     """
     for protocol in PROTOCOLS:
         name = f"{protocol.title()}StorageProvider"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaders for training and validation, and the iterator that Megatron is handed.
+"""Loaders for training and validation, and the iterator that is passed to Megatron.
 
-All ranks of one data-parallel index build the same loader and so read the same samples; nothing is broadcast. The
-order of samples depends on the total number of workers alone: one rank with two workers reads the micro-batches of two
-ranks with one worker each, by turns.
+All ranks with the same data-parallel rank build the same loader and so read the same samples; nothing is broadcast. The
+order of samples depends only on the total number of workers: one rank with two workers alternates between the
+micro-batches of two ranks with one worker each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_smar.data.config import DataConfig
 from megatron_smar.data.conversations import template_for
 from megatron_smar.data.metadataset import open_sources
 from megatron_smar.data.rejects import DataError, RejectLog
-from megatron_smar.data.state import WORKER_BATCHES, pack, unpack
+from megatron_smar.data.state import WORKER_BATCHES, from_plain, to_plain
 from megatron_smar.data.task_encoder import ConversationTaskEncoder
 from megatron_smar.data.tokens import TextEncoder
 
@@ -44,18 +44,19 @@ def build_train_loader(
     decode_images: bool = True,
     announce_rejects: bool = True,
 ) -> SavableDataLoader[VisionLanguageBatch]:
-    """Build the endless, shuffled loader of this data-parallel rank.
+    """Builds the endless, shuffled loader of this data-parallel rank.
 
     Args:
         config: Data configuration.
         tokenizer: Megatron's tokenizer.
-        data_parallel_rank: This rank's index among those that read different samples.
-        data_parallel_size: Their number.
+        data_parallel_rank: This rank's index among the ranks that read different samples.
+        data_parallel_size: Number of ranks that read different samples.
         decode_images: False on pipeline stages that need no pixels.
-        announce_rejects: False on all but one of the ranks that read the same samples, so that rejects show once.
+        announce_rejects: False on all but one of the ranks that read the same samples, so that each reject is reported
+            once.
 
     Raises:
-        DataError: The split is not there, or too small for so many workers.
+        DataError: The split does not exist, or is too small for so many workers.
         ValueError: The tokenizer lacks tokens.
     """
     workers = _worker_config(config, data_parallel_rank, data_parallel_size)
@@ -79,7 +80,7 @@ def build_train_loader(
         )
     except (AssertionError, KeyError, OSError, ValueError) as error:
         raise DataError(f"--data-path {config.data_path} cannot be read as a training set ({error}).") from error
-    return _sheltered(get_savable_loader(dataset))
+    return _block_signals_in_workers(get_savable_loader(dataset))
 
 
 def build_valid_loader(
@@ -92,21 +93,22 @@ def build_valid_loader(
     decode_images: bool = True,
     announce_rejects: bool = True,
 ) -> BasicDataLoader[VisionLanguageBatch]:
-    """Build the loader of this data-parallel rank's validation micro-batches: each pass is the same, not shuffled.
+    """Builds this data-parallel rank's validation loader, which is not shuffled: each pass reads the same samples.
 
     A micro-batch that the data does not fill has rows of padding.
 
     Args:
         config: Data configuration.
         tokenizer: Megatron's tokenizer.
-        data_parallel_rank: This rank's index among those that read different samples.
-        data_parallel_size: Their number.
-        num_batches: Most micro-batches of a pass on this rank.
+        data_parallel_rank: This rank's index among the ranks that read different samples.
+        data_parallel_size: Number of ranks that read different samples.
+        num_batches: Maximum number of micro-batches in a pass on this rank.
         decode_images: False on pipeline stages that need no pixels.
-        announce_rejects: False on all but one of the ranks that read the same samples, so that rejects show once.
+        announce_rejects: False on all but one of the ranks that read the same samples, so that each reject is reported
+            once.
 
     Raises:
-        DataError: The split is not there, or has too few samples for so many ranks.
+        DataError: The split does not exist, or has too few samples for so many ranks.
         ValueError: The tokenizer lacks tokens, or `num_batches` is below 1.
     """
     if num_batches < 1:
@@ -132,17 +134,17 @@ def build_valid_loader(
             f"{flag} {path} cannot be read as a validation set, a split called `val` ({error}): prepare the data "
             "with --valid FILE, or run without validation (--eval-iters 0)."
         ) from error
-    return _sheltered(get_loader(dataset))
+    return _block_signals_in_workers(get_loader(dataset))
 
 
 class EnergonIterator:
-    """The iterator that Megatron is handed as its ``external`` dataloader.
+    """The iterator that is passed to Megatron as its `external` dataloader.
 
     Args:
-        loader: From `build_train_loader` or `build_valid_loader`.
-        config: The configuration it was built with.
-        batches_per_pass: Begin again at the first sample after so many micro-batches, so that each evaluation sees the
-            same ones; a pass that is shorter than that begins again early. None for training.
+        loader: The loader, from `build_train_loader` or `build_valid_loader`.
+        config: The configuration with which the loader was built.
+        batches_per_pass: Restart from the first sample after this many micro-batches, so that each evaluation sees the
+            same samples; a shorter pass restarts earlier. None for training.
     """
 
     def __init__(
@@ -152,13 +154,12 @@ class EnergonIterator:
         *,
         batches_per_pass: int | None = None,
     ) -> None:
-        """Keep the parts; nothing is read before the first ``next``."""
         self.loader = loader
         is_train = isinstance(loader, SavableDataLoader)
         self.source = config.data_path if is_train else config.valid_data_path or config.data_path
         self.batches_per_pass = batches_per_pass
         workers = loader.worker_config
-        # The state continues the order of samples, which all of these decide.
+        # A state can be resumed only with the same order of samples, which all of these determine.
         self._layout = {
             "data-parallel size": workers.world_size,
             "--num-workers": workers.num_workers,
@@ -176,7 +177,7 @@ class EnergonIterator:
 
     @staticmethod
     def _packing_settings(config: DataConfig) -> dict[str, Any]:
-        """What decides the packs that wait in a worker's buffer, and would not fit under other settings."""
+        """Returns the settings of the packs that wait in a worker's buffer, which would not fit other settings."""
         if config.packing_buffer_size is None:
             return {}
         return {
@@ -189,11 +190,11 @@ class EnergonIterator:
         }
 
     def __iter__(self) -> EnergonIterator:
-        """Return itself."""
+        """Returns this iterator."""
         return self
 
     def __next__(self) -> VisionLanguageBatch:
-        """Return the next micro-batch.
+        """Returns the next micro-batch.
 
         Raises:
             DataError: The data cannot be used.
@@ -210,16 +211,16 @@ class EnergonIterator:
         return batch
 
     def save_state(self) -> dict[str, Any]:
-        """Return where this rank stands, for ``torch.save``; Megatron calls it when it saves a checkpoint."""
+        """Returns this rank's loader state, for `torch.save`; Megatron calls this when it saves a checkpoint."""
         if not isinstance(self.loader, SavableDataLoader):
-            raise TypeError("Only the training loader has a state; validation begins anew each time.")
-        return {"layout": self._layout, "loader": pack(self.loader.save_state_rank())}
+            raise TypeError("Only the training loader has a state; validation starts over each time.")
+        return {"layout": self._layout, "loader": to_plain(self.loader.save_state_rank())}
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Go on where `save_state` stood; to be called before the first ``next``.
+        """Resumes from what `save_state` returned; to be called before the first `next`.
 
         Raises:
-            DataError: The state belongs to another data-parallel layout or other data.
+            DataError: The state belongs to another data-parallel layout or other settings.
         """
         changed = [
             f"{name} was {state['layout'].get(name)} and is {value}"
@@ -232,13 +233,13 @@ class EnergonIterator:
                 "what it was saved with, or begin at the start of the data with --no-load-dataloader-state."
             )
         assert isinstance(self.loader, SavableDataLoader)
-        self.loader.restore_state_rank(unpack(state["loader"]))
+        self.loader.restore_state_rank(from_plain(state["loader"]))
 
     def close(self) -> None:
-        """End the worker processes, after which nothing can be read.
+        """Ends the worker processes; nothing can be read afterwards.
 
-        The garbage collector takes the loader's cycle of references apart in an order that leaves workers without
-        their sign to end, and torch then waits 5 s for each.
+        The garbage collector would break the loader's reference cycle in an order in which the workers never get their
+        shutdown message, and torch would then wait 5 s for each.
         """
         if self._iterator is not None:
             self._iterator.close()
@@ -249,25 +250,25 @@ class EnergonIterator:
         del self.loader
 
     def _read(self) -> VisionLanguageBatch | None:
-        """Return the next micro-batch, None at the end of a pass."""
+        """Returns the next micro-batch, or None at the end of a pass."""
         try:
             if self._iterator is None:
                 self._iterator = iter(self.loader)
-                with _blocked_signals():  # the worker processes start with the first one
+                with _blocked_signals():  # the worker processes start with the first batch
                     return next(self._iterator)
             return next(self._iterator)
         except StopIteration:
             self._iterator = None
             return None
         except DataError as error:
-            # A worker's error arrives with its traceback as text in front of the sentence.
+            # A worker's error arrives as text, with its traceback before the message.
             raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from None
         except Exception as error:
             what = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise DataError(f"Reading the data from {self.source} failed ({what}).") from error
 
     def _finish_pass(self) -> None:
-        """Read what is left of a pass: only behind its end does energon begin at the first sample."""
+        """Reads the rest of a pass: energon restarts from the first sample only after the end of a pass."""
         self._batches_left = self.batches_per_pass
         while self._iterator is not None:
             self._read()
@@ -293,7 +294,7 @@ _END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """Signals that end a run wait; processes that are started meanwhile never get them."""
+    """Holds back the signals that end a run; processes started meanwhile inherit the block and never receive them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
     try:
         yield
@@ -301,10 +302,10 @@ def _blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _sheltered[L: SavableDataLoader[Any] | BasicDataLoader[Any]](loader: L) -> L:
-    """Has the data workers end when the training process ends them, and not when all processes get a signal.
+def _block_signals_in_workers[L: SavableDataLoader[Any] | BasicDataLoader[Any]](loader: L) -> L:
+    """Makes the data workers end when the training process ends them, not when all processes receive a signal.
 
-    Ctrl-C and cluster managers signal the workers too; the training process has yet to finish its step then.
+    Ctrl-C and cluster managers signal the workers too, while the training process still has to finish its step.
     """
     loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
     return loader
@@ -317,7 +318,7 @@ def _start_worker(start: Callable[[int], None], worker: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Wait for the parent's signal: how Python ends the workers that it did not get to stop otherwise."""
+    """Ends this worker on the parent's SIGTERM, with which Python ends workers that were not shut down in order."""
     while True:
         sent = signal.sigwaitinfo(_END_SIGNALS)
         if sent.si_signo == signal.SIGTERM and sent.si_pid == parent:
@@ -325,7 +326,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _raise_data_error(error: Exception, sample: Any, sources: Any = None) -> None:
-    """End the run with one sentence, where energon would print and go on: rejected samples never come here."""
+    """Ends the run with one sentence, where energon would print and continue; rejected samples never get here."""
     if isinstance(error, DataError):
         raise error
     places = ", ".join(f"{source.shard_name}[{source.index}] of {source.dataset_path}" for source in sources or [])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files that describe data, a folder's and a metadataset's: checked before energon reads them, and opened.
+"""Checks the YAML files of a data folder or a metadataset before energon reads them, and opens them.
 
-energon makes objects of what these files name: any class or function of any module, or of a file beside them. Here a
-folder is what tools/data/prepare.py writes and a metadataset is energon's own; all else is refused before it is
-imported.
+energon instantiates whatever these files name: any class or function of any module, or of a file next to them. Only
+folders as tools/data/prepare.py writes them and energon's metadatasets are accepted; everything else is refused before
+it is imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_smar.data.paths import META_FOLDER, PREPARE, energon_path, reason
 
 DATASET_CLASS = ("megatron.energon", "CrudeWebdataset")
 _CODE = ("__module__", "__class__", "__function__")
-# Class -> key of a list of sources -> the key of their share in it.
+# Metadataset class -> key of a list of sources -> key of a source's share in that list.
 _LISTS = {
     "Metadataset": {"datasets": "weight"},
     "MetadatasetV2": {"blend": "weight", "blend_epochized": "repetitions"},
@@ -39,14 +39,14 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_sources(path: str, flag: str) -> None:
-    """Check the files that describe the data at `path`, down to the last folder that a metadataset names.
+    """Checks the files that describe the data at `path`, including every folder that a metadataset names.
 
     Args:
-        path: A folder of shards or a metadataset, found there by `check_data_path`.
-        flag: What `path` was given as, for the message.
+        path: A folder of shards or a metadataset, already checked by `check_data_path`.
+        flag: The flag with which `path` was given, for the message.
 
     Raises:
-        ValueError: One sentence with the file, the source and the value.
+        ValueError: A file is not accepted; the message names the file, the source and the value.
     """
     place = EPath(energon_path(path))
     if path.endswith(".yaml"):
@@ -57,10 +57,10 @@ def check_sources(path: str, flag: str) -> None:
 
 
 def open_sources(path: str, split: str, flag: str) -> Any:
-    """Return energon's loader of one split of what is at `path`; sources of weight 0 are not in it.
+    """Returns energon's loader for one split of the data at `path`, without sources of weight 0.
 
     Raises:
-        ValueError: See `check_sources`; or there is no such split.
+        ValueError: As `check_sources`, or there is no such split.
     """
     check_sources(path, flag)
     return _open(EPath(energon_path(path)), split, f"{flag} {path}")
@@ -93,9 +93,9 @@ def _references(split: Any) -> list[Any]:
 
 
 def _metadataset(path: EPath, where: str, parents: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
-    """Check a metadataset; yields each split's name and the list that it is (None for a single source)."""
+    """Checks a metadataset; yields each split's name and its kind of list (None for a single source)."""
     if str(path) in parents:
-        raise ValueError(f"{where} is a metadataset that names itself, by way of {' -> '.join([*parents, str(path)])}.")
+        raise ValueError(f"{where} is a metadataset that names itself, through {' -> '.join([*parents, str(path)])}.")
     content = _read(path, where)
     named = (content.get("__module__"), content.get("__class__", content.get("__function__")))
     kind = str(named[1]) if named != (None, None) else "Metadataset"
@@ -112,7 +112,7 @@ def _metadataset(path: EPath, where: str, parents: tuple[str, ...]) -> Iterator[
 
 
 def _check_split_of(path: EPath, name: str, split: Any, kind: str, where: str, parents: tuple[str, ...]) -> str | None:
-    """Check one split of a metadataset, and return which list it is."""
+    """Checks a split of a metadataset, and returns its kind of list (None for a single source)."""
     _mapping(split, where)
     lists = _LISTS[kind]
     found = [key for key in lists if key in split]
@@ -135,7 +135,7 @@ def _check_split_of(path: EPath, name: str, split: Any, kind: str, where: str, p
     if not total:
         raise ValueError(f"{where}: the {share} of every source is 0, so that nothing is left to read.")
     if not math.isfinite(total):
-        raise ValueError(f"{where}: the {share}s add up to {total}: give smaller ones.")
+        raise ValueError(f"{where}: the {share}s add up to {total}: give smaller {share}s.")
     for source, label in zip(sources, labels, strict=True):
         if source.get(share, 1) == 0:
             _known(source, (*_REFERENCE, *_OWN[kind], share), label)
@@ -143,13 +143,13 @@ def _check_split_of(path: EPath, name: str, split: Any, kind: str, where: str, p
         inner = _check_reference(path, name, source, kind, share, label, parents)
         if inner is not None and (inner == "blend_epochized") != (found[0] == "blend_epochized"):
             raise ValueError(
-                f"{label} is a `{inner}`, which cannot be part of a `{found[0]}`: use one kind of the two."
+                f"{label} is a `{inner}`, which cannot be part of a `{found[0]}`: use only one of the two kinds."
             )
     return found[0]
 
 
 def _share(source: Any, share: str, where: str) -> float:
-    """Return a source's weight or repetitions, a number that is not negative."""
+    """Returns a source's weight or repetitions, checked to be a non-negative number."""
     _mapping(source, where)
     other = {"weight": "repetitions", "repetitions": "weight"}[share]
     if other in source:
@@ -165,7 +165,7 @@ def _share(source: Any, share: str, where: str) -> float:
 def _check_reference(
     path: EPath, split: str, source: Mapping[str, Any], kind: str, share: str | None, where: str, parents: Any
 ) -> str | None:
-    """Check one source, and return which list the split of a metadataset is that it names."""
+    """Checks a source; if it is a metadataset, returns the kind of list of the split that it names, else None."""
     for name in ("join", "joiner", "aux"):
         if name in source:
             raise ValueError(f"{where} has `{name}`, which megatron_smar does not read: leave it out.")
@@ -200,7 +200,7 @@ def _check_reference(
 
 
 def _check_subset(source: Mapping[str, Any], where: str) -> None:
-    """Check `subset`, e.g. ``{range: [25%, 75%]}``, with energon's own reading of it."""
+    """Checks `subset`, e.g. `{range: [25%, 75%]}`, with energon's own parser."""
     subset = source.get("subset")
     if subset is None:
         return
@@ -221,17 +221,17 @@ def _check_subset(source: Mapping[str, Any], where: str) -> None:
 
 
 def _check_folder(place: EPath, source: Mapping[str, Any], where: str) -> None:
-    """Check that shards are in a folder, and that reading their samples needs no other class than ours.
+    """Checks that a folder contains shards, and that reading their samples needs no class but `DATASET_CLASS`.
 
     Args:
         place: The folder.
-        source: A metadataset's entry for it, which may name other files than ``dataset.yaml`` and ``split.yaml``.
-        where: What to call it.
+        source: The folder's entry in a metadataset, which may name other files than `dataset.yaml` and `split.yaml`.
+        where: Name of the folder in error messages.
     """
     config = source.get("dataset_config") or "dataset.yaml"
     try:
         present = check_dataset_info_present(place)
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each kind of storage has its own errors
         raise ValueError(f"{where} cannot be read ({reason(error)}): check the address and the credentials.") from error
     if not present:
         missing = (
@@ -253,22 +253,22 @@ def _check_folder(place: EPath, source: Mapping[str, Any], where: str) -> None:
 
 
 def _check_split(place: EPath, split_config: str | None, split: str, where: str) -> None:
-    """Check that a folder has a split with shards."""
+    """Checks that a folder has the split, and that it contains shards."""
     try:
         WebdatasetMeta.from_config(path=place, split_part=split, split_config=split_config)
-    except Exception as error:  # energon's checks are assertions, and each store has errors of its own
+    except Exception as error:  # energon's checks are assertions, and each kind of storage has its own errors
         what = f"no shard {error} that its split file names" if isinstance(error, KeyError) else reason(error)
         raise ValueError(f"{where} has no split `{split}` that can be read ({what}): {PREPARE}.") from error
 
 
 def _read(path: EPath, where: str) -> dict[str, Any]:
-    """Read a YAML file as energon does, after a look at what energon passes over: tags, aliases and repeated keys."""
+    """Reads a YAML file as energon does, after checking what energon ignores: tags, aliases and repeated keys."""
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}).") from error
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each kind of storage has its own errors
         raise ValueError(f"{where} cannot be read ({reason(error)}).") from error
     try:
         for event in yaml.parse(text, Loader=_LOADER):
@@ -285,7 +285,7 @@ def _read(path: EPath, where: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deeply.") from error
     except Exception as error:
-        raise ValueError(f"{where} is not what energon can read ({reason(error)}).") from error
+        raise ValueError(f"{where} cannot be read by energon ({reason(error)}).") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(
             f"{where} must hold names and values, not {'several documents' if len(documents) > 1 else _shown(content)}."
@@ -309,7 +309,7 @@ def _check_node(node: yaml.Node) -> None:
             _check_node(key)
             if isinstance(key, yaml.ScalarNode):
                 if key.value in names:
-                    raise ValueError(f"line {_line(key)}: the name `{key.value}` stands twice in one place")
+                    raise ValueError(f"line {_line(key)}: the name `{key.value}` appears twice in one place")
                 names.add(key.value)
             _check_node(value)
 
@@ -319,10 +319,10 @@ def _line(node: Any) -> int:
 
 
 def _no_code(value: Any, where: str) -> None:
-    """Refuse what energon would import, at any depth."""
+    """Refuses everything that energon would import, at any depth."""
     if isinstance(value, dict):
         if any(name in value for name in _CODE):
-            raise ValueError(f"{where} names {_code_name(value)}, which a file of data must not: leave it out.")
+            raise ValueError(f"{where} names {_code_name(value)}, which a data file must not: leave it out.")
         for item in value.values():
             _no_code(item, where)
     if isinstance(value, list):
@@ -353,17 +353,17 @@ def _mapping(value: Any, where: str, empty: bool = False) -> Mapping[str, Any]:
 
 
 def _resolve(file: EPath, path: str, where: str = "") -> EPath:
-    """Return where a metadataset's path leads; a relative one begins beside its file."""
+    """Resolves a path in a metadataset; a relative path starts from the metadataset's folder."""
     try:
         return EPath(energon_path(path)) if "://" in path else file.parent / path
-    except Exception as error:  # an address that no store takes
+    except Exception as error:  # an address that no kind of storage accepts
         raise ValueError(f"{where} names storage that cannot be used ({reason(error)}).") from error
 
 
 def _is_file(path: EPath, where: str) -> bool:
     try:
         return path.is_file()
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each kind of storage has its own errors
         raise ValueError(f"{where} cannot be read ({reason(error)}): check the address and the credentials.") from error
 
 

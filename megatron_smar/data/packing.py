@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples share a sequence: best-fit decreasing over tokens and image tiles, in C++ (csrc/packing.cpp)."""
+"""Sequence packing: best-fit decreasing over tokens and image tiles, in C++ (csrc/packing.cpp)."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ def pack(
     max_tiles: int | None = None,
     window: int | None = None,
 ) -> list[list[int]]:
-    """Distribute samples over packs, each of which holds at most `max_tokens` tokens and `max_tiles` tiles.
+    """Distributes samples over packs, each of which holds at most `max_tokens` tokens and `max_tiles` tiles.
 
-    Best-fit decreasing: the samples of a window are taken by descending tokens, equal ones by index. Each goes into the
-    open pack of its window that holds it and has the least token room; of several into the one with the least tile
-    room; of those into the one that last received a sample. If no pack holds it, it opens one. The packs depend on
-    nothing but the arguments.
+    Best-fit decreasing: the samples of a window are placed by descending tokens, ties by index. Each goes into the open
+    pack of its window that it fits into and that has the least room for tokens; among several, into the pack with the
+    least room for tiles; among those, into the pack that last received a sample. If it fits into no pack, it opens a
+    new one. The packs depend only on the arguments.
 
     Args:
         tokens: Positions of each sample, vision tokens included, [n].
         tiles: Image tiles of each sample, [n].
-        max_tokens: Most tokens of a pack, up to 4,194,304.
-        max_tiles: Most tiles of a pack; None for no limit.
-        window: Consecutive samples that are packed together, the last of them maybe fewer; None for all.
+        max_tokens: Maximum number of tokens in a pack, up to 4,194,304.
+        max_tiles: Maximum number of tiles in a pack; None for no limit.
+        window: Number of consecutive samples that are packed together (the last window may be smaller); None for all.
 
     Returns:
-        The packs by their first index, each a list of ascending indices; every index once.
+        The packs, ordered by their first index, each a list of ascending indices; every index occurs once.
 
     Raises:
-        ValueError: A sample exceeds a limit by itself, or an argument is not what it should be.
+        ValueError: A single sample exceeds a limit, or an argument is invalid.
         ImportError: The C++ module has not been built.
     """
     order, offsets = pack_flat(tokens, tiles, max_tokens, max_tiles, window)
@@ -50,7 +50,7 @@ def pack_flat(
     max_tiles: int | None = None,
     window: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Do what `pack` does without making lists: pack p is ``order[offsets[p] : offsets[p + 1]]``.
+    """Does the same as `pack`, but returns arrays: pack p is `order[offsets[p] : offsets[p + 1]]`.
 
     Returns:
         order [n] and offsets [packs + 1], both int64.
@@ -66,7 +66,7 @@ def pack_flat(
     tile_counts = _counts("tiles", tiles, 0, max_tiles)
     if len(token_counts) != len(tile_counts):
         raise ValueError(
-            f"tokens are of {len(token_counts)} samples, but tiles of {len(tile_counts)}: give both of each."
+            f"tokens has {len(token_counts)} samples, but tiles has {len(tile_counts)}: give both for each sample."
         )
     if max_tiles is None:
         tile_counts, max_tiles = np.zeros_like(tile_counts), 0
@@ -74,7 +74,7 @@ def pack_flat(
 
 
 def _counts(name: str, values: Sequence[int] | np.ndarray, least: int, most: int | None) -> np.ndarray:
-    """Return what `pack` was given as int64 [n], without a copy if it is that, after checking every value."""
+    """Checks an argument of `pack` and returns it as int64 [n], without a copy if it is that already."""
     counts = np.asarray(values)
     if counts.size == 0:
         counts = counts.astype(np.int64)
@@ -83,13 +83,13 @@ def _counts(name: str, values: Sequence[int] | np.ndarray, least: int, most: int
     wrong = counts < least if most is None else (counts < least) | (counts > most)
     if wrong.any():
         sample = int(wrong.argmax())
-        bounds = f"at least {least}" if most is None else f"{least} to {most}, since nothing is split or cut"
+        bounds = f"at least {least}" if most is None else f"{least} to {most}, since nothing is split or truncated"
         raise ValueError(f"Sample {sample} has {counts[sample]} {name}, but a pack takes samples of {bounds}.")
     return np.ascontiguousarray(counts, dtype=np.int64)
 
 
 def _native() -> ModuleType:
-    # Here and not above: whoever does not pack can do without it.
+    # Imported here, because runs without packing do not need it.
     try:
         from megatron_smar.data import _packing
     except ImportError as error:

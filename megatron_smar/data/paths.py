@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where shards lie: a local folder, an HTTP server, S3 or another store that energon reads."""
+"""Where shards are stored: a local folder, an HTTP server, S3 or other storage that energon reads."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _REMOTE = ("msc", *(protocol for protocol in PROTOCOL_TO_PROVIDER_TYPE_MAPPING i
 
 
 def energon_path(path: str) -> str:
-    """Return the name by which energon knows `path`.
+    """Returns `path` in the form that energon reads.
 
-    energon reads everything remote through the Multi-Storage Client, as ``msc://PROFILE/PATH``. ``http://HOST/PATH``
-    and ``s3://BUCKET/PATH`` need no profile there: the client names such storage ``msc://_http-HOST/PATH``.
+    energon reads remote storage through the Multi-Storage Client, as `msc://PROFILE/PATH`. `http://HOST/PATH` and
+    `s3://BUCKET/PATH` need no profile: the client's name for such storage is `msc://_http-HOST/PATH`.
     """
     url = urlsplit(path)
     if not _is_remote(path) or url.scheme == "msc":
@@ -33,12 +33,12 @@ def energon_path(path: str) -> str:
 
 
 def check_data_path(path: str, flag: str) -> None:
-    """Check that prepared shards, or an energon metadataset file, are at `path`.
+    """Checks that `path` has prepared shards or is an energon metadataset file.
 
-    A server that cannot be reached is given up on after three attempts.
+    If a server cannot be reached, the check fails after three attempts.
 
     Raises:
-        ValueError: They are not; the message names `flag` and how to make them.
+        ValueError: There is neither; the message names `flag` and the command that makes shards.
     """
     if "://" in path:
         _check_url(path, flag)
@@ -55,7 +55,7 @@ def check_data_path(path: str, flag: str) -> None:
 def _check_url(path: str, flag: str) -> None:
     if not _is_remote(path):
         known = ", ".join(f"{protocol}://" for protocol in _REMOTE)
-        raise ValueError(f"{flag} {path} is no address that can be read: give a local folder, or one of {known}.")
+        raise ValueError(f"{flag} {path} is not an address that can be read: give a local folder, or one of {known}.")
     try:
         place = EPath(energon_path(path))
     except (ImportError, ValueError) as error:
@@ -75,7 +75,7 @@ def _check_url(path: str, flag: str) -> None:
             f"{flag} {path} holds no prepared shards ({reason(error)}): {PREPARE}, and copy the folder there with "
             "all files whose names begin with a dot."
         ) from error
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each kind of storage has its own errors
         raise ValueError(
             f"{flag} {path} cannot be read ({reason(error)}): check the address, the server and the credentials."
         ) from error
@@ -86,7 +86,7 @@ def _is_remote(path: str) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return the innermost reason, on one line: the client wraps the store's error in its own."""
+    """Returns the innermost cause of an error, on one line: the client wraps the storage's error in its own."""
     while error.__cause__ is not None and not isinstance(error, FileNotFoundError):
         error = error.__cause__
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

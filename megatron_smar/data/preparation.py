@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published datasets, or records of a user's own, as the shards that training reads: what `prepare.py` does."""
+"""Converts published datasets, or a user's records, to the shards that training reads: what `prepare.py` does."""
 
 from __future__ import annotations
 
@@ -31,17 +31,21 @@ from megatron_smar.data.sources.report import SplitReport
 from megatron_smar.data.sources.shards import WORK, RecordFile, Shard, write_shard, write_whole
 
 META = ".nv-meta"
-LAYOUT = 3  # raised whenever the same arguments give other shards
+LAYOUT = 3  # incremented whenever the same arguments give different shards
 DATASET = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset", "subflavors": {"format": "conversation"}}
-# Part of the split -> how the names of its shards begin. Images and text are apart, so that a blend can weigh them.
+# Split part -> prefix of its shards' names. Images and text are separate, so that a blend can weight them.
 SPLIT_PARTS = {"train": "train/", "train_image": "train/image-", "train_text": "train/text-", "val": "val/"}
 
 
 class TooManyRejectsError(ValueError):
-    """More records were left out than ``--max-skip-ratio`` allows; the work folder is kept."""
+    """More records were skipped than `--max-skip-ratio` allows, or no training record is left; the work folder stays.
+
+    Args:
+        message: One sentence for the user.
+        reports: What became of the records of each split.
+    """
 
     def __init__(self, message: str, reports: dict[str, SplitReport]) -> None:
-        """Keep the reports for the table."""
         super().__init__(message)
         self.reports = reports
 
@@ -61,29 +65,29 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, SplitReport]:
-    """Write shards and everything energon needs beside them to `output`, which can then be given as ``--data-path``.
+    """Writes shards, with everything that energon needs, to `output`, which can then be given as `--data-path`.
 
     Args:
-        output: Folder to make.
+        output: Folder to create.
         train: Files of training records.
         valid: Files of validation records.
-        source_format: Their format, one of `FORMATS`.
+        source_format: Format of the records, one of `FORMATS`.
         image_root: Folder that the records' image paths start from.
-        image_files: Files of images by id, for formats that have them.
-        valid_fraction: Share of the training records to take for validation, by their content.
-        samples_per_shard: Records of one shard, before any is left out.
-        max_skip_ratio: Largest share of the records that may be left out.
-        workers: Processes that read images and write shards.
-        overwrite: Replace shards that `output` holds.
-        progress: Show progress bars.
+        image_files: Files of images by id, for formats that have such files.
+        valid_fraction: Share of the training records to use for validation, chosen by a hash of their content.
+        samples_per_shard: Records per shard, before any are skipped.
+        max_skip_ratio: Largest share of the records that may be skipped.
+        workers: Number of processes that read images and write shards.
+        overwrite: Whether to replace shards in `output`.
+        progress: Whether to show progress bars.
 
     Returns:
-        Split (``train``, ``val``) -> what became of its records. Those left out are listed in
-        ``output/rejects.jsonl``, with their reasons.
+        Split (`train`, `val`) -> what became of its records. The skipped records are listed in `output/rejects.jsonl`,
+        with their reasons.
 
     Raises:
-        TooManyRejectsError: More than `max_skip_ratio` of the records cannot be used.
-        ValueError: An argument is wrong, a file cannot be read, or no training record is left.
+        TooManyRejectsError: More than `max_skip_ratio` of the records cannot be used, or no training record is left.
+        ValueError: An argument is wrong, or a file cannot be read.
     """
     output, image_root = Path(output), Path(image_root)
     _check_arguments(image_root, source_format, image_files, valid_fraction, samples_per_shard, max_skip_ratio, workers)
@@ -112,12 +116,12 @@ def prepare(
         _write_index(output, [shard.name for shard in shards if (output / shard.name).exists()], bar)
     except OSError as error:
         raise ValueError(
-            f"--output {output} cannot be written ({error}): mend that and run the command again."
+            f"--output {output} cannot be written ({error}): fix that and run the command again."
         ) from error
     except BrokenProcessPool as error:
         raise ValueError(
-            f"A worker process died, perhaps for want of memory (--workers {workers}): the same command goes on from "
-            "here, with fewer --workers if need be."
+            f"A worker process died, perhaps out of memory (--workers {workers}): the same command continues from "
+            "here, with fewer --workers if necessary."
         ) from error
     finished = {split: vars(report) for split, report in reports.items()}
     write_whole(work / "arguments.json", json.dumps(arguments | {"finished": finished}))
@@ -126,7 +130,7 @@ def prepare(
 
 
 def _clean_up(work: Path) -> None:
-    """Remove the work folder of a finished run; the note that it has finished goes last."""
+    """Removes the work folder of a finished run, last the file that says that the run is finished."""
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -148,9 +152,9 @@ def _check_arguments(
     if source_format not in FORMATS:
         raise ValueError(f"--format {source_format} is unknown: choose one of {', '.join(FORMATS)}.")
     if FORMATS[source_format].needs_images and not image_files:
-        raise ValueError(f"--format {source_format} has its images in files of their own: give --image-files.")
+        raise ValueError(f"--format {source_format} has its images in separate files: give --image-files.")
     if image_files and not FORMATS[source_format].needs_images:
-        raise ValueError(f"--image-files is not for --format {source_format}: its images lie below --image-root.")
+        raise ValueError(f"--image-files is not for --format {source_format}: its images are below --image-root.")
     if not image_root.is_dir():
         raise ValueError(f"--image-root {image_root} is not a folder.")
     if not 0 <= valid_fraction < 1:
@@ -164,7 +168,7 @@ def _check_arguments(
 
 
 def _digest(path: str | Path) -> str:
-    """Return a hash of a file of records: a run goes on only with the same ones."""
+    """Returns a hash of a file of records: a run continues only with the same records."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -180,10 +184,12 @@ def _size(path: str | Path) -> int:
 
 
 def _claim(output: Path, arguments: dict[str, Any], overwrite: bool) -> dict[str, SplitReport] | None:
-    """Make the work folder, or find that of the same run; refuse or, if asked to, empty a folder of anything else.
+    """Creates the work folder, or finds the work folder of an earlier run with the same arguments.
+
+    A folder with other shards is emptied with `overwrite`, and refused without.
 
     Returns:
-        The reports of the same run where it had finished all but its cleaning up.
+        The reports of the same run if only its clean-up is left to do, else None.
     """
     work, note = output / WORK, output / WORK / "arguments.json"
     if output.exists() and not output.is_dir():
@@ -204,7 +210,7 @@ def _claim(output: Path, arguments: dict[str, Any], overwrite: bool) -> dict[str
         raise ValueError(f"--output {output} holds prepared shards already: give another folder, or --overwrite.")
     old = [path.relative_to(output) for split in ("train", "val") for path in (output / split).glob("*.tar")]
     if old and before is None and not (output / META).exists():
-        raise ValueError(f"--output {output} holds {old[0]}, which is not of this program: give another folder.")
+        raise ValueError(f"--output {output} holds {old[0]}, which this program did not write: give another folder.")
     for name in ("done", "partial"):
         (work / name).mkdir(parents=True, exist_ok=True)
     if overwrite:
@@ -214,7 +220,7 @@ def _claim(output: Path, arguments: dict[str, Any], overwrite: bool) -> dict[str
 
 
 def _clear(output: Path) -> None:
-    """Remove all that this program wrote, so that it can be killed at any moment and still knows the folder."""
+    """Removes everything that this program wrote; a later run knows the folder even if this is killed midway."""
     write_whole(output / WORK / "arguments.json", "{}")
     shutil.rmtree(output / META, ignore_errors=True)
     for path in (path for split in ("train", "val") for path in (output / split).glob("*.tar*")):
@@ -240,7 +246,7 @@ def _plan(
     work: Path,
     bar: Callable[..., tqdm],
 ) -> list[Shard]:
-    """Read all records once, one at a time, into files of lines; a record's key is its number within its option."""
+    """Reads all records once, one at a time, into line files; a record's key is its number among its flag's records."""
     files: dict[tuple[str, str], RecordFile] = {}
     paths = [Path(path) for path in (*train, *valid)]
     total = sum(map(_size, (*paths, *image_files)))
@@ -248,8 +254,8 @@ def _plan(
         images = Base64Images(image_files, progress.update) if image_files else None
         for option, names in (("train", train), ("val", valid)):
             for number, record in enumerate(_read_all(names, source_format, images, progress.update)):
-                split = "val" if option == "train" and _drawn(record, valid_fraction) else option
-                # Validation keeps its order: it may end before the last record.
+                split = "val" if option == "train" and _is_for_validation(record, valid_fraction) else option
+                # Validation data keeps its order, because validation may end before the last record.
                 kind = "shard" if split == "val" else "image" if record.images else "text"
                 if (split, kind) not in files:
                     files[split, kind] = RecordFile(work, split, kind, size)
@@ -264,7 +270,7 @@ def _plan(
 def _read_all(
     paths: Sequence[str | Path], source_format: str, images: Base64Images | None, advance: Callable[[int], Any]
 ) -> Iterator[SourceRecord | Unreadable]:
-    """Yield all records of some files; `advance` is told how many bytes have been read."""
+    """Yields all records of some files; `advance` is called with the number of bytes read since its last call."""
     for path in paths:
         with Path(path).open("rb") as file:
             position = 0
@@ -277,8 +283,8 @@ def _read_all(
                 raise ValueError(f"The records {path} cannot be read as --format {source_format}: {error}.") from error
 
 
-def _drawn(record: SourceRecord | Unreadable, fraction: float) -> bool:
-    """Draw a record for validation by its content, so that neither order nor further records change the draw."""
+def _is_for_validation(record: SourceRecord | Unreadable, fraction: float) -> bool:
+    """Chooses a record for validation by a hash of its content, independent of order and of the other records."""
     if fraction == 0:
         return False
     digest = hashlib.sha256(json.dumps(record.data, sort_keys=True).encode()).digest()
@@ -286,13 +292,13 @@ def _drawn(record: SourceRecord | Unreadable, fraction: float) -> bool:
 
 
 def _write_shards(output: Path, image_root: Path, shards: list[Shard], workers: int, bar: Callable[..., tqdm]) -> None:
-    """Write the shards that are not there yet."""
+    """Writes the shards that do not exist yet."""
     shutil.rmtree(output / WORK / "partial")
     (output / WORK / "partial").mkdir()
     for shard in shards:
         (output / shard.name).parent.mkdir(exist_ok=True)
     missing = [shard for shard in shards if not (output / WORK / shard.note).exists()]
-    total, left = (sum(shard.count for shard in some) for some in (shards, missing))
+    total, left = (sum(shard.count for shard in group) for group in (shards, missing))
     write = functools.partial(write_shard, output, image_root)
     with (
         _pool(min(workers, len(missing))) as run,
@@ -304,7 +310,7 @@ def _write_shards(output: Path, image_root: Path, shards: list[Shard], workers: 
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Yield a `map` that runs here or in worker processes; results come as they are ready."""
+    """Yields a `map` that runs in this process or in worker processes; results arrive in order of completion."""
     if workers <= 1:
         yield map
         return
@@ -322,7 +328,7 @@ def _pool(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
 
 
 def _end_with_parent() -> None:
-    """Have a worker process end when the program is killed, and leave the interrupt key to the program."""
+    """Makes a worker process end when the program is killed, and leaves Ctrl-C to the program."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -335,7 +341,7 @@ def _end_with_parent() -> None:
 
 
 def _collect(output: Path, shards: list[Shard]) -> dict[str, SplitReport]:
-    """Add up what became of the records, and list those left out."""
+    """Adds up what became of the records, and writes the list of the skipped records."""
     reports = {split: SplitReport() for split in dict.fromkeys(["train", *(shard.split for shard in shards)])}
     partial = output / WORK / "rejects.jsonl"
     with partial.open("w", encoding="utf-8", errors="backslashreplace") as rejects:
@@ -350,24 +356,24 @@ def _collect(output: Path, shards: list[Shard]) -> dict[str, SplitReport]:
 def _check_kept(output: Path, reports: dict[str, SplitReport], max_skip_ratio: float) -> None:
     left_out = sum(report.rejected.total() for report in reports.values())
     total = left_out + sum(report.kept for report in reports.values())
-    say = f"{output / 'rejects.jsonl'} says why, record by record"
+    details = f"{output / 'rejects.jsonl'} says why, record by record"
     if left_out > max_skip_ratio * total or reports["train"].kept == 0:
         (output / WORK / "stopped").touch()
     if reports["train"].kept == 0:
-        raise TooManyRejectsError(f"No training record could be used; {say}.", reports)
+        raise TooManyRejectsError(f"No training record could be used; {details}.", reports)
     if left_out > max_skip_ratio * total:
         raise TooManyRejectsError(
-            f"{left_out:,} of {total:,} records cannot be used, more than --max-skip-ratio {max_skip_ratio}; {say}. If "
-            "that is as it should be, run the same command with a higher --max-skip-ratio; if files have been mended, "
-            "with --overwrite.",
+            f"{left_out:,} of {total:,} records cannot be used, more than --max-skip-ratio {max_skip_ratio}; {details}."
+            " If that is expected, run the same command with a higher --max-skip-ratio; if files have been fixed, with "
+            "--overwrite.",
             reports,
         )
 
 
 def _write_index(output: Path, names: list[str], bar: Callable[..., tqdm]) -> None:
-    """Let energon index the shards, and say which split each is in and how samples are read."""
+    """Lets energon index the shards, and writes which split each shard is in and how samples are read."""
     shutil.rmtree(output / META, ignore_errors=True)
-    for split in ("train", "val"):  # the index of each shard, and what energon leaves of one when it is killed
+    for split in ("train", "val"):  # the index of each shard, and what energon leaves of an index when it is killed
         for path in [*(output / split).glob("*.tar.idx"), *(output / split).glob(".*")]:
             path.unlink()
     parts = [(part, pattern) for part, pattern in SPLIT_PARTS.items() if any(n.startswith(pattern) for n in names)]
@@ -378,17 +384,17 @@ def _write_index(output: Path, names: list[str], bar: Callable[..., tqdm]) -> No
                 progress.update()
                 yield step
 
-        guard = threading.Event()  # energon's own process, too, is to end with this one; the hook goes with the object
+        guard = threading.Event()  # energon's process must end with this one too; the hook lives as long as the object
         register_after_fork(guard, lambda _: _end_with_parent())
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports on each step
-            # One process, so that the index holds the samples in the same order each time.
+        with contextlib.redirect_stdout(io.StringIO()):  # energon prints each step
+            # One process, so that the index has the samples in the same order each time.
             BaseWebdatasetFactory.prepare_dataset(
                 output, names, split_parts_patterns=parts, workers=1, progress_fn=advance
             )
     meta = output / META
     with (meta / "index.sqlite").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # energon draws this name of the index at random; the same index shall have the same name.
+    # energon names the index at random; the same index should have the same name.
     (meta / "index.uuid").write_text(str(uuid.uuid5(uuid.NAMESPACE_OID, digest)))
     partial = output / WORK / "dataset.yaml"
     partial.write_text(yaml.safe_dump(DATASET, sort_keys=False), encoding="utf-8")

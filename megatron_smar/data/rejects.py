@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples that cannot be used: why, which ones, and how many of them there were."""
+"""Rejected samples: errors, log and counts of the samples that cannot be used."""
 
 from __future__ import annotations
 
@@ -13,47 +13,46 @@ from pathlib import Path
 
 from torch.utils.data import get_worker_info
 
-FEWEST_JUDGED = 100  # samples of a worker before their share of rejects says anything
+FEWEST_JUDGED = 100  # samples of a worker before its share of rejects is checked
 
 
 class SampleError(ValueError):
-    """One sample that cannot be used.
+    """A sample cannot be used; `str()` gives `reason: message`.
 
     Args:
-        reason: Short slug by which such samples are counted, e.g. ``image_count_mismatch``.
+        reason: Short slug by which such samples are counted, e.g. `image_count_mismatch`.
         message: What is wrong with this sample.
     """
 
     def __init__(self, reason: str, message: str) -> None:
-        """Keep the two parts; ``str()`` gives ``reason: message``."""
         super().__init__(reason, message)
         self.reason = reason
         self.message = message
 
     def __str__(self) -> str:
-        """Return ``reason: message``."""
         return f"{self.reason}: {self.message}"
 
 
 class DataError(RuntimeError):
-    """The data as a whole cannot be used; the message is one sentence for the user."""
+    """The data cannot be used, not only one sample of it; the message is one sentence for the user."""
 
 
 @dataclass
 class RejectLog:
-    """Names every rejected sample once on standard error and in a file, and stops when there are too many.
+    """Reports every rejected sample once on standard error and in a file, and ends the run if there are too many.
 
-    One object serves one loader. Worker processes inherit copies of it; each counts for itself and writes a file of its
-    own. Ranks that read the same samples count the same, and so stop at the same sample.
+    Each loader has one such object. Worker processes inherit copies of it; each worker counts separately and writes its
+    own file. Ranks that read the same samples have the same counts, and so stop at the same sample.
 
-    Args:
-        name: Which loader this is; the files are called ``{name}-worker{i}.jsonl``.
-        source: Where the samples come from, for messages.
-        directory: Folder of the files; None writes none.
-        limit: This many rejected samples in a row end the run.
-        announce: Whether this process prints and writes; False on all but one rank of those that read the same samples.
-        max_skip_ratio: A larger share of rejects ends the run, judged from `FEWEST_JUDGED` samples on and with three
-            standard deviations to spare, so that bad luck of one worker among hundreds does not end it; 1 ends none.
+    Attributes:
+        name: Name of the loader; the files are called `{name}-worker{i}.jsonl`.
+        source: Path of the data, for messages.
+        directory: Folder of the files; None writes no files.
+        limit: The run ends after this many rejected samples in a row.
+        announce: Whether this process prints and writes; True on only one of the ranks that read the same samples.
+        max_skip_ratio: A larger share of rejects ends the run. It is checked after `FEWEST_JUDGED` samples, with a
+            margin of three standard deviations, so that chance in one of hundreds of workers does not end the run; 1
+            never ends it.
     """
 
     name: str
@@ -69,15 +68,15 @@ class RejectLog:
     _seen: set[str] = field(default_factory=set, init=False)
 
     def add(self, key: str, error: SampleError, *, late: bool = False) -> None:
-        """Record one rejected sample.
+        """Records one rejected sample.
 
         Args:
-            key: Its key.
-            error: What is wrong with it.
-            late: It had been accepted at first, and this came out when its images were decoded.
+            key: The sample's key.
+            error: What is wrong with the sample.
+            late: Whether the sample had been accepted before, and its images turned out to be damaged when decoded.
 
         Raises:
-            DataError: `limit` samples in a row have been rejected, or more than the share of `max_skip_ratio`.
+            DataError: `limit` samples in a row, or a larger share than `max_skip_ratio`, have been rejected.
         """
         if self.announce and key not in self._seen:
             self._seen.add(key)
@@ -87,27 +86,27 @@ class RejectLog:
         self._examples.setdefault(error.reason, key)
         self._in_a_row[late] += 1
         if late:
-            self._accepted = max(0, self._accepted - 1)  # a resumed run has not counted what it had in its buffers
+            self._accepted = max(0, self._accepted - 1)  # a resumed run has not counted the samples in its buffers
         self._check(key, error)
 
     def accept(self, *, late: bool = False) -> None:
-        """Note that a sample is good, or with `late` that its images are, so that the row of rejects ends."""
+        """Counts an accepted sample, or with `late` the decoding of its images; this ends a row of rejects."""
         self._accepted += not late
         self._in_a_row[late] = 0
 
     def _check(self, key: str, error: SampleError) -> None:
         total = self._accepted + self._rejected.total()
         share, ratio = self._rejected.total() / total, self.max_skip_ratio
-        mend = "mend the data, or the settings it was rejected for"
+        fix = "fix the data, or the settings it was rejected for"
         if max(self._in_a_row.values()) >= self.limit:
             what = f"The last {self.limit} samples in a row from {self.source} were rejected"
-            mend = f"(the last was {_shown(key)}: {error.message}): {mend}"
+            fix = f"(the last was {_shown(key)}: {error.message}): {fix}"
         elif total >= FEWEST_JUDGED and share > ratio + 3 * math.sqrt(ratio * (1 - ratio) / total):
             what = f"{share:.1%} of the first {total} samples that a worker read from {self.source} were rejected"
-            mend = f"and --max-skip-ratio is {ratio}: {mend}, or raise it"
+            fix = f"and --max-skip-ratio is {ratio}: {fix}, or raise it"
         else:
             return
-        raise DataError(f"{what} {mend}.\n{format_rejects(self._rejected, self._examples, total)}")
+        raise DataError(f"{what} {fix}.\n{format_rejects(self._rejected, self._examples, total)}")
 
     def _write(self, key: str, error: SampleError) -> None:
         if self.directory is None:
@@ -116,23 +115,23 @@ class RejectLog:
         path = Path(self.directory) / f"{self.name}-worker{worker.id if worker else 0:02d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "reason": error.reason, "message": error.message}, ensure_ascii=False)
-        # A member's name that is not UTF-8 holds surrogates: with a backslash each is the escape that JSON has for it.
+        # The name of a member that is not UTF-8 contains surrogates; "backslashreplace" writes them as JSON's escapes.
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
 
 def _shown(key: str) -> str:
-    """A key for the terminal: it comes from the archive, and may hold control characters."""
+    """Returns a key in printable form: it comes from the archive, and may contain control characters."""
     return key if key.isprintable() else ascii(key)
 
 
 def format_rejects(rejected: Mapping[str, int], examples: Mapping[str, str], total: int | None = None) -> str:
-    """Write a table of rejects, the most frequent reason first.
+    """Returns a table of rejects, the most frequent reason first.
 
     Args:
         rejected: Reason -> number of samples.
-        examples: Reason -> key of one of them.
-        total: Number of samples that were read; None leaves the shares out.
+        examples: Reason -> key of one of those samples.
+        total: Number of samples that were read; None omits the shares.
     """
     rows = [("reason", "samples", "" if total is None else "share", "for example")]
     for reason, count in sorted(rejected.items(), key=lambda item: (-item[1], item[0])):
@@ -146,22 +145,22 @@ def format_rejects(rejected: Mapping[str, int], examples: Mapping[str, str], tot
 
 
 def read_rejects(directory: str | Path, name: str = "") -> Counter[str]:
-    """Count the rejected samples of a run by reason.
+    """Counts the rejected samples of a run by reason.
 
-    A sample counts once, however many epochs, workers or restarts rejected it.
+    A sample counts once, regardless of how many epochs, workers or restarts rejected it.
 
     Args:
         directory: The folder given to `RejectLog`.
-        name: Only the loaders whose name begins so, e.g. ``train``.
+        name: Prefix of the names of the loaders to count, e.g. `train`.
 
     Returns:
-        reason -> number of samples.
+        Reason -> number of samples.
     """
     return Counter(read_reasons(directory, name).values())
 
 
 def read_reasons(directory: str | Path, name: str = "") -> dict[tuple[str, str], str]:
-    """Return (split, key) -> reason of each rejected sample; the arguments are `read_rejects`'s."""
+    """Returns (split, key) -> reason of each rejected sample, with the arguments of `read_rejects`."""
     reasons: dict[tuple[str, str], str] = {}
     for path in sorted(Path(directory).glob(f"{name}*-worker*.jsonl")):
         split = path.name.split("-", 1)[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples a run has seen, step by step."""
+"""The log of the samples that a run was trained on, step by step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from megatron_smar.data.batch import VisionLanguageBatch
 
 
 class RecordedSamples:
-    """Writes the keys of each micro-batch that it passes on to ``DIRECTORY/rank000.jsonl`` (the data-parallel rank).
+    """Passes micro-batches through and logs their keys in `DIRECTORY/rank000.jsonl` (by data-parallel rank).
 
-    A line is ``{"step": 7, "keys": [...]}``, one per micro-batch. A run that goes on from a checkpoint first takes back
-    the steps behind it, which the model has forgotten: the files always tell what the model has learned from.
+    Each micro-batch gives a line `{"step": 7, "keys": [...]}`. On resume, the entries after the checkpoint's step are
+    deleted, so that the log always matches what the model was trained on.
 
     Args:
-        iterator: The training loader's.
-        directory: Folder of the files; made if it is not there.
-        rank: This rank's index among those that read different samples.
-        size: Their number.
-        steps_done: Steps of the checkpoint that was loaded; 0 at the start.
-        current_step: Gives the number of the step, from 1, that reads now.
+        iterator: Iterator over the training loader.
+        directory: Folder of the files; created if it does not exist.
+        rank: This rank's index among the ranks that read different samples.
+        size: Number of ranks that read different samples.
+        steps_done: Step of the checkpoint that was loaded; 0 at the start.
+        current_step: Returns the number of the current step, from 1.
     """
 
     def __init__(
@@ -35,39 +35,38 @@ class RecordedSamples:
         steps_done: int,
         current_step: Callable[[], int],
     ) -> None:
-        """Take back what lies behind the checkpoint, and open the file."""
         self.iterator = iterator
         self._current_step = current_step
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("rank*.jsonl"):
-            # Files of ranks that this run does not have are divided among those that it has.
+            # The files of ranks that this run does not have are divided among its ranks.
             if int(path.stem.removeprefix("rank")) % size == rank:
                 _keep_steps(path, steps_done)
-        # Line by line, so that a killed run leaves all that it has read.
+        # Line-buffered, so that a killed run leaves a complete log.
         self._file = (folder / f"rank{rank:03d}.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def __iter__(self) -> RecordedSamples:
-        """Return itself."""
+        """Returns this iterator."""
         return self
 
     def __next__(self) -> VisionLanguageBatch:
-        """Return the next micro-batch, recorded."""
+        """Returns the next micro-batch, after logging it."""
         batch = next(self.iterator)
         line = json.dumps({"step": self._current_step(), "keys": list(batch.__key__)}, ensure_ascii=False)
         self._file.write(line + "\n")
         return batch
 
     def save_state(self) -> dict[str, Any]:
-        """Return the loader's state."""
+        """Returns the loader's state."""
         return self.iterator.save_state()  # type: ignore[attr-defined]
 
 
 def read_recorded(directory: str | Path) -> dict[int, dict[int, list[list[str]]]]:
-    """Read what `RecordedSamples` wrote, or is writing: half a line at the end is left out.
+    """Reads the log of `RecordedSamples`, also while it is being written: an incomplete last line is ignored.
 
     Returns:
-        step -> data-parallel rank -> the keys of each of its micro-batches.
+        Step -> data-parallel rank -> the keys of each of the rank's micro-batches.
     """
     steps: dict[int, dict[int, list[list[str]]]] = {}
     for path in sorted(Path(directory).glob("rank*.jsonl")):
@@ -81,7 +80,7 @@ def read_recorded(directory: str | Path) -> dict[int, dict[int, list[list[str]]]
 
 
 def _keep_steps(path: Path, last: int) -> None:
-    """Cut a file behind step `last`; its lines are in the order of the steps, and the last may be half a line."""
+    """Truncates a file after step `last`; its lines are ordered by step, and its last line may be incomplete."""
     with path.open("r+b") as file:
         end = 0
         for line in file:

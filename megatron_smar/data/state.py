@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loader states as tensors and Python's own types, so that ``torch.load(weights_only=True)`` can read them.
+"""Loader states as tensors and Python's own types, so that `torch.load(weights_only=True)` can read them.
 
-energon's states are dataclasses and a subclass of dict, which only a full unpickling could restore; and that runs
-whatever code a checkpoint holds.
+energon's states are dataclasses and a subclass of dict. Only full unpickling could restore those, and full unpickling
+runs any code that a checkpoint contains.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _STATES = (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
 _DATACLASSES = {cls.__name__: cls for cls in _STATES}
 
 
-def pack(value: Any) -> Any:
-    """Turn a state into tensors, dicts, lists, tuples and scalars."""
+def to_plain(value: Any) -> Any:
+    """Converts a state to tensors, dicts, lists, tuples and scalars."""
     name = type(value).__name__
     if name in _DATACLASSES:
-        fields = {field.name: pack(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {_TYPE: name, **fields}
     if isinstance(value, dict):
-        packed = {key: pack(item) for key, item in value.items()}
-        return {_TYPE: name, **packed} if isinstance(value, FlexState) else packed
+        items = {key: to_plain(item) for key, item in value.items()}
+        return {_TYPE: name, **items} if isinstance(value, FlexState) else items
     if isinstance(value, list | tuple):
-        return type(value)(pack(item) for item in value)
+        return type(value)(to_plain(item) for item in value)
     if isinstance(value, np.ndarray):
         return {_TYPE: "ndarray", "values": torch.from_numpy(value.copy())}
     if isinstance(value, bytes):
@@ -46,16 +46,16 @@ def pack(value: Any) -> Any:
         return value.item()
     if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
         return value
-    raise TypeError(f"A data loader's state holds a {type(value)}, which is not known here.")
+    raise TypeError(f"A data loader's state holds a {type(value)}, which is not supported here.")
 
 
-def unpack(value: Any) -> Any:
-    """Turn back what `pack` made."""
+def from_plain(value: Any) -> Any:
+    """Converts the result of `to_plain` back to the original state."""
     if isinstance(value, list | tuple):
-        return type(value)(unpack(item) for item in value)
+        return type(value)(from_plain(item) for item in value)
     if not isinstance(value, dict):
         return value
-    items = {key: unpack(item) for key, item in value.items() if key != _TYPE}
+    items = {key: from_plain(item) for key, item in value.items() if key != _TYPE}
     name = value.get(_TYPE)
     if name is None:
         return items
@@ -67,38 +67,39 @@ def unpack(value: Any) -> Any:
 
 
 def load_loader_state(path: str | Path) -> dict[str, Any]:
-    """Load a state that Megatron saved (``--dataloader-save``) for `EnergonIterator.restore_state`.
+    """Loads a state that Megatron saved (`--dataloader-save`) for `EnergonIterator.restore_state`.
 
     Raises:
-        DataError: There is no such file, or it holds something else.
+        DataError: The file does not exist, or contains something else.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)["dataloader_state_dict"]
     except Exception as error:
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"The data loader's state {path} cannot be loaded ({what}): give --dataloader-save the folder that the run "
-            "before had there, or begin at the start of the data with --no-load-dataloader-state."
+            f"The data loader's state {path} cannot be loaded ({what}): give --dataloader-save the folder of the "
+            "previous run, or begin at the start of the data with --no-load-dataloader-state."
         ) from error
 
 
 def load_rank_state(
     path_of: Callable[[int], str | Path], rank: int, size: int, num_workers: int, num_microbatches: int
 ) -> dict[str, Any]:
-    """Load where a data-parallel rank goes on, from the states of all the ranks that there were.
+    """Loads the state from which a data-parallel rank resumes; the number of ranks may have changed since saving.
 
     Args:
-        path_of: Gives the file of a data-parallel rank of the run that saved.
-        rank: This rank's index.
-        size: How many there are now.
-        num_workers: Data workers of each.
-        num_microbatches: Micro-batches of a step on each.
+        path_of: Returns the path of the state file of a data-parallel rank of the saving run.
+        rank: Data-parallel rank of this process.
+        size: Data-parallel size of this run.
+        num_workers: Data workers of each rank.
+        num_microbatches: Micro-batches per step on each rank.
 
     Returns:
-        For `EnergonIterator.restore_state`, which compares the rest of the layout.
+        The state for `EnergonIterator.restore_state`, which compares the rest of the layout.
 
     Raises:
-        DataError: A file cannot be loaded, or the workers cannot be divided so that the order of samples stays.
+        DataError: A file cannot be loaded, or the workers cannot be redistributed without changing the order of
+            samples.
     """
     first = load_loader_state(path_of(0))
     saved = first["layout"]
@@ -111,21 +112,22 @@ def load_rank_state(
 def redistribute(
     states: list[dict[str, Any]], rank: int, size: int, num_workers: int, num_microbatches: int
 ) -> dict[str, Any]:
-    """Divide the workers of all data-parallel ranks among another number of ranks; the samples of each step stay.
+    """Distributes the workers of all saved ranks over another number of ranks; each step keeps its samples.
 
-    energon gives each worker its share of the shards by its place among all workers of all ranks, wherever it runs. A
-    rank asks its workers by turns, so that as many workers as before read what they read before, if each of them gives
-    the same number of micro-batches to each step.
+    energon assigns shards to a worker by its index among all workers of all ranks, whichever rank it runs on. A rank
+    reads from its workers in turn. The same total number of workers therefore reads the same samples in each step, if
+    each worker supplies the same number of micro-batches to each step.
 
     Args:
-        states: Of all ranks that there were, in their order.
-        rank: This rank's index.
-        size: How many there are now.
-        num_workers: Data workers of each.
-        num_microbatches: Micro-batches of a step on each.
+        states: The states of all ranks of the saving run, in rank order.
+        rank: Data-parallel rank of this process.
+        size: Data-parallel size of this run.
+        num_workers: Data workers of each rank.
+        num_microbatches: Micro-batches per step on each rank.
 
     Raises:
-        DataError: The number of workers is another one, or a step does not take the same from each.
+        DataError: The total number of workers has changed, or a step does not take the same number of micro-batches
+            from each worker.
     """
     layout = states[0]["layout"]
     old_size, old_workers = layout["data-parallel size"], layout["--num-workers"]
@@ -137,13 +139,13 @@ def redistribute(
         wanted = f"--num-workers {old_size * old_workers // size}"
         possible = old_workers and old_size * old_workers % size == 0
         raise DataError(
-            f"The data loader cannot go on: {change}, but the order of samples depends on the number of workers of all "
-            f"ranks together: {f'give {wanted}' if possible else 'resume with what it was saved with'}, or read the "
-            "data from its start with --no-load-dataloader-state."
+            f"The data loader cannot resume: {change}, but the order of samples depends on the number of workers of "
+            f"all ranks together: {f'give {wanted}' if possible else 'resume with what it was saved with'}, or read "
+            "the data from its start with --no-load-dataloader-state."
         )
     if num_microbatches % num_workers or any(state["loader"]["next_worker_id"] for state in states):
         raise DataError(
-            f"The data loader cannot go on: {change}, which gives the same samples only where each worker gives as "
+            f"The data loader cannot resume: {change}, which gives the same samples only if each worker supplies as "
             f"many micro-batches to a step, but a step has {num_microbatches} on a rank: resume with what it was saved "
             "with."
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the shards' raw samples to micro-batches, as an energon task encoder."""
+"""The energon task encoder: from the shards' raw samples to micro-batches."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ from megatron_smar.data.tokens import TextEncoder
 
 @edataclass
 class RawSample(Sample):
-    """A sample as it stands in the shard.
+    """A sample as stored in the shard.
 
     Attributes:
-        parts: Name behind the key (``json``, ``0.jpg``) -> content of that file.
+        parts: Rest of a file's name after the key (`json`, `0.jpg`) -> content of the file.
     """
 
     parts: dict[str, bytes]
@@ -61,20 +61,20 @@ class RawSample(Sample):
 
 @stateless
 def cook(sample: CrudeSample) -> RawSample:
-    """Take a crude sample as it is; whatever is wrong with it is found when it is encoded, and counted there."""
+    """Wraps a crude sample unchecked; errors are found and counted when it is encoded."""
     parts = {name: content for name, content in sample.items() if not name.startswith("__")}
     return RawSample(**basic_sample_keys(sample), parts=parts)
 
 
 @dataclass(frozen=True)
 class SampleTokenizer:
-    """Segments and image files to ids.
+    """Converts segments and image files to token ids.
 
-    Args:
-        encoder: Text to ids.
-        images: Knows how many tiles an image gives.
-        tokens_per_tile: Vision tokens of one tile.
-        seq_length: Most positions of a sample.
+    Attributes:
+        encoder: Encodes text to token ids.
+        images: Computes the number of tiles of an image.
+        tokens_per_tile: Number of vision tokens per tile.
+        seq_length: Maximum number of positions of a sample.
     """
 
     encoder: TextEncoder
@@ -85,10 +85,10 @@ class SampleTokenizer:
     def __call__(
         self, segments: Sequence[Segment], files: Sequence[bytes], kinds: Sequence[str] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Ids and whether each is to be learned, with as many placeholders as the images' tiles give.
+        """Returns token ids, with the placeholders of the images, and for each id whether it is a training target.
 
         Raises:
-            SampleError: An image cannot be read or is of an unknown kind, or the whole does not fit into --seq-length.
+            SampleError: An image cannot be read or is of an unknown kind, or the sample does not fit into --seq-length.
         """
         lengths = [self.tokens_per_tile * self.images.count_tiles(*size) for size in read_each(files, read_size)]
         ids, targets = tokenize_segments(segments, self.encoder, lengths, kinds)
@@ -99,23 +99,22 @@ class SampleTokenizer:
 
 
 class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, VisionLanguageBatch]):
-    """Encodes conversations with images: to tokens at first, and to tiles when it is known what shares a sequence.
+    """Encodes conversations with images: first the tokens, and the images' tiles after packing.
 
     Args:
         config: Data configuration.
-        encoder: Text to ids.
-        rejects: Where rejected samples are counted.
-        decode_images: False on pipeline stages that need no pixels: `pixel_values` is then [0, 3, H, W], and
-            everything else is as with it.
+        encoder: Encodes text to token ids.
+        rejects: Log of the rejected samples.
+        decode_images: False on pipeline stages that need no pixels: `pixel_values` is then [0, 3, H, W], and everything
+            else is the same.
     """
 
     cookers = (Cooker(cook),)
-    decoder = None  # our own decoding names what is wrong with an image
+    decoder = None  # images are decoded in this class, to report what is wrong with an image
 
     def __init__(
         self, config: DataConfig, encoder: TextEncoder, rejects: RejectLog, *, decode_images: bool = True
     ) -> None:
-        """Build the parts."""
         super().__init__()
         self.config = config
         self.encoder = encoder
@@ -128,10 +127,10 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def preencode_sample(self, sample: RawSample) -> TokenizedSample:
-        """Turn one sample into tokens; one that cannot be used is recorded and left out.
+        """Converts one sample to tokens; an unusable sample is logged and skipped.
 
         Raises:
-            SkipSample: energon's sign to go on to the next sample.
+            SkipSample: The sample cannot be used; energon then continues with the next sample.
             DataError: Too many samples cannot be used.
         """
         with self._recording(self.name(sample)):
@@ -141,11 +140,11 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def postencode_sample(self, sample: TokenizedSample) -> EncodedSample:
-        """Decode one sample's images; one that cannot be used is recorded and left out.
+        """Decodes one sample's images; an unusable sample is logged and skipped.
 
         Raises:
-            SkipSample: energon's sign to go on to the next sample.
-            DataError: Too many samples cannot be used, or other ranks could not see that this one cannot.
+            SkipSample: The sample cannot be used; energon then continues with the next sample.
+            DataError: Too many samples cannot be used, or other ranks could not detect this sample's damaged image.
         """
         with self._recording(sample.__key__, late=True):
             encoded = self.decode_sample(sample)
@@ -153,25 +152,25 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         return encoded
 
     def encode(self, sample: RawSample) -> EncodedSample:
-        """Encode one sample from beginning to end.
+        """Encodes one sample completely.
 
         Raises:
-            SampleError: It cannot be used.
-            DataError: An image is damaged, but other ranks could not see that.
+            SampleError: The sample cannot be used.
+            DataError: An image is damaged, and other ranks could not detect that.
         """
         return self.decode_sample(self.tokenize_sample(sample))
 
     def name(self, sample: RawSample) -> str:
-        """Return what tells a sample from all others: its key, in a blend of sources behind the source's name."""
+        """Returns a sample's unique name: its key, prefixed with the source's name in a blend of sources."""
         sources = sample.__sources__
         label = self._labels.get(str(sources[0].dataset_path)) if sources else None
         return f"{label}/{sample.__key__}" if label else sample.__key__
 
     def tokenize_sample(self, sample: RawSample) -> TokenizedSample:
-        """Read a sample's record and turn it into tokens, with placeholders as its images' headers ask for.
+        """Converts a sample's record to tokens; the number of placeholders follows from the images' headers.
 
         Raises:
-            SampleError: It cannot be used.
+            SampleError: The sample cannot be used.
         """
         record, files = split_parts(sample.__key__, sample.parts)
         segments = record_segments(record, self.template, len(files))
@@ -182,7 +181,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         most = self.config.packing_max_tiles
         if most is not None and num_tiles > most:
             raise SampleError("too_many_tiles", f"{num_tiles} image tiles, but --packing-max-tiles is {most}")
-        # By way of numpy, since torch takes several times as long for a list.
+        # Through numpy, because torch takes several times as long for a list.
         tokens = torch.from_numpy(np.array(ids, dtype=np.int64))
         tokenized = TokenizedSample.derive_from(
             sample,
@@ -196,11 +195,11 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         return tokenized
 
     def decode_sample(self, sample: TokenizedSample) -> EncodedSample:
-        """Decode a sample's images.
+        """Decodes a sample's images.
 
         Raises:
-            SampleError: It cannot be used.
-            DataError: An image is damaged, but other ranks could not see that.
+            SampleError: The sample cannot be used.
+            DataError: An image is damaged, and other ranks could not detect that.
         """
         return EncodedSample.derive_from(
             sample,
@@ -238,7 +237,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def select_samples_to_pack(self, samples: list[TokenizedSample]) -> list[list[TokenizedSample]]:
-        """Choose which of the samples share a sequence of at most --seq-length and --packing-max-tiles."""
+        """Chooses which of the samples share a sequence of at most --seq-length and --packing-max-tiles."""
         multiple = self.config.packing_multiple_of
         packs = pack(
             [padded_length(len(sample.input_ids), multiple) for sample in samples],
@@ -250,10 +249,10 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample]) -> Pack:
-        """Put together samples that share a sequence.
+        """Combines the samples that share a sequence into a pack.
 
         Raises:
-            SkipSample: None of them could be used.
+            SkipSample: None of the samples could be used.
         """
         if not samples:
             raise SkipSample
@@ -261,7 +260,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def batch(self, samples: list[Any]) -> VisionLanguageBatch:
-        """Pad samples, or the samples of packs, to a micro-batch; it always has `micro_batch_size` rows."""
+        """Pads samples, or the samples of packs, to a micro-batch, which always has `micro_batch_size` rows."""
         config = self.config
         packs = config.packing_buffer_size is not None
         rows = [sample.samples if packs else [sample] for sample in samples]
@@ -284,10 +283,9 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         shuffle_buffer_size: int | None = None,
         **batching: Any,
     ) -> SavableDataset[VisionLanguageBatch]:
-        """Build energon's chain of datasets; with --text-only-ratio, samples of either kind come in that ratio.
+        """Builds energon's chain of datasets; with --text-only-ratio, text-only and image samples come in that ratio.
 
-        The two kinds are mixed after their samples have been turned into tokens, so that those left out there do not
-        change the ratio.
+        The two kinds are mixed after tokenization, so that samples that are rejected there do not change the ratio.
         """
         self._labels = _labels(datasets)
         place = f"--data-path {self.config.data_path}"
@@ -311,9 +309,9 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
     def build_val_datasets(
         self, *, datasets: list[LoadedDataset], worker_config: WorkerConfig, limit: int | None = None, **batching: Any
     ) -> SavableDataset[VisionLanguageBatch]:
-        """Build energon's chain of datasets for validation, where a blend keeps its shares.
+        """Builds energon's chain of datasets for validation, in which a blend keeps its shares.
 
-        energon itself reads one source after the other there, so that a short pass would see the first one alone.
+        energon would read one source after the other, so that a short pass would read only the first source.
         """
         self._labels = _labels(datasets)
         place = f"{'--valid-data-path' if self.config.valid_data_path else '--data-path'} {self.rejects.source}"
@@ -336,14 +334,14 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         return LimitDataset(batches, length=limit, worker_config=worker_config, reset_after_epoch=True)
 
     def build_batch(self, dataset: SavableDataset[Any], *, batch_size: int | None, **settings: Any) -> Any:
-        """Batch a dataset; a part of a blend, without a batch size, is left as it is, its images undecoded."""
+        """Batches a dataset; without a batch size, as for one kind of a mix, returns it with undecoded images."""
         return dataset if batch_size is None else super().build_batch(dataset, batch_size=batch_size, **settings)
 
 
 def _labels(datasets: Sequence[LoadedDataset]) -> dict[str, str]:
-    """Return a name for each source of a blend, its folder's if no other's is called so; nothing for a single source.
+    """Returns a name for each source of a blend: its folder's if that is unique, else its path; {} for a single source.
 
-    Prepared folders all number their samples in the same way.
+    The names are needed because all prepared folders number their samples in the same way.
     """
     paths = sorted({str(path) for dataset in datasets for path in dataset.dataset.paths})
     folders = Counter(PurePosixPath(path).name for path in paths)

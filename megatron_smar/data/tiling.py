@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an image file to the tiles that the vision encoder sees, by InternVL's dynamic tiling.
+"""From an image file to the tiles that the vision encoder receives, by InternVL's dynamic tiling.
 
 The rule is that of InternVL 1.5 (https://arxiv.org/abs/2404.16821; VITA's is the same), as published in its
-``dynamic_preprocess`` and in transformers' `GotOcr2ImageProcessor`, which is InternVL's image processor there. The two
-agree on every size, ties included, though the former's order of equally large grids is that of a Python set.
+`dynamic_preprocess` and in transformers' `GotOcr2ImageProcessor`, which transformers uses for InternVL. The two agree
+on every size, ties included, although `dynamic_preprocess` orders equally large grids as a Python set does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from megatron_smar.data.images import read_image
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How images become tiles.
+    """How images are split into tiles.
 
-    Args:
-        image_size: Side of a tile in pixels (``--image-size``).
-        min_tiles: Fewest tiles of an image (``--min-tiles``), its thumbnail not counted.
-        max_tiles: Most tiles of an image (``--max-tiles``), its thumbnail not counted.
-        use_thumbnail: Add the whole image as the last tile where there is more than one (``--use-thumbnail``).
+    Attributes:
+        image_size: Side length of a tile in pixels (`--image-size`).
+        min_tiles: Minimum number of tiles of an image (`--min-tiles`), without the thumbnail.
+        max_tiles: Maximum number of tiles of an image (`--max-tiles`), without the thumbnail.
+        use_thumbnail: Whether the full image is added as the last tile if there are several (`--use-thumbnail`).
     """
 
     image_size: int = 448
@@ -34,84 +34,84 @@ class ImageConfig:
     use_thumbnail: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Checks the values."""
         if self.image_size < 1:
             raise ValueError(f"--image-size {self.image_size} is not a number of pixels: give one above 0.")
         if self.min_tiles < 1:
-            raise ValueError(f"--min-tiles {self.min_tiles} leaves an image nothing: give 1 or more.")
+            raise ValueError(f"--min-tiles {self.min_tiles} leaves an image without tiles: give 1 or more.")
         if self.max_tiles < self.min_tiles:
             raise ValueError(
                 f"--max-tiles {self.max_tiles} is less than --min-tiles {self.min_tiles}: "
-                "raise the one or lower the other."
+                "raise the former or lower the latter."
             )
         if self.use_thumbnail and self.max_tiles == 1:
             raise ValueError(
-                "--use-thumbnail adds one to several tiles, but --max-tiles 1 allows no more than one: "
+                "--use-thumbnail adds a tile to several, but --max-tiles 1 allows only one: "
                 "give --max-tiles 12, as VITA does, or leave --use-thumbnail out."
             )
 
 
 class ImageProcessor:
-    """Image files to tiles.
+    """Converts image files to tiles.
 
     Args:
-        config: Size and number of tiles.
+        config: Size and number of the tiles.
     """
 
     def __init__(self, config: ImageConfig) -> None:
-        """Keep the configuration."""
         self.config = config
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return (columns, rows) of the tiles that an image of that size is cut into."""
+        """Returns (columns, rows) of the grid of tiles for an image of that size."""
         config = self.config
         return tile_grid(width, height, config.min_tiles, config.max_tiles, config.image_size)
 
     def count_tiles(self, width: int, height: int) -> int:
-        """Return the number of tiles, thumbnail included, of an image of that size as it is shown; no pixels needed."""
+        """Returns the number of tiles, thumbnail included, of an image of that displayed size, without its pixels."""
         columns, rows = self.grid(width, height)
         return columns * rows + (1 if self.config.use_thumbnail and columns * rows > 1 else 0)
 
     def empty(self) -> torch.Tensor:
-        """Return the tiles of no image, [0, 3, H, W] uint8."""
+        """Returns an empty tensor of tiles, [0, 3, H, W] uint8."""
         return torch.empty(0, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8)
 
     def __call__(self, data: bytes) -> torch.Tensor:
-        """Decode an image file and cut it into tiles.
+        """Decodes an image file and splits it into tiles.
 
         Returns:
-            [tiles, 3, H, W] uint8, row by row from the upper left, the thumbnail last; the vision encoder normalises.
+            [tiles, 3, H, W] uint8, row by row from the upper left, the thumbnail last; the vision encoder normalizes.
 
         Raises:
-            SampleError: ``bad_image``, ``image_too_large``.
+            SampleError: `bad_image`, `image_too_large`.
         """
         pixels = read_image(data)
         height, width = pixels.shape[:2]
         columns, rows = self.grid(width, height)
-        side, cut = self.config.image_size, columns * rows
+        side, in_grid = self.config.image_size, columns * rows
         tiles = torch.empty(self.count_tiles(width, height), 3, side, side, dtype=torch.uint8)
         canvas = _resize(pixels, columns * side, rows * side).view(3, rows, side, columns, side)
-        tiles[:cut].view(rows, columns, 3, side, side).copy_(canvas.permute(1, 3, 0, 2, 4))
-        if len(tiles) > cut:
-            tiles[cut] = _resize(pixels, side, side)
+        tiles[:in_grid].view(rows, columns, 3, side, side).copy_(canvas.permute(1, 3, 0, 2, 4))
+        if len(tiles) > in_grid:
+            tiles[in_grid] = _resize(pixels, side, side)
         return tiles
 
 
 @functools.lru_cache(maxsize=2**16)
 def tile_grid(width: int, height: int, min_tiles: int, max_tiles: int, image_size: int) -> tuple[int, int]:
-    """Return (columns, rows) of the grid whose shape is closest to an image's.
+    """Returns (columns, rows) of the grid whose aspect ratio is closest to the image's.
 
-    Among equally close grids it is the smallest one, unless the image has more than half the pixels of a larger one.
+    Among equally close grids, the largest grid of which the image has more than half the pixels is chosen; if there is
+    none, the smallest grid.
 
     Args:
-        width: The image's, in pixels.
-        height: The image's, in pixels.
-        min_tiles: Fewest tiles of a grid.
-        max_tiles: Most tiles of a grid.
-        image_size: Side of a tile in pixels.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        min_tiles: Minimum number of tiles.
+        max_tiles: Maximum number of tiles.
+        image_size: Side length of a tile in pixels.
     """
     grids = _grids(min_tiles, max_tiles)
-    # Floats as in the published rule: exact fractions would find ties that it does not see.
+    # Floats, as in the published rule: exact fractions would give ties that the rule does not have.
     distances = [abs(width / height - columns / rows) for columns, rows in grids]
     closest = [grid for grid, distance in zip(grids, distances, strict=True) if distance == min(distances)]
     filled = [(columns, rows) for columns, rows in closest if 2 * width * height > columns * rows * image_size**2]
@@ -120,18 +120,18 @@ def tile_grid(width: int, height: int, min_tiles: int, max_tiles: int, image_siz
 
 @functools.lru_cache
 def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
-    """All grids of that many tiles, the smallest first."""
+    """Returns all grids with `min_tiles` to `max_tiles` tiles, the smallest first."""
     sides = range(1, max_tiles + 1)
     grids = [(columns, rows) for columns in sides for rows in sides if min_tiles <= columns * rows <= max_tiles]
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
 
 
 def _resize(pixels: np.ndarray, width: int, height: int) -> torch.Tensor:
-    """[h, w, 3] uint8 -> [3, height, width] uint8, bicubic with antialiasing.
+    """Resizes an image, [h, w, 3] uint8 -> [3, height, width] uint8, bicubic with antialiasing.
 
-    torch's kernel for uint8 is several times faster than Pillow's, and within two grey levels of it but where Pillow
-    resizes downwards first (some portrait pictures) and cuts overshoot in between; transformers' image processors use
-    it too, through torchvision.
+    torch's kernel for uint8 is several times faster than Pillow's. The results agree within two levels, except where
+    Pillow resizes vertically first (some portrait images) and clips overshoot in between. transformers' image
+    processors use the same kernel, through torchvision.
     """
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)[0]

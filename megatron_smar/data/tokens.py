@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image tokens of the vocabulary, and text to ids through Megatron's tokenizers."""
+"""The image tokens of the vocabulary, and the encoding of text with Megatron's tokenizers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ EOS = "{eos}"  # the tokenizer's end-of-sentence token, whatever its name
 class ImageTokens:
     """Ids of InternVL's image tokens.
 
-    Args:
-        start_id: ``<img>``, before an image's placeholders.
-        end_id: ``</img>``, behind them.
-        placeholder_ids: The placeholders of one vision token, one for each kind of images, in the order of the
-            modalities; the first is ``<IMG_CONTEXT>``.
+    Attributes:
+        start_id: `<img>`, before an image's placeholders.
+        end_id: `</img>`, after an image's placeholders.
+        placeholder_ids: Placeholders of one vision token, one id for each kind of images, in the order of the
+            modalities; the first is `<IMG_CONTEXT>`.
     """
 
     start_id: int
@@ -46,7 +46,7 @@ class ImageTokens:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, modalities: Modalities | None = None) -> ImageTokens:
-        """Look the ids up in a Megatron text tokenizer.
+        """Looks the ids up in a Megatron text tokenizer.
 
         Raises:
             ValueError: A token is missing from the vocabulary.
@@ -67,30 +67,30 @@ class ImageTokens:
 
     @property
     def context_id(self) -> int:
-        """``<IMG_CONTEXT>``, the placeholder of one vision token of an ordinary image."""
+        """`<IMG_CONTEXT>`, the placeholder of one vision token of an image of the kind `vision`."""
         return self.placeholder_ids[0]
 
     def block(self, num_vision_tokens: int, modality: int = 1) -> list[int]:
-        """Return the ids of one image of a modality: start, its placeholders, end."""
+        """Returns the ids of one image of a modality: start, placeholders, end."""
         return [self.start_id, *[self.placeholder_ids[modality - 1]] * num_vision_tokens, self.end_id]
 
 
 class TextEncoder:
-    """Pieces of one text to ids, such that they join to the ids of the whole text and spell it exactly.
+    """Encodes the pieces of a text to ids that join to the ids of the full text and decode to it exactly.
 
     Args:
-        tokenizer: Megatron text tokenizer (``get_tokenizer()``).
-        special_tokens: What the conversation template needs as single tokens (`ConversationTemplate.special_tokens`).
+        tokenizer: Megatron text tokenizer (`get_tokenizer()`).
+        special_tokens: Tokens that the conversation template needs as single tokens
+            (`ConversationTemplate.special_tokens`).
         modalities: The run's table of modalities; text and vision by default.
 
     Raises:
-        ValueError: The tokenizer lacks one of these, an image token or an end-of-sentence token, or it changes text.
+        ValueError: The tokenizer lacks a special token, an image token or an end-of-sentence token, or changes text.
     """
 
     def __init__(
         self, tokenizer: Any, special_tokens: Sequence[str] = (), modalities: Modalities | None = None
     ) -> None:
-        """Look up the special ids, and try the tokenizer out."""
         self.tokenizer = tokenizer
         self.modalities = modalities or Modalities()
         self.image_tokens = ImageTokens.from_tokenizer(tokenizer, self.modalities)
@@ -103,11 +103,11 @@ class TextEncoder:
             )
         self.eos_id = eos_id
         pad_id = _special_id(tokenizer, "pad")
-        # Padding is masked everywhere, so that any id will do where the tokenizer has none for it.
+        # Padding is masked everywhere, so that any id will do if the tokenizer has no padding token.
         self.pad_id = eos_id if pad_id is None else pad_id
         self._specials = {EOS: eos_id, **_template_ids(tokenizer, special_tokens)}
-        # What would begin or end a text or a turn, or stand for a picture. Other special tokens may be what a text is
-        # about: those of grounding (<ref>, <box>) are.
+        # Tokens that would begin or end a text or a turn, or represent an image. Other special tokens may be part of a
+        # text, as those of grounding (<ref>, <box>) are.
         images = (self.image_tokens.start_id, self.image_tokens.end_id, *self.image_tokens.placeholder_ids)
         self._never_in_text = {self.bos_id, *self._specials.values(), *images}
         self._pieces = _pieces(tokenizer, self.image_tokens.end_id, self.bos_id)
@@ -121,26 +121,26 @@ class TextEncoder:
 
     @property
     def puts_space(self) -> bool:
-        """Whether the tokenizer puts a space in front of a text."""
+        """Whether the tokenizer adds a space before a text."""
         return self._pieces.puts_space
 
     def special_id(self, token: str) -> int:
-        """Return the id of `EOS`, or of one of `special_tokens`."""
+        """Returns the id of `EOS`, or of one of `special_tokens`."""
         return self._specials[token]
 
     def encode(self, text: str, *, begins_text: bool = False) -> list[int]:
-        """Encode one piece of text.
+        """Encodes one piece of text.
 
         Args:
             text: The piece.
-            begins_text: It is the first one, so that what the tokenizer puts in front of a text belongs to it.
+            begins_text: Whether it is the first piece of a text, and so keeps what the tokenizer adds before a text.
 
         Returns:
-            Its ids, without beginning- and end-of-sentence tokens. They spell the text exactly, but for what Unicode
-            calls equivalent (a letter with its accent, in one character or two).
+            The piece's ids, without beginning- and end-of-sentence tokens. They decode to the text exactly, up to
+            Unicode equivalence (a letter with its accent, in one character or two).
 
         Raises:
-            SampleError: The text spells out a special token, or has something that the tokenizer has no tokens for.
+            SampleError: The text contains a special token, or characters for which the tokenizer has no tokens.
         """
         ids = self._pieces.encode(text, begins_text)
         if not self._never_in_text.isdisjoint(ids):
@@ -154,7 +154,7 @@ class TextEncoder:
 
 
 def control_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
-    """Return those of some names that are control tokens of a vocabulary, which no text can spell out by accident."""
+    """Returns those of `tokens` that are control tokens of the vocabulary, which ordinary text cannot produce."""
     fast = fast_tokenizer(tokenizer)
     if fast is not None:
         return [token for token in tokens if (i := fast.get_vocab().get(token)) is not None and _is_special(fast, i)]
@@ -165,20 +165,20 @@ def control_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
 
 
 def puts_space(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts a space in front of a text."""
+    """Returns whether a tokenizer adds a space before a text."""
     return bool(tokenizer._tokenizer.text_to_tokens("a")[0].startswith(("▁", "Ġ")))
 
 
 def add_tokens(source: str | Path, destination: str | Path, tokens: Sequence[str] = IMAGE_TOKENS) -> None:
-    """Write a tokenizer with `tokens` behind its last id; those it has already stay where they are.
+    """Writes a tokenizer with `tokens` added after its last id; tokens that it already has keep their ids.
 
     Args:
         source: A SentencePiece model, or the folder of a Hugging Face tokenizer.
         destination: File or folder to write.
-        tokens: What to add.
+        tokens: Tokens to add.
 
     Raises:
-        ValueError: `source` is neither.
+        ValueError: `source` cannot be read as either.
     """
     add = _add_to_huggingface if Path(source).is_dir() else _add_to_sentencepiece
     add(Path(source), Path(destination), tokens)
@@ -196,7 +196,7 @@ def _add_to_sentencepiece(source: Path, destination: Path, tokens: Sequence[str]
     present = {piece.piece for piece in model.pieces}
     for token in tokens:
         if token not in present:
-            # A user-defined symbol is always one piece, and nothing merges across it.
+            # A user-defined symbol is always a single piece, and no piece crosses it.
             model.pieces.add(piece=token, score=0.0, type=model.SentencePiece.USER_DEFINED)
     model.trainer_spec.vocab_size = len(model.pieces)
     destination.write_bytes(model.SerializeToString())
@@ -209,10 +209,10 @@ def _add_to_huggingface(source: Path, destination: Path, tokens: Sequence[str]) 
 
 
 def load_huggingface(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder, whose code is not run.
+    """Loads the tokenizer of a Hugging Face folder, without running code from that folder.
 
     Raises:
-        ValueError: It cannot be loaded, or not without its own code.
+        ValueError: The tokenizer cannot be loaded, or only with its own code.
     """
     from transformers import AutoTokenizer
 
@@ -253,13 +253,13 @@ def _template_ids(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _token_id(tokenizer: Any, token: str) -> int | None:
-    """Return the id of a token that is one piece in any text, None if there is none."""
+    """Returns the id of a token that is always a single piece in text, None if there is no such token."""
     ids = {i for i in tokenizer.tokenize(token) if tokenizer.detokenize([i], skip_special_tokens=False) == token}
     return ids.pop() if len(ids) == 1 else None
 
 
 def _special_id(tokenizer: Any, name: str) -> int | None:
-    """Return a tokenizer's special id; libraries say that there is none by -1, None or an error."""
+    """Returns a tokenizer's special id, or None; without one, libraries return -1 or None or raise an error."""
     try:
         token_id = getattr(tokenizer, name)
     except (AttributeError, NotImplementedError):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Add the image tokens to a SentencePiece model, or to a Hugging Face tokenizer's folder, behind the last id.
+"""Add the image tokens to a SentencePiece model, or to the folder of a Hugging Face tokenizer, after the last id.
 
-Every existing id stays what it is; tokens that are there already stay where they are.
+Existing ids do not change; tokens that already exist keep their ids.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_smar.data.tokens import IMAGE_TOKENS, add_tokens
 
 
 def main() -> None:
-    """Run `add_tokens` as a program."""
+    """Runs `add_tokens` as a program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "source", help="SentencePiece model, e.g. Mixtral's tokenizer.model, or folder of a Hugging Face tokenizer"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`megatron-smar-prepare` from a checkout; described by --help and megatron_smar/commands/prepare.py."""
+"""Runs `megatron-smar-prepare` from a checkout; see --help and megatron_smar/commands/prepare.py."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table of the samples that a training run skipped, by reason."""
+"""Print a table of the samples that a training run skipped, by reason."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from megatron_smar.data.rejects import format_rejects, read_reasons
 
 
 def main() -> None:
-    """Print the table of a run's rejected samples, one for each split."""
+    """Prints a table of the run's rejected samples for each split."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="the run's --rejects-dir")
     args = parser.parse_args()
     if not args.directory.is_dir():
-        parser.error(f"{args.directory} is no folder: give a run's --rejects-dir (it is made with the first reject).")
+        parser.error(
+            f"{args.directory} is not a folder: give a run's --rejects-dir (it is created with the first reject)."
+        )
     reasons = read_reasons(args.directory)
     for split in sorted({split for split, _ in reasons}):
-        mine = {key: reason for (of, key), reason in reasons.items() if of == split}
-        print(f"{split}: {len(mine)} samples skipped")
-        print(format_rejects(Counter(mine.values()), {reason: key for key, reason in reversed(mine.items())}))
+        of_split = {key: reason for (name, key), reason in reasons.items() if name == split}
+        print(f"{split}: {len(of_split)} samples skipped")
+        print(format_rejects(Counter(of_split.values()), {reason: key for key, reason in reversed(of_split.items())}))
     if not reasons:
         print("No sample was skipped.")
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Best-fit decreasing over two capacities. megatron_smar/data/packing.py says what it does and checks what is given.
+// Best-fit decreasing over two capacities. megatron_smar/data/packing.py documents it and checks its arguments.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -18,8 +18,8 @@ namespace {
 
 using Array = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 
-// The packs that still have room. A tree over token rooms knows the largest tile room below each of its nodes, so that
-// packs which have no tiles left cost a search nothing: O(log max_tokens) per sample, whatever the data.
+// The packs that still have room. A tree over the packs' token rooms stores the largest tile room below each node, so
+// that a search skips packs without room for tiles: O(log max_tokens) per sample, for any data.
 class OpenPacks {
   public:
     explicit OpenPacks(std::int64_t max_tokens) : levels_(max_tokens + 1) {
@@ -33,13 +33,13 @@ class OpenPacks {
         std::int64_t tile_room;
     };
 
-    // Removes and returns the pack with the least token room that holds the sample; of several the one with the least
-    // tile room, and of those the one that was put here last.
+    // Removes and returns the pack with the least token room that the sample fits into; among several, the pack with
+    // the least tile room; among those, the pack that was put here last.
     std::optional<Pack> take(std::int64_t tokens, std::int64_t tiles) {
         std::size_t node = leaves_ + tokens;
         while (most_tiles_[node] < tiles) {
-            while (node & 1) node /= 2;       // what is right of a right child is right of its parent
-            if (node == 0) return std::nullopt;  // came past the root
+            while (node & 1) node /= 2;       // to the right of a right child is to the right of its parent
+            if (node == 0) return std::nullopt;  // went past the root
             ++node;
         }
         while (node < leaves_) node = 2 * node + (most_tiles_[2 * node] < tiles);
@@ -77,7 +77,7 @@ class OpenPacks {
     }
 
   private:
-    // The packs of one token room and one tile room, a stack through `below_`.
+    // The packs with the same token room and tile room: a stack, linked through `below_`.
     struct Level {
         std::int64_t tile_room;
         std::int32_t top;
@@ -88,7 +88,7 @@ class OpenPacks {
                                 [](const Level &level, std::int64_t value) { return level.tile_room < value; });
     }
 
-    // Tells the tree the largest tile room of a token room.
+    // Updates the tree with the largest tile room of a token room.
     void refresh(std::int64_t room) {
         const auto &levels = levels_[room];
         std::size_t node = leaves_ + room;
@@ -102,13 +102,13 @@ class OpenPacks {
     }
 
     std::size_t leaves_ = 1;
-    std::vector<std::int64_t> most_tiles_;    // by node of the tree; -1: no pack
-    std::vector<std::vector<Level>> levels_;  // by token room, ascending in the tile room
-    std::vector<std::int32_t> below_;         // by pack: the next one down its stack
+    std::vector<std::int64_t> most_tiles_;    // by tree node; -1: no pack
+    std::vector<std::vector<Level>> levels_;  // by token room, in ascending order of tile room
+    std::vector<std::int32_t> below_;         // by pack: the next pack down its stack
     std::vector<std::int64_t> used_;          // token rooms that may have packs
 };
 
-// The places 0 .. size - 1 by descending tokens, equal ones ascending: a radix sort, a byte at a time.
+// Sorts the indices 0 .. size - 1 by descending tokens, ties ascending: a radix sort, one byte per pass.
 void sort_descending(const std::int64_t *tokens, std::int64_t size, std::int64_t max_tokens,
                      std::vector<std::uint32_t> &sorted, std::vector<std::uint32_t> &scratch) {
     sorted.resize(size);
@@ -124,7 +124,7 @@ void sort_descending(const std::int64_t *tokens, std::int64_t size, std::int64_t
     }
 }
 
-// The pack of each sample, numbered as they were opened.
+// Returns the pack of each sample; packs are numbered in the order in which they were opened.
 std::vector<std::int32_t> assign(const std::int64_t *tokens, const std::int64_t *tiles, std::int64_t count,
                                  std::int64_t max_tokens, std::int64_t max_tiles, std::int64_t window) {
     std::vector<std::int32_t> pack_of(count);
@@ -159,7 +159,7 @@ py::tuple pack(const Array &tokens, const Array &tiles, std::int64_t max_tokens,
         auto *order_data = order.mutable_data();
         py::gil_scoped_release released;
         auto pack_of = assign(token_data, tile_data, count, max_tokens, max_tiles, window);
-        // Renumbered by first index, which is the order in which an ascending walk meets them.
+        // Renumbers the packs by their first index, which is the order in which an ascending walk meets them.
         std::vector<std::int32_t> rank(count, -1);
         std::int32_t packs = 0;
         for (auto &pack : pack_of) {
@@ -177,7 +177,7 @@ py::tuple pack(const Array &tokens, const Array &tiles, std::int64_t max_tokens,
     return py::make_tuple(order, Array(static_cast<py::ssize_t>(offsets.size()), offsets.data()));
 }
 
-// Made here in one go: in Python, the garbage collector would walk the growing lists again and again.
+// Built here in one pass: in Python, the garbage collector would traverse the growing lists again and again.
 py::list lists(const Array &order, const Array &offsets) {
     const auto index = order.unchecked<1>();
     const auto bound = offsets.unchecked<1>();
@@ -196,6 +196,6 @@ py::list lists(const Array &order, const Array &offsets) {
 PYBIND11_MODULE(_packing, module) {
     module.doc() = "Best-fit decreasing over two capacities; use megatron_smar.data.packing.";
     module.def("pack", &pack, py::arg("tokens"), py::arg("tiles"), py::arg("max_tokens"), py::arg("max_tiles"),
-               py::arg("window"), "The samples pack by pack, [n], and where each pack begins, [packs + 1].");
-    module.def("lists", &lists, py::arg("order"), py::arg("offsets"), "What pack gives as a list per pack.");
+               py::arg("window"), "The samples pack by pack, [n], and the offset of each pack, [packs + 1].");
+    module.def("lists", &lists, py::arg("order"), py::arg("offsets"), "The result of pack as one list per pack.");
 }

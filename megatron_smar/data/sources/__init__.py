@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of published datasets: each yields records of ours, one at a time."""
+"""Readers of published datasets: each yields records in this project's format, one at a time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ __all__ = ["FORMATS", "Base64Images", "ImageFile", "ImageSlice", "SourceRecord",
 class Format:
     """A published format.
 
-    Args:
-        read: File -> its entries.
-        convert: Entry -> records of ours; with `needs_images`, it is also given the `Base64Images`.
-        needs_images: Images come in files of their own, ``--image-files``, rather than below ``--image-root``.
+    Attributes:
+        read: Reads a file and yields its entries.
+        convert: Converts an entry to records in this project's format; with `needs_images`, it also receives the
+            `Base64Images`.
+        needs_images: Whether the images are in separate files, `--image-files`, instead of below `--image-root`.
     """
 
     read: Callable[[BinaryIO], Iterator[Any]]
@@ -42,12 +43,12 @@ FORMATS: dict[str, Format] = {
 
 
 def read_source(file: BinaryIO, name: str, images: Base64Images | None = None) -> Iterator[SourceRecord | Unreadable]:
-    """Yield the records of one published file.
+    """Yields the records of one published file.
 
     Args:
-        file: The file, opened.
-        name: Its format, one of `FORMATS`.
-        images: The images of a format that has them apart.
+        file: The opened file.
+        name: Name of its format, one of `FORMATS`.
+        images: The images, for formats that have them in separate files.
 
     Raises:
         ValueError: The file is not of that format.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entries of a file of records, one at a time: a published file of 1 GB takes as little memory as a small one.
+"""Reads the entries of a file of records one at a time: a file of 1 GB takes as little memory as a small file.
 
-Python's own JSON decoder reads each entry, so that a list gives the very values that lines do: whole numbers of any
-size, half surrogates as they are, for the check that names them.
+Python's own JSON decoder reads each entry, so that a list gives exactly the same values as JSON lines: integers of any
+size, and lone surrogates unchanged, for the check that reports them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
-_DELIMITERS = tuple(" \t\n\r,:]}")  # what shows that a number has ended
-# What the end of a piece can hide from the decoder: a number, a literal or an escape that continues in the next piece.
+_DELIMITERS = tuple(" \t\n\r,:]}")  # characters that end a number
+# At the end of a chunk, the decoder cannot see whether a number, a literal or an escape continues in the next chunk.
 _LONGEST_TOKEN = 16
 
 
 @dataclass(frozen=True)
 class BrokenEntry:
-    """A line of JSON lines, or an entry of a list, that is no record while those beside it may be.
+    """A line of JSON lines, or an entry of a list, that cannot be read; the other entries may still be valid.
 
-    Args:
+    Attributes:
         reason: Slug by which such entries are counted.
-        message: What is wrong with it, with its number.
+        message: What is wrong with the entry, with its number.
     """
 
     reason: str
@@ -37,14 +37,14 @@ class BrokenEntry:
 
 
 def read_list(file: BinaryIO, member: str | None = None) -> Iterator[Any]:
-    """Yield the entries of a JSON list or of JSON lines; one that is broken by itself is a `BrokenEntry`.
+    """Yields the entries of a JSON list or of JSON lines; an entry that is broken on its own is a `BrokenEntry`.
 
     Args:
-        file: The records, from their beginning.
-        member: The list may also be this first member of a JSON object.
+        file: The file of records, at its start.
+        member: If given, the list may also be the value of this first member of a JSON object.
 
     Raises:
-        ValueError: The file is neither, is broken at some place, or holds no entry.
+        ValueError: The file is neither, is broken somewhere, or has no entries.
     """
     start = _start(file)
     if start.startswith(b"["):
@@ -62,10 +62,10 @@ def read_list(file: BinaryIO, member: str | None = None) -> Iterator[Any]:
 
 
 def read_members(file: BinaryIO, member: str) -> Iterator[tuple[str, Any]]:
-    """Yield the names and values of the JSON object that is `member` of the file's JSON object.
+    """Yields the names and values of the JSON object that is `member` of the file's JSON object.
 
     Raises:
-        ValueError: The file is not like that, or is broken at some place.
+        ValueError: The file does not have this form, or is broken somewhere.
     """
     _start(file)
     what = f"a JSON object with an object `{member}`"
@@ -80,7 +80,7 @@ def read_members(file: BinaryIO, member: str) -> Iterator[tuple[str, Any]]:
 
 
 def _find_member(text: _Text, member: str) -> Iterator[None]:
-    """Stop once at the value of `member` of the file's object, which the caller reads; run over all other members."""
+    """Yields once, at the value of `member` of the file's object, which the caller reads; skips all other members."""
     for name in _names(text):
         if name == member:
             yield
@@ -90,7 +90,7 @@ def _find_member(text: _Text, member: str) -> Iterator[None]:
 
 
 def _names(text: _Text) -> Iterator[str]:
-    """Yield the names of an object; the caller reads the value behind each."""
+    """Yields the names of an object; the caller reads the value after each name."""
     text.expect("{")
     if text.skip("}"):
         return
@@ -106,7 +106,7 @@ def _names(text: _Text) -> Iterator[str]:
 
 
 def _read_array(text: _Text) -> Iterator[Any]:
-    """Yield the values of a list behind its bracket."""
+    """Yields the values of a list, after its opening bracket."""
     if text.skip("]"):
         raise ValueError("it is an empty list" if text.what == "a JSON list" else f"it is {text.what} that is empty")
     while True:
@@ -120,66 +120,66 @@ def _read_array(text: _Text) -> Iterator[Any]:
 
 
 class _Text:
-    """A JSON text of which a piece is in memory.
+    """A JSON text of which one chunk at a time is in memory.
 
     Args:
-        file: Where it comes from.
-        what: What the file is taken for, for messages.
+        file: The file of the text.
+        what: What the file is expected to be, for messages.
     """
 
     def __init__(self, file: BinaryIO, what: str) -> None:
         self.what = what
-        self.count = 0  # of the entry that is read, from 1
-        self.twice: str | None = None  # a key that stands twice in one object of the last value
+        self.count = 0  # number of the current entry, from 1
+        self.twice: str | None = None  # a key that appears twice in one object of the last value
         self._file, self._decoder = file, codecs.getincrementaldecoder("utf-8")()
         self._text, self._at, self._bytes = "", 0, file.tell()
-        self._line, self._column = 1, 1  # of the first character that is held
+        self._line, self._column = 1, 1  # of the first character in memory
         self._is_all, self._is_broken, self._ends_with = False, False, "the file ends here"
         self._parse = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
 
-    def skip(self, sign: str) -> bool:
-        """Step over a sign, if it is what comes next."""
-        found = self._next() == sign
+    def skip(self, char: str) -> bool:
+        """Skips a character if it comes next; returns whether it did."""
+        found = self._next() == char
         self._at += found
         return found
 
-    def expect(self, sign: str) -> None:
-        """Step over a sign, or say that it is missing."""
-        if not self.skip(sign):
-            self.fail(f"{sign!r} is missing" if self._next() else self._ends_with)
+    def expect(self, char: str) -> None:
+        """Skips a character, or raises an error if it is missing."""
+        if not self.skip(char):
+            self.fail(f"{char!r} is missing" if self._next() else self._ends_with)
 
     def expect_end(self) -> None:
-        """Say so if there is more."""
+        """Raises an error if there is more text."""
         if self._next():
             self.count = 0
             self.fail("more text follows its end")
 
     def value(self) -> Any:
-        """Read the value that comes next."""
+        """Reads the value that comes next."""
         self._next()
         while True:
             self.twice, start = None, self._at
             try:
                 value, end = self._parse(self._text, start)
             except json.JSONDecodeError as error:
-                # A string, or a word at the very end, may go on in the next piece; all else is broken.
-                may_go_on = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_TOKEN
-                if not may_go_on or not self._read():
+                # A string, or a token at the end of the chunk, may continue in the next chunk; the rest is broken.
+                may_continue = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_TOKEN
+                if not may_continue or not self._read():
                     self._at += error.pos - start
-                    is_end = may_go_on and (self._is_broken or self._at >= len(self._text.rstrip()))
+                    is_end = may_continue and (self._is_broken or self._at >= len(self._text.rstrip()))
                     self.fail(self._ends_with if is_end else error.msg)
             except RecursionError:
                 self.fail("it is nested too deeply")
-            except ValueError as error:  # a number of thousands of digits
+            except ValueError as error:  # a number with thousands of digits
                 self.fail(str(error))
             else:
-                may_go_on = end > len(self._text) - _LONGEST_TOKEN and self._text[end : end + 1] not in _DELIMITERS
-                if not may_go_on or not self._read():
+                may_continue = end > len(self._text) - _LONGEST_TOKEN and self._text[end : end + 1] not in _DELIMITERS
+                if not may_continue or not self._read():
                     self._at += end - start
                     return value
 
     def fail(self, message: str) -> NoReturn:
-        """Say what is wrong where.
+        """Raises an error with the place in the file.
 
         Raises:
             ValueError: Always.
@@ -195,14 +195,14 @@ class _Text:
         return found
 
     def _place(self) -> tuple[int, int]:
-        """Line and column of what comes next, from 1."""
+        """Returns the line and the column of the next character, from 1."""
         newlines = self._text.count("\n", 0, self._at)
         if newlines:
             return self._line + newlines, self._at - self._text.rfind("\n", 0, self._at)
         return self._line, self._column + self._at
 
     def _next(self) -> str:
-        """Return the character that comes next, behind any space; nothing at the end."""
+        """Returns the next character after whitespace, "" at the end."""
         while True:
             self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text):
@@ -211,7 +211,7 @@ class _Text:
                 return ""
 
     def _read(self) -> bool:
-        """Add a piece of the file, as large as what is held, so that a large entry is not begun too often."""
+        """Reads a chunk, as large as the text in memory, so that a large entry is not parsed again too often."""
         if self._is_all:
             return False
         data = self._file.read(max(_CHUNK, len(self._text) - self._at))
@@ -236,13 +236,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def key_twice(pairs: list[tuple[str, Any]]) -> str:
-    """Return the first name that stands twice in an object, of which Python's decoder takes the last."""
+    """Returns the first key that appears twice in an object; Python's decoder would keep the last value."""
     names = [name for name, _ in pairs]
     return next(name for name in names if names.count(name) > 1)
 
 
 def _start(file: BinaryIO) -> bytes:
-    """Leave the file behind a byte order mark; return what comes next, without space in front."""
+    """Skips a byte order mark; returns the start of the text after it, without leading whitespace."""
     start = file.read(4096)
     if start.startswith(_UTF16_MARKS):
         raise ValueError("it is UTF-16, not UTF-8")

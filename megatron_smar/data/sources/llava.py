@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA's format, in which most mixtures are published.
 
-A JSON list (or JSON lines) of ``{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}``. ``image`` is
-a path below the image root, a list of them, or absent for text; ``images`` is read in its place, and ``system`` as a
-first turn from system. It is followed by:
+A JSON list (or JSON lines) of `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}`. `image` is
+a path below the image root, a list of such paths, or absent for text; `images` is accepted instead of it, and `system`
+is read as a first turn from system. Published in this format:
 
-- LLaVA-1.5-558k and LLaVA-mix-665k: ``blip_laion_cc_sbu_558k.json`` (liuhaotian/LLaVA-Pretrain) and
-  ``llava_v1_5_mix665k.json`` (liuhaotian/LLaVA-Instruct-150K), described in github.com/haotian-liu/LLaVA,
+- LLaVA-1.5-558k and LLaVA-mix-665k: `blip_laion_cc_sbu_558k.json` (liuhaotian/LLaVA-Pretrain) and
+  `llava_v1_5_mix665k.json` (liuhaotian/LLaVA-Instruct-150K), described in github.com/haotian-liu/LLaVA,
   docs/Finetune_Custom_Data.md and README.md.
-- What MoE-LLaVA published for its own training (github.com/PKU-YuanGroup/MoE-LLaVA, docs/TRAIN.md):
-  ``llava_image_.json``, ``llava_image_tune_.json``, ``svit_tune_157k.json``, ``lvis_tune_220k_.json``,
-  ``lrv_tune_331k.json``, ``la_tune_256k.json`` and ``nlp_tune.json`` (text only). A ``video`` is refused.
-- SVIT's ``format/llava-v1.5`` and LVIS-Instruct4V's ``lvis_instruct4v_220k.json`` (X2FD/LVIS-Instruct4V).
+- The files that MoE-LLaVA published for its training (github.com/PKU-YuanGroup/MoE-LLaVA, docs/TRAIN.md):
+  `llava_image_.json`, `llava_image_tune_.json`, `svit_tune_157k.json`, `lvis_tune_220k_.json`,
+  `lrv_tune_331k.json`, `la_tune_256k.json` and `nlp_tune.json` (text only). A `video` is refused.
+- SVIT's `format/llava-v1.5` and LVIS-Instruct4V's `lvis_instruct4v_220k.json` (X2FD/LVIS-Instruct4V).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from megatron_smar.data.sources.records import ImageFile, SourceRecord
 
 
 def convert(entry: Any) -> Iterator[SourceRecord]:
-    """Yield the one record of an entry of LLaVA's format.
+    """Yields the one record of an entry of LLaVA's format.
 
     Raises:
-        SampleError: ``bad_record``, ``unsupported_key``, ``image_without_answer`` or ``image_in_answer``.
+        SampleError: `bad_record`, `unsupported_key`, `image_without_answer` or `image_in_answer`.
     """
     if not isinstance(entry, dict):
         yield SourceRecord(entry)
@@ -50,9 +50,9 @@ def convert(entry: Any) -> Iterator[SourceRecord]:
 
 
 def convert_lvis(entry: Any) -> Iterator[SourceRecord]:
-    """Yield the one record of an entry of LVIS-Instruct4V.
+    """Yields the one record of an entry of LVIS-Instruct4V.
 
-    Its paths are ``coco/train2017/...``; a COCO folder as image root will do too.
+    Its paths are `coco/train2017/...`; the image root may also be the COCO folder itself.
 
     Raises:
         SampleError: As `convert`.
@@ -64,13 +64,16 @@ def convert_lvis(entry: Any) -> Iterator[SourceRecord]:
 
 
 def _without_loose_ends(turns: Any) -> list[Any] | None:
-    """Return the turns without an answer that nothing asked for and a question without an answer; None if all is well.
+    """Removes an answer without a question at the start and a question without an answer at the end.
 
-    LLaVA-mix's ShareGPT part has such conversations. LLaVA's train.py leaves out a first turn that is not human, and
-    masks a last question, which has nothing to learn behind it.
+    The ShareGPT part of LLaVA-mix has such conversations. LLaVA's train.py drops a first turn that is not human, and
+    masks a last question, which has no answer to learn.
+
+    Returns:
+        The remaining turns, or None if there is nothing to remove.
 
     Raises:
-        SampleError: ``image_without_answer`` or ``image_in_answer``: a picture would go with such a turn.
+        SampleError: `image_without_answer` or `image_in_answer`: an image would be removed with such a turn.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return None

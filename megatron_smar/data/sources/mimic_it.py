@@ -3,13 +3,13 @@
 
 Follows github.com/Luodian/Otter, docs/mimicit_format.md, mimic-it/README.md and mimic-it/convert-it:
 
-- ``LA_instructions.json``: ``{"meta": ..., "data": {ID: {"instruction", "answer", "image_ids", "rel_ins_ids"}}}``.
-- ``LA.json``: ``{IMAGE_ID: BASE64, ...}``. Otter's newer Parquet files hold the same strings.
+- `LA_instructions.json`: `{"meta": ..., "data": {ID: {"instruction", "answer", "image_ids", "rel_ins_ids"}}}`.
+- `LA.json`: `{IMAGE_ID: BASE64, ...}`. Otter's newer Parquet files contain the same strings.
 
-Each instruction becomes one record with all its images in front, as Otter reads it where no ``*_train.json`` is given:
-``rel_ins_ids``, the examples for in-context learning, are then not used. The paper's 256k match LLaVA's conversations,
-one question each (``LACONV_instructions.json``). Their image ids are ``LA_00_IMG_...``, those that convert-it writes
-are ``LA_IMG_...``: both are found.
+Each instruction becomes one record that starts with all of its images, as Otter reads it without a `*_train.json`:
+`rel_ins_ids`, the examples for in-context learning, are not used. The paper's 256k records match LLaVA's conversations
+with one question each (`LACONV_instructions.json`). Their image ids are `LA_00_IMG_...`, and the ids that convert-it
+writes are `LA_IMG_...`; both are found.
 """
 
 from __future__ import annotations
@@ -31,20 +31,19 @@ _CLOSING = re.compile(rb'"\s*(?:\]\s*)?([,}])')
 
 
 class Base64Images:
-    """Where the images of JSON files ``{IMAGE_ID: BASE64, ...}`` lie; the files are run over once and never held.
+    """The places of the images in JSON files `{IMAGE_ID: BASE64, ...}`.
 
-    About 250 bytes of memory for an image.
+    The files are scanned once and not kept in memory; each image takes about 250 bytes.
 
     Args:
         paths: The files.
-        advance: Called with the number of bytes that have been run over.
+        advance: Called with the number of bytes that have been scanned since the last call.
 
     Raises:
-        ValueError: A file cannot be read, or is not like that.
+        ValueError: A file cannot be read, or does not have this form.
     """
 
     def __init__(self, paths: Iterable[str | Path], advance: Callable[[int], Any] = lambda _: None) -> None:
-        """Find all images."""
         self._places: dict[str, tuple[str, int, int]] = {}
         for path in map(str, paths):
             position = 0
@@ -54,31 +53,31 @@ class Base64Images:
                 position = end
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Returns the number of images."""
         return len(self._places)
 
     def find(self, image_id: str) -> ImageSlice | None:
-        """Return where an image lies, None if it is nowhere."""
+        """Returns the place of an image, None if it is in none of the files."""
         place = self._places.get(_plain_id(image_id))
         return None if place is None else ImageSlice(*place)
 
 
 def convert(entry: tuple[str, Any], images: Base64Images) -> Iterator[SourceRecord]:
-    """Yield the one record of an instruction.
+    """Yields the one record of an instruction.
 
     Args:
         entry: The instruction's id and content.
-        images: Where the images are.
+        images: Places of the images.
 
     Raises:
-        SampleError: ``bad_record``, ``unsupported_key`` or ``missing_image``.
+        SampleError: `bad_record`, `unsupported_key` or `missing_image`.
     """
     name, content = entry
     if not isinstance(content, dict):
-        raise SampleError("bad_record", "the instruction is no JSON object")
+        raise SampleError("bad_record", "the instruction is not a JSON object")
     image_ids = content.get("image_ids") or []
     if not isinstance(image_ids, list) or not all(isinstance(image_id, str) for image_id in image_ids):
-        raise SampleError("bad_record", "`image_ids` is no list of ids")
+        raise SampleError("bad_record", "`image_ids` is not a list of ids")
     slices = tuple(images.find(image_id) for image_id in image_ids)
     found = tuple(image for image in slices if image is not None)
     if len(found) < len(image_ids):
@@ -96,7 +95,7 @@ def _plain_id(image_id: str) -> str:
 
 
 def _find_strings(path: str) -> Iterator[tuple[str, int, int]]:
-    """Yield each image's id and where its string begins and ends."""
+    """Yields each image's id, and the start and end of its base64 string in bytes."""
     if path.endswith(".parquet"):
         raise ValueError(
             f"--image-files {path} is Parquet: write it as JSON {{IMAGE_ID: BASE64}} first, e.g. with "

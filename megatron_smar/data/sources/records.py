@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reader makes of one published record: a record of ours, and where its images are."""
+"""The result of reading a published record: a record in this project's format, and the places of its images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_smar.data.conversations import IMAGE_TAG
 class ImageFile:
     """An image file below the image root.
 
-    Args:
-        paths: Where it may lie; the first path that exists is taken, since archives are unpacked in several ways.
+    Attributes:
+        paths: Possible paths; the first path that exists is used, because archives are unpacked in different ways.
     """
 
     paths: tuple[str, ...]
@@ -25,10 +25,10 @@ class ImageFile:
 class ImageSlice:
     """An image as a base64 string inside a large file.
 
-    Args:
+    Attributes:
         file: The large file.
-        offset: Where the string begins, in bytes.
-        length: Its length in bytes.
+        offset: Start of the string, in bytes.
+        length: Length of the string, in bytes.
     """
 
     file: str
@@ -40,11 +40,11 @@ class ImageSlice:
 class SourceRecord:
     """One record, not checked yet.
 
-    Args:
-        data: What becomes the sample's ``.json``: ``{"id", "conversations" or "text", ...}``.
-        images: Its images, in the order of the ``<image>`` tags.
-        trimmed: Turns that were left out of it.
-        unread: Keys of the published entry that hold something which is not read (`check_keys`).
+    Attributes:
+        data: Content of the sample's `.json`: `{"id", "conversations" or "text", ...}`.
+        images: The record's images, in the order of the `<image>` tags.
+        trimmed: Number of turns that were removed from the record.
+        unread: Keys of the published entry that are not empty and not read (`check_keys`).
     """
 
     data: Any
@@ -55,12 +55,12 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A published entry of which no record of ours can be made.
+    """A published entry that cannot be converted to a record.
 
-    Args:
+    Attributes:
         data: The entry.
         reason: Slug by which such entries are counted.
-        message: What is wrong with it.
+        message: What is wrong with the entry.
     """
 
     data: Any
@@ -70,9 +70,9 @@ class Unreadable:
 
 
 def talk(turns: Sequence[tuple[Any, Any]], num_images: int) -> list[dict[str, Any]]:
-    """Return questions and their answers as turns, with the images in front of the first question.
+    """Returns questions and answers as turns, with the image tags before the first question.
 
-    What is not text stays as it is, for the check that names it.
+    Values that are not text are kept, for the check that reports them.
     """
     conversations = []
     for number, (question, answer) in enumerate(turns):

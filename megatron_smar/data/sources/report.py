@@ -15,12 +15,12 @@ from megatron_smar.data.fields import counted
 class SplitReport:
     """What became of one split's records.
 
-    Args:
+    Attributes:
         kept: Samples in the shards.
         images: Images in the shards.
-        trimmed: Samples from which a turn was left out: an answer that nothing asked for, a question without answer.
-        unread: Key that is not read and not known -> number of samples in which it holds something.
-        rejected: Reason -> number of records that were left out.
+        trimmed: Samples from which a turn was removed: an answer without a question, or a question without an answer.
+        unread: Key that is not read and not known -> number of samples in which it is not empty.
+        rejected: Reason -> number of records that were skipped.
     """
 
     kept: int = 0
@@ -31,12 +31,12 @@ class SplitReport:
 
     @classmethod
     def from_json(cls, report: Mapping[str, Any]) -> SplitReport:
-        """Take a report back from JSON."""
+        """Restores a report from JSON."""
         counters = {name: Counter(report[name]) for name in ("unread", "rejected")}
         return cls(**{**report, **counters})
 
     def add(self, note: Mapping[str, Any]) -> None:
-        """Add what became of one shard's records (`write_shard`)."""
+        """Adds the counts of one shard's records, as `write_shard` wrote them."""
         self.kept += note["kept"]
         self.images += note["images"]
         self.trimmed += note["trimmed"]
@@ -45,7 +45,7 @@ class SplitReport:
 
 
 def format_report(reports: Mapping[str, SplitReport]) -> str:
-    """Return a table of what was kept and, by reason, what was not; below it the keys that were not read."""
+    """Returns a table of the kept and, by reason, the skipped records, followed by the keys that were not read."""
     reasons = sorted({reason for report in reports.values() for reason in report.rejected})
     rows = [["split", "kept", "images", "trimmed", "left out", *reasons]]
     for split, report in reports.items():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards of records: the work folder from which they are written, and how one is written.
+"""Writes shards of records from the work folder.
 
-A shard is there either whole or not at all, and the note of what became of its records follows it. So a run that is
-killed goes on with the shards that have no note.
+A shard is written atomically, followed by a note that says what became of its records. A run that was killed therefore
+continues with the shards that have no note.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ WORK = ".prepare"
 class Shard:
     """One shard to be written.
 
-    Args:
-        split: ``train`` or ``val``.
-        kind: ``image``, ``text`` or, where both are in it, ``shard``.
-        number: Its number among those of its split and kind.
-        offset: Where its records begin in the work folder's file of that split and kind.
-        count: How many they are, those to be left out included.
+    Attributes:
+        split: `train` or `val`.
+        kind: `image`, `text` or, if it contains both, `shard`.
+        number: The shard's number among the shards of its split and kind.
+        offset: Start of the shard's records in the work folder's file of that split and kind, in bytes.
+        count: Number of records, including those that will be skipped.
     """
 
     split: str
@@ -48,22 +48,22 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Its path in the output folder."""
+        """The shard's path in the output folder."""
         return f"{self.split}/{self.kind}-{self.number:06d}.tar"
 
     @property
     def records(self) -> str:
-        """The work folder's file of its records."""
+        """The file in the work folder that contains the shard's records."""
         return f"{self.split}-{self.kind}.jsonl"
 
     @property
     def note(self) -> str:
-        """The work folder's file that says what became of it; it is there once the shard is complete."""
+        """The file in the work folder that says what became of the records; it exists once the shard is complete."""
         return f"done/{self.split}-{self.kind}-{self.number:06d}.json"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there either whole or not at all."""
+    """Writes a file atomically: it exists either completely or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -73,17 +73,26 @@ def write_whole(path: Path, text: str) -> None:
 
 
 class RecordFile:
-    """The work folder's file of one split and kind: a line for each record, and where each shard's lines begin."""
+    """The work folder's file of one split and kind, with a line for each record.
+
+    Args:
+        work: The work folder.
+        split: `train` or `val`.
+        kind: `image`, `text` or `shard`, as in `Shard`.
+        size: Number of records per shard.
+
+    Attributes:
+        shards: The shards, with the place of their lines in the file.
+    """
 
     def __init__(self, work: Path, split: str, kind: str, size: int) -> None:
-        """Begin the file."""
         self._size = size
         self._first = Shard(split, kind, 0, 0, 0)
         self._file = (work / self._first.records).open("wb")
         self.shards: list[Shard] = []
 
     def add(self, key: str, record: SourceRecord | Unreadable) -> None:
-        """Add one record, under the key that its sample will have."""
+        """Adds a record, with the key that its sample will have."""
         if not self.shards or self.shards[-1].count == self._size:
             offset = self._file.tell()
             self.shards.append(dataclasses.replace(self._first, number=len(self.shards), offset=offset))
@@ -92,17 +101,20 @@ class RecordFile:
         self._file.write(json.dumps(line).encode() + b"\n")
 
     def close(self) -> None:
-        """End the file."""
+        """Closes the file."""
         self._file.close()
 
 
 def write_shard(output: Path, image_root: Path, shard: Shard) -> int:
-    """Write one shard, then the note of what became of its records; return how many those are.
+    """Writes one shard, then the note that says what became of its records.
 
     Args:
-        output: The output folder, with the work folder in it.
+        output: The output folder, which contains the work folder.
         image_root: Folder that image paths start from.
         shard: The shard.
+
+    Returns:
+        The number of the shard's records, skipped ones included.
     """
     report: dict[str, Any] = {"kept": 0, "images": 0, "trimmed": 0, "unread": Counter(), "rejected": []}
     partial = output / WORK / "partial" / f"{shard.split}-{shard.kind}-{shard.number}-{os.getpid()}.tar"
@@ -128,7 +140,7 @@ def _read_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
 
 
 def _write_sample(tar: TarWriter, line: dict[str, Any], image_root: Path, report: dict[str, Any]) -> None:
-    """Write one record as a sample, or note why it is left out."""
+    """Writes a record as a sample, or notes why it is skipped."""
     try:
         if "reason" in line:
             raise SampleError(line["reason"], line["message"])
@@ -145,12 +157,12 @@ def _write_sample(tar: TarWriter, line: dict[str, Any], image_root: Path, report
 
 
 def _id(data: Any) -> str:
-    """Return what a record, or an entry of a published file, is called in it."""
+    """Returns the id of a record, or of an entry of a published file."""
     return str(data.get("id", data.get("image_id", ""))) if isinstance(data, dict) else ""
 
 
 def _read_members(line: dict[str, Any], image_root: Path) -> dict[str, bytes]:
-    """Check a record and its images; return a sample's members, ``json``, ``0.jpg``, ``1.png``, ..."""
+    """Checks a record and its images; returns the sample's members, `json`, `0.jpg`, `1.png`, ..."""
     record_segments(line["data"], TEMPLATES["mistral"], len(line["images"]))
     try:
         members = {"json": json.dumps(line["data"], ensure_ascii=False).encode()}
@@ -166,10 +178,10 @@ def _read_members(line: dict[str, Any], image_root: Path) -> dict[str, bytes]:
 
 
 def read_picture(place: dict[str, Any], image_root: Path) -> tuple[bytes, str]:
-    """Return an image's bytes and its suffix, decoded once: a damaged one would be found by every run that reads it.
+    """Returns an image's bytes and suffix, after decoding it once to keep damaged images out of the shards.
 
     Raises:
-        SampleError: It is not there, or damaged; the message names it.
+        SampleError: The image does not exist, or is damaged; the message names it.
     """
     data, suffix, name = _read_slice(place) if "offset" in place else _read_file(image_root, place["paths"])
     try:
@@ -180,7 +192,7 @@ def read_picture(place: dict[str, Any], image_root: Path) -> tuple[bytes, str]:
 
 
 def _read_file(image_root: Path, paths: list[str]) -> tuple[bytes, str, str]:
-    """Return the first of the files that exists, its suffix, and what a message calls it."""
+    """Returns the content of the first file that exists, its suffix, and its name for messages."""
     for path in paths:
         if not _is_below(image_root, path):
             raise SampleError("unsafe_path", f"{path!r} leads out of the image root")
@@ -196,10 +208,10 @@ def _read_file(image_root: Path, paths: list[str]) -> tuple[bytes, str, str]:
 
 
 def _is_below(root: Path, path: str) -> bool:
-    """Return whether a path stays below the image root, links aside."""
+    """Returns whether a path stays below the image root; symbolic links are not resolved."""
     if "\0" in path:
         return False
-    if ".." not in path and not os.path.isabs(path):  # nearly all
+    if ".." not in path and not os.path.isabs(path):  # the common case
         return True
     top = os.path.abspath(root)
     return os.path.commonpath([top, os.path.abspath(os.path.join(top, path))]) == top
@@ -211,10 +223,10 @@ def _suffix(path: str) -> str:
 
 
 def _read_slice(place: dict[str, Any]) -> tuple[bytes, str, str]:
-    """Return an image that is a base64 string in a larger file, in either of base64's alphabets, padded or not."""
+    """Reads an image that is a base64 string in a larger file, in either base64 alphabet, with or without padding."""
     with open(place["file"], "rb") as file:
         file.seek(place["offset"])
-        # JSON may write a slash behind a backslash, and pandas does.
+        # JSON may escape a slash with a backslash, and pandas does.
         text = file.read(place["length"]).translate(bytes.maketrans(b"-_", b"+/"), b"\\").rstrip(b"=")
     name = f"the image at byte {place['offset']:,} of {place['file']}"
     try:

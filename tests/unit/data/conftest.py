@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real tokenizers, pictures and shards for the data tests."""
+"""Real tokenizers, images and shards for the data tests."""
 
 import gc
 import importlib.resources
@@ -33,7 +33,7 @@ Which colour is it? It is blue, not green. Where is the bird? The bird is in the
 
 
 def train_sentencepiece(path: Path, **options: Any) -> Path:
-    """Train a SentencePiece model with Mixtral's settings on this file's text."""
+    """Trains a SentencePiece model with Mixtral's settings on this file's text."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines() * 4),
         model_writer=(stream := io.BytesIO()),
@@ -57,7 +57,7 @@ CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 
 def train_byte_level(folder: Path) -> Path:
-    """Train a byte-level BPE with Qwen's settings on this file's text, as a folder that transformers reads."""
+    """Trains a byte-level BPE with Qwen's settings on this file's text; writes a folder that transformers reads."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,12 +74,12 @@ def train_byte_level(folder: Path) -> Path:
 
 
 def train_llama_like(folder: Path, more: Sequence[str] = (), prefix: str = "Prepend") -> Path:
-    """Train a BPE with bytes to fall back on and a space put in front, as Llama's and Mixtral's `tokenizer.json`.
+    """Trains a BPE with byte fallback and a leading space, like Llama's and Mixtral's `tokenizer.json`.
 
     Args:
-        folder: Where to write it.
-        more: Further pieces, which are made of their characters one by one.
-        prefix: What puts the space in front: the normaliser Prepend, or Metaspace with one of its schemes.
+        folder: Folder to write.
+        more: Further pieces, each merged from its characters one by one.
+        prefix: What adds the leading space: the normalizer "Prepend", or Metaspace with this prepend scheme.
     """
     before = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe = Tokenizer(models.BPE())
@@ -109,7 +109,7 @@ def train_llama_like(folder: Path, more: Sequence[str] = (), prefix: str = "Prep
 
 
 def load_huggingface(folder: Path, tokens: Sequence[str] = IMAGE_TOKENS) -> MegatronTokenizer:
-    """Load a folder as Megatron's build_tokenizer does for --tokenizer-type HuggingFaceTokenizer."""
+    """Loads a folder as Megatron's build_tokenizer does for --tokenizer-type HuggingFaceTokenizer."""
     return MegatronTokenizer.from_pretrained(
         tokenizer_path=str(folder), metadata_path={"library": "huggingface"}, additional_special_tokens=list(tokens)
     )
@@ -124,12 +124,12 @@ MISTRAL_MODELS = {
 
 
 def mixtral_model(version: str = "v1") -> Path:
-    """Mistral's own tokenizer.model, which mistral-common carries; v1 is Mixtral 8x7B's."""
+    """Returns the path of Mistral's tokenizer.model from mistral-common; v1 is Mixtral 8x7B's."""
     return Path(str(importlib.resources.files("mistral_common") / "data" / MISTRAL_MODELS[version]))
 
 
 def convert_mistral(version: str, folder: Path) -> Path:
-    """Mistral's own tokenizer as a Hugging Face folder, as transformers converts it."""
+    """Writes Mistral's tokenizer as a Hugging Face folder, converted as transformers does."""
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(mixtral_model(version).read_bytes())
     vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
@@ -142,7 +142,7 @@ def convert_mistral(version: str, folder: Path) -> Path:
 
 
 def load_tokenizer(path: Path) -> MegatronTokenizer:
-    """Load a SentencePiece model as Megatron's build_tokenizer does for --tokenizer-type SentencePieceTokenizer."""
+    """Loads a SentencePiece model as Megatron's build_tokenizer does for --tokenizer-type SentencePieceTokenizer."""
     return MegatronTokenizer.from_pretrained(
         tokenizer_path=str(path),
         metadata_path={"library": "sentencepiece"},
@@ -155,7 +155,7 @@ def load_tokenizer(path: Path) -> MegatronTokenizer:
 
 @pytest.fixture(scope="session", autouse=True)
 def cheap_collection() -> Iterator[None]:
-    """energon collects garbage whenever a loader starts, which takes half a second among all that is imported here."""
+    """Freezes the garbage collector's objects: energon collects whenever a loader starts, which would take 0.5 s."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -163,7 +163,7 @@ def cheap_collection() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model without image tokens and without padding, as Mixtral's."""
+    """A SentencePiece model without image tokens and without a padding token, like Mixtral's."""
     return train_sentencepiece(tmp_path_factory.mktemp("plain") / "tokenizer.model")
 
 
@@ -176,7 +176,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
 
 @pytest.fixture(scope="session")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
-    """Mixtral's tokenizer, with the image tokens and ChatML's behind its own."""
+    """Mixtral's tokenizer, with the image tokens and ChatML's tokens added after its own."""
     path = tmp_path_factory.mktemp("mixtral") / "tokenizer.model"
     add_tokens(mixtral_model(), path, [*IMAGE_TOKENS, *CHATML_TOKENS])
     return load_tokenizer(path)
@@ -190,7 +190,7 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
 
 @pytest.fixture(scope="session")
 def llama_like(tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
-    """A Hugging Face tokenizer like Mixtral's: a space in front of every piece of text, bytes to fall back on."""
+    """A Hugging Face tokenizer like Mixtral's: a space before every piece of text, byte fallback."""
     folder = train_llama_like(tmp_path_factory.mktemp("llama_like"))
     return load_huggingface(folder, [*IMAGE_TOKENS, *CHATML_TOKENS])
 
@@ -202,18 +202,18 @@ def prepare_module() -> ModuleType:
 
 
 def picture(colour: Any = "red", size: tuple[int, int] = (20, 12), kind: str = "PNG", mode: str = "RGB") -> bytes:
-    """A picture file."""
+    """Returns the bytes of an image file."""
     Image.new(mode, size, colour).save(stream := io.BytesIO(), format=kind)
     return stream.getvalue()
 
 
 def talk(*texts: str) -> list[dict[str, str]]:
-    """Turns of a conversation, the user's first."""
+    """Returns the turns of a conversation that starts with the user."""
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 def write_records(folder: Path, count: int, split: str = "train") -> Path:
-    """Records with 0, 1 and 2 pictures, and plain texts, with the pictures in folder/images."""
+    """Writes records with 0, 1 and 2 images, and plain texts, with the images in folder/images."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
     for i in range(count):

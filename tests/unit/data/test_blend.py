@@ -34,8 +34,8 @@ def read(
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory, prepare_module: ModuleType) -> Path:
-    """Sources `a` (30 with an image, 10 texts), `b` (20 with an image, of which every fourth is too long) and `c` (15
-    texts, of three times the weight), and a blend of them."""
+    """A blend of sources: `a` (30 samples with an image, 10 texts), `b` (20 with an image, every fourth too long) and
+    `c` (15 texts, with three times the weight)."""
     root = tmp_path_factory.mktemp("sources")
     (root / "one.png").write_bytes(picture())
     counts = {"a": (30, 10), "b": (20, 0), "c": (0, 15)}
@@ -84,10 +84,10 @@ def test_the_ratio_holds_over_ten_thousand_samples_of_two_ranks(
     total = sum(len(batch.__key__) for batch in batches)
     text_only = sum(batch.num_text_only for batch in batches)
     assert total == 10_000
-    assert abs(text_only / total - 0.025) <= 0.001  # too long samples were left out on the way
+    assert abs(text_only / total - 0.025) <= 0.001  # samples that are too long were skipped
 
 
-def test_no_stretch_of_samples_strays_by_more_than_one(make_config: Make, tokenizer: Any, sources: Path) -> None:
+def test_no_run_of_samples_deviates_by_a_full_sample(make_config: Make, tokenizer: Any, sources: Path) -> None:
     config = make_config(**settings(sources, text_only_ratio=0.3, micro_batch_size=1))
     kinds = [batch.num_text_only for batch in read(config, tokenizer, 300)]
     for begin in range(0, 290, 7):
@@ -96,11 +96,11 @@ def test_no_stretch_of_samples_strays_by_more_than_one(make_config: Make, tokeni
             assert abs(sum(stretch) - 0.3 * len(stretch)) < 1
 
 
-def test_within_each_kind_the_blends_weights_stay(make_config: Make, tokenizer: Any, sources: Path) -> None:
+def test_the_blends_weights_hold_within_each_kind(make_config: Make, tokenizer: Any, sources: Path) -> None:
     config = make_config(**settings(sources, text_only_ratio=0.5, micro_batch_size=50, seq_length=2000))
     rows = [ids for batch in read(config, tokenizer, 60) for ids in batch.input_ids]
     texts = [match[1] for ids in rows if (match := re.search(r"rises, (\d+)", tokenizer.detokenize(ids.tolist())))]
-    # a has the texts 0 to 9 and weight 10 of 55 among the texts, c has 0 to 14 and weight 45.
+    # Among the texts, `a` has the numbers 0 to 9 and weight 10 of 55; `c` has 0 to 14 and weight 45.
     assert len(texts) == len(rows) / 2
     share = sum(int(number) > 9 for number in texts) / len(texts)
     assert abs(share - 45 / 55 * 5 / 15) < 0.05
@@ -138,18 +138,18 @@ def test_shards_whose_kind_is_unknown_are_refused(
         read(make_config(**settings(sources, data_path=str(tmp_path / "a"))), tokenizer, 1)
 
 
-def test_samples_of_a_blend_are_told_apart_by_their_source(
+def test_samples_of_a_blend_are_named_with_their_source(
     make_config: Make, tokenizer: Any, sources: Path, tmp_path: Path
 ) -> None:
-    """Every prepared folder numbers its samples from 0."""
+    """All prepared folders number their samples from 0."""
     config = make_config(**settings(sources, text_only_ratio=None, rejects_dir=str(tmp_path)))
     keys = {key for batch in read(config, tokenizer, 300) for key in batch.__key__}
     assert {key.split("/")[0] for key in keys} == {"a", "b", "c"} and len(keys) == 30 + 10 + 15 + 15
-    named = [json.loads(line)["key"] for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
-    assert sorted(named) == [f"b/train_{i:09d}" for i in range(0, 20, 4)]
+    reported = [json.loads(line)["key"] for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(reported) == [f"b/train_{i:09d}" for i in range(0, 20, 4)]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 2.5])
-def test_a_ratio_that_is_no_share_is_refused(make_config: Make, sources: Path, ratio: float) -> None:
+def test_a_ratio_outside_of_0_to_1_is_refused(make_config: Make, sources: Path, ratio: float) -> None:
     with pytest.raises(ValueError, match="--text-only-ratio"):
         make_config(**settings(sources, text_only_ratio=ratio))

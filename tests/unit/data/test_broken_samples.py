@@ -75,7 +75,7 @@ def exif_turned() -> bytes:
 
 
 def bomb() -> bytes:
-    """A small PNG whose header promises 60000 x 60000 pixels."""
+    """A small PNG whose header gives 60000 x 60000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     good = picture()
     return good[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + good[33:]
@@ -90,15 +90,15 @@ TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
 TURNS = '"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]'
 WHAT = "[INST] <image>\nWhat? [/INST] A thing."
 HI = "[INST] Hi [/INST] Yes"
-# Kind of sample -> (its parts, what is read: the reason it is skipped for, or the text it becomes).
+# Kind of sample -> (its parts, the expected outcome: the reason why it is skipped, or its text).
 SAMPLES: dict[str, tuple[Parts, str]] = {
-    # Pictures that are damaged.
+    # Damaged images.
     "truncated jpeg": (one_image(GRACE[: len(GRACE) // 2], "0.jpg"), "bad_image"),
     "truncated png": (one_image(LOGO[: len(LOGO) // 2]), "bad_image"),
     "zero bytes": (one_image(b""), "bad_image"),
     "no picture at all": (one_image(b"<html>404</html>"), "bad_image"),
     "decompression bomb": (one_image(bomb()), "image_too_large"),
-    # Pictures that are unusual.
+    # Unusual images.
     "jpeg": (one_image(GRACE, "0.jpg"), WHAT),
     "wrong extension": (one_image(LOGO, "0.jpg"), WHAT),
     "no extension": (one_image(LOGO, "0"), WHAT),
@@ -110,7 +110,7 @@ SAMPLES: dict[str, tuple[Parts, str]] = {
     "animated": (one_image(animation(), "0.gif"), WHAT),
     "1 x 1": (one_image(picture(size=(1, 1))), WHAT),
     "1 x 10000": (one_image(picture(size=(1, 10000))), WHAT),
-    # Pictures and tags.
+    # Images and tags.
     "missing image": (text(chat("<image>\nWhat?", "A thing.")), "image_count_mismatch"),
     "one tag too many": ({**one_image(LOGO), "json": chat("<image><image> Hi", "Yes")}, "image_count_mismatch"),
     "one tag too few": ({**one_image(LOGO), "json": chat("Hi", "Yes")}, "image_count_mismatch"),
@@ -119,7 +119,7 @@ SAMPLES: dict[str, tuple[Parts, str]] = {
     "picture without a number": ({"json": chat("<image>", "A"), "png": LOGO}, "bad_record"),
     "two pictures of one number": (one_image(LOGO) | {"0.jpg": GRACE}, "bad_record"),
     "no record": ({"0.png": LOGO}, "bad_record"),
-    # Records that are no conversation.
+    # Records that are not a conversation.
     "empty conversation": (text(chat()), "empty_conversation"),
     "empty answer": (text(chat("Hi", " \n")), "empty_conversation"),
     "empty text": (text(b'{"text": ""}'), "empty_conversation"),
@@ -134,7 +134,7 @@ SAMPLES: dict[str, tuple[Parts, str]] = {
     "a list for a record": (text(b"[1, 2]"), "bad_record"),
     "null for a record": (text(b"null"), "bad_record"),
     "numbers for texts": (text(chat(conversations=[{"from": "human", "value": 1}, TALK[1]])), "bad_record"),
-    # JSON that is none, or more than one.
+    # Invalid JSON, or more than one value.
     "no json": (text(b"{"), "bad_record"),
     "empty json": (text(b""), "bad_record"),
     "trailing text": (text(chat("Hi", "Yes") + b"}"), "bad_record"),
@@ -176,10 +176,10 @@ def raw(parts: Parts, key: str = "k") -> RawSample:
 
 
 def read_back(sample: EncodedSample, tokenizer: MegatronTokenizer) -> tuple[str, list[str]]:
-    """The whole text, with an <image> for each image, and the answers: what is learned, up to each end of sentence."""
+    """Returns the full text, with one <image> per image, and the answers: the targets up to each end of sentence."""
     ids = [int(sample.input_ids[0]), *sample.labels.tolist()]
-    whole = tokenizer.detokenize(ids)
-    whole = re.sub("<img>((?:<IMG_CONTEXT>)+)</img>", "<image>", whole)
+    full = tokenizer.detokenize(ids)
+    full = re.sub("<img>((?:<IMG_CONTEXT>)+)</img>", "<image>", full)
     answers, end = [[]], TextEncoder(tokenizer).image_tokens.end_id
     for token, learned in zip(sample.labels.tolist(), sample.loss_mask.tolist(), strict=True):
         if learned:
@@ -187,17 +187,17 @@ def read_back(sample: EncodedSample, tokenizer: MegatronTokenizer) -> tuple[str,
         if answers[-1] and answers[-1][-1] == tokenizer.eos:
             answers.append([])
     assert answers.pop() == [], "what is learned ends with an end of sentence"
-    return whole, [tokenizer.detokenize([end, *answer]).removeprefix("</img>") for answer in answers]
+    return full, [tokenizer.detokenize([end, *answer]).removeprefix("</img>") for answer in answers]
 
 
 def blank(text: str) -> str:
-    """What SentencePiece reads: its sign for a space is one."""
+    """Replaces SentencePiece's character for a space by a space."""
     return text.replace("▁", " ")
 
 
 def check(sample: EncodedSample, parts: Parts, config: DataConfig, tokenizer: MegatronTokenizer) -> str:
-    """Hold a sample against an independent reading of its record; returns its text."""
-    whole, answers = read_back(sample, tokenizer)
+    """Compares a sample with an independent reading of its record; returns its text."""
+    full, answers = read_back(sample, tokenizer)
     record = json.loads(parts["json"].decode("utf-8-sig"))
     if "conversations" in record:
         turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
@@ -206,23 +206,23 @@ def check(sample: EncodedSample, parts: Parts, config: DataConfig, tokenizer: Me
         pairs = list(zip(turns[::2], turns[1::2], strict=True))
         assert all(user in ("human", "user") and bot in ("gpt", "assistant") for (user, _), (bot, _) in pairs)
         rounds = [f"{question} [/INST] {answer}" for (_, question), (_, answer) in pairs]
-        assert whole == blank("[INST] " + system + " [INST] ".join(rounds))
+        assert full == blank("[INST] " + system + " [INST] ".join(rounds))
         assert answers == [blank(" " + answer) for _, (_, answer) in pairs]
     elif "<image>" in record["text"]:
-        assert whole == blank(record["text"]) and answers == [" " + whole.replace("<image>", "")]
+        assert full == blank(record["text"]) and answers == [" " + full.replace("<image>", "")]
     else:
-        assert whole == blank(record["text"]) and [whole] == [answer.removeprefix(" ") for answer in answers]
+        assert full == blank(record["text"]) and [full] == [answer.removeprefix(" ") for answer in answers]
     files = [parts[name] for name in sorted(parts) if name != "json"]
     context = TextEncoder(tokenizer).image_tokens.context_id
-    assert whole.count("<image>") == len(files) == sample.num_images
+    assert full.count("<image>") == len(files) == sample.num_images
     assert (sample.input_ids == context).sum() == TOKENS_PER_TILE * len(sample.pixel_values)
     tiles = [tile for data in files for tile in ImageProcessor(config.image)(data)]
     assert len(sample.pixel_values) == len(tiles) >= len(files)
-    assert all(map(torch.equal, sample.pixel_values, tiles)), "the pictures are in the order of their numbers"
+    assert all(map(torch.equal, sample.pixel_values, tiles)), "the images are in the order of their numbers"
     assert sample.input_ids.shape == sample.labels.shape == sample.loss_mask.shape
     assert torch.equal(sample.input_ids[1:], sample.labels[:-1]) and len(sample.input_ids) <= config.seq_length
     assert sample.input_ids.min() >= 0 and sample.labels.max() < tokenizer.vocab_size
-    return whole
+    return full
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def config(shards: Path) -> DataConfig:
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
-def test_each_kind_of_sample_is_used_as_it_is_meant_or_skipped_by_name(
+def test_each_kind_of_sample_is_used_correctly_or_skipped_with_its_reason(
     kind: str, config: DataConfig, tokenizer: MegatronTokenizer
 ) -> None:
     parts, expected = SAMPLES[kind]
@@ -248,7 +248,9 @@ def test_each_kind_of_sample_is_used_as_it_is_meant_or_skipped_by_name(
         assert check(encoder.encode(raw(parts)), parts, config, tokenizer) == expected
 
 
-def test_members_that_lead_out_of_the_archive_are_refused(config: DataConfig, tokenizer: MegatronTokenizer) -> None:
+def test_members_that_point_outside_of_the_archive_are_refused(
+    config: DataConfig, tokenizer: MegatronTokenizer
+) -> None:
     encoder = encoder_with(config, tokenizer)
     for key in UNSAFE:
         with pytest.raises(SampleError, match="unsafe_path: the archive's member"):
@@ -258,7 +260,7 @@ def test_members_that_lead_out_of_the_archive_are_refused(config: DataConfig, to
 
 
 def write_archive(folder: Path, samples: dict[str, Parts]) -> Path:
-    """An archive of these samples, indexed by energon for training and for validation."""
+    """Writes an archive of these samples, indexed by energon for training and for validation."""
     folder.mkdir(parents=True)
     with tarfile.open(folder / "0.tar", "w") as tar:
         for key, parts in samples.items():
@@ -276,7 +278,7 @@ def write_archive(folder: Path, samples: dict[str, Parts]) -> Path:
 def read_archive(
     config: DataConfig, tokenizer: MegatronTokenizer, folder: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """One pass over an archive's validation split: key -> text of what was used, key -> reason of what was not."""
+    """Reads an archive's validation split once: key -> text of the used samples, key -> reason of the skipped ones."""
     config = dataclasses.replace(config, data_path=str(folder), rejects_dir=str(folder / "rejects"), max_skip_ratio=1.0)
     loader = build_valid_loader(config, tokenizer, 0, 1, num_batches=10_000)
     texts = {}
@@ -287,7 +289,7 @@ def read_archive(
     return texts, {reject["key"]: reject["reason"] for reject in map(json.loads, lines)}
 
 
-def test_an_archive_of_all_kinds_is_read_to_its_end(
+def test_an_archive_with_all_kinds_of_samples_is_read_completely(
     config: DataConfig, tokenizer: MegatronTokenizer, tmp_path: Path
 ) -> None:
     samples = {kind: parts for kind, (parts, _) in SAMPLES.items()}
@@ -298,7 +300,7 @@ def test_an_archive_of_all_kinds_is_read_to_its_end(
     expected = {kind: outcome for kind, (_, outcome) in SAMPLES.items()}
     assert used == {key: outcome for key, outcome in expected.items() if outcome not in REASONS}
     reasons = {key: outcome for key, outcome in expected.items() if outcome in REASONS}
-    # energon cuts the name of a member at its first dot behind the last slash.
+    # energon splits the name of a member at the first dot after the last slash.
     keys = [key.split(".")[0] if "/" not in key else key for key in UNSAFE]
     assert skipped == reasons | dict.fromkeys(keys, "unsafe_path")
     written = set(tmp_path.rglob("*")) - set(before)
@@ -346,7 +348,7 @@ GOOD: list[Parts] = [
 
 
 def mutate(parts: Parts, rng: random.Random) -> Parts:
-    """One change of bytes, of members or of what the record says."""
+    """Changes the bytes, the members or the content of the record once."""
     parts = dict(parts)
     kinds = [mutate_bytes, mutate_members, mutate_record, mutate_record, mutate_turns, mutate_text, mutate_text]
     return rng.choice(kinds)(parts, rng)
@@ -384,7 +386,7 @@ def mutate_members(parts: Parts, rng: random.Random) -> Parts:
 
 
 def with_record(change: Callable[[Any, random.Random], None]) -> Callable[[Parts, random.Random], Parts]:
-    """A mutation of the parsed record; what cannot be parsed or changed any more is left as it is."""
+    """Makes a mutation of the parsed record; a record that can no longer be parsed or changed is left unchanged."""
 
     def mutation(parts: Parts, rng: random.Random) -> Parts:
         with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
@@ -436,7 +438,7 @@ def mutate_text(record: Any, rng: random.Random) -> None:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End what takes longer, so that a hang shows as a failure."""
+    """Interrupts the block after this time, so that a hang becomes a failure."""
 
     def expire(*_: Any) -> None:
         raise AssertionError(f"took longer than {seconds} s")
@@ -451,7 +453,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def mutants(count: int) -> Iterator[Parts]:
-    """The same ones in every run."""
+    """Yields mutated samples, the same in every run."""
     rng = random.Random(20240611)
     for _ in range(count):
         parts = rng.choice(GOOD)
@@ -461,7 +463,7 @@ def mutants(count: int) -> Iterator[Parts]:
 
 
 def outcome(parts: Parts, encoder: ConversationTaskEncoder, tokenizer: MegatronTokenizer) -> str:
-    """The text of a sample, checked, or the reason it is skipped for."""
+    """Returns the checked text of a sample, or the reason why it is skipped."""
     try:
         sample = encoder.encode(raw(parts))
     except SampleError as error:
@@ -481,11 +483,11 @@ def test_no_mutation_of_good_samples_crashes_hangs_or_is_misread(
         with time_limit(5):
             outcomes.append(outcome(parts, encoder, tokenizer))
     skipped = [reason for reason in outcomes if reason in REASONS]
-    # Otherwise the mutations test little: one side would hardly be reached.
+    # Otherwise the mutations test little: one of the two outcomes would hardly occur.
     assert 300 < len(skipped) < 800 and len(set(skipped)) >= 10
 
 
-def test_a_loader_reads_mutants_as_they_are_read_one_by_one(
+def test_a_loader_reads_mutants_as_they_are_read_individually(
     config: DataConfig, tokenizer: MegatronTokenizer, tmp_path: Path
 ) -> None:
     encoder = encoder_with(config, tokenizer)

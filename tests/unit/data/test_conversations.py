@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Templates against what their models publish, checks, and which tokens are learned."""
+"""Templates compared with what the models' authors publish, checks, and which tokens are training targets."""
 
 import functools
 import hashlib
@@ -38,7 +38,7 @@ from .conftest import convert_mistral, load_huggingface, load_tokenizer, mixtral
 CONTEXT = "<IMG_CONTEXT>"
 SENTENCEPIECE = ["tokenizer", "mixtral"]
 KINDS = [*SENTENCEPIECE, "byte_level", "llama_like"]
-# Tokenizers that lack ChatML's tokens cannot write it.
+# Without ChatML's tokens, a tokenizer cannot be used with its template.
 PAIRS = [(template, kind) for template in TEMPLATES for kind in KINDS if (template, kind) != ("chatml", "tokenizer")]
 
 
@@ -54,7 +54,7 @@ def encode(
 
 
 def marked(tokenizer: MegatronTokenizer, record: dict[str, Any], template: str, lengths: list[int]) -> str:
-    """Tokens of a record, joined, with those to be learned in ⟨⟩."""
+    """Returns the joined tokens of a record, with the targets in ⟨⟩."""
     ids, targets = encode(tokenizer, record, template, lengths)
     vocabulary = tokenizer.vocab
     text = "".join(f"⟨{vocabulary[i]}⟩" if t else vocabulary[i] for i, t in zip(ids, targets, strict=True))
@@ -63,13 +63,13 @@ def marked(tokenizer: MegatronTokenizer, record: dict[str, Any], template: str, 
 
 
 def written(template: str, turns: list[tuple[str, str]], bos: str = "", eos: str = "</s>") -> str:
-    """A conversation as one text, its special tokens by name."""
+    """Renders a conversation as one text, with special tokens by name."""
     names = {EOS: eos, None: ""}
     segments = TEMPLATES[template].render(turns)
     return bos + "".join(segment.text + names.get(segment.special, str(segment.special)) for segment in segments)
 
 
-def test_mistral_learns_answers_and_their_ends_alone(tokenizer: MegatronTokenizer) -> None:
+def test_mistral_learns_only_answers_and_their_end_tokens(tokenizer: MegatronTokenizer) -> None:
     record = {"conversations": talk("<image>\nWhat is it? <image>", "A cat.", "Where?", "There.")}
     assert marked(tokenizer, record, "mistral", [2, 1]) == (
         f"<s> [INST] <img>{CONTEXT * 2}</img>\nWhat is it? <img>{CONTEXT}</img> [/INST]⟨ A cat.</s>⟩"
@@ -86,7 +86,7 @@ def test_mistral_puts_system_text_before_the_first_user_text(tokenizer: Megatron
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], MegatronTokenizer]:
-    """Mistral's own tokenizers with the image tokens, as a SentencePiece model and as a Hugging Face folder."""
+    """Loads Mistral's tokenizers with the image tokens, as a SentencePiece model or as a Hugging Face folder."""
 
     @functools.cache
     def load(version: str, folder: bool) -> MegatronTokenizer:
@@ -102,14 +102,14 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], M
 @functools.cache
 def mistral_common(version: str) -> MistralTokenizer:
     tokenizer = MistralTokenizer.from_file(mixtral_model(version), mode=ValidationMode.finetuning)
-    if version in ("v3", "v7"):  # its own encoder resizes by OpenCV; which tokens a picture has is not compared
+    if version in ("v3", "v7"):  # its own encoder resizes with OpenCV; the tokens of an image are not compared
         picture = ImageEncoding(tokens=[10], image=np.zeros((3, 16, 16)))
         tokenizer.instruct_tokenizer.image_encoder = lambda chunk: picture
     return tokenizer
 
 
 def reference(version: str, turns: list[dict[str, str]]) -> list[int]:
-    """mistral-common's ids of turns, with each picture's block of tokens as one -1."""
+    """Returns mistral-common's ids of turns, with the block of tokens of each image as one -1."""
     tokenizer = mistral_common(version)
     messages: list[Any] = []
     for turn in turns:
@@ -147,7 +147,7 @@ def test_mistrals_conversations_are_encoded_as_by_mistral_common(turns, version:
     ids, targets = tokenize_segments(segments, TextEncoder(tokenizer, template.special_tokens), [])
     assert ids == reference(version, turns)
     assert (3 in ids) == (version != "v1")
-    # What is learned are the answers, each with the end of sentence.
+    # The targets are the answers, each with its end of sentence.
     assert [i for i, target in zip(ids, targets, strict=True) if target].count(2) == sum(
         t["from"] == "gpt" for t in turns
     )
@@ -156,7 +156,7 @@ def test_mistrals_conversations_are_encoded_as_by_mistral_common(turns, version:
 
 WITH_PICTURES = {
     "before": talk("<image>\nWhat?", "A cat."),
-    "behind": talk("What?<image>", "A cat."),
+    "after": talk("What?<image>", "A cat."),
     "between": talk("Here <image> is what?", "A cat."),
     "two": talk("<image>\n<image>\nWhat?", "A cat.", "And <image>", "A dog."),
     "system": [{"from": "system", "value": "Be nice."}, *talk("<image>\nWhat?", "A cat.", "Where?", "There.")],
@@ -166,7 +166,7 @@ WITH_PICTURES = {
 @pytest.mark.parametrize("folder", [False, True], ids=["SentencePiece", "Hugging Face"])
 @pytest.mark.parametrize("version", ["v3", "v7"])
 @pytest.mark.parametrize("turns", WITH_PICTURES.values(), ids=WITH_PICTURES)
-def test_mistrals_pictures_stand_where_mistral_common_puts_them(turns, version: str, folder: bool, mistral) -> None:
+def test_mistrals_images_are_placed_as_by_mistral_common(turns, version: str, folder: bool, mistral) -> None:
     tokenizer = mistral(version, folder)
     template = template_for("mistral", tokenizer)
     encoder = TextEncoder(tokenizer, template.special_tokens)
@@ -184,12 +184,12 @@ def test_plain_keeps_images_and_drops_the_users_text(tokenizer: MegatronTokenize
     )
 
 
-def test_plain_without_images_begins_as_any_text(tokenizer: MegatronTokenizer) -> None:
+def test_plain_without_images_starts_like_any_text(tokenizer: MegatronTokenizer) -> None:
     assert marked(tokenizer, {"conversations": talk("Say it.", "A cat.")}, "plain", []) == "<s>⟨ A cat.</s>⟩"
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
-def test_vita_learns_the_ends_of_answers_but_not_those_of_other_turns(kind: str, request) -> None:
+def test_vita_learns_the_end_tokens_of_answers_but_not_of_other_turns(kind: str, request) -> None:
     turns = [{"from": "system", "value": "Be nice."}, *talk("<image>\nHi", "Yes.", "And?", "No.")]
     assert marked(request.getfixturevalue(kind), {"conversations": turns}, "vita", [1]) == (
         f"<s> system:Be nice.</s>\nuser:<img>{CONTEXT}</img>\nHi</s>\nbot:⟨Yes.</s>⟩\nuser:And?</s>\nbot:⟨No.</s>⟩"
@@ -197,14 +197,14 @@ def test_vita_learns_the_ends_of_answers_but_not_those_of_other_turns(kind: str,
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
-def test_vicuna_learns_answers_and_their_ends_alone(kind: str, request) -> None:
+def test_vicuna_learns_only_answers_and_their_end_tokens(kind: str, request) -> None:
     turns = [{"from": "system", "value": "Be nice."}, *talk("<image>\nHi", "Yes.", "And?", "No.")]
     assert marked(request.getfixturevalue(kind), {"conversations": turns}, "vicuna_v1", [1]) == (
         f"<s> Be nice. USER: <img>{CONTEXT}</img>\nHi ASSISTANT:⟨ Yes.</s>⟩USER: And? ASSISTANT:⟨ No.</s>⟩"
     )
 
 
-def test_chatml_learns_its_end_of_turn_and_no_header(mixtral: MegatronTokenizer) -> None:
+def test_chatml_learns_the_end_of_turn_but_no_header(mixtral: MegatronTokenizer) -> None:
     turns = [{"from": "system", "value": "Be nice."}, *talk("<image>\nHi", "Yes.", "And?", "No.")]
     assert marked(mixtral, {"conversations": turns}, "chatml", [1]) == (
         "<s><|im_start|>system\nBe nice.<|im_end|>\n"
@@ -214,8 +214,8 @@ def test_chatml_learns_its_end_of_turn_and_no_header(mixtral: MegatronTokenizer)
 
 
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
-def test_nothing_but_answers_and_their_ends_is_learned(template: str, kind: str, request) -> None:
-    """Token by token: walks over the ids, and takes from the answers what is marked as learned."""
+def test_only_answers_and_their_end_tokens_are_learned(template: str, kind: str, request) -> None:
+    """Walks over the ids token by token and compares the runs of targets with the answers."""
     tokenizer = request.getfixturevalue(kind)
     answers = ["A cat,  and 🦊.", "Two\n\nlines", "3"]
     turns = talk("<image>\nWhat? ", answers[0], "<image>Über?", answers[1], "<image> <image>", answers[2])
@@ -231,14 +231,14 @@ def test_nothing_but_answers_and_their_ends_is_learned(template: str, kind: str,
     assert len(runs) == 3 and all(run.index(end) == len(run) - 1 for run in runs)
     space = " " if TEMPLATES[template].assistant.startswith(" ") else ""
     for run, answer in zip(runs, answers, strict=True):
-        guarded = [encoder.image_tokens.end_id, *run[:-1]]  # a decoder takes a leading space off
+        guarded = [encoder.image_tokens.end_id, *run[:-1]]  # a decoder strips a leading space
         assert tokenizer.detokenize(guarded) == f"</img>{space}{answer}"
     image = [i for i, token in enumerate(ids) if token in encoder.image_tokens.block(1)]
     assert len(image) == 4 * 2 + 7 and not any(targets[i] for i in image)
 
 
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
-def test_all_of_a_plain_text_is_learned(template: str, kind: str, request) -> None:
+def test_every_token_of_a_plain_text_is_learned(template: str, kind: str, request) -> None:
     tokenizer = request.getfixturevalue(kind)
     ids, targets = encode(tokenizer, {"text": "The sun rises."}, template, [])
     bos = [] if kind == "byte_level" else [tokenizer.bos]
@@ -257,10 +257,10 @@ texts = st.text(
 def test_ids_of_a_conversation_decode_to_its_text(
     turns: list[tuple[str, str]], template: str, kind: str, request
 ) -> None:
-    """Exactly, but for what the tokenizer does to any text.
+    """The text is exact up to what each tokenizer does to any text.
 
-    byte_level normalises it (NFC). llama_like puts a space in front, which SentencePiece does too but takes off again;
-    SentencePiece does not decode the ends of sentences.
+    byte_level normalizes text (NFC). llama_like adds a leading space; SentencePiece does too, but removes it when
+    decoding. SentencePiece does not decode end-of-sentence tokens.
     """
     tokenizer = request.getfixturevalue(kind)
     record = {"conversations": talk(*(text for pair in turns for text in ("<image>" + pair[0], pair[1])))}
@@ -308,28 +308,28 @@ def transformers_tokenizer(byte_level: MegatronTokenizer) -> PreTrainedTokenizer
 
 @pytest.mark.parametrize(("template", "jinja"), [("mistral", MISTRAL), ("chatml", CHATML)])
 @pytest.mark.parametrize(("texts", "system"), CONVERSATIONS)
-def test_templates_write_what_transformers_does(
+def test_templates_render_as_in_transformers(
     texts: list[str], system: str | None, template: str, jinja: str, transformers_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     conversation = messages(texts, system)
     expected = transformers_tokenizer.apply_chat_template(conversation, chat_template=jinja, tokenize=False)
     turns = [(message["role"], message["content"]) for message in conversation]
-    bos = "<s> " if template == "mistral" else ""  # that space is the one SentencePiece puts in front of any text
-    # The newline behind ChatML's last answer is left out.
+    bos = "<s> " if template == "mistral" else ""  # the space that SentencePiece adds before any text
+    # This project leaves out the newline after ChatML's last answer.
     assert written(template, turns, bos=bos) == expected.removesuffix("\n")
 
 
 @pytest.mark.parametrize(("texts", "system"), CONVERSATIONS)
-def test_chatmls_ids_are_those_of_transformers(texts: list[str], system: str | None, byte_level: Any) -> None:
+def test_chatml_ids_equal_those_of_transformers(texts: list[str], system: str | None, byte_level: Any) -> None:
     conversation = messages(texts, system)
-    whole = byte_level.apply_chat_template(conversation, chat_template=CHATML, tokenize=False)
+    full = byte_level.apply_chat_template(conversation, chat_template=CHATML, tokenize=False)
     turns = [{"from": message["role"], "value": message["content"]} for message in conversation]
-    assert encode(byte_level, {"conversations": turns}, "chatml", [])[0] == byte_level.tokenize(whole)[:-1]
+    assert encode(byte_level, {"conversations": turns}, "chatml", [])[0] == byte_level.tokenize(full)[:-1]
 
 
 @pytest.mark.parametrize(("texts", "system"), CONVERSATIONS)
-def test_mistrals_ids_are_those_of_mistral_common(texts: list[str], system: str | None, mixtral: Any) -> None:
-    """Mistral's own library and Mixtral's own vocabulary."""
+def test_mistral_ids_equal_those_of_mistral_common(texts: list[str], system: str | None, mixtral: Any) -> None:
+    """With Mistral's own library and Mixtral's vocabulary."""
     reference = MistralTokenizer.v1()
     reference._chat_completion_request_validator._mode = ValidationMode.finetuning
     classes = {"user": UserMessage, "assistant": AssistantMessage, "system": SystemMessage}
@@ -341,7 +341,7 @@ def test_mistrals_ids_are_those_of_mistral_common(texts: list[str], system: str 
 
 @pytest.mark.parametrize("has_image", [True, False])
 @pytest.mark.parametrize("system", [None, "Be nice."])
-def test_vicuna_and_vita_write_what_their_published_rules_do(system: str | None, has_image: bool) -> None:
+def test_vicuna_and_vita_follow_their_published_rules(system: str | None, has_image: bool) -> None:
     """LLaVA's conv_vicuna_v1 (SeparatorStyle.TWO) and VITA's conv_mixtral_two (SeparatorStyle.MixtralTwo)."""
     texts = ["<image>\nHi" if has_image else "Hi", "Yes.", "And?", "No."]
     turns = [("system", system)] * bool(system) + [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
@@ -357,7 +357,7 @@ def test_vicuna_and_vita_write_what_their_published_rules_do(system: str | None,
     assert written("vita", turns) == f"system:{vita}</s>{rounds}"
 
 
-def test_vitas_system_texts_are_its_own_to_the_letter() -> None:
+def test_vita_system_texts_equal_the_published_texts() -> None:
     """Checksums of conv_mixtral_two.system[0] and [2] in vita/conversation.py at 360de22."""
     template = TEMPLATES["vita"]
     published = {
@@ -368,14 +368,14 @@ def test_vitas_system_texts_are_its_own_to_the_letter() -> None:
         assert hashlib.sha256(text.encode()).hexdigest() == checksum
 
 
-def test_vita_tells_the_model_that_it_sees_an_image_only_where_it_does() -> None:
+def test_vita_mentions_an_image_only_if_there_is_one() -> None:
     with_image, without = (written("vita", [("user", text), ("assistant", "A")]) for text in ("<image>Q", "Q"))
     assert "you are seeing the image, not the video.</s>\nuser:<image>Q" in with_image
     assert "discuss the correct answer with the user.</s>\nuser:Q" in without and "image" not in without
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_an_empty_system_turn_switches_the_default_off(template: str) -> None:
+def test_an_empty_system_turn_disables_the_default(template: str) -> None:
     text = written(template, [("system", ""), ("user", "Q"), ("assistant", "A")])
     expected = {
         "plain": "A</s>",
@@ -401,7 +401,7 @@ def test_a_spelled_out_end_of_turn_cannot_end_a_turn(byte_level: MegatronTokeniz
         encode(byte_level, record, "chatml", [])
 
 
-def test_templates_name_the_tokens_that_the_vocabulary_must_have() -> None:
+def test_templates_list_the_tokens_that_the_vocabulary_must_have() -> None:
     needed = {name: template.special_tokens for name, template in TEMPLATES.items()}
     assert needed.pop("chatml") == ["<|im_end|>", "<|im_start|>"] and not any(needed.values())
     ends = {name: template.end_of_turn for name, template in TEMPLATES.items()}
@@ -423,8 +423,8 @@ BAD = {
     "invalid_unicode ": ({"text": "\udfff"}, 0, "`text` has a lone surrogate"),
     "empty_conversation": ({"conversations": []}, 0, "at least one turn"),
     "empty_conversation ": ({"conversations": talk("Hi", " ")}, 0, "turn 2 is empty"),
-    "empty_conversation  ": ({"text": ""}, 0, "something in it"),
-    "empty_conversation   ": ({"text": 3}, 0, "something in it"),
+    "empty_conversation  ": ({"text": ""}, 0, "`text` is not text, or is empty"),
+    "empty_conversation   ": ({"text": 3}, 0, "`text` is not text, or is empty"),
     "empty_conversation    ": ({"conversations": "Hi"}, 0, "at least one turn"),
     "role_order": ({"conversations": talk("Hi", "Yes", "And?")}, 0, "user, assistant, user"),
     "role_order ": ({"conversations": talk("Hi", "Yes")[::-1]}, 0, "assistant, user"),
@@ -434,7 +434,7 @@ BAD = {
     "image_in_answer": ({"conversations": talk("Hi", "See <image>")}, 1, "turn 2"),
     "bad_record": ({"conversations": [{"from": "human"}]}, 0, "turn 1"),
     "bad_record ": ({"id": 1}, 0, "conversations"),
-    "bad_record  ": ([1], 0, "no JSON object"),
+    "bad_record  ": ([1], 0, "not a JSON object"),
     "bad_record   ": ({"conversations": [{"from": "human", "value": 1}]}, 0, "turn 1"),
     "bad_record    ": ({"conversations": ["Hi", "Yes"]}, 0, "turn 1"),
     "bad_record     ": ({"conversations": [{"from": ["human"], "value": "Hi"}]}, 0, "turn 1"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys of a record: none that holds something to learn from is dropped, and none that is empty costs a record."""
+"""Keys of a record: no key with something to learn is dropped silently, and no empty key rejects a record."""
 
 import math
 import re
@@ -48,7 +48,7 @@ def text(record: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("key", MEANINGFUL)
-def test_a_key_that_holds_what_is_not_read_costs_its_record_by_name(key: str) -> None:
+def test_a_record_with_content_under_an_unread_key_is_rejected(key: str) -> None:
     record = {"id": "1", key: MEANINGFUL[key], "conversations": talk("Hi", "Yes")}
     for read in (lambda: list(convert(record)), lambda: text(record)):
         with pytest.raises(SampleError, match=re.escape(f"unsupported_key: `{key}` is not read")):
@@ -56,7 +56,7 @@ def test_a_key_that_holds_what_is_not_read_costs_its_record_by_name(key: str) ->
 
 
 @pytest.mark.parametrize("value", EMPTY, ids=repr)
-def test_empty_columns_are_none(value: Any) -> None:
+def test_empty_columns_are_ignored(value: Any) -> None:
     columns = dict.fromkeys([*MEANINGFUL, "image", "images", "system", "text", "anything"], value)
     (record,) = convert(columns | {"conversations": talk("Hi", "Yes")})
     assert record.images == () and record.unread == ()
@@ -81,12 +81,12 @@ def test_images_is_read_as_image() -> None:
 
 @pytest.mark.parametrize("value", [{"path": "a.png"}, 3, ["a.png", ""], ["a.png", None], [["a.png"]]])
 @pytest.mark.parametrize("key", ["image", "images"])
-def test_what_is_no_path_is_named_by_its_key(key: str, value: Any) -> None:
+def test_an_invalid_path_is_reported_with_its_key(key: str, value: Any) -> None:
     with pytest.raises(SampleError, match=f"bad_record: `{key}` is neither a path nor a list of paths"):
         image_paths({key: value})
 
 
-def test_keys_about_a_record_are_silent_and_unknown_ones_are_reported() -> None:
+def test_metadata_keys_are_ignored_and_unknown_keys_are_reported() -> None:
     about = {"id": 1, "source": {"a": [1]}, "width": 3, "image_id": "7", "image_size": [3, 4], "num_images": 1}
     about |= {"has_video": False, "video_id": "x", "model": "", "url": "https://example.org/a.jpg", "video": 0}
     assert check_keys(about) == []
@@ -94,13 +94,13 @@ def test_keys_about_a_record_are_silent_and_unknown_ones_are_reported() -> None:
     assert check_keys(about | unknown) == list(unknown)
     (record,) = convert(unknown | {"text": "Long.", "conversations": [talk("Hi", "Yes")[0] | {"mood": "good"}]})
     assert record.unread == (*unknown, "text", "turn.mood")
-    # The name of the picture that is read is said twice, and not lost.
+    # Another key repeats the name of the image that is read, so that nothing is lost.
     assert check_keys({"image": "a.png", "file_name": "a.png"}) == ["file_name"]
 
 
 @pytest.mark.parametrize(("value", "is_refused"), [(0, True), (False, True), (0.5, True), (1, False), (True, False)])
 @pytest.mark.parametrize("key", ["weight", "loss", "train"])
-def test_a_turn_that_is_not_to_be_learned_as_usual_is_refused(key: str, value: Any, is_refused: bool) -> None:
+def test_a_turn_with_another_loss_weight_is_refused(key: str, value: Any, is_refused: bool) -> None:
     turns = talk("Hi", "Yes")
     turns[1][key] = value
     if is_refused:
@@ -111,7 +111,7 @@ def test_a_turn_that_is_not_to_be_learned_as_usual_is_refused(key: str, value: A
         assert check_keys(turns[1], TURN_KEYS) == []
 
 
-def test_a_picture_in_a_turn_is_not_dropped() -> None:
+def test_an_image_in_a_turn_is_not_dropped_silently() -> None:
     turns = [talk("Hi", "Yes")[0] | {"image": "a.png"}, talk("Hi", "Yes")[1]]
     with pytest.raises(SampleError, match=r"unsupported_key: `conversations\[1\].image` is not read"):
         text({"conversations": turns})
@@ -134,7 +134,7 @@ def test_a_records_system_text_is_its_system_turn() -> None:
         ({"system": ["x"], "conversations": talk("a", "b")}, "`system` is not a text"),
         ({"system": "<image>", "conversations": talk("a", "b")}, "`system` has an <image> tag"),
         ({"system": "<IMG_CONTEXT>", "conversations": talk("a", "b")}, "`system` contains <IMG_CONTEXT>"),
-        ({"system": "x", "text": "y"}, "`system` stands beside `text`"),
+        ({"system": "x", "text": "y"}, "`system` is given beside `text`"),
     ],
 )
 def test_system_text_that_cannot_be_used_is_named(changes: dict[str, Any], message: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out records: whatever prepare reads is read, and what cannot be measured is one sentence with its place."""
+"""Held-out records: everything that prepare reads is read, and an unusable record is one sentence with its place."""
 
 import json
 import re
@@ -17,7 +17,7 @@ LINES = "a\u2028b\x85c"
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("is_list", [True, False])
-def test_lists_lines_marks_and_line_separators_are_read(is_list: bool, mark: bytes, tmp_path: Path) -> None:
+def test_lists_lines_byte_order_marks_and_line_separators_are_read(is_list: bool, mark: bytes, tmp_path: Path) -> None:
     texts = [{"text": LINES}, {"id": 2**64, "text": "Plain."}, {"conversations": None, "text": "x", "video": []}]
     questions: list[dict[str, Any]] = [
         {"id": "1", "image": "red.png", "question": f"<image>\n{LINES}", "answer": "Red.", "kind": 3},
@@ -47,17 +47,17 @@ BAD: dict[str, tuple[str, Any, str]] = {
         "image 2 of 2: {root}/bad.png: an image cannot be decoded",
     ),
     "no tag": ("vqa", {"image": "red.png", "question": "What?", "answer": "A"}, "0 <image> tags but 1 image:"),
-    "no question": ("vqa", {"image": "red.png", "answer": "A"}, "no JSON object with `question` and `answer`"),
+    "no question": ("vqa", {"image": "red.png", "answer": "A"}, "not a JSON object with `question` and `answer`"),
     "no text": ("vqa", {"question": 3, "answer": "A"}, "`question` is not a text"),
     "another key": ("vqa", {"video": "a.mp4", "question": "What?", "answer": "A"}, "`video` is not read"),
-    "picture in text": ("text", {"image": "red.png", "text": "<image>"}, "it has 1 image, but --text is text alone"),
-    "empty text": ("text", {"text": ""}, "`text` is not a text with something in it"),
-    "number": ("text", 3, "the record is no JSON object"),
+    "picture in text": ("text", {"image": "red.png", "text": "<image>"}, "it has 1 image, but --text is for text only"),
+    "empty text": ("text", {"text": ""}, "`text` is not text, or is empty"),
+    "number": ("text", 3, "the record is not a JSON object"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_record_that_cannot_be_measured_is_named(name: str, tmp_path: Path) -> None:
+def test_an_unusable_record_is_named(name: str, tmp_path: Path) -> None:
     kind, record, message = BAD[name]
     (tmp_path / "red.png").write_bytes(picture())
     (tmp_path / "bad.png").write_bytes(picture()[:50])
@@ -78,13 +78,13 @@ def test_a_record_that_cannot_be_measured_is_named(name: str, tmp_path: Path) ->
         (None, "cannot be read (No such file or directory)."),
         (b"", "cannot be read: it is empty."),
         (b"[]", "cannot be read: it is an empty list."),
-        (b"[1", "record 1: the record is no JSON object"),
+        (b"[1", "record 1: the record is not a JSON object"),
         (b'[{"text": "a"}, {"text": ', "cannot be read: it is not a JSON list (record 2, line 1, column 26: "),
         (b'{"text": "a"}\n{"text": "\xff"}', "record 2: line 2 is not UTF-8 (byte 0xff at 10)."),
         (b'{"text": "a"}\n{"text"}', "record 2: line 2 is not JSON (Expecting ':' delimiter at column 8)."),
     ],
 )
-def test_a_broken_file_is_one_sentence(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_a_broken_file_is_reported_in_one_sentence(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     if content is not None:
         path.write_bytes(content)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files to pixels: every kind is decoded as it is shown, and what is damaged is refused."""
+"""Image files to pixels: every format is decoded as displayed, and damaged files are refused."""
 
 import io
 import struct
@@ -45,9 +45,9 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def png(size: tuple[int, int], depth: int, colour: int, rows: Sequence[bytes], chunks: bytes = b"") -> bytes:
-    """A PNG written by hand, for what Pillow does not write."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
+def png(size: tuple[int, int], depth: int, color: int, rows: Sequence[bytes], chunks: bytes = b"") -> bytes:
+    """Writes a PNG byte by byte, for variants that Pillow does not write."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, color, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
     return b"\x89PNG\r\n\x1a\n" + header + chunks + data + chunk(b"IEND", b"")
 
@@ -67,7 +67,7 @@ def refused(data: bytes) -> SampleError:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_gives_the_pixels_that_pillow_shows(kind: str) -> None:
+def test_every_format_gives_pillows_pixels(kind: str) -> None:
     data = encode(Image.fromarray(noise(31, 45, 3)), kind)
     pixels = read_image(data)
     assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous and pixels.flags.writeable
@@ -83,7 +83,7 @@ def test_the_fast_jpeg_decoder_gives_pillows_pixels(mode: str, sampling: str) ->
     np.testing.assert_array_equal(read_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-def test_adobes_inverted_cmyk_jpeg_is_no_negative() -> None:
+def test_adobes_inverted_cmyk_jpeg_is_not_a_negative() -> None:
     data = encode(Image.fromarray(noise(16, 16, 4), "CMYK"), "JPEG", quality=95)
     assert b"Adobe" in data
     inverted = simplejpeg.decode_jpeg(data, "CMYK").astype(int)  # as stored: 255 is no ink
@@ -91,52 +91,52 @@ def test_adobes_inverted_cmyk_jpeg_is_no_negative() -> None:
     assert np.abs(read_image(data) - expected).max() <= 1
 
 
-def test_sixteen_bit_grey_is_not_clipped_to_white() -> None:
-    grey = np.random.default_rng(0).integers(0, 65536, (9, 7), dtype=np.uint16)
-    pixels = read_image(encode(Image.fromarray(grey), "PNG"))
-    np.testing.assert_array_equal(pixels, np.repeat((grey / 65535 * 255).round()[..., None], 3, axis=2))
+def test_16_bit_gray_is_not_clipped_to_white() -> None:
+    gray = np.random.default_rng(0).integers(0, 65536, (9, 7), dtype=np.uint16)
+    pixels = read_image(encode(Image.fromarray(gray), "PNG"))
+    np.testing.assert_array_equal(pixels, np.repeat((gray / 65535 * 255).round()[..., None], 3, axis=2))
 
 
 def packed(values: Sequence[int], depth: int) -> bytes:
-    """A row of samples of `depth` bits each, as PNG and TIFF hold it."""
+    """Packs a row of samples of `depth` bits each, as in PNG and TIFF."""
     bits = "".join(format(value, f"0{depth}b") for value in values)
     return int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8))
 
 
 def levels(depth: int) -> list[int]:
-    """Levels of grey from black to white, up to 256 of them."""
+    """Returns up to 256 gray levels from black to white."""
     return np.linspace(0, 2**depth - 1, min(2**depth, 256)).round().astype(int).tolist()
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-def test_a_transparent_level_of_grey_is_shown_at_another_level(depth: int) -> None:
-    grey = levels(depth)
-    for level in (*grey[:16], grey[-1]):
-        data = png((len(grey), 1), depth, 0, [packed(grey, depth)], chunk(b"tRNS", struct.pack(">H", level)))
-        expected = [255 if value == level else round(value / (2**depth - 1) * 255) for value in grey]
+def test_only_the_transparent_gray_level_becomes_white(depth: int) -> None:
+    gray = levels(depth)
+    for level in (*gray[:16], gray[-1]):
+        data = png((len(gray), 1), depth, 0, [packed(gray, depth)], chunk(b"tRNS", struct.pack(">H", level)))
+        expected = [255 if value == level else round(value / (2**depth - 1) * 255) for value in gray]
         assert read_image(data)[0, :, 0].tolist() == expected, f"level {level} of {depth} bits"
 
 
 @pytest.mark.parametrize("depth", [8, 16])
-def test_a_transparent_colour_takes_its_neighbours_with_it(depth: int) -> None:
+def test_only_the_transparent_color_becomes_white(depth: int) -> None:
     transparent, neighbour, other = (200, 17, 3), (200, 17, 2), (9, 8, 7)
     row = packed([*transparent, *neighbour, *other], depth)
     data = png((3, 1), depth, 2, [row], chunk(b"tRNS", struct.pack(">3H", *transparent)))
     scale = 255 / (2**depth - 1)
-    expected = [[255] * 3, *([round(value * scale) for value in colour] for colour in (neighbour, other))]
+    expected = [[255] * 3, *([round(value * scale) for value in color] for color in (neighbour, other))]
     assert read_image(data)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("alpha", [False, True])
-def test_sixteen_bit_colours_are_rounded_to_another_level(alpha: bool) -> None:
-    colours = np.random.default_rng(0).integers(0, 65536, (4, 5, 4 if alpha else 3))
-    pixels = read_image(png((5, 4), 16, 6 if alpha else 2, [row.astype(">u2").tobytes() for row in colours]))
-    share = colours[..., 3:] / 65535 if alpha else 1
-    np.testing.assert_array_equal(pixels, (share * colours[..., :3] / 257 + (1 - share) * 255).round())
+def test_16_bit_colors_are_rounded_correctly(alpha: bool) -> None:
+    colors = np.random.default_rng(0).integers(0, 65536, (4, 5, 4 if alpha else 3))
+    pixels = read_image(png((5, 4), 16, 6 if alpha else 2, [row.astype(">u2").tobytes() for row in colors]))
+    share = colors[..., 3:] / 65535 if alpha else 1
+    np.testing.assert_array_equal(pixels, (share * colors[..., :3] / 257 + (1 - share) * 255).round())
 
 
 def tiff(values: Sequence[int], depth: int, white_is_zero: bool = False, sample_format: int = 1) -> bytes:
-    """A TIFF of one row of grey, little-endian, written by hand, for what Pillow does not write."""
+    """Writes a little-endian TIFF with one row of gray byte by byte, for variants that Pillow does not write."""
     row = np.array(values, "<u2").tobytes() if depth == 16 else packed(values, depth)
     photometric = 0 if white_is_zero else 1
     short = {258: depth, 259: 1, 262: photometric, 277: 1, 339: sample_format}
@@ -149,27 +149,27 @@ def tiff(values: Sequence[int], depth: int, white_is_zero: bool = False, sample_
 @pytest.mark.parametrize(
     ("depth", "white_is_zero"), [(d, w) for d in (1, 2, 4, 8, 12, 16) for w in (False, True) if (d, w) != (12, True)]
 )
-def test_grey_of_any_depth_is_dark_or_a_negative_in_a_tiff(depth: int, white_is_zero: bool) -> None:
-    grey = levels(depth)
-    expected = np.array(grey) / (2**depth - 1) * 255
-    pixels = read_image(tiff(grey, depth, white_is_zero))
+def test_gray_of_any_depth_in_a_tiff_has_the_right_brightness(depth: int, white_is_zero: bool) -> None:
+    gray = levels(depth)
+    expected = np.array(gray) / (2**depth - 1) * 255
+    pixels = read_image(tiff(gray, depth, white_is_zero))
     np.testing.assert_array_equal(pixels[0, :, 0], (255 - expected if white_is_zero else expected).round())
 
 
 @pytest.mark.parametrize("depth", [8, 16])
-def test_signed_grey_whose_white_is_unknown_is_refused(depth: int) -> None:
+def test_signed_gray_is_refused(depth: int) -> None:
     assert "white level is not known" in refused(tiff(levels(depth), depth, sample_format=2)).message
 
 
 @pytest.mark.parametrize("most", [1, 15, 255, 1000, 4095, 65535])
-def test_a_portable_maps_own_white_is_white(most: int) -> None:
-    grey = np.linspace(0, most, 8).round()
-    data = b"P5 8 1 %d\n" % most + grey.astype(">u2" if most > 255 else "u1").tobytes()
-    np.testing.assert_array_equal(read_image(data)[0, :, 0], (grey / most * 255).round())
+def test_the_maximum_value_of_a_portable_graymap_is_white(most: int) -> None:
+    gray = np.linspace(0, most, 8).round()
+    data = b"P5 8 1 %d\n" % most + gray.astype(">u2" if most > 255 else "u1").tobytes()
+    np.testing.assert_array_equal(read_image(data)[0, :, 0], (gray / most * 255).round())
 
 
 @pytest.mark.parametrize("kind", ["PNG", "lossless WEBP", "TIFF"])
-def test_transparency_is_laid_on_white(kind: str) -> None:
+def test_transparency_is_composited_on_white(kind: str) -> None:
     rgba = noise(12, 10, 4)
     alpha = rgba[..., 3:] / 255
     expected = alpha * rgba[..., :3] + (1 - alpha) * 255
@@ -177,14 +177,14 @@ def test_transparency_is_laid_on_white(kind: str) -> None:
     assert np.abs(pixels - expected).max() <= 1
 
 
-def test_grey_with_transparency_is_laid_on_white() -> None:
+def test_gray_with_transparency_is_composited_on_white() -> None:
     la = noise(12, 10, 2)
     alpha = la[..., 1:] / 255
     pixels = read_image(encode(Image.fromarray(la, "LA"), "PNG"))
     assert np.abs(pixels - (alpha * la[..., :1] + (1 - alpha) * 255)).max() <= 1
 
 
-def test_a_palettes_colours_and_its_transparency_are_kept() -> None:
+def test_a_palettes_colors_and_transparency_are_kept() -> None:
     palette, alpha, index = noise(4, 3), np.array([255, 0, 128, 255]), np.arange(12).reshape(3, 4) % 4
     image = Image.fromarray(index.astype(np.uint8), "P")
     image.putpalette(palette.tobytes())
@@ -194,27 +194,27 @@ def test_a_palettes_colours_and_its_transparency_are_kept() -> None:
     np.testing.assert_array_equal(read_image(encode(image, "PNG")), palette[index])
 
 
-def test_one_bit_pictures_are_black_and_white() -> None:
+def test_one_bit_images_are_black_and_white() -> None:
     bits = noise(6, 8) > 127
     np.testing.assert_array_equal(read_image(encode(Image.fromarray(bits), "PNG"))[..., 1], bits * 255)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "lossless WEBP"])
-def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
-    frames = [Image.new("RGB", (9, 5), colour) for colour in ("red", "blue", "lime")]
+def test_the_first_frame_of_an_animation_is_used(kind: str) -> None:
+    frames = [Image.new("RGB", (9, 5), color) for color in ("red", "blue", "lime")]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
     assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
     assert read_size(data) == (9, 5) and (read_image(data) == (255, 0, 0)).all()
 
 
-def test_the_first_of_a_phones_double_picture_is_taken() -> None:
-    frames = [Image.new("L", (16, 8), grey) for grey in (200, 50)]
+def test_the_first_image_of_an_mpo_file_is_used() -> None:
+    frames = [Image.new("L", (16, 8), gray) for gray in (200, 50)]
     data = encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert Image.open(io.BytesIO(data)).format == "MPO"
     assert (read_image(data) == 200).all()
 
 
-def test_pixels_whose_white_is_unknown_are_refused() -> None:
+def test_pixels_without_a_known_white_level_are_refused() -> None:
     for values in (np.full((3, 3), 0.5, np.float32), np.full((3, 3), 70000, np.int32)):
         assert refused(encode(Image.fromarray(values), "TIFF")).reason == "bad_image"
 
@@ -224,7 +224,7 @@ def test_pixels_whose_white_is_unknown_are_refused() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ROTATABLE)
-def test_a_turned_picture_is_upright_and_so_is_its_size(kind: str, orientation: int) -> None:
+def test_an_image_and_its_size_are_rotated_by_exif(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(Image.fromarray(noise(24, 40, 3)), kind, exif=exif)
@@ -244,7 +244,9 @@ def test_a_turned_picture_is_upright_and_so_is_its_size(kind: str, orientation: 
     mode=st.sampled_from(["RGB", "L", "RGBA", "P", "1", "CMYK", "LA"]),
     orientation=st.integers(0, 9),
 )
-def test_the_headers_size_is_the_decoded_one(width: int, height: int, kind: str, mode: str, orientation: int) -> None:
+def test_the_size_from_the_header_equals_the_decoded_size(
+    width: int, height: int, kind: str, mode: str, orientation: int
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     try:
@@ -254,7 +256,7 @@ def test_the_headers_size_is_the_decoded_one(width: int, height: int, kind: str,
     assert read_size(data) == read_image(data).shape[1::-1]
 
 
-def test_damaged_exif_leaves_a_sound_picture_as_it_is_stored() -> None:
+def test_a_valid_image_with_damaged_exif_is_shown_as_stored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(Image.fromarray(noise(8, 12, 3)), "JPEG", exif=exif)
@@ -265,7 +267,7 @@ def test_damaged_exif_leaves_a_sound_picture_as_it_is_stored() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 10000), (10000, 1)])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_pictures_of_one_pixel_and_of_one_line_are_used(kind: str, size: tuple[int, int]) -> None:
+def test_images_of_one_pixel_or_one_line_are_used(kind: str, size: tuple[int, int]) -> None:
     data = encode(Image.new("RGB", size, "white"), kind)
     assert read_size(data) == size and (read_image(data) == 255).all() and read_image(data).shape == (*size[::-1], 3)
 
@@ -275,22 +277,22 @@ def test_pictures_of_one_pixel_and_of_one_line_are_used(kind: str, size: tuple[i
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_truncated_picture_is_refused_wherever_it_ends(kind: str, mode: str) -> None:
-    whole = encode(Image.fromarray(noise(48, 40, 3)).convert(mode), kind)
-    expected = read_image(whole)
-    for length in range(0, len(whole), len(whole) // 60):
+def test_a_truncated_image_is_refused_wherever_it_ends(kind: str, mode: str) -> None:
+    complete = encode(Image.fromarray(noise(48, 40, 3)).convert(mode), kind)
+    expected = read_image(complete)
+    for length in range(0, len(complete), len(complete) // 60):
         try:
-            pixels = read_image(whole[:length])
+            pixels = read_image(complete[:length])
         except SampleError as error:
             assert error.reason == "bad_image"
-        else:  # nothing but the file's end mark is missing
+        else:  # only the end marker of the file is missing
             np.testing.assert_array_equal(pixels, expected)
 
 
-def test_a_jpeg_that_stops_inside_but_ends_well_is_not_left_half_grey() -> None:
+def test_a_truncated_jpeg_with_an_end_marker_is_refused() -> None:
     data = encode(Image.fromarray(noise(64, 64, 3)), "JPEG")
     early_end = data[: len(data) // 2] + b"\xff\xd9"
-    assert Image.open(io.BytesIO(early_end)).convert("RGB").size == (64, 64)  # Pillow sees nothing wrong
+    assert Image.open(io.BytesIO(early_end)).convert("RGB").size == (64, 64)  # Pillow reports no error
     assert refused(early_end).reason == "bad_image"
 
 
@@ -312,17 +314,17 @@ def test_a_flipped_bit_in_a_png_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\0", b"no picture at all", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff"])
-def test_what_is_no_picture_is_refused(data: bytes) -> None:
+def test_data_that_is_not_an_image_is_refused(data: bytes) -> None:
     assert refused(data).reason == "bad_image"
     with pytest.raises(SampleError, match="bad_image"):
         read_size(data)
 
 
-def test_postscript_is_not_given_to_an_interpreter() -> None:
+def test_postscript_is_not_passed_to_an_interpreter() -> None:
     assert "cannot identify" in str(refused(encode(Image.new("RGB", (4, 4)), "EPS")))
 
 
-def test_a_decompression_bomb_is_refused_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("pixels were decoded"))
     bomb = png((30000, 30000), 8, 2, [bytes(12)])
     assert refused(bomb).reason == "image_too_large"

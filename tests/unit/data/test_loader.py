@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaders over real shards: order, resumption, worker processes, errors."""
+"""Loaders over real shards: order, resuming, worker processes, errors."""
 
 import gc
 import json
@@ -34,7 +34,7 @@ from megatron_smar.runtime.repairs import forget_members_that_were_read
 from .conftest import picture, talk, write_records
 
 Make = Callable[..., DataConfig]
-# The tests run without a GPU, where there is nothing to pin memory for.
+# Without a GPU, torch warns that pinned memory has no effect.
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
 
@@ -43,7 +43,7 @@ _opened: list[EnergonIterator] = []
 
 @pytest.fixture(autouse=True)
 def close_iterators() -> Iterator[None]:
-    """End the worker processes of each test."""
+    """Ends the worker processes of each test."""
     yield
     while _opened:
         _opened.pop().close()
@@ -88,7 +88,7 @@ pickle.dump(results, open(sys.argv[2], "wb"))
 """
 
 
-def test_a_new_process_goes_on_with_the_very_next_sample(make_config: Make, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_new_process_resumes_with_the_next_sample(make_config: Make, tokenizer: Any, tmp_path: Path) -> None:
     runs, expected = [], []
     for num_workers in (0, 1, 2):
         config = make_config(num_workers=num_workers)
@@ -96,7 +96,7 @@ def test_a_new_process_goes_on_with_the_very_next_sample(make_config: Make, toke
         for _ in range(7):
             next(iterator)
         state = tmp_path / f"state{num_workers}.pt"
-        # As Megatron's maybe_save_dataloader_state does it.
+        # As Megatron's maybe_save_dataloader_state does.
         torch.save({"dataloader_state_dict": RerunDataIterator(iterator).iterable.save_state()}, state)
         expected.append([(batch.__key__, batch.input_ids.tolist()) for batch in (next(iterator) for _ in range(30))])
         runs.append((config, str(state)))
@@ -106,7 +106,9 @@ def test_a_new_process_goes_on_with_the_very_next_sample(make_config: Make, toke
     assert pickle.loads((tmp_path / "results").read_bytes()) == expected
 
 
-def test_a_state_saved_before_the_first_and_right_after_restoring_is_right(make_config: Make, tokenizer: Any) -> None:
+def test_states_saved_before_the_first_batch_or_right_after_restoring_are_correct(
+    make_config: Make, tokenizer: Any
+) -> None:
     config = make_config(num_workers=1)
     first, second, third = (train(config, tokenizer) for _ in range(3))
     second.restore_state(first.save_state())
@@ -118,16 +120,16 @@ def test_a_state_saved_before_the_first_and_right_after_restoring_is_right(make_
 
 
 def members_kept() -> list[int]:
-    """How many members each open tar file of this process remembers."""
+    """Returns how many members each open tar file of this process keeps."""
     return [len(item.members) for item in gc.get_objects() if isinstance(item, ITarFile)]
 
 
-def test_no_tar_file_keeps_the_members_that_were_read(
+def test_open_tar_files_do_not_keep_the_members_that_were_read(
     make_config: Make, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In workers too: there the count is written to a file, sample by sample."""
+    """In workers too: there the count is written to a file for each sample."""
     forget_members_that_were_read(detect_environment("cpu"))  # as runtime.install() does in every program
-    gc.collect()  # files that tests before this one left open
+    gc.collect()  # files that earlier tests left open
     iterator = train(make_config(), tokenizer)
     keys(iterator, 60)
     kept = members_kept()
@@ -145,7 +147,7 @@ def test_no_tar_file_keeps_the_members_that_were_read(
     assert len(lines) > 20 and {kept for _, kept in lines} == {"0"} and str(os.getpid()) not in dict(lines)
 
 
-def test_two_workers_read_the_batches_of_two_ranks_by_turns(make_config: Make, tokenizer: Any) -> None:
+def test_two_workers_alternate_between_the_batches_of_two_ranks(make_config: Make, tokenizer: Any) -> None:
     one = keys(train(make_config(num_workers=2), tokenizer), 20)
     ranks = [keys(train(make_config(num_workers=1), tokenizer, rank, 2), 10) for rank in range(2)]
     assert one == [batch for pair in zip(*ranks, strict=True) for batch in pair]
@@ -158,7 +160,7 @@ def test_pipeline_stages_of_one_rank_read_the_same_tokens(make_config: Make, tok
         assert torch.equal(one.input_ids, other.input_ids) and other.pixel_values.shape == (0, 3, 16, 16)
 
 
-def test_the_seed_decides_the_order(make_config: Make, tokenizer: Any) -> None:
+def test_the_seed_determines_the_order(make_config: Make, tokenizer: Any) -> None:
     orders = [keys(train(make_config(seed=seed), tokenizer), 10) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
@@ -197,7 +199,7 @@ def test_an_unreadable_state_is_named(tmp_path: Path) -> None:
         load_loader_state(tmp_path / "none.pt")
 
 
-def test_too_few_samples_for_the_workers_are_said_so(make_config: Make, tokenizer: Any) -> None:
+def test_too_few_samples_for_the_workers_are_reported(make_config: Make, tokenizer: Any) -> None:
     with pytest.raises(
         DataError, match=r"fewer training samples than there are workers \(60 data-parallel ranks x 1\)"
     ):
@@ -206,8 +208,8 @@ def test_too_few_samples_for_the_workers_are_said_so(make_config: Make, tokenize
         valid(make_config(), tokenizer, 2, 11, 12)
 
 
-def test_all_ranks_say_the_same_of_too_few_samples(make_config: Make, tokenizer: Any) -> None:
-    """A rank that had some would go on and wait for the others for ever."""
+def test_all_ranks_report_too_few_samples_with_the_same_message(make_config: Make, tokenizer: Any) -> None:
+    """A rank without the error would continue and wait forever for the others."""
 
     def sentence(build: Callable[[], Any]) -> str:
         with pytest.raises(DataError) as error:
@@ -218,7 +220,7 @@ def test_all_ranks_say_the_same_of_too_few_samples(make_config: Make, tokenizer:
     assert len({sentence(lambda: valid(make_config(), tokenizer, 2, rank, 12)) for rank in range(12)}) == 1  # noqa: B023
 
 
-def test_a_missing_validation_split_is_said_so(
+def test_a_missing_validation_split_is_reported(
     make_config: Make, tokenizer: Any, tmp_path: Path, prepare_module: ModuleType
 ) -> None:
     records = write_records(tmp_path, 4)
@@ -229,7 +231,7 @@ def test_a_missing_validation_split_is_said_so(
 
 @pytest.fixture
 def shards_with(tmp_path: Path, prepare_module: ModuleType) -> Callable[[int, int], str]:
-    """Shards with so many good samples and so many whose text is too long."""
+    """Prepares shards with given numbers of good samples and of samples whose text is too long."""
 
     def make(good: int, bad: int) -> str:
         texts = ["Short."] * good + ["Long, " * 400] * bad
@@ -244,7 +246,7 @@ def shards_with(tmp_path: Path, prepare_module: ModuleType) -> Callable[[int, in
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_samples_are_left_out_and_counted_over_workers(
+def test_bad_samples_are_skipped_and_counted_over_workers(
     num_workers: int, make_config: Make, tokenizer: Any, tmp_path: Path, shards_with: Callable[[int, int], str]
 ) -> None:
     folder = tmp_path / "rejects"
@@ -255,7 +257,7 @@ def test_bad_samples_are_left_out_and_counted_over_workers(
     assert read_rejects(folder) == {"too_long": 5}
 
 
-def test_one_of_the_ranks_that_read_the_same_names_rejects(
+def test_only_one_of_the_ranks_with_the_same_samples_reports_rejects(
     make_config: Make, tokenizer: Any, tmp_path: Path, shards_with: Callable[[int, int], str]
 ) -> None:
     config = make_config(data_path=shards_with(12, 5), rejects_dir=str(tmp_path / "rejects"))

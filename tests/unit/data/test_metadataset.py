@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blend files and the files of a data folder: mistakes get a sentence, code is never run."""
+"""Blend files and the files of a data folder: mistakes are reported in one sentence, code is never run."""
 
 import io
 import json
@@ -37,7 +37,7 @@ HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory, prepare_module: ModuleType) -> Path:
-    """Sources `big` (80 for training, 40 for validation) and `small` (5 and 3), with blends of them in files."""
+    """The sources `big` (80 training and 40 validation samples) and `small` (5 and 3)."""
     root = tmp_path_factory.mktemp("blend")
     for name, train, valid in (("big", 80, 40), ("small", 5, 3)):
         folder = root / f"{name}-records"
@@ -49,7 +49,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, prepare_module: ModuleType
 
 
 def write(path: Path, content: Any) -> str:
-    # By way of JSON, since YAML would write an alias for what stands there twice.
+    # Through JSON, because YAML would write an alias for an object that occurs twice.
     plain = content if isinstance(content, str) else yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False)
     path.write_text(plain)
     return str(path)
@@ -61,12 +61,12 @@ def blend(path: Path, *sources: dict[str, Any], kind: str = "blend", **more: Any
 
 
 def shares(iterators: list[EnergonIterator], batches: int) -> Counter[str]:
-    drawn = Counter(
+    counts = Counter(
         key.split("/")[0] for iterator in iterators for _ in range(batches) for key in next(iterator).__key__
     )
     for iterator in iterators:
         iterator.close()
-    return drawn
+    return counts
 
 
 def train(config: DataConfig, tokenizer: Any, size: int) -> list[EnergonIterator]:
@@ -83,8 +83,8 @@ def test_a_small_source_keeps_its_share_on_any_number_of_workers(
 ) -> None:
     path = blend(sources / "share.yaml", BIG, SMALL)
     config = make_config(data_path=path, num_workers=workers, micro_batch_size=20, verify_images=False)
-    drawn = shares(train(config, tokenizer, size), 100 // size)
-    assert abs(drawn["small"] / drawn.total() - 0.3) < 0.035, "2,000 draws: 3.4 standard deviations"
+    counts = shares(train(config, tokenizer, size), 100 // size)
+    assert abs(counts["small"] / counts.total() - 0.3) < 0.035, "2,000 samples: 3.4 standard deviations"
 
 
 NESTED = {"path": "./inner.yaml", "weight": 1.0}
@@ -105,14 +105,14 @@ def test_a_source_too_small_for_all_workers_is_refused_by_name_on_every_rank(
 ) -> None:
     blend(sources / "inner.yaml", BIG, SMALL)
     config = make_config(data_path=write(sources / "tiny.yaml", HEAD | {"splits": {"train": content, "val": content}}))
-    said = set()
+    messages = set()
     for rank in range(8):
         with pytest.raises(DataError) as error:
             build_train_loader(config, tokenizer, rank, 8)
-        said.add(str(error.value))
-    assert len(said) == 1
+        messages.add(str(error.value))
+    assert len(messages) == 1
     name, samples = ("big", 80) if "repetitions': 0.05" in str(content) else ("small", 5)
-    assert f"/{name} has {samples} training samples" in said.pop()
+    assert f"/{name} has {samples} training samples" in messages.pop()
     with pytest.raises(DataError, match="validation samples"):
         build_valid_loader(config, tokenizer, 0, 8, num_batches=2)
 
@@ -129,14 +129,14 @@ def test_text_only_parts_too_small_for_all_workers_are_refused(
 def test_a_short_validation_pass_has_the_blends_shares(
     make_config: Make, tokenizer: Any, sources: Path, size: int
 ) -> None:
-    """energon reads one source after the other there: 6 batches would all come from the first."""
+    """energon would read one source after the other: 6 batches would all come from the first source."""
     config = make_config(data_path=blend(sources / "valid.yaml", BIG, SMALL), micro_batch_size=5)
     loaders = [build_valid_loader(config, tokenizer, rank, size, num_batches=2) for rank in range(size)]
     iterators = [EnergonIterator(loader, config, batches_per_pass=2) for loader in loaders]
     passes = [[next(iterator).__key__ for _ in range(2)] for _ in range(2) for iterator in iterators]
     assert passes[:size] == passes[size:], "each pass is the same"
-    drawn = Counter(key.split("/")[0] for batches in passes[:size] for keys in batches for key in keys)
-    assert abs(drawn["small"] - 0.3 * 10 * size) <= 1
+    counts = Counter(key.split("/")[0] for batches in passes[:size] for keys in batches for key in keys)
+    assert abs(counts["small"] - 0.3 * 10 * size) <= 1
 
 
 def test_a_long_validation_pass_reads_every_sample(make_config: Make, tokenizer: Any, sources: Path) -> None:
@@ -150,7 +150,9 @@ def test_a_long_validation_pass_reads_every_sample(make_config: Make, tokenizer:
 
 
 @pytest.mark.parametrize("kind", ["blend", "blend_epochized"])
-def test_zero_switches_a_source_off_wherever_it_is(make_config: Make, tokenizer: Any, sources: Path, kind: str) -> None:
+def test_weight_zero_disables_a_source_at_any_depth(
+    make_config: Make, tokenizer: Any, sources: Path, kind: str
+) -> None:
     share = {"blend": "weight", "blend_epochized": "repetitions"}[kind]
     off, none = {"path": "./small", share: 0}, {"path": "./not-there", share: 0.0}
     blend(sources / "inner.yaml", {"path": "./big"}, off, none, kind=kind)
@@ -277,27 +279,27 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_blend_file_gets_a_sentence_before_anything_is_built(
+def test_a_mistake_in_a_blend_file_is_reported_before_anything_is_built(
     make_config: Make, sources: Path, mistake: str
 ) -> None:
-    split, said = MISTAKES[mistake]
+    split, expected = MISTAKES[mistake]
     blend(sources / "epochs.yaml", {"path": "./big"}, kind="blend_epochized")
     blend(sources / "wrong.yaml", {"path": "./big", "weight": -1})
     path = write(sources / "mistake.yaml", HEAD | {"splits": {"train": split}})
     with pytest.raises(ValueError) as error:
         make_config(data_path=path)
     message = str(error.value)
-    assert message.startswith(f"--data-path {path}") and said in message and "\n" not in message
+    assert message.startswith(f"--data-path {path}") and expected in message and "\n" not in message
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("", "must hold names and values"),
         ("splits: [", "is not YAML (line 2"),
         ("splits:\n\ttrain: x", "is not YAML (line 2"),
         ("splits:\n", "line 1 has a name without a value"),
-        ("splits: {train: {path: ./big}}\nsplits: {train: {path: ./small}}", "line 2: the name `splits` stands twice"),
+        ("splits: {train: {path: ./big}}\nsplits: {train: {path: ./small}}", "line 2: the name `splits` appears twice"),
         ("a: &x 1\nsplits: {train: {path: *x}}", "line 1 has an anchor or alias"),
         ("splits: !!python/object/apply:os.system ['true']", "line 1 has the tag !!python/object/apply:os.system"),
         ("splits: !local {train: {path: ./big}}", "line 1 has the tag !local"),
@@ -307,20 +309,22 @@ def test_a_mistake_in_a_blend_file_gets_a_sentence_before_anything_is_built(
         ("- path: ./big", "must hold names and values"),
     ],
 )
-def test_a_file_that_is_no_metadataset_says_why(make_config: Make, sources: Path, text: str, said: str) -> None:
+def test_a_file_that_is_not_a_metadataset_is_reported_with_the_reason(
+    make_config: Make, sources: Path, text: str, expected: str
+) -> None:
     path = write(sources / "broken.yaml", text)
     with pytest.raises(ValueError) as error:
         make_config(data_path=path)
-    assert said in str(error.value) and path in str(error.value)
+    assert expected in str(error.value) and path in str(error.value)
 
 
-def test_a_blend_without_the_split_that_is_read_says_so(make_config: Make, tokenizer: Any, sources: Path) -> None:
+def test_a_blend_without_the_requested_split_is_reported(make_config: Make, tokenizer: Any, sources: Path) -> None:
     path = write(sources / "only.yaml", HEAD | {"splits": {"val": {"path": "./big"}}})
     with pytest.raises(DataError, match="has no split `train`, only `val`"):
         build_train_loader(make_config(data_path=path), tokenizer, 0, 1)
 
 
-def test_energons_first_kind_of_metadataset_is_read(make_config: Make, tokenizer: Any, sources: Path) -> None:
+def test_energons_first_version_of_metadatasets_is_read(make_config: Make, tokenizer: Any, sources: Path) -> None:
     split = {"datasets": [BIG, SMALL | {"weight": 0}]}
     config = make_config(data_path=write(sources / "first.yaml", {"splits": {"train": split}}), verify_images=False)
     # A single source is not named in keys.
@@ -332,7 +336,7 @@ def test_energons_first_kind_of_metadataset_is_read(make_config: Make, tokenizer
 
 @pytest.fixture
 def payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module `payload` that can be imported, and leaves a file when it is."""
+    """An importable module `payload` that creates a file when it is imported; returns that file's path."""
     mark = tmp_path / "mark"
     source = f"open({str(mark)!r}, 'w')\ndef fn(*args, **more):\n    return {{}}\nclass Thing(dict):\n    pass\n"
     (tmp_path / "modules").mkdir()
@@ -415,13 +419,13 @@ def test_a_blend_file_runs_no_code(make_config: Make, sources: Path, tmp_path: P
     for folder in (tmp_path / "big" / ".nv-meta", tmp_path):
         write(folder / "other.yaml", {"__module__": "payload", "__class__": "Thing"})
     path = write(tmp_path / "data.yaml", BLEND_FILES[case])
-    with pytest.raises(ValueError, match=r"which a (blend file|file of data) must not|only class that is loaded"):
+    with pytest.raises(ValueError, match=r"which a (blend|data) file must not|only class that is loaded"):
         make_config(data_path=path)
     assert not payload.exists()
 
 
 class Payload:
-    """Unpickled, it makes a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -430,7 +434,7 @@ class Payload:
         return os.mkdir, (str(self.mark),)
 
 
-def test_members_that_hold_pickles_are_rejected_unread(
+def test_members_that_contain_pickles_are_rejected_without_loading(
     make_config: Make, tokenizer: Any, sources: Path, tmp_path: Path
 ) -> None:
     mark = tmp_path / "mark"
@@ -472,7 +476,7 @@ def test_a_loader_state_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
-def test_preparing_runs_no_code_that_its_folder_holds(
+def test_preparing_runs_no_code_from_the_output_folder(
     tmp_path: Path, payload: Path, prepare_module: ModuleType
 ) -> None:
     meta = tmp_path / "out" / ".nv-meta"

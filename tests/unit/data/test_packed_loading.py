@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs out of real shards: every sample whole, once, within the limits, and the same after resuming."""
+"""Packs from real shards: every sample is complete, occurs once, and is within the limits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ LIMITS = {"seq_length": 96, "micro_batch_size": 1, "packing_buffer_size": 12, "p
 
 
 def read(config: DataConfig, tokenizer: Any, samples: int) -> list[VisionLanguageBatch]:
-    """Micro-batches until there are that many samples."""
+    """Reads micro-batches until they contain that many samples."""
     iterator = EnergonIterator(build_train_loader(config, tokenizer, 0, 1), config)
     batches: list[VisionLanguageBatch] = []
     while sum(len(batch.__key__) for batch in batches) < samples:
@@ -25,15 +25,15 @@ def read(config: DataConfig, tokenizer: Any, samples: int) -> list[VisionLanguag
     return batches
 
 
-def alone(make_config: Make, tokenizer: Any) -> dict[str, VisionLanguageBatch]:
-    """Each sample in a micro-batch of its own."""
+def one_per_batch(make_config: Make, tokenizer: Any) -> dict[str, VisionLanguageBatch]:
+    """Returns each sample in a separate micro-batch."""
     batches = read(make_config(seq_length=96, micro_batch_size=1, shuffle_buffer_size=1), tokenizer, 50)
     return {batch.__key__[0]: batch for batch in batches}
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_a_pack_holds_its_samples_whole_and_within_the_limits(make_config: Make, tokenizer: Any, multiple: int) -> None:
-    single = alone(make_config, tokenizer)
+def test_a_pack_has_complete_samples_within_the_limits(make_config: Make, tokenizer: Any, multiple: int) -> None:
+    single = one_per_batch(make_config, tokenizer)
     config = make_config(**LIMITS, packing_multiple_of=multiple, pad_to_multiple_of=multiple)
     packs = read(config, tokenizer, 500)
     assert {key for pack in packs for key in pack.__key__} == set(single)
@@ -58,7 +58,7 @@ def test_a_pack_holds_its_samples_whole_and_within_the_limits(make_config: Make,
         assert pack.padding_mask[0, start:].all() and tiles == len(pack.pixel_values)
 
 
-def test_a_sample_with_more_tiles_than_a_pack_takes_is_left_out_and_named(
+def test_a_sample_with_more_tiles_than_a_pack_holds_is_skipped_and_reported(
     make_config: Make, tokenizer: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(**(LIMITS | {"packing_max_tiles": 1, "max_skip_ratio": 1.0}))
@@ -67,10 +67,10 @@ def test_a_sample_with_more_tiles_than_a_pack_takes_is_left_out_and_named(
     assert "too_many_tiles: 2 image tiles, but --packing-max-tiles is 1" in capfd.readouterr().err
 
 
-def test_packs_leave_little_empty(make_config: Make, tokenizer: Any) -> None:
+def test_packs_have_little_padding(make_config: Make, tokenizer: Any) -> None:
     packs = read(make_config(**(LIMITS | {"packing_buffer_size": 50, "packing_max_tiles": None})), tokenizer, 500)
     filled = sum(float((~pack.padding_mask).sum()) for pack in packs) / (96 * len(packs))
-    single = alone(make_config, tokenizer).values()
+    single = one_per_batch(make_config, tokenizer).values()
     one_each = sum(float((~batch.padding_mask).sum()) for batch in single) / (96 * len(single))
     assert filled > 0.85 > 2 * one_each
 
@@ -86,9 +86,7 @@ def test_validation_packs_every_sample_once_in_each_pass(make_config: Make, toke
     iterator.close()
 
 
-def test_padding_in_packs_does_not_depend_on_which_ids_the_tokenizer_pads_with(
-    make_config: Make, tokenizer: Any
-) -> None:
+def test_a_packs_padding_has_the_pad_id_and_a_length(make_config: Make, tokenizer: Any) -> None:
     pack = read(make_config(**LIMITS, pad_to=128), tokenizer, 1)[0]
     assert pack.input_ids.shape == (1, 128) and pack.lengths is not None and pack.lengths.sum() == 128
     assert (pack.input_ids[pack.padding_mask] == TextEncoder(tokenizer).pad_id).all()
@@ -104,6 +102,8 @@ def test_padding_in_packs_does_not_depend_on_which_ids_the_tokenizer_pads_with(
         ({"seq_length": 90, "packing_multiple_of": 4}, "--seq-length 90"),
     ],
 )
-def test_settings_that_cannot_pack_are_refused_by_flag(make_config: Make, changes: dict[str, Any], flag: str) -> None:
+def test_invalid_packing_settings_are_refused_with_their_flag(
+    make_config: Make, changes: dict[str, Any], flag: str
+) -> None:
     with pytest.raises(ValueError, match=flag):
         make_config(**(LIMITS | changes))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ packer: limits, order, ties, errors; the same packs as the plain Python one that its benchmark carries."""
+"""The C++ packer: limits, order, ties, errors; the same packs as the plain Python version in its benchmark."""
 
 import sys
 import threading
@@ -18,7 +18,7 @@ from megatron_smar.data.packing import MOST_TOKENS, pack, pack_flat
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict:
-    """What `pack` takes: small numbers, so that ties and full packs are frequent."""
+    """Arguments of `pack`, with small numbers, so that ties and full packs are frequent."""
     max_tokens = draw(st.integers(1, 40))
     max_tiles = draw(st.none() | st.integers(0, 6))
     tile_counts = st.integers(0, 6 if max_tiles is None else max_tiles)
@@ -33,7 +33,7 @@ def problems(draw: st.DrawFn) -> dict:
 
 
 @given(problems())
-def test_packs_are_those_of_the_plain_python_version(problem):
+def test_packs_equal_those_of_the_plain_python_version(problem):
     assert pack(**problem) == benchmark.pack_python(**problem)
 
 
@@ -56,23 +56,23 @@ def test_large_inputs_with_tiles_are_packed_as_the_plain_python_version_does():
         assert pack(*arguments) == benchmark.pack_python(*arguments)
 
 
-def test_a_sample_goes_where_it_leaves_the_least_token_room():
+def test_a_sample_goes_into_the_pack_with_the_least_token_room():
     assert pack([7, 6, 3], [0, 0, 0], 10) == [[0, 2], [1]]
 
 
-def test_of_equal_token_rooms_the_least_tile_room_is_taken():
+def test_ties_in_token_room_go_to_the_least_tile_room():
     assert pack([6, 6, 3, 3], [0, 2, 0, 2], 9, max_tiles=4) == [[0, 3], [1, 2]]
 
 
-def test_of_equal_packs_the_last_changed_is_taken():
+def test_ties_between_packs_go_to_the_last_changed():
     assert pack([6, 6, 6, 3], [0, 0, 0, 0], 9) == [[0], [1], [2, 3]]
 
 
-def test_a_pack_without_tiles_left_is_passed_over():
+def test_a_pack_without_room_for_tiles_is_skipped():
     assert pack([6, 5, 3], [2, 1, 1], 10, max_tiles=2) == [[0], [1, 2]]
 
 
-def test_lists_of_packs_and_flat_arrays_say_the_same():
+def test_lists_of_packs_and_flat_arrays_agree():
     order, offsets = pack_flat([5, 3, 4, 2, 1], [1, 0, 1, 0, 0], 6, 1)
     assert [order[a:b].tolist() for a, b in pairwise(offsets)] == [[0, 4], [1], [2, 3]]
 
@@ -99,7 +99,7 @@ def test_arrays_of_any_integer_type_and_stride_give_the_same_packs(dtype):
         (([3, 3], [0, -1], 8), "Sample 1 has -1 tiles"),
         (([3.5], [0], 8), "tokens has shape (1,) and type float64"),
         (([[3]], [[0]], 8), "tokens has shape (1, 1)"),
-        (([3, 3], [0], 8), "tokens are of 2 samples, but tiles of 1"),
+        (([3, 3], [0], 8), "tokens has 2 samples, but tiles has 1"),
         (([3], [0], 0), "max_tokens 0 holds no sample"),
         (([3], [0], 8, None, 0), "window 0 holds no sample"),
         (([3], [0], 8, -1), "max_tiles -1 is below 0"),
@@ -112,9 +112,9 @@ def test_wrong_arguments_are_named(arguments, message):
     assert message in str(caught.value)
 
 
-def test_a_missing_build_is_told_with_its_remedy(monkeypatch):
+def test_a_missing_build_is_reported_with_its_fix(monkeypatch):
     monkeypatch.delattr(megatron_smar.data, "_packing", raising=False)
-    monkeypatch.setitem(sys.modules, "megatron_smar.data._packing", None)  # as Python marks a module that is not there
+    monkeypatch.setitem(sys.modules, "megatron_smar.data._packing", None)  # how Python marks a missing module
     with pytest.raises(ImportError, match=r"packer is not built .*: reinstall megatron_smar with a C\+\+17 compiler"):
         pack([1], [0], 8)
 
@@ -127,10 +127,10 @@ def test_other_threads_run_while_the_packer_works():
     while packing.is_alive():
         turns.append(time.perf_counter())
     longest_wait = max(after - before for before, after in pairwise(turns))
-    assert longest_wait < 0.5 * (turns[-1] - turns[0])  # a packer that keeps the lock leaves one wait, nearly all of it
+    assert longest_wait < 0.5 * (turns[-1] - turns[0])  # holding the GIL would make one long wait
 
 
-def test_the_mixture_fills_packs_to_99_percent_from_a_buffer_that_a_loader_keeps():
+def test_a_buffer_of_4000_samples_fills_packs_to_99_percent():
     tokens, tiles = benchmark.draw(40_000, "llava")
     packs = len(pack_flat(tokens, tiles, 16384, window=4000)[1]) - 1
     assert benchmark.fill_of(tokens, packs, 16384) >= 0.99
@@ -143,7 +143,7 @@ def test_packs_are_as_full_as_those_of_the_knapsack():
     assert len(pack(tokens, np.zeros_like(tokens), 8192, window=4000)) <= len(knapsack)
 
 
-def test_the_reconstructed_mixture_is_always_the_same_and_knows_its_pictures():
+def test_the_reconstructed_mixture_is_deterministic_and_has_the_right_share_of_images():
     tokens, tiles = benchmark.draw(20_000, "tile")
     again, _ = benchmark.draw(20_000, "tile")
     assert np.array_equal(tokens, again)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counting and naming what cannot be used, and when to stop."""
+"""Counting and reporting rejected samples, and when they end a run."""
 
 import json
 import math
@@ -16,7 +16,7 @@ BAD = SampleError("bad_image", "it is cut off")
 
 
 def read(log: RejectLog, outcomes: list[bool]) -> int:
-    """Feed a log with good and bad samples; return how many it took before it stopped, or all."""
+    """Feeds a log with good and bad samples; returns how many it accepted before it stopped, or all."""
     for number, good in enumerate(outcomes):
         if good:
             log.accept()
@@ -44,7 +44,7 @@ def test_too_many_rejects_end_the_run_with_the_table() -> None:
             rejects.add(f"c{number}", BAD)
     sentence, *table = str(error.value).splitlines()
     assert sentence == (
-        "18.9% of the first 111 samples that a worker read from SHARDS were rejected and --max-skip-ratio is 0.1: mend "
+        "18.9% of the first 111 samples that a worker read from SHARDS were rejected and --max-skip-ratio is 0.1: fix "
         "the data, or the settings it was rejected for, or raise it."
     )
     assert [line.split() for line in table] == [
@@ -59,9 +59,7 @@ def test_too_many_rejects_end_the_run_with_the_table() -> None:
     outcomes=st.lists(st.booleans(), min_size=3 * FEWEST_JUDGED, max_size=3 * FEWEST_JUDGED),
     good=st.integers(0, 9),
 )
-def test_a_run_stops_at_the_first_reject_that_is_clearly_too_many(
-    ratio: float, outcomes: list[bool], good: int
-) -> None:
+def test_a_run_stops_at_the_first_reject_beyond_the_margin(ratio: float, outcomes: list[bool], good: int) -> None:
     outcomes = [outcome or number % 10 < good for number, outcome in enumerate(outcomes)]
     expected = len(outcomes)
     for total in range(FEWEST_JUDGED, len(outcomes) + 1):
@@ -78,7 +76,7 @@ def test_a_few_bad_samples_at_the_start_do_not_end_a_run() -> None:
     assert read(log(max_skip_ratio=0.1), [False] * 18 + [True] * 500) == 518
 
 
-def test_a_share_of_one_lets_all_pass_but_an_unbroken_row() -> None:
+def test_a_ratio_of_one_only_ends_at_a_row_of_rejects() -> None:
     assert read(log(max_skip_ratio=1.0, limit=50), ([False] * 49 + [True]) * 10) == 500
     assert read(log(max_skip_ratio=1.0, limit=50), [True, *[False] * 60]) == 51
 
@@ -91,7 +89,7 @@ def test_samples_that_fail_when_their_images_are_decoded_count_once_and_as_rejec
             rejects.add(f"sample{number}", BAD, late=True)
 
 
-def test_damaged_images_alone_end_the_run_though_their_records_are_good() -> None:
+def test_damaged_images_end_the_run_even_with_good_records() -> None:
     rejects = log(limit=20)
     with pytest.raises(DataError, match="last 20 samples in a row from SHARDS"):
         for number in range(20):
@@ -99,22 +97,20 @@ def test_damaged_images_alone_end_the_run_though_their_records_are_good() -> Non
             rejects.add(f"sample{number}", BAD, late=True)
 
 
-def test_an_image_that_decodes_ends_the_row_of_those_that_do_not() -> None:
+def test_a_decoded_image_ends_a_row_of_damaged_images() -> None:
     rejects = log(limit=2)
     for _ in range(5):
         rejects.add("bad", BAD, late=True)
         rejects.accept(late=True)
 
 
-def test_silent_ranks_decide_alike() -> None:
+def test_silent_ranks_stop_at_the_same_sample() -> None:
     outcomes = [number % 3 > 0 for number in range(300)]
     assert read(log(max_skip_ratio=0.1, announce=True), outcomes) == read(log(max_skip_ratio=0.1), outcomes) < 300
 
 
 @pytest.mark.parametrize("key", ["../\udce9/a", "\x1b[31mred", "line\u2028break", "日本"])
-def test_names_from_an_archive_reach_neither_terminal_nor_file_as_control_characters(
-    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_control_characters_in_keys_are_escaped(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     RejectLog("train-rank000", "SHARDS", directory=tmp_path).add(key, BAD)
     shown = capsys.readouterr().err.removesuffix("\n")
     assert shown.isprintable() and shown.endswith("bad_image: it is cut off")
@@ -150,4 +146,4 @@ def test_a_missing_folder_of_rejects_is_named(
     monkeypatch.setattr("sys.argv", ["rejects", str(tmp_path / "none")])
     with pytest.raises(SystemExit):
         main()
-    assert "none is no folder: give a run's --rejects-dir" in capsys.readouterr().err
+    assert "none is not a folder: give a run's --rejects-dir" in capsys.readouterr().err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resuming: whatever step a run stopped at, the samples behind it are those of a run that did not stop."""
+"""Resuming: at whatever step a run stopped, the samples after it equal those of an uninterrupted run."""
 
 import copy
 import dataclasses
@@ -27,10 +27,10 @@ class Run:
     """The loaders of all data-parallel ranks, read step by step as training does.
 
     Args:
-        config: What is read.
-        tokenizer: Megatron's.
-        size: Data-parallel ranks.
-        batches: Micro-batches of a step on each.
+        config: Data configuration.
+        tokenizer: Megatron's tokenizer.
+        size: Number of data-parallel ranks.
+        batches: Micro-batches per step on each rank.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any, size: int, batches: int) -> None:
@@ -46,17 +46,17 @@ class Run:
             rank.close()
 
     def steps(self, count: int) -> Steps:
-        """For each step, the keys of the global batch's micro-batches in any order: their gradients are added up."""
+        """Returns, for each step, the sorted keys of its micro-batches; the order of a step's micro-batches is free."""
         return [
             sorted(list(next(rank).__key__) for rank in self.ranks for _ in range(self.batches)) for _ in range(count)
         ]
 
     def save(self) -> States:
-        """The states of all ranks."""
+        """Returns the states of all ranks."""
         return [rank.save_state() for rank in self.ranks]
 
     def restore(self, states: States) -> "Run":
-        """Go on where they stood."""
+        """Resumes from the states of all ranks."""
         for rank, state in zip(self.ranks, states, strict=True):
             rank.restore_state(copy.deepcopy(state))
         return self
@@ -74,7 +74,7 @@ def blend(shards: Path, tmp_path: Path) -> str:
     return str(path)
 
 
-# What is read, each of which has to resume exactly; further ways of reading go here.
+# Kinds of data, each of which has to resume exactly; new kinds go here.
 KINDS: dict[str, dict[str, Any]] = {
     "folder": {},
     "blend": {"data_path": "blend"},
@@ -90,21 +90,23 @@ def config(kind: str, make_config: Make, blend: str) -> DataConfig:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopping_at_any_step_changes_no_later_sample(config: DataConfig, tokenizer: Any) -> None:
+def test_stopping_at_any_step_does_not_change_later_samples(config: DataConfig, tokenizer: Any) -> None:
     with Run(config, tokenizer, 2, batches=2) as run:
-        whole = run.steps(8)
+        uninterrupted = run.steps(8)
     with Run(config, tokenizer, 2, batches=2) as run:
         for step in range(1, 6):
             run.steps(1)
             with Run(config, tokenizer, 2, batches=2) as resumed:
-                assert resumed.restore(run.save()).steps(3) == whole[step : step + 3], f"stopped after step {step}"
+                assert resumed.restore(run.save()).steps(3) == uninterrupted[step : step + 3], (
+                    f"stopped after step {step}"
+                )
 
 
 @pytest.mark.parametrize(("kind", "num_workers"), [("folder", 1), ("packs", 2)])
-def test_worker_processes_go_on_too(config: DataConfig, num_workers: int, tokenizer: Any) -> None:
+def test_worker_processes_resume_too(config: DataConfig, num_workers: int, tokenizer: Any) -> None:
     config.num_workers = num_workers
     with Run(config, tokenizer, 1, batches=1) as run:
-        run.steps(3)  # of two workers, the second has the next one
+        run.steps(3)  # of two workers, the second has the next micro-batch
         states, later = run.save(), run.steps(4)
     with Run(config, tokenizer, 1, batches=1) as resumed:
         assert resumed.restore(states).steps(4) == later
@@ -114,10 +116,10 @@ def test_worker_processes_go_on_too(config: DataConfig, num_workers: int, tokeni
     ("kind", "old", "new"),
     [("folder", (2, 1), (1, 2)), ("packs", (1, 2), (2, 1)), ("share of text", (2, 1), (1, 2))],
 )
-def test_as_many_workers_on_other_ranks_read_the_same_steps(
+def test_the_same_number_of_workers_on_other_ranks_reads_the_same_steps(
     config: DataConfig, old: tuple[int, int], new: tuple[int, int], tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Through files, as Megatron's maybe_save_dataloader_state writes them."""
+    """Through state files, as Megatron's maybe_save_dataloader_state writes them."""
 
     def layout(size: int, num_workers: int) -> Run:
         return Run(dataclasses.replace(config, num_workers=num_workers), tokenizer, size, batches=2 // size)
@@ -143,7 +145,7 @@ def test_as_many_workers_on_other_ranks_read_the_same_steps(
         (1, 4, 2, "a step has 2 on a rank: resume with what it was saved with"),
     ],
 )  # fmt: skip
-def test_a_layout_that_cannot_go_on_is_refused_in_one_sentence(
+def test_a_layout_that_cannot_resume_is_refused_in_one_sentence(
     size: int, num_workers: int, num_microbatches: int, message: str
 ) -> None:
     layout = {"data-parallel size": 2, "--num-workers": 2, WORKER_BATCHES: [5, 5]}
@@ -152,7 +154,7 @@ def test_a_layout_that_cannot_go_on_is_refused_in_one_sentence(
         redistribute(states, 0, size, num_workers, num_microbatches)
 
 
-def test_workers_that_stand_at_different_steps_are_not_divided() -> None:
+def test_workers_at_different_steps_are_not_redistributed() -> None:
     layout = {"data-parallel size": 1, "--num-workers": 2, WORKER_BATCHES: [5, 5]}
     state = {"layout": layout, "loader": {"worker_states": ["a", "b"], "next_worker_id": 1}}
     with pytest.raises(DataError, match="resume with what it was saved with"):
@@ -177,7 +179,7 @@ def record(folder: Path, rank: int, size: int, steps_done: int, keys: str) -> No
         next(recorded)
 
 
-def test_the_record_takes_back_the_steps_that_a_killed_run_lost(tmp_path: Path) -> None:
+def test_the_sample_log_drops_the_steps_that_a_killed_run_lost(tmp_path: Path) -> None:
     record(tmp_path, 0, 2, 0, "abcd")
     record(tmp_path, 1, 2, 0, "ABCD")
     with (tmp_path / "rank000.jsonl").open("a") as file:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loader states as plain values."""
+"""Loader states converted to plain values and back."""
 
 import io
 from pathlib import Path
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron.energon.rng import SystemRng
 from megatron.energon.state import FlexState
 
-from megatron_smar.data.state import pack, unpack
+from megatron_smar.data.state import from_plain, to_plain
 
 text = st.text(alphabet="ab", min_size=1, max_size=3)
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text | st.binary(max_size=4)
@@ -29,14 +29,14 @@ values = st.recursive(
 
 
 def through_a_file(value: object) -> object:
-    torch.save(pack(value), stream := io.BytesIO())
+    torch.save(to_plain(value), stream := io.BytesIO())
     stream.seek(0)
-    return unpack(torch.load(stream, weights_only=True))
+    return from_plain(torch.load(stream, weights_only=True))
 
 
 @given(values)
 @settings(max_examples=40, deadline=None)
-def test_states_survive_a_file_that_may_run_no_code(value: object) -> None:
+def test_states_survive_a_weights_only_file(value: object) -> None:
     result = through_a_file(value)
     assert result == value and type(result) is type(value)
 
@@ -51,4 +51,4 @@ def test_random_states_survive() -> None:
 
 def test_an_unknown_class_is_refused_when_saving_not_when_resuming() -> None:
     with pytest.raises(TypeError, match="PosixPath"):
-        pack([Path("x")])
+        to_plain([Path("x")])

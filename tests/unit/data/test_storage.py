@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards on a local HTTP server and on a local S3 server give what the folder gives."""
+"""Shards on a local HTTP server and on a local S3 server give the same samples as the folder."""
 
 import json
 import threading
@@ -32,12 +32,12 @@ class Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+        """Writes no log."""
 
 
 @contextmanager
 def serving(handler: Callable[..., Any]) -> Iterator[str]:
-    """Runs an HTTP server in a thread; gives its address."""
+    """Runs an HTTP server in a thread; yields its address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -48,14 +48,14 @@ def serving(handler: Callable[..., Any]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def http_url(shards: Path) -> Iterator[str]:
-    """An HTTP server whose root is the folder that holds the shards."""
+    """An HTTP server whose root is the parent folder of the shards."""
     with serving(partial(Handler, directory=str(shards.parent))) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def s3_endpoint(shards: Path) -> Iterator[str]:
-    """An S3 server that has the shards at s3://data/team/shards, and the environment that names it."""
+    """An S3 server with the shards at s3://data/team/shards, and the environment variables for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WSGIRequestHandler, "protocol_version", "HTTP/1.1")
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -75,14 +75,14 @@ def s3_endpoint(shards: Path) -> Iterator[str]:
         for file in shards.rglob("*"):
             if file.is_file():
                 client.upload_file(str(file), "data", f"team/shards/{file.relative_to(shards)}")
-        # As copied by a program that leaves out what begins with a dot.
+        # As copied by a program that skips files whose names begin with a dot.
         client.upload_file(str(shards / ".nv-meta/dataset.yaml"), "data", "visible/.nv-meta/dataset.yaml")
         yield endpoint
         server.stop()
 
 
 def configuration(path: str, num_workers: int) -> DataConfig:
-    """Both splits of what lies at `path`."""
+    """Returns a configuration for both splits of the data at `path`."""
     return DataConfig(
         data_path=path,
         valid_data_path=path,
@@ -97,7 +97,7 @@ def configuration(path: str, num_workers: int) -> DataConfig:
 
 
 def first_samples(config: DataConfig, tokenizer: Any) -> Samples:
-    """Keys, tokens and pixels of an epoch's micro-batches and of one validation pass."""
+    """Returns the keys, tokens and pixels of an epoch's micro-batches and of one validation pass."""
     loaders = [
         (EnergonIterator(build_train_loader(config, tokenizer, 0, 1), config), 26),
         (EnergonIterator(build_valid_loader(config, tokenizer, 0, 1, num_batches=6), config, batches_per_pass=6), 6),
@@ -110,12 +110,12 @@ def first_samples(config: DataConfig, tokenizer: Any) -> Samples:
 
 @pytest.fixture(scope="module")
 def expected(shards: Path, tokenizer: Any) -> dict[int, Samples]:
-    """What the folder gives, by number of workers."""
+    """The samples of the local folder, by number of workers."""
     return {workers: first_samples(configuration(str(shards), workers), tokenizer) for workers in (0, 2)}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_http_gives_the_samples_of_the_folder(
+def test_http_returns_the_folders_samples(
     num_workers: int, tokenizer: Any, shards: Path, http_url: str, expected: dict[int, Samples]
 ) -> None:
     config = configuration(f"{http_url}/{shards.name}", num_workers)
@@ -123,7 +123,7 @@ def test_http_gives_the_samples_of_the_folder(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_s3_gives_the_samples_of_the_folder(
+def test_s3_returns_the_folders_samples(
     num_workers: int, tokenizer: Any, s3_endpoint: str, expected: dict[int, Samples]
 ) -> None:
     config = configuration("s3://data/team/shards", num_workers)
@@ -132,7 +132,7 @@ def test_s3_gives_the_samples_of_the_folder(
 
 @pytest.fixture
 def profile(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A profile of the Multi-Storage Client for the S3 server, as in the documentation, that gives up at once."""
+    """A profile of the Multi-Storage Client for the S3 server, as in the documentation."""
     storage = {"type": "s3", "options": {"base_path": "data", "endpoint_url": s3_endpoint, "region_name": "us-east-1"}}
     (tmp_path / "msc.yaml").write_text(yaml.safe_dump({"profiles": {"team": {"storage_provider": storage}}}))
     monkeypatch.setenv("MSC_CONFIG", str(tmp_path / "msc.yaml"))
@@ -157,7 +157,7 @@ def test_a_metadataset_reads_http_and_s3_as_it_reads_folders(
         assert [key.rsplit("/")[-1] for key in remote_keys] == [key.rsplit("/")[-1] for key in local_keys]
 
 
-def test_a_metadataset_on_a_server_names_folders_beside_it(tokenizer: Any, shards: Path, http_url: str) -> None:
+def test_a_metadataset_on_a_server_names_folders_next_to_it(tokenizer: Any, shards: Path, http_url: str) -> None:
     splits = {"train": {"path": shards.name}, "val": {"path": shards.name}}
     content = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits}
     (shards.parent / "all.yaml").write_text(yaml.safe_dump(content))
@@ -168,7 +168,7 @@ def test_a_metadataset_on_a_server_names_folders_beside_it(tokenizer: Any, shard
 
 
 def test_large_shards_are_read_in_parts_over_http(s3_endpoint: str) -> None:
-    """Above half a gigabyte, the client asks for ranges, which Python's file server does not know and this one does."""
+    """Above half a gigabyte, the client requests ranges, which this server supports, unlike Python's file server."""
     body = bytes(range(256)) * 40
     boto3.client("s3").put_object(Bucket="data", Key="public/large", Body=body, ACL="public-read")
     path = EPath(energon_path(f"{s3_endpoint}/data/public/large"))
@@ -181,14 +181,14 @@ def test_large_shards_are_read_in_parts_over_http(s3_endpoint: str) -> None:
 def test_a_server_without_ranges_is_refused_for_large_shards(http_url: str, shards: Path) -> None:
     name = f"/{shards.name}/.nv-meta/dataset.yaml"
     path = EPath(energon_path(http_url + name))
-    with pytest.raises(RuntimeError, match=r"sends whole files only \(it knows no Range\)"):
+    with pytest.raises(RuntimeError, match=r"sends full files only \(it does not support Range\)"):
         path.fs.open(name, "rb", memory_load_limit=1).read(3)
 
 
 class Breaking(Handler):
-    """A server that is busy at first, and then breaks off in the middle of a file."""
+    """A server that is busy at first, then closes the connection in the middle of a file, then works."""
 
-    answers: ClassVar[list[str]] = ["busy", "cut", "whole"]
+    answers: ClassVar[list[str]] = ["busy", "truncated", "complete"]
 
     def do_GET(self) -> None:
         answer = self.answers.pop(0)
@@ -196,7 +196,7 @@ class Breaking(Handler):
         self.send_response(503 if answer == "busy" else 200)
         self.send_header("Content-Length", "4" if answer != "busy" else "0")
         self.end_headers()
-        self.wfile.write({"busy": b"", "cut": b"sh", "whole": b"shot"}[answer])
+        self.wfile.write({"busy": b"", "truncated": b"sh", "complete": b"shot"}[answer])
 
     def do_HEAD(self) -> None:
         self.send_response(200)
@@ -204,7 +204,7 @@ class Breaking(Handler):
         self.end_headers()
 
 
-def test_a_broken_connection_is_tried_again_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_connection_is_retried_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multistorageclient.retry.time.sleep", lambda seconds: None)
     with serving(Breaking) as url:
         assert EPath(energon_path(f"{url}/file")).read_bytes() == b"shot"
@@ -214,7 +214,10 @@ def test_a_broken_connection_is_tried_again_from_the_start(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("ftp://host/shards", r"no address that can be read: give a local folder, or one of msc://, s3://.*http://"),
+        (
+            "ftp://host/shards",
+            r"not an address that can be read: give a local folder, or one of msc://, s3://.*http://",
+        ),
         ("msc://nowhere/shards", r'cannot be used \(Profile "nowhere" not found.*\): describe its profile'),
         (
             "msc://team/none",
@@ -227,7 +230,7 @@ def test_a_broken_connection_is_tried_again_from_the_start(monkeypatch: pytest.M
         ("msc://team/visible", r"holds no prepared shards \(\.nv-meta/\.info\.json is missing\)"),
     ],
 )
-def test_what_is_wrong_with_an_address_is_said_in_one_sentence(
+def test_a_wrong_address_is_reported_in_one_sentence(
     path: str, message: str, http_url: str, profile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("multistorageclient.retry.time.sleep", lambda seconds: None)

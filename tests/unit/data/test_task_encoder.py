@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw samples to micro-batches."""
+"""The task encoder: from raw samples to micro-batches."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Make = Callable[..., DataConfig]
 
 
 def raw(record: Any, *images: bytes, key: str = "k") -> RawSample:
-    """A sample as it stands in a shard."""
+    """Returns a sample as stored in a shard."""
     parts = {f"{i}.png": image for i, image in enumerate(images)}
     content = record if isinstance(record, bytes) else json.dumps(record).encode()
     return RawSample(__key__=key, __restore_key__=(), parts={"json": content, **parts})
@@ -81,7 +81,7 @@ def test_batches_are_padded_to_their_longest_sample(make_config: Make, tokenizer
         assert (batch.input_ids[row, n:] == tokenizer.pad).all() and not batch.loss_mask[row, n:].any()
 
 
-def test_fixed_length_is_kept_whatever_the_samples(make_config: Make, tokenizer: Any) -> None:
+def test_a_fixed_length_holds_for_any_samples(make_config: Make, tokenizer: Any) -> None:
     encoder = build(make_config(pad_to=288), tokenizer)
     assert encoder.batch([encoder.encode(raw(TEXT))]).input_ids.shape == (2, 288)
 
@@ -107,7 +107,7 @@ def test_all_stages_reject_the_same_damaged_images(make_config: Make, tokenizer:
             build(make_config(), tokenizer, decode_images=decode_images).encode(raw(TWO_IMAGES, picture(), damaged))
 
 
-def test_without_verification_a_damaged_image_ends_the_run_instead_of_parting_the_stages(
+def test_without_verification_a_damaged_image_ends_the_run_on_stages_that_decode(
     make_config: Make, tokenizer: Any
 ) -> None:
     sample = raw(TWO_IMAGES, picture(), picture(size=(64, 64))[:-30])
@@ -117,7 +117,7 @@ def test_without_verification_a_damaged_image_ends_the_run_instead_of_parting_th
         build(config, tokenizer).encode(sample)
 
 
-def test_too_long_samples_are_rejected_and_the_longest_is_kept_whole(make_config: Make, tokenizer: Any) -> None:
+def test_too_long_samples_are_rejected_and_the_longest_allowed_is_complete(make_config: Make, tokenizer: Any) -> None:
     length = len(build(make_config(), tokenizer).encode(raw(TEXT)).input_ids)
     assert len(build(make_config(seq_length=length), tokenizer).encode(raw(TEXT)).input_ids) == length
     with pytest.raises(SampleError, match=f"too_long: {length} positions, but --seq-length is {length - 1}"):
@@ -142,7 +142,7 @@ def test_malformed_samples_are_rejected_by_reason(
         build(make_config(), tokenizer).encode(sample)
 
 
-def test_rejected_samples_are_named_once_and_counted(
+def test_rejected_samples_are_reported_once_and_counted(
     make_config: Make, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = build(make_config(rejects_dir=str(tmp_path)), tokenizer)
@@ -157,7 +157,7 @@ def test_rejected_samples_are_named_once_and_counted(
     assert read_rejects(tmp_path, "valid") == {}
 
 
-def test_nothing_but_rejects_ends_the_run_with_their_reasons(make_config: Make, tokenizer: Any) -> None:
+def test_only_rejects_end_the_run_with_their_reasons(make_config: Make, tokenizer: Any) -> None:
     encoder = build(make_config(), tokenizer)
     for _ in range(2):
         with pytest.raises(SkipSample):
@@ -174,11 +174,11 @@ def test_nothing_but_rejects_ends_the_run_with_their_reasons(make_config: Make, 
         ({"data_path": "/"}, "--data-path / has no .nv-meta/dataset.yaml"),
         ({"data_path": __file__}, "is neither a folder of shards nor"),
         ({"pad_to": 100}, "--seq-length is 256, and a padded length of 100 would not hold its samples"),
-        ({"pad_to_multiple_of": 100}, "256 is no multiple of 100"),
+        ({"pad_to_multiple_of": 100}, "256 is not a multiple of 100"),
         ({"micro_batch_size": 0}, "--micro-batch-size 0 must be at least 1"),
         ({"num_workers": -1}, "--num-workers -1 must not be negative"),
         ({"template": "x"}, "--conversation-template x is unknown"),
-        ({"max_skip_ratio": 1.5}, r"--max-skip-ratio 1\.5 is no share: give one from 0 to 1"),
+        ({"max_skip_ratio": 1.5}, r"--max-skip-ratio 1\.5 is not a share: give one from 0 to 1"),
     ],
 )
 def test_wrong_settings_name_the_flag_and_the_value(changes: dict[str, Any], message: str, make_config: Make) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images to tiles: the grid is InternVL's, the pixels are those of transformers' image processors."""
+"""Images to tiles: the grid equals InternVL's, the pixels equal those of transformers' image processors."""
 
 import io
 import itertools
@@ -35,7 +35,7 @@ def png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def theirs(width: int, height: int, fewest: int, most: int, side: int = 448) -> tuple[int, int]:
+def transformers_grid(width: int, height: int, fewest: int, most: int, side: int = 448) -> tuple[int, int]:
     return get_optimal_tiled_canvas.__wrapped__((height, width), (side, side), fewest, most)
 
 
@@ -51,14 +51,17 @@ def theirs(width: int, height: int, fewest: int, most: int, side: int = 448) -> 
 )
 @example(500, 800, [1, 12], 448)  # as close to 1 x 4 as to 2 x 2, which have the same number of tiles
 @example(10000, 1, [1, 12], 448)
-def test_the_grid_is_that_of_transformers(width: int, height: int, limits: list[int], side: int) -> None:
-    assert tile_grid(width, height, *limits, side) == theirs(width, height, *limits, side)
+def test_the_grid_equals_that_of_transformers(width: int, height: int, limits: list[int], side: int) -> None:
+    assert tile_grid(width, height, *limits, side) == transformers_grid(width, height, *limits, side)
 
 
 @pytest.mark.parametrize(("fewest", "most"), [(1, 1), (1, 6), (1, 12), (4, 12)])
-def test_the_grid_is_that_of_transformers_over_a_sweep_of_sizes(fewest: int, most: int) -> None:
+def test_the_grid_equals_that_of_transformers_over_a_sweep_of_sizes(fewest: int, most: int) -> None:
     for width, height in itertools.product(SIDES, SIDES):
-        assert tile_grid(width, height, fewest, most, 448) == theirs(width, height, fewest, most), (width, height)
+        assert tile_grid(width, height, fewest, most, 448) == transformers_grid(width, height, fewest, most), (
+            width,
+            height,
+        )
 
 
 def test_ties_between_grids_are_broken_as_in_transformers() -> None:
@@ -67,7 +70,7 @@ def test_ties_between_grids_are_broken_as_in_transformers() -> None:
     between = {(one + other) / 2 for one, other in itertools.product(shapes, shapes)}
     for shape, scale in itertools.product(between, (1, 3, 40, 200, 448, 1000)):
         width, height = shape.numerator * scale, shape.denominator * scale
-        assert tile_grid(width, height, 1, 12, 448) == theirs(width, height, 1, 12), (width, height)
+        assert tile_grid(width, height, 1, 12, 448) == transformers_grid(width, height, 1, 12), (width, height)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (448, 448), (336, 336), (1, 1), (1, 10000), (1000, 100)])
@@ -84,13 +87,13 @@ def test_tiles_are_counted_from_the_header_thumbnail_included(size: tuple[int, i
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_a_picture_becomes_one_tile_of_bytes(kind: str) -> None:
+def test_an_image_becomes_one_uint8_tile(kind: str) -> None:
     tiles = ImageProcessor(ImageConfig(image_size=8))(picture((255, 0, 0), (20, 12), kind))
     assert tiles.shape == (1, 3, 8, 8) and tiles.dtype == torch.uint8
     torch.testing.assert_close(tiles[0], torch.tensor([255, 0, 0]).byte().view(3, 1, 1).expand(3, 8, 8), atol=2, rtol=0)
 
 
-def test_tiles_are_cut_row_by_row_and_the_thumbnail_is_last() -> None:
+def test_tiles_are_in_row_order_with_the_thumbnail_last() -> None:
     config = ImageConfig(image_size=16, max_tiles=6, use_thumbnail=True)
     pixels = np.zeros((32, 48, 3), dtype=np.uint8)
     for row, column in itertools.product(range(2), range(3)):
@@ -101,20 +104,20 @@ def test_tiles_are_cut_row_by_row_and_the_thumbnail_is_last() -> None:
     assert len(tiles[6].unique()) > 6 and tiles[6, 0, 0, 0] == 0 and tiles[6, 0, -1, -1] == 200
 
 
-def test_pixels_are_kept_where_no_resizing_is_needed() -> None:
+def test_pixels_are_unchanged_if_no_resizing_is_needed() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
     tiles = ImageProcessor(ImageConfig(image_size=8, max_tiles=2))(png(Image.fromarray(pixels)))
     assert torch.equal(torch.cat(list(tiles), dim=2), torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize("size", [(640, 480), (300, 900), (37, 211), (1, 1), (1, 1000), (512, 512)])
-@pytest.mark.parametrize("drawn", ["photo", "noise"])
+@pytest.mark.parametrize("content", ["photo", "noise"])
 @pytest.mark.parametrize(("side", "fewest"), [(448, 1), (336, 3)])
-def test_normalised_tiles_equal_those_of_transformers(
-    size: tuple[int, int], drawn: str, side: int, fewest: int
+def test_normalized_tiles_equal_those_of_transformers(
+    size: tuple[int, int], content: str, side: int, fewest: int
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = photo(size) if drawn == "photo" else Image.fromarray(noise)
+    image = photo(size) if content == "photo" else Image.fromarray(noise)
     reference = GotOcr2ImageProcessor(
         crop_to_patches=True,
         min_patches=fewest,
@@ -125,17 +128,17 @@ def test_normalised_tiles_equal_those_of_transformers(
     )
     expected = reference(images=[image], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     config = ImageConfig(image_size=side, min_tiles=fewest, max_tiles=12, use_thumbnail=True)
-    ours = normalise(ImageProcessor(config)(png(image)), MEAN, STD)
-    # The same bytes; transformers folds 1/255 into mean and deviation. Measured: 2.4e-7.
-    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+    tiles = normalise(ImageProcessor(config)(png(image)), MEAN, STD)
+    # The bytes are the same; transformers folds 1/255 into mean and standard deviation. Measured difference: 2.4e-7.
+    torch.testing.assert_close(tiles, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (300, 900), (1024, 300)])
-def test_tiles_are_within_two_grey_levels_of_pillows_resize(size: tuple[int, int]) -> None:
+def test_tiles_are_within_two_levels_of_pillows_resize(size: tuple[int, int]) -> None:
     config = ImageConfig(image_size=64, max_tiles=6)
     image = photo(size)
     columns, rows = ImageProcessor(config).grid(*size)
-    # One direction at a time: Pillow 13 takes the cheaper one first, and torch the horizontal one, as Pillow used to.
+    # One direction at a time: Pillow 13 starts with the cheaper one, torch with the horizontal one, as Pillow used to.
     wide = image.resize((64 * columns, size[1]), Image.Resampling.BICUBIC)
     expected = np.asarray(wide.resize((64 * columns, 64 * rows), Image.Resampling.BICUBIC)).astype(int)
     tiles = ImageProcessor(config)(png(image))
@@ -144,7 +147,7 @@ def test_tiles_are_within_two_grey_levels_of_pillows_resize(size: tuple[int, int
     assert difference.max() <= 2 and (difference > 0).mean() < 0.02
 
 
-def test_a_turned_picture_is_cut_as_it_is_shown() -> None:
+def test_an_image_is_rotated_by_exif_before_tiling() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 48, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -159,7 +162,7 @@ def test_a_turned_picture_is_cut_as_it_is_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"image_size": 0}, "--image-size 0"),
         ({"min_tiles": 0}, "--min-tiles 0"),
@@ -168,7 +171,7 @@ def test_a_turned_picture_is_cut_as_it_is_shown() -> None:
         ({"use_thumbnail": True}, "--use-thumbnail .* --max-tiles 1 "),
     ],
 )
-def test_impossible_settings_are_refused_in_one_sentence(settings: dict[str, int], said: str) -> None:
-    with pytest.raises(ValueError, match=said) as error:
+def test_invalid_settings_are_refused_in_one_sentence(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
         ImageConfig(**settings)
     assert "\n" not in str(error.value)

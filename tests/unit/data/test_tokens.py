@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image tokens and piecewise encoding, with Mixtral's own tokenizer and the two kinds of Hugging Face's."""
+"""Image tokens and piecewise encoding, with Mixtral's tokenizer and two kinds of Hugging Face tokenizers."""
 
 import re
 from pathlib import Path
@@ -36,30 +36,30 @@ LANGUAGES = [
     "أبجد هوز حطي كلمن   नमस्ते दुनिया  안녕하세요",
     "def f(x):\n\treturn x**2  # <b>&amp;</b>\r\n\n\n🦊👩‍👩‍👧 ﷽ [INST] <s> </s> <unk> <|im_start|",
 ]
-# What text there is: anything but a null character, half a surrogate pair and SentencePiece's sign for a space. No "<":
-# hypothesis finds the names of the special tokens in our sources, and those are not text.
+# Any text without null characters, lone surrogates and SentencePiece's character for a space. No "<" either: hypothesis
+# finds the names of the special tokens in this project's sources, and those are not text.
 texts = st.text(
     alphabet=st.characters(exclude_characters="▁\0<\ufdd0", exclude_categories=["Cs"]), min_size=1, max_size=30
 )
 
 
-def test_ids_of_image_tokens_are_the_vocabularys(tokenizer: MegatronTokenizer) -> None:
+def test_image_token_ids_match_the_vocabulary(tokenizer: MegatronTokenizer) -> None:
     tokens = ImageTokens.from_tokenizer(tokenizer)
     assert [tokenizer.vocab[i] for i in (tokens.start_id, tokens.end_id, tokens.context_id)] == list(IMAGE_TOKENS)
     assert tokens.block(2) == [tokens.start_id, tokens.context_id, tokens.context_id, tokens.end_id]
 
 
-def test_missing_image_tokens_are_named_with_the_mend(plain_model: Path) -> None:
+def test_missing_image_tokens_are_reported_with_the_fix(plain_model: Path) -> None:
     with pytest.raises(ValueError, match=r"has no token <img> </img> <IMG_CONTEXT>: .*tools/data/add_tokens"):
         ImageTokens.from_tokenizer(load_tokenizer(plain_model))
 
 
-def test_a_templates_missing_tokens_are_named_with_the_mend(tokenizer: MegatronTokenizer) -> None:
+def test_a_templates_missing_tokens_are_reported_with_the_fix(tokenizer: MegatronTokenizer) -> None:
     with pytest.raises(ValueError, match=r"no token <\|im_end\|> <\|im_start\|>, .*--conversation-template, .*--also"):
         TextEncoder(tokenizer, sorted(CHATML_TOKENS))
 
 
-def test_image_tokens_follow_mixtrals_own_and_change_none_of_them(
+def test_image_tokens_are_added_after_mixtrals_tokens_and_change_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = load_tokenizer(mixtral_model())
@@ -79,14 +79,14 @@ def published_mixtral() -> MegatronTokenizer:
 
 @given(text=texts)
 @settings(max_examples=200, deadline=None)
-def test_mixtral_with_image_tokens_reads_any_text_as_before(
+def test_mixtral_with_image_tokens_encodes_any_text_as_before(
     text: str, mixtral: MegatronTokenizer, published_mixtral: MegatronTokenizer
 ) -> None:
     assert mixtral.tokenize(text) == published_mixtral.tokenize(text)
 
 
 @pytest.mark.parametrize("train", [train_byte_level, train_llama_like])
-def test_image_tokens_follow_a_hugging_face_vocabulary_and_change_none_of_it(
+def test_image_tokens_are_added_after_a_hugging_face_vocabulary_and_change_none(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = train(tmp_path / "in")
@@ -99,7 +99,7 @@ def test_image_tokens_follow_a_hugging_face_vocabulary_and_change_none_of_it(
     )
     added = [*IMAGE_TOKENS, *(token for token in ("<|im_end|>", "<new>") if token not in before.vocab)]
     assert after.vocab == before.vocab + added
-    assert given.vocab == before.vocab + list(IMAGE_TOKENS)  # by --tokenizer-special-tokens instead
+    assert given.vocab == before.vocab + list(IMAGE_TOKENS)  # with --tokenizer-special-tokens instead
     for line in LANGUAGES:
         assert before.tokenize(line) == after.tokenize(line) == given.tokenize(line)
 
@@ -118,7 +118,7 @@ def test_adding_image_tokens_twice_changes_nothing(
     ("name", "message"),
     [("x.model", "as a SentencePiece model"), ("folder", "as the folder of a Hugging Face tokenizer")],
 )
-def test_what_is_no_tokenizer_is_named(name: str, message: str, tmp_path: Path) -> None:
+def test_a_source_that_is_not_a_tokenizer_is_named(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"no model")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=f"{name} cannot be read {message}"):
@@ -136,7 +136,7 @@ def test_tokenizer_without_end_of_sentence_is_refused(plain_model: Path) -> None
         TextEncoder(wrapper)
 
 
-# Options of SentencePiece's trainer under which a tokenizer does not keep text, and what it does to it.
+# What a tokenizer does to text -> the options of SentencePiece's trainer that cause it.
 CHANGES_TEXT = {
     "SentencePiece's defaults": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
     "newlines to spaces": {"normalization_rule_name": "nmt_nfkc"},
@@ -144,7 +144,7 @@ CHANGES_TEXT = {
     "small letters": {"normalization_rule_name": "nfkc_cf"},
     "runs of spaces": {"remove_extra_whitespaces": True},
     "newlines unknown": {"byte_fallback": False, "vocab_size": 120},
-    "a space behind text": {"treat_whitespace_as_suffix": True},
+    "a space after text": {"treat_whitespace_as_suffix": True},
 }
 
 
@@ -157,7 +157,7 @@ def test_a_sentencepiece_model_that_changes_text_is_refused(options: dict[str, A
 
 
 @pytest.mark.parametrize("options", [{"model_type": "unigram", "vocab_size": 320}, {"add_dummy_prefix": False}])
-def test_a_sentencepiece_model_that_keeps_text_is_taken(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_sentencepiece_model_that_keeps_text_is_accepted(options: dict[str, Any], tmp_path: Path) -> None:
     path = train_sentencepiece(tmp_path / "x.model", user_defined_symbols=list(IMAGE_TOKENS), **options)
     tokenizer = load_tokenizer(path)
     encoder = TextEncoder(tokenizer)
@@ -167,7 +167,7 @@ def test_a_sentencepiece_model_that_keeps_text_is_taken(options: dict[str, Any],
 
 
 def letters(**parts: Any) -> Tokenizer:
-    """A byte-level tokenizer with other parts in the place of its own."""
+    """Returns a byte-level tokenizer with some of its parts replaced."""
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -197,7 +197,7 @@ def test_a_hugging_face_tokenizer_that_changes_text_is_refused(parts: dict[str, 
         TextEncoder(load_huggingface(tmp_path))
 
 
-def test_a_character_without_a_token_costs_its_sample_and_not_the_run(tmp_path: Path) -> None:
+def test_a_character_without_a_token_rejects_the_sample_and_not_the_run(tmp_path: Path) -> None:
     path = train_sentencepiece(
         tmp_path / "x.model",
         user_defined_symbols=[*IMAGE_TOKENS, "\n", "\t", "\r"],
@@ -214,18 +214,18 @@ RUNS = ["\n\n", "\n\n\n", "\nWhat", "\t\t"]
 
 @pytest.fixture(scope="module", params=["Prepend", "always", "first", "never"])
 def with_newline_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MegatronTokenizer:
-    """Tokenizers like Llama's, with pieces for runs of newlines and for one with a word."""
+    """Tokenizers like Llama's, with pieces for runs of newlines and for a newline with a word."""
     return load_huggingface(train_llama_like(tmp_path_factory.mktemp("runs"), RUNS, request.param))
 
 
 @given(texts=st.lists(st.text(alphabet="ab What\n\t\r .🦊é", min_size=1, max_size=8), min_size=1, max_size=4))
 @settings(max_examples=100, deadline=None)
-def test_no_newline_or_space_is_lost_whatever_pieces_there_are_for_runs(
+def test_no_newline_or_space_is_lost_with_pieces_for_runs_of_whitespace(
     texts: list[str], with_newline_runs: MegatronTokenizer
 ) -> None:
     encoder = TextEncoder(with_newline_runs)
     end_id = encoder.image_tokens.end_id
-    # A token in front, since decoders take the space off a text's beginning.
+    # With a token before the text, because decoders strip the space at its beginning.
     ids = [end_id]
     for text in texts:
         ids += [*encoder.encode(text), end_id]
@@ -238,7 +238,7 @@ def test_no_newline_or_space_is_lost_whatever_pieces_there_are_for_runs(
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=texts)
 @settings(max_examples=100, deadline=None)
-def test_what_is_encoded_spells_the_text_or_is_refused(text: str, kind: str, request: pytest.FixtureRequest) -> None:
+def test_encoded_text_decodes_exactly(text: str, kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
     encoder = TextEncoder(tokenizer)
     end_id = encoder.image_tokens.end_id
@@ -247,12 +247,12 @@ def test_what_is_encoded_spells_the_text_or_is_refused(text: str, kind: str, req
         assert tokenizer.detokenize([end_id, *encoder.encode(piece), end_id]) == f"</img>{expected}</img>"
 
 
-def test_sentencepieces_sign_for_a_space_is_refused_where_it_would_become_one(mixtral: MegatronTokenizer) -> None:
+def test_sentencepieces_space_character_in_text_is_refused(mixtral: MegatronTokenizer) -> None:
     with pytest.raises(SampleError, match=r"text_changed: the tokenizer has no tokens for '▁▂▃', at 5"):
         TextEncoder(mixtral).encode("bars ▁▂▃")
 
 
-def test_padding_is_end_of_sentence_where_there_is_no_padding_token(mixtral: MegatronTokenizer) -> None:
+def test_padding_is_end_of_sentence_without_a_padding_token(mixtral: MegatronTokenizer) -> None:
     encoder = TextEncoder(mixtral)
     assert encoder.pad_id == encoder.eos_id == 2
 
@@ -263,7 +263,7 @@ pieces = st.lists(st.text(alphabet="ab c\n.[/]é🦊", min_size=1, max_size=8), 
 @pytest.mark.parametrize("kind", ["tokenizer", "mixtral", "byte_level"])
 @given(texts=pieces)
 @settings(max_examples=150, deadline=None)
-def test_pieces_between_images_join_to_the_ids_of_the_whole_text(
+def test_pieces_between_images_join_to_the_ids_of_the_full_text(
     texts: list[str], kind: str, request: pytest.FixtureRequest
 ) -> None:
     tokenizer = request.getfixturevalue(kind)
@@ -278,7 +278,7 @@ def test_pieces_between_images_join_to_the_ids_of_the_whole_text(
 
 @given(texts=pieces)
 @settings(max_examples=150, deadline=None)
-def test_no_space_slips_in_where_the_tokenizer_puts_one_behind_every_special_token(
+def test_no_space_is_added_by_a_tokenizer_that_adds_one_after_every_special_token(
     texts: list[str], llama_like: MegatronTokenizer
 ) -> None:
     encoder = TextEncoder(llama_like)
@@ -292,7 +292,7 @@ def test_no_space_slips_in_where_the_tokenizer_puts_one_behind_every_special_tok
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=texts)
 @settings(max_examples=150, deadline=None)
-def test_decoding_gives_the_text_back(text: str, kind: str, request: pytest.FixtureRequest) -> None:
+def test_decoding_returns_the_text(text: str, kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
     encoder = TextEncoder(tokenizer)
     expected = normalizers.NFC().normalize_str(text) if kind == "byte_level" else text
@@ -310,7 +310,7 @@ def test_decoding_gives_the_text_back(text: str, kind: str, request: pytest.Fixt
         ("mixtral", "<|im_end|>"),
     ],
 )
-def test_text_that_spells_what_begins_or_ends_a_turn_is_rejected_by_the_tokens_name(
+def test_text_with_a_begin_or_end_token_is_rejected_with_the_tokens_name(
     kind: str, token: str, request: pytest.FixtureRequest
 ) -> None:
     special = [] if kind == "tokenizer" else CHATML_TOKENS
@@ -320,7 +320,7 @@ def test_text_that_spells_what_begins_or_ends_a_turn_is_rejected_by_the_tokens_n
 
 
 @pytest.mark.parametrize("train", [train_byte_level, train_llama_like])
-def test_a_tokenizers_own_tokens_for_grounding_are_text_and_single_ids(train: Any, tmp_path: Path) -> None:
+def test_a_tokenizers_grounding_tokens_are_kept_as_single_ids(train: Any, tmp_path: Path) -> None:
     own = ["<ref>", "</ref>", "<box>", "</box>", "<|box_start|>", "<|box_end|>"]
     tokenizer = load_huggingface(train(tmp_path), [*IMAGE_TOKENS, *own])
     text = "the <ref>cat</ref><box>[[1, 2, 3, 4]]</box> and <|box_start|>(1,2),(3,4)<|box_end|>"
@@ -329,7 +329,7 @@ def test_a_tokenizers_own_tokens_for_grounding_are_text_and_single_ids(train: An
         assert [token for token in (tokenizer.vocab[i] for i in ids) if token in own] == own
 
 
-def test_a_template_that_does_not_write_a_special_token_leaves_it_to_the_text(byte_level: MegatronTokenizer) -> None:
+def test_special_tokens_that_the_template_does_not_use_are_allowed_in_text(byte_level: MegatronTokenizer) -> None:
     ids = TextEncoder(byte_level).encode("an <|im_end|> in text")
     assert byte_level.vocab.index("<|im_end|>") in ids
 

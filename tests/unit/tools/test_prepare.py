@@ -104,7 +104,7 @@ def test_records_and_images_arrive_unchanged(name: str, prepare: ModuleType, tmp
     assert not (out / ".prepare").exists()
 
 
-def test_unusable_records_are_left_out_counted_and_named(prepare: ModuleType, tmp_path: Path, images: Path) -> None:
+def test_unusable_records_are_skipped_counted_and_listed(prepare: ModuleType, tmp_path: Path, images: Path) -> None:
     records = GOOD + [{"id": reason, **record} for reason, record in BAD.items()]
     out = tmp_path / "out"
     file = write(tmp_path / "r.json", records)
@@ -119,7 +119,7 @@ def test_unusable_records_are_left_out_counted_and_named(prepare: ModuleType, tm
     assert table[1].split()[:5] == ["train", "4", "3", "0", str(len(BAD))]
 
 
-def test_a_line_that_is_no_json_is_left_out_alone(prepare: ModuleType, tmp_path: Path) -> None:
+def test_only_the_line_that_is_not_json_is_skipped(prepare: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"text": "a"}\n{"text": \n{"text": "b"}\n')
     reports = prepare.prepare(tmp_path / "out", [tmp_path / "r.jsonl"], max_skip_ratio=0.5, progress=False)
     assert reports["train"].kept == 2 and reports["train"].rejected == {"bad_record": 1}
@@ -128,7 +128,7 @@ def test_a_line_that_is_no_json_is_left_out_alone(prepare: ModuleType, tmp_path:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Relative path -> hash, of every file."""
+    """Returns relative path -> hash of every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -144,10 +144,10 @@ def test_the_folder_does_not_depend_on_the_number_of_processes(
     assert len(list((tmp_path / "1").rglob("*.tar"))) > 5
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
+def test_a_run_that_is_killed_repeatedly_ends_with_the_same_bytes(
     prepare: ModuleType, tmp_path: Path, images: Path
 ) -> None:
-    Image.effect_noise((500, 400), 60).save(images / "slow.png")  # so that a shard takes its time
+    Image.effect_noise((500, 400), 60).save(images / "slow.png")  # so that writing a shard takes a while
     slow = [{"id": i, "image": "slow.png", "conversations": talk("<image>?", f"It is {i}.")} for i in range(200)]
     records = [record for pair in zip(slow, GOOD * 50, strict=True) for record in pair] + list(BAD.values())
     arguments = {"train": [write(tmp_path / "r.json", records)], "image_root": images, "samples_per_shard": 10}
@@ -176,7 +176,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
     assert made and made == {path: path.stat().st_mtime_ns for path in made}, "finished shards were written again"
 
 
-def test_a_run_that_is_killed_while_it_cleans_up_has_nothing_left_to_do_but_that(
+def test_a_run_killed_during_clean_up_only_finishes_the_clean_up(
     prepare: ModuleType, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records, out = [write(tmp_path / "r.json", [*GOOD, BAD["bad_image"]])], tmp_path / "out"
@@ -210,35 +210,35 @@ def test_an_unfinished_folder_is_not_mixed_with_another_run(prepare: ModuleType,
     assert hashes(out) == hashes(tmp_path / "new")
 
 
-def test_more_rejects_than_allowed_can_be_allowed_without_doing_the_work_again(
+def test_a_higher_skip_ratio_continues_without_repeating_the_work(
     prepare: ModuleType, tmp_path: Path, images: Path
 ) -> None:
     records = [write(tmp_path / "r.json", [*GOOD, BAD["bad_image"]])]
     with pytest.raises(prepare.TooManyRejectsError):
         prepare.prepare(tmp_path / "out", records, image_root=images, progress=False)
-    (images / "a.png").unlink()  # would be missed if it were read again
+    (images / "a.png").unlink()  # reading it again would fail
     reports = prepare.prepare(tmp_path / "out", records, image_root=images, max_skip_ratio=0.2, progress=False)
     assert reports["train"].kept == 4 and reports["train"].rejected == {"bad_image": 1}
 
 
-def test_shards_of_somebody_else_are_left_alone(prepare: ModuleType, tmp_path: Path) -> None:
+def test_shards_of_another_program_are_not_touched(prepare: ModuleType, tmp_path: Path) -> None:
     theirs = tmp_path / "out/train/images.tar"
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(b"theirs")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"holds train/images.tar, which is not of this program"):
+        with pytest.raises(ValueError, match=r"holds train/images.tar, which this program did not write"):
             prepare.prepare(theirs.parents[1], [write(tmp_path / "r.json", GOOD[2:])], overwrite=overwrite)
     assert theirs.read_bytes() == b"theirs"
 
 
-def test_a_worker_process_that_dies_is_named_and_its_work_can_be_gone_on_with(
+def test_a_worker_process_that_dies_is_reported_and_the_run_can_continue(
     prepare: ModuleType, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = [write(tmp_path / "r.json", GOOD * 6)]
     options = {"image_root": images, "samples_per_shard": 4, "workers": 2, "progress": False}
     write_shard = prepare.write_shard
     monkeypatch.setattr(prepare, "write_shard", die)
-    with pytest.raises(ValueError, match=r"A worker process died.*--workers 2.*the same command goes on"):
+    with pytest.raises(ValueError, match=r"A worker process died.*--workers 2.*the same command continues"):
         prepare.prepare(tmp_path / "out", records, **options)
     monkeypatch.setattr(prepare, "write_shard", write_shard)
     assert prepare.prepare(tmp_path / "out", records, **options)["train"].kept == 24
@@ -262,7 +262,7 @@ def die(*_: Any) -> None:
         ("{inside}/a.png", None),
     ],
 )
-def test_images_come_from_below_the_image_root_only(
+def test_images_are_read_only_from_below_the_image_root(
     path: str, reason: str | None, prepare: ModuleType, tmp_path: Path, images: Path
 ) -> None:
     (tmp_path / "secret.png").write_bytes(picture())
@@ -273,18 +273,18 @@ def test_images_come_from_below_the_image_root_only(
     assert reports["train"].rejected == ({reason: 1} if reason else {})
 
 
-def test_the_drawn_validation_share_is_disjoint_and_stays_when_records_are_added(
+def test_the_validation_share_is_disjoint_and_stable_when_records_are_added(
     prepare: ModuleType, tmp_path: Path
 ) -> None:
     texts = [{"text": f"Text {i}."} for i in range(200)]
-    drawn = []
+    chosen = []
     for count in (100, 200):
         out = tmp_path / str(count)
         prepare.prepare(out, [write(tmp_path / "r.json", texts[:count])], valid_fraction=0.2, progress=False)
         train, valid = (members(next((out / split).glob("*.tar"))) for split in ("train", "val"))
         assert train.keys().isdisjoint(valid) and len(train) + len(valid) == count and 0.1 < len(valid) / count < 0.3
-        drawn.append(list(valid))
-    assert drawn[1][: len(drawn[0])] == drawn[0]
+        chosen.append(list(valid))
+    assert chosen[1][: len(chosen[0])] == chosen[0]
 
 
 def test_validation_keeps_the_order_of_its_records(prepare: ModuleType, tmp_path: Path, images: Path) -> None:
@@ -294,7 +294,7 @@ def test_validation_keeps_the_order_of_its_records(prepare: ModuleType, tmp_path
     assert [json.loads(data) for key, data in files.items() if key.endswith(".json")] == GOOD
 
 
-def test_a_turn_that_has_nothing_to_learn_is_left_out_and_counted(prepare: ModuleType, tmp_path: Path) -> None:
+def test_a_turn_with_nothing_to_learn_is_trimmed_and_counted(prepare: ModuleType, tmp_path: Path) -> None:
     turns = talk("a", "b") + talk("c", "d")
     records = [{"conversations": some} for some in (turns[1:], turns[:3], turns[1:3] + turns[:3])]
     out = tmp_path / "out"
@@ -304,13 +304,13 @@ def test_a_turn_that_has_nothing_to_learn_is_left_out_and_counted(prepare: Modul
     assert reports["train"].rejected == {"role_order": 1}
 
 
-def test_shards_with_nothing_left_are_not_kept(prepare: ModuleType, tmp_path: Path) -> None:
+def test_empty_shards_are_not_kept(prepare: ModuleType, tmp_path: Path) -> None:
     records = [write(tmp_path / "r.json", [BAD["role_order"]] * 3 + [GOOD[3]] * 3)]
     prepare.prepare(tmp_path / "out", records, samples_per_shard=3, max_skip_ratio=1, progress=False)
     assert [path.name for path in (tmp_path / "out/train").glob("*.tar")] == ["text-000001.tar"]
 
 
-def test_a_record_that_utf8_cannot_hold_is_left_out_by_name(prepare: ModuleType, tmp_path: Path) -> None:
+def test_a_record_that_is_not_valid_unicode_is_skipped_with_its_reason(prepare: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"id": "\\ud800", "text": "a"}\n{"text": "\\ud800"}\n{"text": "b"}\n')
     reports = prepare.prepare(tmp_path / "out", [tmp_path / "r.jsonl"], max_skip_ratio=1, progress=False)
     assert reports["train"].kept == 1 and reports["train"].rejected == {"invalid_unicode": 2}
@@ -374,7 +374,7 @@ def test_prepared_shards_are_replaced_only_when_asked(prepare: ModuleType, tmp_p
     assert [path.name for path in (out / "train").glob("*.tar")] == ["text-000000.tar"]
 
 
-def test_nothing_usable_is_an_error(prepare: ModuleType, tmp_path: Path) -> None:
+def test_no_usable_record_is_an_error(prepare: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No training record could be used"):
         prepare.prepare(tmp_path / "out", [write(tmp_path / "r.json", [BAD["role_order"]])], progress=False)
 
@@ -402,7 +402,7 @@ def test_the_program_prints_its_table_and_explains_mistakes(
     assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == message
 
 
-def test_a_blend_can_take_the_texts_of_prepared_shards_alone(prepare: ModuleType, tmp_path: Path, images: Path) -> None:
+def test_a_blend_can_use_only_the_text_shards(prepare: ModuleType, tmp_path: Path, images: Path) -> None:
     records = [write(tmp_path / "r.json", GOOD)]
     prepare.prepare(tmp_path / "out", records, image_root=images, progress=False)
     blend = {"blend": [{"path": "out", "split_part": "train_text", "weight": 1}]}
@@ -426,7 +426,7 @@ def test_a_blend_can_take_the_texts_of_prepared_shards_alone(prepare: ModuleType
 
 
 class Keys(DefaultTaskEncoder):
-    """Gives the keys of samples."""
+    """Returns the keys of samples as a batch."""
 
     cookers = (Cooker(stateless(lambda sample: sample)),)
     decoder = None
@@ -435,7 +435,7 @@ class Keys(DefaultTaskEncoder):
         return [sample["__key__"] for sample in samples]
 
 
-def test_the_documents_commands_prepare_every_source_of_the_papers_blends(
+def test_the_documented_commands_prepare_every_source_of_the_papers_blends(
     prepare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/data/prepare.py: what it says about records and pictures that are not as they should be."""
+"""tools/data/prepare.py: what it reports about unusable records and images."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from .test_prepare import GOOD, images, members, prepare, talk, write
 __all__ = ["images", "prepare"]  # fixtures
 
 
-def test_pictures_under_the_other_key_are_kept_and_without_tags_refused_by_count(
+def test_images_under_the_other_key_are_kept_and_refused_without_tags(
     prepare: ModuleType, tmp_path: Path, images: Path
 ) -> None:
     records = [
@@ -43,7 +43,7 @@ def test_pictures_under_the_other_key_are_kept_and_without_tags_refused_by_count
         (["../a.png", "b.PNG"], "image 1 of 2: '../a.png' leads out of the image root"),
     ],
 )
-def test_what_is_wrong_with_a_picture_names_its_path_and_which_it_is(
+def test_an_unusable_image_is_reported_with_its_path_and_number(
     paths: Any, message: str, prepare: ModuleType, tmp_path: Path, images: Path
 ) -> None:
     tags = "<image>" * (len(paths) if isinstance(paths, list) else 1)

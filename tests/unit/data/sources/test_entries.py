@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming records: what is read piece by piece is what Python's json reads at once, and what is broken is named."""
+"""Streaming records: reading in chunks gives the same values as Python's json, and broken entries are named."""
 
 import io
 import json
@@ -32,11 +32,9 @@ def read(content: bytes, member: str | None = None) -> list[Any]:
     chunk=st.integers(1, 9),
     indent=st.sampled_from([None, 1]),
 )
-def test_a_list_gives_pythons_values_wherever_the_file_is_cut(
-    records: list[Any], chunk: int, indent: int | None
-) -> None:
-    whole = json.dumps(records, indent=indent, ensure_ascii=False)
-    raw = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", whole).encode()
+def test_a_list_gives_pythons_values_for_any_chunk_size(records: list[Any], chunk: int, indent: int | None) -> None:
+    full = json.dumps(records, indent=indent, ensure_ascii=False)
+    raw = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", full).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entries, "_CHUNK", chunk)
         assert read(raw) == json.loads(raw)
@@ -81,12 +79,12 @@ def test_a_broken_file_is_named_with_the_record_and_the_place(
         read(content)
 
 
-def test_what_comes_before_a_broken_place_is_read() -> None:
+def test_entries_before_a_broken_place_are_read() -> None:
     stream = read_list(io.BytesIO(b'[{"a": 1}, {"a": \xff}]'))
     assert next(stream) == {"a": 1}
 
 
-def test_broken_lines_are_named_by_number_and_leave_the_others() -> None:
+def test_broken_lines_are_named_by_number_and_do_not_affect_others() -> None:
     content = (
         b'{"a": "\xe2\x80\xa8\xc2\x85"}\r\n\n{"a": \n"caf\xe9"\n{"a": 1, "a": 2}\n' + b"[" * 100_000 + b'\n{"b": 2}'
     )
@@ -100,6 +98,6 @@ def test_broken_lines_are_named_by_number_and_leave_the_others() -> None:
     ]
 
 
-def test_a_key_that_stands_twice_costs_its_record_and_not_the_list() -> None:
+def test_a_duplicate_key_rejects_its_record_and_not_the_list() -> None:
     content = b'[{"a": 1}, {"b": {"a": 1, "a": 2}}, {"a": 3}]'
     assert read(content) == [{"a": 1}, BrokenEntry("bad_record", "record 2 has the key 'a' twice"), {"a": 3}]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of published datasets, on records in their published form (tests/fixtures/data)."""
+"""Readers of published datasets, on records in their published format (tests/fixtures/data)."""
 
 import base64
 import io
@@ -49,7 +49,7 @@ def texts(record: SourceRecord) -> list[str]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_published_record_is_one_that_training_takes(name: str) -> None:
+def test_every_published_record_can_be_trained_on(name: str) -> None:
     records = read(name)
     assert records and {*PUBLISHED.values()} == {*FORMATS}
     for record in records:
@@ -64,20 +64,20 @@ def test_every_published_record_is_one_that_training_takes(name: str) -> None:
                 assert read_size(base64.b64decode(data)) == (224, 224)
 
 
-def test_llava_records_arrive_as_they_are_but_for_turns_without_question_or_answer() -> None:
+def test_llava_records_are_unchanged_except_for_turns_without_question_or_answer() -> None:
     published = json.loads((DATA / "llava_v1_5_mix665k.json").read_text())
-    *whole, cut = read("llava_v1_5_mix665k.json")
-    assert [record.data for record in whole] == published[:-1]
-    assert cut.trimmed == 2 and texts(cut) == ["Thanks. And now?", "Now a square."]
-    assert [bool(record.images) for record in [*whole, cut]] == [True] * 5 + [False] * 2
+    *complete, trimmed = read("llava_v1_5_mix665k.json")
+    assert [record.data for record in complete] == published[:-1]
+    assert trimmed.trimmed == 2 and texts(trimmed) == ["Thanks. And now?", "Now a square."]
+    assert [bool(record.images) for record in [*complete, trimmed]] == [True] * 5 + [False] * 2
 
 
-def test_a_video_is_left_out_by_name() -> None:
+def test_a_video_is_skipped_with_its_reason() -> None:
     (record,) = read_bytes([{"id": "v", "video": "a.mp4", "conversations": []}], "llava")
     assert isinstance(record, Unreadable) and record.reason == "unsupported_key"
 
 
-def test_a_last_question_that_shows_a_picture_is_left_out_by_what_it_is() -> None:
+def test_a_trimmed_turn_with_an_image_rejects_the_record() -> None:
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(["Hi", "Yes", "<image> And?"])]
     unasked_turns = [turns[1] | {"value": "See <image>"}, *turns[:2]]
     loose = [{"image": "a.png", "conversations": some} for some in (turns, unasked_turns)]
@@ -88,7 +88,7 @@ def test_a_last_question_that_shows_a_picture_is_left_out_by_what_it_is() -> Non
 
 
 @pytest.mark.parametrize("name", ["svit", "lrv", "mimic_it"])
-def test_keys_of_every_format_that_hold_what_is_not_read_are_refused_or_reported(name: str) -> None:
+def test_unread_keys_are_refused_or_reported_in_every_format(name: str) -> None:
     good = [{"from": "user", "value": "a"}, {"from": "gpt", "value": "b"}]
     entry = {
         "svit": {"image_id": 1, "conversations": [{"content": good}]},
@@ -107,7 +107,7 @@ def test_lvis_images_are_found_below_a_coco_folder_too() -> None:
     assert record.images == (ImageFile(("coco/train2017/000000119423.jpg", "train2017/000000119423.jpg")),)
 
 
-def test_each_conversation_of_an_svit_image_is_a_record_with_the_image_in_front() -> None:
+def test_each_conversation_of_an_svit_image_is_a_record_that_starts_with_the_image() -> None:
     first, second, third = read("SVIT/data/conversation.json")
     assert [record.data["id"] for record in (first, second, third)] == ["2317468_0", "2317468_1", "2_0"]
     assert texts(first) == ["<image>\nWhat is below?", "A square.", "And above?", "A disc."]
@@ -117,7 +117,7 @@ def test_each_conversation_of_an_svit_image_is_a_record_with_the_image_in_front(
     assert texts(referring) == ["<image>\nWhere is the disc?", "The disc [0.1, 0.2, 0.3, 0.4] is on the left."]
 
 
-def test_a_broken_svit_conversation_does_not_take_the_others_of_its_image_along() -> None:
+def test_a_broken_svit_conversation_does_not_affect_the_others_of_its_image() -> None:
     good = {"content": [{"from": "user", "value": "a"}, {"from": "gpt", "value": "b"}]}
     records = read_bytes([{"image_id": 1, "conversations": [good, {"content": None}, {}, good]}], "svit")
     assert [len(record.data["conversations"]) for record in records] == [2, 0, 0, 2]
@@ -125,14 +125,14 @@ def test_a_broken_svit_conversation_does_not_take_the_others_of_its_image_along(
     assert isinstance(record, Unreadable) and record.reason == "bad_record"
 
 
-def test_an_lrv_record_asks_about_its_image_by_number_or_by_file_name() -> None:
+def test_an_lrv_record_names_its_image_by_number_or_file_name() -> None:
     record = read("filter_cap1.json")[0]
     assert texts(record) == ["<image>\nCan you see a teapot?", "There is no teapot."]
     assert record.images[0].paths[:2] == ("2392588.jpg", "image/2392588.jpg")
     assert read("chart_release_update.json")[0].images[0].paths[0] == "13.png"
 
 
-def test_lrv_as_minigpt4_wants_it_reads_the_same() -> None:
+def test_lrv_in_minigpt4s_form_reads_the_same() -> None:
     entries = json.loads((DATA / "filter_cap1.json").read_text())
     assert read_bytes({"annotations": entries}, "lrv") == read("filter_cap1.json")
 
@@ -148,7 +148,7 @@ def test_each_mimic_it_instruction_is_a_record_without_its_examples() -> None:
     assert len({record.images for record in records}) == 1
 
 
-def test_a_mimic_it_instruction_whose_image_is_nowhere_is_left_out_by_name() -> None:
+def test_a_mimic_it_instruction_without_its_image_is_skipped_with_its_reason() -> None:
     images = Base64Images([DATA / "LA/LA.json"])
     data = {"x": {"instruction": "a", "answer": "b", "image_ids": ["LA_IMG_1"]}, "y": 3}
     missing, broken = read_bytes({"meta": {}, "data": data}, "mimic_it", images)
@@ -195,13 +195,13 @@ def test_images_are_found_where_a_json_parser_finds_them(
         b'{"a": "b",}',
     ],
 )
-def test_a_file_that_holds_no_images_by_id_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_without_images_by_id_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "LA.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"--image-files .*LA.json (is not|cannot be read)"):
         Base64Images([tmp_path / "LA.json"])
 
 
-def test_parquet_is_refused_with_what_to_do() -> None:
+def test_parquet_is_refused_with_the_fix() -> None:
     with pytest.raises(ValueError, match=r"--image-files LA.parquet is Parquet: write it as JSON"):
         Base64Images(["LA.parquet"])
 
@@ -215,7 +215,7 @@ def test_parquet_is_refused_with_what_to_do() -> None:
         (b'{"annotations": [1', "lrv", "not a JSON object with `annotations`"),
     ],
 )
-def test_a_file_of_another_form_is_refused(content: bytes, name: str, message: str, tmp_path: Path) -> None:
+def test_a_file_in_another_format_is_refused(content: bytes, name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "LA.json").write_text("{}")
     with pytest.raises(ValueError, match=message):
         read_bytes(content, name, Base64Images([tmp_path / "LA.json"]))
