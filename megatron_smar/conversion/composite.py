@@ -27,7 +27,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from megatron_smar.checkpoint.metadata import told
+from megatron_smar.checkpoint.metadata import one_line
 from megatron_smar.conversion.architectures import LANGUAGES, Flags, UnsupportedError, language_of
 from megatron_smar.conversion.architectures.common import refuse
 from megatron_smar.conversion.weights import Weight, generator_of
@@ -73,7 +73,7 @@ def load_config(folder: Path | str) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UnsupportedError(
             f"{Path(folder) / 'config.json'} is of the model type {kind!r}, and transformers cannot read it "
-            f"({told(error)}); supported are {supported()}."
+            f"({one_line(error)}); supported are {supported()}."
         ) from error
     _forget_code(config)
     if kind in (PLAIN_TYPE, MODEL_TYPE):

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing, without_code
+from megatron_smar.checkpoint.folders import ConversionError, copy_companions, first_few, whole_or_nothing, without_code
 from megatron_smar.checkpoint.metadata import run_arguments, saved_arguments
 from megatron_smar.checkpoint.safetensors_io import write_folder
 from megatron_smar.checkpoint.torch_dist import CheckpointReader
@@ -292,7 +292,7 @@ def as_hugging_face(
             problems.append(f"{part.key} is {list(have)} there, not {list(expected)}")
     if problems:
         raise ConversionError(
-            f"{reader.folder} holds another model than --hf describes: {some(dict.fromkeys(problems))}."
+            f"{reader.folder} holds another model than --hf describes: {first_few(dict.fromkeys(problems))}."
         )
     tensors = {}
     for name, pieces in inverted(table).items():

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing
+from megatron_smar.checkpoint.folders import ConversionError, copy_companions, first_few, whole_or_nothing
 from megatron_smar.checkpoint.tokenizer_identity import fingerprints_of_folder
 from megatron_smar.checkpoint.torch_dist import Shard, write_checkpoint
 from megatron_smar.conversion import composite
@@ -75,7 +75,9 @@ def check_names(source: Source) -> None:
                 "written. Correct the one that is wrong."
             )
     problems = [
-        f"{len(names)} {what}: {some(names)}" for what, names in (("missing", missing), ("unexpected", spare)) if names
+        f"{len(names)} {what}: {first_few(names)}"
+        for what, names in (("missing", missing), ("unexpected", spare))
+        if names
     ]
     if problems:
         raise ConversionError(
@@ -97,7 +99,7 @@ def shards_of(source: Source, tensors: dict[str, list[ShardedTensor]], dtype: to
     """
     rows = {row.megatron: row for row in source.table}
     if set(rows) != set(tensors):
-        raise RuntimeError(f"the table and the trainer's model differ: {some(sorted(set(rows) ^ set(tensors)))}")
+        raise RuntimeError(f"the table and the trainer's model differ: {first_few(sorted(set(rows) ^ set(tensors)))}")
     problems = []
     kinds = dtypes_of(source, tensors, dtype)
     for name, parts in tensors.items():
@@ -113,8 +115,8 @@ def shards_of(source: Source, tensors: dict[str, list[ShardedTensor]], dtype: to
             yield Shard(part.key, tuple(part.global_offset), sizes, tuple(part.global_shape), kind, read)
     if any(problems):
         raise ConversionError(
-            f"the weights do not fit the model that config.json describes: {some([p for p in problems if p])}; nothing "
-            "was written."
+            f"the weights do not fit the model that config.json describes: {first_few(filter(None, problems))}; "
+            "nothing was written."
         )
 
 

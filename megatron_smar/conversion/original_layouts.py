@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, InternVLVisionConfig, PretrainedConfig
 
-from megatron_smar.checkpoint.metadata import told
+from megatron_smar.checkpoint.metadata import one_line
 from megatron_smar.conversion import composite
 from megatron_smar.conversion.architectures import Flags, UnsupportedError
 from megatron_smar.conversion.composite import LANGUAGE, PROJECTOR, VISION, Connection
@@ -97,7 +97,7 @@ def _understood(part: str) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UnsupportedError(
-            f"transformers cannot read the config of this model's {part} ({told(error)})."
+            f"transformers cannot read the config of this model's {part} ({one_line(error)})."
         ) from error
 
 

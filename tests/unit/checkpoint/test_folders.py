@@ -3,7 +3,7 @@
 
 import pytest
 
-from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing
+from megatron_smar.checkpoint.folders import ConversionError, copy_companions, first_few, whole_or_nothing
 
 
 def test_a_folder_appears_only_when_it_is_whole(tmp_path):
@@ -79,5 +79,5 @@ def test_companions_are_neither_weights_nor_code_nor_config_and_the_first_origin
 
 
 def test_a_long_list_says_how_much_is_left_out():
-    assert some("abcde") == "a, b, c, d, e"
-    assert some("abcdefg") == "a, b, c, d, e and 2 more"
+    assert first_few("abcde") == "a, b, c, d, e"
+    assert first_few("abcdefg") == "a, b, c, d, e and 2 more"

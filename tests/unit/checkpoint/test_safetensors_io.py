@@ -171,13 +171,13 @@ BROKEN = {
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "as .*safetensors, but it has",
     ),
-    "cut off": (break_file, "model.safetensors is no whole safetensors file .*fetch it again"),
-    "no index": (lambda f: [index(f, {}), (f / INDEX).write_text("{")], f"{INDEX} is no index of .*fetch it again"),
+    "cut off": (break_file, "model.safetensors is not a complete safetensors file .*fetch it again"),
+    "no index": (lambda f: [index(f, {}), (f / INDEX).write_text("{")], f"{INDEX} is not an index of .*fetch it again"),
     "index without names": (
         lambda f: [index(f, {}), (f / INDEX).write_text("{}")],
-        f"{INDEX} is no index of safetensors files",
+        f"{INDEX} is not an index of safetensors files",
     ),
-    "empty index": (lambda f: index(f, {}), f"{INDEX} is no index of safetensors files .it names no file"),
+    "empty index": (lambda f: index(f, {}), f"{INDEX} is not an index of safetensors files .it names no file"),
     "index of a missing file": (lambda f: index(f, {"w": "c.safetensors"}), f"{INDEX} names c.safetensors, missing"),
     "index of a file elsewhere": (lambda f: index(f, {"w": "../a.safetensors"}), "a.safetensors, outside its folder"),
     "index of another file": (
@@ -201,7 +201,7 @@ BROKEN = {
     ),
     "a shard of two": (
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
-        "model-00001-of-00002.safetensors are not the whole of one model",
+        "model-00001-of-00002.safetensors are not all the files of one model",
     ),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "an adapter.*; merge it"),
     "a pickle that config.json names": (

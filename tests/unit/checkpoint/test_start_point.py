@@ -57,7 +57,9 @@ def resume(folder: Path, **flags):
     args = given(**flags)
     point = find_start(args)
     saved = resumed_state(given(load=folder))["args"]
-    state_flags = dict(load=point.load, finetune=point.finetune, ckpt_step=None if point.returns else args.ckpt_step)
+    state_flags = dict(
+        load=point.load, finetune=point.finetune, ckpt_step=None if point.resumes_from_save else args.ckpt_step
+    )
     own = {name: value for name, value in vars(args).items() if name in vars(saved) and name not in FLAGS}
     run = Namespace(**vars(saved) | vars(args) | own | state_flags)
     keep_origin(run, point, resumed_state(run))
@@ -66,7 +68,7 @@ def resume(folder: Path, **flags):
 
 def test_a_first_start_is_where_the_flags_say(runs, imported):
     begin = start(load=runs / "first", save=runs / "second", finetune=True)
-    assert (begin.load, begin.finetune, begin.returns) == (str(runs / "first"), True, False)
+    assert (begin.load, begin.finetune, begin.resumes_from_save) == (str(runs / "first"), True, False)
     assert begin.origin["checkpoint"] == "iter_0000002" and begin.origin["finetune"]
     assert start(save=runs / "second").load is None
     assert start(load=imported, save=runs / "second").origin["finetune"], "a converted model has no run to continue"
@@ -81,7 +83,7 @@ def test_the_same_command_again_resumes_from_save(runs, finetune, spelling):
     (runs / "link").symlink_to(second)
     save = runs / "link" if spelling == "link" else spelling.format(second)
     args, point = resume(second, load=runs / "first", save=save, finetune=finetune)
-    assert (point.load, point.finetune, point.returns) == (str(save), False, True)
+    assert (point.load, point.finetune, point.resumes_from_save) == (str(save), False, True)
     assert args.origin["folder"] == str(runs / "first"), "the run's own checkpoints lose where it started"
     assert "resumes there" in point.notes[0] and "step 2" in point.notes[0]
 
@@ -96,7 +98,7 @@ def test_the_start_may_have_moved_or_be_gone_once_the_run_is_under_way(runs):
     second = second_run(runs, finetune=True)
     (runs / "first").rename(runs / "moved")
     for load in ("first", "moved"):
-        assert resume(second, load=runs / load, save=second, finetune=True)[1].returns
+        assert resume(second, load=runs / load, save=second, finetune=True)[1].resumes_from_save
     with pytest.raises(CheckpointMismatchError, match="holds another run: it started from"):
         resume(second, load=runs / "other", save=second, finetune=True)
 
@@ -180,9 +182,7 @@ def test_half_written_checkpoints_of_a_first_save_are_named_and_the_run_starts(r
     (runs / "first" / TRACKER).unlink()
     point = start(load=runs / "first", save=runs / "first")
     assert point.load is None
-    assert point.notes == (
-        f"--save {runs / 'first'}: iter_0000001, iter_0000002 are half-written and count as nothing.",
-    )
+    assert point.notes == (f"--save {runs / 'first'}: iter_0000001, iter_0000002 are half-written and ignored.",)
     with pytest.raises(ValueError, match="holds no checkpoint but iter_0000001, iter_0000002, which are half-written"):
         start(load=runs / "first", save=runs / "second")
 
@@ -239,4 +239,4 @@ def test_a_run_that_saves_over_a_tracker_it_cannot_read_is_refused(runs):
 def test_evaluation_loads_and_never_resumes(runs):
     second = second_run(runs, finetune=True)
     point = start(load=runs / "first", save=second, skip_train=True)
-    assert point.load == str(runs / "first") and not point.returns
+    assert point.load == str(runs / "first") and not point.resumes_from_save
