@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megatron_smar.monitoring.config import LEAST_TOKENS
 from megatron_smar.monitoring.load import chosen_share
 from megatron_smar.routing.modalities import modality_name
 
-# The patches of one picture resemble each other: 1,024 tokens are four tiles of 256, and fewer prove nothing.
-LEAST_TOKENS = 1024
-# Nor does a share near even load, K / E: with 7 of 8 experts per token it is 0.875.
+# A share near even load, K / E: with 7 of 8 experts per token it is 0.875.
 TIMES_EVEN = 1.5
 
 
