@@ -135,7 +135,7 @@ class CheckpointDescription:
     def _lines(self) -> Iterator[str]:
         rows = [
             ("checkpoint", self.folder),
-            ("whole", "yes" if self.is_whole else "NO: " + "; ".join(self.problems)),
+            ("complete", "yes" if self.is_whole else "NO: " + "; ".join(self.problems)),
             ("size", f"{decimal_bytes(self.size)} in {self.files} files"),
             ("step", "none: a release, weights without a training's history" if self.step is None else self.step),
             ("samples", self.samples),

@@ -131,7 +131,7 @@ def _check_place(flag: str, path: str) -> None:
 
 def _check_checkpoint(flag: str, chosen: Path, named_by: str, complete: list[str]) -> None:
     others = [name for name in complete if name != chosen.name]
-    fix = f"whole ones there: {', '.join(others) or 'none'}"
+    fix = f"complete ones there: {', '.join(others) or 'none'}"
     if others:
         tracker = get_checkpoint_tracker_filename(str(chosen.parent))
         fix += f"; write {_tracker_content(others[-1])} into {tracker} to go back to {others[-1]}"

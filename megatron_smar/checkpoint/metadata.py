@@ -87,7 +87,7 @@ def read_tracker(tracker: Path, there: Sequence[str] = ()) -> tuple[int, bool]:
         return 0, True
     if not re.fullmatch("[0-9]+", content):
         raise DamagedError(
-            f"{tracker} names no step but {content[:40]!r}; write that of a whole checkpoint beside it there"
+            f"{tracker} names no step but {content[:40]!r}; write there the step of a complete checkpoint beside it"
             f"{': ' if there else ''}{', '.join(there)}."
         )
     return int(content), False

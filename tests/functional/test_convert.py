@@ -338,7 +338,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated
     assert convert(*command[1:])[0] == 0
     assert not partial.exists()
     status, said = convert("inspect", output)
-    assert status == 0 and "whole        yes" in said
+    assert status == 0 and "complete     yes" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

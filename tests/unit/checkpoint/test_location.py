@@ -118,14 +118,14 @@ def break_it(run: Path, how: str) -> Path:
 
 REFUSED = {
     "no tracker": ["holds iter_0000001, iter_0000002 but no latest_checkpointed", "echo 2 > "],
-    "empty tracker": ["names no step but ''", "a whole checkpoint beside it there: 1, 2"],
+    "empty tracker": ["names no step but ''", "a complete checkpoint beside it: 1, 2"],
     "blank tracker": ["names no step but ''"],
     "garbage": ["names no step but 'iter_0000002'"],
     "bytes": [f"{TRACKER} cannot be read"],
     "negative": ["names no step but '-2'"],
     "a folder for a tracker": [f"{TRACKER} cannot be read"],
     "another step": ["has no iter_0000007, which its latest_", "iter_0000001, iter_0000002; write 2 into"],
-    "missing": ["has no iter_0000002", "whole ones there: iter_0000001; write 1 into"],
+    "missing": ["has no iter_0000002", "complete ones there: iter_0000001; write 1 into"],
     "half-written": ["has no .metadata: it is half-written", "write 1 into"],
     "truncated": ["is damaged: __0_0.distcp has", "write 1 into"],
     "a file gone": ["is damaged: __0_0.distcp is missing", "write 1 into"],
