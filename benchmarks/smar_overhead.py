@@ -195,7 +195,7 @@ class Training:
         config.finalize_model_grads_func = finalize_model_grads
         batch = make_batch(shape, seed=2 + get_args().rank)
         iterator = RerunDataIterator(iter(functools.partial(lambda: batch), None))
-        forward_step = make_forward_step(IMAGE_TOKEN, TOKENS_PER_TILE)
+        forward_step = make_forward_step([IMAGE_TOKEN], TOKENS_PER_TILE)
         arguments = (forward_step, iterator, model, optimizer, scheduler, config, get_forward_backward_func())
         for chunk in model:
             chunk.train()

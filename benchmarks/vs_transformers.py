@@ -165,7 +165,7 @@ def our_step(flags: list[str], batch: dict[str, Any]) -> Callable[[], float]:
             yield micro_batch
 
     iterator = RerunDataIterator(forever())
-    schedule, forward_step = get_forward_backward_func(), make_forward_step(IMAGE_TOKEN, TOKENS_PER_TILE)
+    schedule, forward_step = get_forward_backward_func(), make_forward_step([IMAGE_TOKEN], TOKENS_PER_TILE)
 
     def step() -> float:
         losses, *_ = train_step(forward_step, iterator, model, optimizer, scheduler, config, schedule, iteration=0)

@@ -24,6 +24,7 @@ BEGIN, END = "<!-- written by python -m tests.layout --write -->", "<!-- end of 
 FLOORS: list[dict[str, str]] = [
     {
         "compatibility": "refuses, when `megatron_smar` is imported, packages that Megatron would fail with",
+        "modalities": "the table of a run's modalities: id, name, placeholder token",
         "runtime": "which environment this is, its defaults of flags, adaptations of torch and Megatron: each a named "
         "function with its reason and where that holds",
     },

@@ -38,7 +38,7 @@ LAYOUT = """
     use_distributed_optimizer
 """.split()
 ROUTING = """
-    modality_routing modality_router_bias smar_eps smar_scope moe_aux_loss_coeff
+    image_modalities modality_routing modality_router_bias smar_eps smar_scope moe_aux_loss_coeff
 """.split()
 PARTS = {"vision": "vision_model.", "connector": "connector.", "language": "language_model."}
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -77,7 +77,7 @@ class CheckpointDescription:
         family: Hugging Face's model type, where the checkpoint has a config.
         weights: Groups of weights.
         parameters: Number of parameters of each part, of all experts, of the routers, and in total.
-        routing: The routing strategy's settings.
+        routing: Kinds of images, and the routing strategy's settings.
         layout: Parallel layout under which the checkpoint was saved.
         program: Releases of the software that saved the checkpoint; empty where the run did not store them.
         optimizer: Kind of the optimizer and form of its state; None without a state.

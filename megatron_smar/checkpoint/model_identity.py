@@ -46,7 +46,7 @@ FUNCTION = """
     moe_apply_probs_on_input moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size
     moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size
 
-    image_size connector pixel_shuffle vision_feature_layer vision_feature_scale
+    image_modalities image_size connector pixel_shuffle vision_feature_layer vision_feature_scale
 """.split()
 TOWER = "vision_tower"
 # Fields of a vision tower's config that do not change what it computes.

@@ -24,6 +24,7 @@ _RUNNING = (
     "max_position_embeddings",
     "seq_length",
     "modality_router_bias",
+    "image_modalities",
     "smar_eps",
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_smar import runtime
@@ -45,6 +46,7 @@ from megatron_smar.evaluation.verify import (
     checkpoint_logits,
     compare,
 )
+from megatron_smar.modalities import Modalities
 from megatron_smar.model.vision import tokens_per_tile
 from megatron_smar.training.setup import start
 
@@ -125,6 +127,14 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parts.add_argument("--pixel-shuffle", type=float, default=default.pixel_shuffle, help="default: %(default)s")
     parts.add_argument("--vision-feature-layer", type=int, default=default.feature_layer, help="default: %(default)s")
     parts.add_argument("--vision-feature-scale", type=float, default=default.feature_scale, help="default: %(default)s")
+    parser.add_argument(
+        "--image-modalities",
+        nargs="+",
+        metavar="NAME",
+        default=list(Modalities().images),
+        help="kinds of images to train on, as for pretrain_vlm.py; the tokenizer must have their "
+        "placeholders (tools/data/add_tokens.py --also). Default: vision",
+    )
     parser.add_argument("--seed", type=int, default=CONNECTOR_SEED, help="seed of new weights. Default: %(default)s")
 
 
@@ -244,6 +254,9 @@ def main() -> None:
                 source = read_source(args, Path(scratch))
                 if args.command == "upcycle":
                     source = upcycled(source, upcycling_config(args))
+                images = Modalities(tuple(args.image_modalities)).images
+                if len(images) > 1:
+                    source = replace(source, flags=source.flags | {"image-modalities": images})
                 written = write_model(source, args.output, DTYPES.get(args.dtype))
             print(outcome.of_import(args.output, written, sources_of(args)))
         else:

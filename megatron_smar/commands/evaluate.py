@@ -30,9 +30,10 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_tokenizer
 
 from megatron_smar.checkpoint.stored_flags import stored_flags
-from megatron_smar.config.build import image_config, vision_config
+from megatron_smar.config.build import image_config, modality_table, vision_config
 from megatron_smar.data.batch import EncodedSample
 from megatron_smar.data.conversations import Segment, record_segments, template_for
+from megatron_smar.data.fields import image_modalities
 from megatron_smar.data.held_out import read_questions, read_texts
 from megatron_smar.data.rejects import SampleError
 from megatron_smar.data.task_encoder import SampleTokenizer
@@ -77,15 +78,17 @@ class Encoder:
     def __init__(self) -> None:
         args = get_args()
         self.template = template_for(args.conversation_template, get_tokenizer())
-        self.text = TextEncoder(get_tokenizer(), self.template.special_tokens)
+        self.text = TextEncoder(get_tokenizer(), self.template.special_tokens, modality_table(args))
         self.images = ImageProcessor(image_config(args))
         self.tokens_per_tile = tokens_per_tile(vision_config(args))
         self.tokenize = SampleTokenizer(self.text, self.images, self.tokens_per_tile, args.seq_length)
 
-    def encode(self, key: str, segments: list[Segment], files: list[bytes], full: bool = True) -> EncodedSample:
+    def encode(
+        self, key: str, segments: list[Segment], files: list[bytes], kinds: list[str] | None = None, full: bool = True
+    ) -> EncodedSample:
         """One sample; without `full` a prompt, whose last token has no successor."""
         try:
-            ids, targets = self.tokenize(segments, files)
+            ids, targets = self.tokenize(segments, files, kinds)
         except SampleError as error:
             raise SampleError(error.reason, f"{key}: {error.message}") from error
         inputs, labels, mask = (ids[:-1], ids[1:], targets[1:]) if full else (ids, ids, [False] * len(ids))
@@ -116,7 +119,8 @@ class Encoder:
         segments = record_segments({"conversations": turns}, self.template, len(files))
         if not answered:
             segments = [segment for segment in segments if not segment.is_target]
-        return self.encode(str(item.get("id", "")), segments, files, full=answered)
+        kinds = image_modalities(item, len(files))
+        return self.encode(str(item.get("id", "")), segments, files, kinds, full=answered)
 
 
 def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
@@ -154,7 +158,8 @@ def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Enco
         "vqa_by_kind": {k: {"accuracy": exact_match(v), "count": len(v)} for k, v in sorted(kinds.items())},
         "mrd_distance_by_layer": list(recorder.distances(args.moe_router_topk, args.smar_eps).values()),
         "expert_share": {
-            name: [share[m].tolist() for share in shares.values()] for m, name in enumerate(("text", "vision"))
+            modality.name: [share[modality.id].tolist() for share in shares.values()]
+            for modality in encoder.text.modalities
         },
         "examples": [item | {"prediction": text} for item, text in zip(shown, texts, strict=True)],
     }
@@ -174,7 +179,7 @@ def main() -> None:
     encoder, args = Encoder(), get_args()
     evaluator = Evaluator(
         unwrap_model(model)[0],
-        encoder.text.image_tokens.context_id,
+        encoder.text.image_tokens.placeholder_ids,
         encoder.tokens_per_tile,
         encoder.text.pad_id,
         args.tensor_model_parallel_size if args.sequence_parallel else 1,

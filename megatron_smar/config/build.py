@@ -13,11 +13,17 @@ from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_smar.data.config import DataConfig
 from megatron_smar.data.tiling import ImageConfig
+from megatron_smar.modalities import Modalities
 from megatron_smar.model.layers.specs import LayerConfig
 from megatron_smar.model.vision import VisionConfig, tokens_per_tile
 from megatron_smar.model.vlm import LanguageConfig
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.strategies import STRATEGIES
+
+
+def modality_table(args: Namespace) -> Modalities:
+    """The run's modalities; one stored by a version without --image-modalities has text and vision."""
+    return Modalities(tuple(getattr(args, "image_modalities", None) or Modalities().images))
 
 
 def modality_routing_config(args: Namespace) -> ModalityRoutingConfig:
@@ -27,6 +33,7 @@ def modality_routing_config(args: Namespace) -> ModalityRoutingConfig:
         eps=args.smar_eps,
         scope=args.smar_scope,
         router_bias=args.modality_router_bias,
+        modalities=modality_table(args),
     )
 
 
@@ -92,6 +99,7 @@ def data_config(args: Namespace) -> DataConfig:
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         template=args.conversation_template,
+        modalities=modality_table(args),
         tokens_per_tile=tokens_per_tile(vision_config(args)),
         image=image_config(args),
         pad_to=args.seq_length if one_shape else None,

@@ -12,7 +12,6 @@ from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts
 from megatron_smar.model.vision import load_vision_config
 from megatron_smar.monitoring.config import MonitorConfig
 from megatron_smar.routing.config import ModalityRoutingConfig
-from megatron_smar.routing.modalities import modality_name
 from megatron_smar.routing.strategies import STRATEGIES
 
 
@@ -81,14 +80,15 @@ def _check_freeze(args: Namespace, shape_is_known: bool) -> None:
 def _check_allowed(args: Namespace, routing: ModalityRoutingConfig) -> None:
     """Refuses allowed experts that leave a token fewer than K to choose, or that a fused kernel would not see."""
     for layer in _moe_layers(args):
-        allowed = routing.strategy.allowed(layer, routing.num_modalities, args.num_experts)
+        allowed = routing.allowed(layer, args.num_experts)
         if allowed is None:
             continue
         modality, own = min(enumerate(allowed.sum(dim=1).tolist()), key=lambda of: of[1])
         if own < args.moe_router_topk:
             raise ValueError(
-                f"--modality-routing {routing.strategy.name} leaves {modality_name(modality)} tokens {own} experts in "
-                f"layer {layer}, but --moe-router-topk is {args.moe_router_topk}; give each modality at least as many."
+                f"--modality-routing {routing.strategy.name} leaves {routing.modalities.names[modality]} tokens {own} "
+                f"experts in layer {layer}, but --moe-router-topk is {args.moe_router_topk}; give each modality at "
+                "least as many."
             )
         if args.moe_router_group_topk:
             raise ValueError(

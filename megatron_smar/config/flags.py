@@ -9,6 +9,7 @@ from typing import get_args
 from megatron_smar import runtime
 from megatron_smar.config.dataclass_flags import add_config_flags
 from megatron_smar.config.flag_errors import explain_unknown_flags
+from megatron_smar.modalities import Modalities
 from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.parts import PARTS
 from megatron_smar.monitoring.config import MonitorConfig
@@ -99,6 +100,15 @@ def _add_vision_arguments(parser: ArgumentParser) -> None:
         metavar="PATH_OR_NAME",
         help="Hugging Face vision encoder (InternViT, CLIP, SigLIP), or a model that has one. "
         "The paper: InternViT-300M.",
+    )
+    group.add_argument(
+        "--image-modalities",
+        nargs="+",
+        metavar="NAME",
+        default=list(Modalities().images),
+        help="Kinds of images, each a modality with its own routing statistics and router bias. vision is the kind of "
+        "all images whose record does not name another in `image_modality`. NAME's placeholder is <NAME_CONTEXT>, "
+        "which the tokenizer must have (tools/data/add_tokens.py --also). Default: vision.",
     )
     group.add_argument(
         "--image-size", type=int, default=448, help="Side of a tile in pixels. Default: %(default)s, the paper's."

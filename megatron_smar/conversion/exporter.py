@@ -24,6 +24,7 @@ from megatron_smar.checkpoint.folders import ConversionError, copy_companions, f
 from megatron_smar.checkpoint.metadata import run_arguments, saved_arguments
 from megatron_smar.checkpoint.safetensors_io import write_folder
 from megatron_smar.checkpoint.torch_dist import CheckpointReader
+from megatron_smar.config.build import modality_table
 from megatron_smar.conversion import composite
 from megatron_smar.conversion.empty_model import describe_model, differing_flags
 from megatron_smar.conversion.outcome import Written
@@ -195,8 +196,14 @@ def allowed_experts(saved: Namespace) -> dict[int, Tensor]:
     named = f"the checkpoint was trained with --modality-routing {strategy.name}"
     if not strategy.exported:
         raise ConversionError(f"{named}, which no export can compute: it can be trained and evaluated here.")
+    modalities = modality_table(saved)
+    if len(modalities.images) > 1:
+        raise ConversionError(
+            f"the checkpoint was trained with --image-modalities {' '.join(modalities.images)}, and an export knows "
+            "text and vision only: it can be trained and evaluated here."
+        )
     layers = range(1, (getattr(saved, "num_layers", None) or 0) + 1) if getattr(saved, "num_experts", None) else ()
-    tables = {layer: strategy.allowed(layer, RemoteFields.num_modalities, saved.num_experts) for layer in layers}
+    tables = {layer: strategy.allowed(layer, modalities.names, saved.num_experts) for layer in layers}
     found = {layer: table for layer, table in tables.items() if table is not None}
     if found and (saved.moe_router_enable_expert_bias or not saved.modality_router_bias):
         flag = "--no-modality-router-bias" if not saved.modality_router_bias else "--moe-router-enable-expert-bias"

@@ -10,6 +10,7 @@ from megatron_smar.data.metadataset import check_sources
 from megatron_smar.data.packing import pack
 from megatron_smar.data.paths import check_data_path
 from megatron_smar.data.tiling import ImageConfig
+from megatron_smar.modalities import Modalities
 
 
 @dataclass
@@ -22,6 +23,7 @@ class DataConfig:
         micro_batch_size: Rows of a micro-batch.
         valid_data_path: Where the ``val`` split is read (``--valid-data-path``); None is `data_path`.
         template: Conversation template.
+        modalities: The run's table of modalities (``--image-modalities``).
         tokens_per_tile: Vision tokens of one image tile.
         image: How images become tiles.
         pad_to: Pad every micro-batch to this many positions; None pads to its longest sample.
@@ -50,6 +52,7 @@ class DataConfig:
     micro_batch_size: int
     valid_data_path: str | None = None
     template: str = "mistral"
+    modalities: Modalities = field(default_factory=Modalities)
     tokens_per_tile: int = 256
     image: ImageConfig = field(default_factory=ImageConfig)
     pad_to: int | None = None

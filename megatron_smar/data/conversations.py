@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from megatron_smar.data.fields import TURN_KEYS, check_keys, counted, is_empty
+from megatron_smar.data.fields import TURN_KEYS, check_keys, counted, image_modalities, is_empty
 from megatron_smar.data.rejects import SampleError
 from megatron_smar.data.tokens import EOS, IMAGE_TOKENS, TextEncoder, control_tokens, puts_space
+from megatron_smar.modalities import VISION
 
 IMAGE_TAG = "<image>"
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -333,6 +334,7 @@ def record_segments(record: Any, template: ConversationTemplate, num_images: int
             raise SampleError("bad_record", "`system` stands beside `text`, which is learned as it is")
         check_text(text, "`text`")
         segments = [Segment(text, is_target=True, special=EOS)]
+    image_modalities(record, num_images)
     num_tags = sum(segment.text.count(IMAGE_TAG) for segment in segments)
     if num_tags != num_images:
         tags, images = counted(num_tags, f"{IMAGE_TAG} tag"), counted(num_images, "image")
@@ -341,7 +343,7 @@ def record_segments(record: Any, template: ConversationTemplate, num_images: int
 
 
 def tokenize_segments(
-    segments: Iterable[Segment], encoder: TextEncoder, image_lengths: Sequence[int]
+    segments: Iterable[Segment], encoder: TextEncoder, image_lengths: Sequence[int], kinds: Sequence[str] | None = None
 ) -> tuple[list[int], list[bool]]:
     """Turn segments into token ids and say which of them are to be learned.
 
@@ -349,22 +351,24 @@ def tokenize_segments(
         segments: From `record_segments`.
         encoder: Text to ids.
         image_lengths: Number of vision tokens of each image, in the order of the ``<image>`` tags.
+        kinds: The modality of each image (`fields.image_modalities`); None for ordinary ones, vision.
 
     Returns:
         Ids [n] and, for each, whether it is a target. A beginning-of-sentence token, if the tokenizer has one, and
         the tokens of images are never targets.
 
     Raises:
-        SampleError: The text spells out a special token.
+        SampleError: The text spells out a special token, or an image is of a kind that the run does not have.
     """
     ids = [] if encoder.bos_id is None else [encoder.bos_id]
     num_special = len(ids)
     targets = [False] * num_special
-    lengths = iter(image_lengths)
+    images = zip(image_lengths, kinds or [VISION] * len(image_lengths), strict=True)
     for segment in segments:
         for position, text in enumerate(segment.text.split(IMAGE_TAG)):
             if position > 0:
-                block = encoder.image_tokens.block(next(lengths))
+                length, kind = next(images)
+                block = encoder.image_tokens.block(length, _modality(kind, encoder))
                 ids += block
                 targets += [False] * len(block)
             if text:
@@ -375,3 +379,14 @@ def tokenize_segments(
             ids.append(encoder.special_id(segment.special))
             targets.append(segment.is_target)
     return ids, targets
+
+
+def _modality(kind: str, encoder: TextEncoder) -> int:
+    """Return the modality's id of a kind of images."""
+    names = encoder.modalities.names
+    if kind not in encoder.modalities.images:
+        raise SampleError(
+            "unknown_modality",
+            f"`image_modality` is {kind!r}, and --image-modalities has {' '.join(encoder.modalities.images)}",
+        )
+    return names.index(kind)

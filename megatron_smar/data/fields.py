@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_smar.data.rejects import SampleError
+from megatron_smar.modalities import VISION
 
-RECORD_KEYS = frozenset({"conversations", "text", "image", "images", "system"})
+RECORD_KEYS = frozenset({"conversations", "text", "image", "images", "image_modality", "system"})
 TURN_KEYS = frozenset({"from", "value"})
 
 # Where a record comes from and how large things are: nothing that a model could learn.
@@ -124,6 +125,26 @@ def image_paths(record: Mapping[str, Any]) -> list[str]:
     if len(found) == 2 and found["image"] != found["images"]:
         raise SampleError("bad_record", "`image` and `images` name different pictures: leave one of them out")
     return next(iter(found.values()), [])
+
+
+def image_modalities(record: Mapping[str, Any], num_images: int) -> list[str]:
+    """Return the kind of each of a record's images, from `image_modality`: a name, or one for each image.
+
+    Raises:
+        SampleError: ``bad_record``.
+    """
+    value = record.get("image_modality")
+    if isinstance(value, list):
+        names: list[Any] = value
+    else:
+        names = [VISION if is_empty(value) else value] * num_images
+    if not all(isinstance(name, str) for name in names) or len(names) != num_images:
+        images = counted(num_images, "image")
+        raise SampleError(
+            "bad_record",
+            f"`image_modality` is {value!r} and there are {images}: give a name, or a list with one for each image",
+        )
+    return names
 
 
 def _paths(key: str, value: Any) -> list[str]:

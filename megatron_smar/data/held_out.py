@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smar.data.conversations import TEMPLATES, record_segments
-from megatron_smar.data.fields import check_keys, counted, image_paths, is_empty
+from megatron_smar.data.fields import check_keys, counted, image_modalities, image_paths, is_empty
 from megatron_smar.data.images import which
 from megatron_smar.data.rejects import SampleError
 from megatron_smar.data.sources.entries import BrokenEntry, read_list
 from megatron_smar.data.sources.shards import read_picture
 
-_QUESTION_KEYS = frozenset({"image", "images", "question", "answer", "kind"})
+_QUESTION_KEYS = frozenset({"image", "images", "image_modality", "question", "answer", "kind"})
 
 
 def read_texts(path: Path) -> list[dict[str, Any]]:
@@ -56,6 +56,7 @@ def read_questions(path: Path, image_root: Path) -> list[dict[str, Any]]:
         paths = image_paths(record)
         turns = [{"from": "human", "value": record["question"]}, {"from": "gpt", "value": record["answer"]}]
         record_segments({"conversations": turns}, TEMPLATES["mistral"], len(paths))
+        image_modalities(record, len(paths))
         for number, name in enumerate(paths, 1):
             try:
                 read_picture({"paths": [name]}, image_root)

@@ -274,7 +274,7 @@ class EnergonIterator:
 
 
 def _text_encoder(config: DataConfig, tokenizer: Any) -> TextEncoder:
-    return TextEncoder(tokenizer, template_for(config.template, tokenizer).special_tokens)
+    return TextEncoder(tokenizer, template_for(config.template, tokenizer).special_tokens, config.modalities)
 
 
 def _worker_config(config: DataConfig, rank: int, size: int) -> WorkerConfig:

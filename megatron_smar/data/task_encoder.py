@@ -39,6 +39,7 @@ from megatron_smar.data.blend import (
 )
 from megatron_smar.data.config import DataConfig
 from megatron_smar.data.conversations import Segment, record_segments, template_for, tokenize_segments
+from megatron_smar.data.fields import image_modalities
 from megatron_smar.data.images import read_each, read_image, read_size
 from megatron_smar.data.packing import pack
 from megatron_smar.data.raw_sample import split_parts
@@ -81,14 +82,16 @@ class SampleTokenizer:
     tokens_per_tile: int
     seq_length: int
 
-    def __call__(self, segments: Sequence[Segment], files: Sequence[bytes]) -> tuple[list[int], list[bool]]:
+    def __call__(
+        self, segments: Sequence[Segment], files: Sequence[bytes], kinds: Sequence[str] | None = None
+    ) -> tuple[list[int], list[bool]]:
         """Ids and whether each is to be learned, with as many placeholders as the images' tiles give.
 
         Raises:
-            SampleError: An image cannot be read, or the whole does not fit into --seq-length.
+            SampleError: An image cannot be read or is of an unknown kind, or the whole does not fit into --seq-length.
         """
         lengths = [self.tokens_per_tile * self.images.count_tiles(*size) for size in read_each(files, read_size)]
-        ids, targets = tokenize_segments(segments, self.encoder, lengths)
+        ids, targets = tokenize_segments(segments, self.encoder, lengths, kinds)
         # Each position predicts the next one, so that n + 1 tokens take n positions.
         if len(ids) - 1 > self.seq_length:
             raise SampleError("too_long", f"{len(ids) - 1} positions, but --seq-length is {self.seq_length}")
@@ -171,10 +174,11 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
             SampleError: It cannot be used.
         """
         record, files = split_parts(sample.__key__, sample.parts)
-        ids, targets = self.tokenize(record_segments(record, self.template, len(files)), files)
+        segments = record_segments(record, self.template, len(files))
+        ids, targets = self.tokenize(segments, files, image_modalities(record, len(files)))
         if not any(targets[1:]):
             raise SampleError("empty_conversation", "there is no token to learn")
-        num_tiles = ids.count(self.encoder.image_tokens.context_id) // self.config.tokens_per_tile
+        num_tiles = sum(map(ids.count, self.encoder.image_tokens.placeholder_ids)) // self.config.tokens_per_tile
         most = self.config.packing_max_tiles
         if most is not None and num_tiles > most:
             raise SampleError("too_many_tiles", f"{num_tiles} image tiles, but --packing-max-tiles is {most}")

@@ -20,6 +20,7 @@ from megatron_smar.data.exactness import (
     same_text,
 )
 from megatron_smar.data.rejects import SampleError
+from megatron_smar.modalities import Modalities
 
 IMAGE_START = "<img>"
 IMAGE_END = "</img>"
@@ -35,33 +36,43 @@ class ImageTokens:
     Args:
         start_id: ``<img>``, before an image's placeholders.
         end_id: ``</img>``, behind them.
-        context_id: ``<IMG_CONTEXT>``, the placeholder of one vision token.
+        placeholder_ids: The placeholders of one vision token, one for each kind of images, in the order of the
+            modalities; the first is ``<IMG_CONTEXT>``.
     """
 
     start_id: int
     end_id: int
-    context_id: int
+    placeholder_ids: tuple[int, ...]
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> ImageTokens:
+    def from_tokenizer(cls, tokenizer: Any, modalities: Modalities | None = None) -> ImageTokens:
         """Look the ids up in a Megatron text tokenizer.
 
         Raises:
             ValueError: A token is missing from the vocabulary.
         """
-        ids = [_token_id(tokenizer, token) for token in IMAGE_TOKENS]
-        missing = [token for token, token_id in zip(IMAGE_TOKENS, ids, strict=True) if token_id is None]
+        tokens = (IMAGE_START, IMAGE_END, *(modalities or Modalities()).placeholders)
+        ids = [_token_id(tokenizer, token) for token in tokens]
+        missing = [token for token, token_id in zip(tokens, ids, strict=True) if token_id is None]
         if missing:
+            more = [token for token in missing if token not in IMAGE_TOKENS]
             raise ValueError(
                 f"The tokenizer {getattr(tokenizer, 'path', None)} has no token {' '.join(missing)}: add them with "
-                "`python tools/data/add_tokens.py IN OUT` and give OUT as --tokenizer-model, or name them to a "
-                f"HuggingFaceTokenizer with --tokenizer-special-tokens {_quoted(IMAGE_TOKENS)}."
+                f"`python tools/data/add_tokens.py IN OUT{f' --also {_quoted(more)}' if more else ''}` and give OUT as "
+                "--tokenizer-model, or name them to a "
+                f"HuggingFaceTokenizer with --tokenizer-special-tokens {_quoted(tokens)}."
             )
-        return cls(*[int(token_id) for token_id in ids if token_id is not None])
+        start, end, *placeholders = (int(token_id) for token_id in ids if token_id is not None)
+        return cls(start, end, tuple(placeholders))
 
-    def block(self, num_vision_tokens: int) -> list[int]:
-        """Return the ids of one image: start, its placeholders, end."""
-        return [self.start_id, *[self.context_id] * num_vision_tokens, self.end_id]
+    @property
+    def context_id(self) -> int:
+        """``<IMG_CONTEXT>``, the placeholder of one vision token of an ordinary image."""
+        return self.placeholder_ids[0]
+
+    def block(self, num_vision_tokens: int, modality: int = 1) -> list[int]:
+        """Return the ids of one image of a modality: start, its placeholders, end."""
+        return [self.start_id, *[self.placeholder_ids[modality - 1]] * num_vision_tokens, self.end_id]
 
 
 class TextEncoder:
@@ -70,15 +81,19 @@ class TextEncoder:
     Args:
         tokenizer: Megatron text tokenizer (``get_tokenizer()``).
         special_tokens: What the conversation template needs as single tokens (`ConversationTemplate.special_tokens`).
+        modalities: The run's table of modalities; text and vision by default.
 
     Raises:
         ValueError: The tokenizer lacks one of these, an image token or an end-of-sentence token, or it changes text.
     """
 
-    def __init__(self, tokenizer: Any, special_tokens: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, special_tokens: Sequence[str] = (), modalities: Modalities | None = None
+    ) -> None:
         """Look up the special ids, and try the tokenizer out."""
         self.tokenizer = tokenizer
-        self.image_tokens = ImageTokens.from_tokenizer(tokenizer)
+        self.modalities = modalities or Modalities()
+        self.image_tokens = ImageTokens.from_tokenizer(tokenizer, self.modalities)
         self.bos_id = _special_id(tokenizer, "bos")
         eos_id = _special_id(tokenizer, "eos")
         if eos_id is None:
@@ -93,7 +108,8 @@ class TextEncoder:
         self._specials = {EOS: eos_id, **_template_ids(tokenizer, special_tokens)}
         # What would begin or end a text or a turn, or stand for a picture. Other special tokens may be what a text is
         # about: those of grounding (<ref>, <box>) are.
-        self._never_in_text = {self.bos_id, *self._specials.values(), *self.image_tokens.block(1)}
+        images = (self.image_tokens.start_id, self.image_tokens.end_id, *self.image_tokens.placeholder_ids)
+        self._never_in_text = {self.bos_id, *self._specials.values(), *images}
         self._pieces = _pieces(tokenizer, self.image_tokens.end_id, self.bos_id)
         if (change := changed(self._pieces, _special_id(tokenizer, "unk"))) is not None:
             raise ValueError(

@@ -47,7 +47,7 @@ class Evaluator:
 
     Args:
         model: Without wrappers; it is put into evaluation mode.
-        image_token_id: The placeholder of one vision token.
+        placeholders: Token ids of the placeholders, one for each kind of images, in the order of the modalities.
         tokens_per_tile: Vision tokens per tile.
         pad_id: Fills rows.
         multiple_of: The sequence length is rounded up to a multiple of it (sequence parallelism).
@@ -61,7 +61,7 @@ class Evaluator:
     def __init__(
         self,
         model: VisionLanguageModel,
-        image_token_id: int,
+        placeholders: Sequence[int],
         tokens_per_tile: int,
         pad_id: int,
         multiple_of: int = 1,
@@ -75,7 +75,7 @@ class Evaluator:
                 "and --context-parallel-size; the checkpoint loads under any layout."
             )
         self.model = model.eval()
-        self.image_token_id, self.tokens_per_tile, self.pad_id = image_token_id, tokens_per_tile, pad_id
+        self.placeholders, self.tokens_per_tile, self.pad_id = placeholders, tokens_per_tile, pad_id
         self.multiple_of, self.batch_size = multiple_of, batch_size
         self.continues_word = continues_word
 
@@ -111,7 +111,7 @@ class Evaluator:
         longest = max(len(sample.input_ids) for sample in samples)
         length = -(-longest // self.multiple_of) * self.multiple_of
         host = collate([[sample] for sample in samples], num_rows=len(samples), length=length, pad_id=self.pad_id)
-        batch = prepare_batch(host, self.image_token_id, self.tokens_per_tile, True, self.groups)
+        batch = prepare_batch(host, self.placeholders, self.tokens_per_tile, True, self.groups)
         logits = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

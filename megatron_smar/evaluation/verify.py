@@ -150,7 +150,7 @@ def _forward(
 ) -> tuple[Tensor, Any]:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with_images = get_attr_wrapped_model(model, "pre_process")
-    batch = prepare_batch(next(data), image_token_id, tile_tokens, with_images, groups)
+    batch = prepare_batch(next(data), [image_token_id], tile_tokens, with_images, groups)
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,

@@ -146,9 +146,10 @@ class VisionLanguageModel(MegatronModule):
         Args:
             input_ids: [b, s], with placeholders where vision tokens go.
             position_ids: [b, s].
-            modality_ids: [b, s]: 0 text, 1 vision, -1 padding.
+            modality_ids: [b, s]: rows of the table of modalities (0 text, 1 vision, ...), -1 padding.
             pixel_values: [tiles, 3, H, W], in the order of the placeholders; used on the first stage only.
-            vision_index: [b, s], for a vision position the row of its token among the features of all tiles.
+            vision_index: [b, s], for a position that a feature fills its row among the features of all tiles; -1
+                elsewhere.
             labels: [b, s], or None.
             attention_mask: None for causal.
             packed_seq_params: Where the sequences of a pack begin and end, on the host, for b = 1; each attends to
@@ -160,7 +161,7 @@ class VisionLanguageModel(MegatronModule):
         """
         decoder_input = None
         if self.pre_process:
-            decoder_input = self._embed(input_ids, position_ids, modality_ids, pixel_values, vision_index)
+            decoder_input = self._embed(input_ids, position_ids, pixel_values, vision_index)
         return self.language_model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -194,7 +195,6 @@ class VisionLanguageModel(MegatronModule):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        modality_ids: Tensor,
         pixel_values: Tensor | None,
         vision_index: Tensor | None,
     ) -> Tensor:
@@ -209,7 +209,7 @@ class VisionLanguageModel(MegatronModule):
             features = self.connector(self.vision_model.encode(pixel_values, self.pg_collection.tp_cp)).flatten(0, 1)
             placed = features[_spread(vision_index, len(features))].transpose(0, 1).to(embeddings.dtype)
             # Contiguous, or its strides would last to the end of the stage, whose output is sent on.
-            embeddings = torch.where((modality_ids > 0).t().unsqueeze(-1), placed, embeddings).contiguous()
+            embeddings = torch.where((vision_index >= 0).t().unsqueeze(-1), placed, embeddings).contiguous()
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         if self.trains and torch.is_grad_enabled() and not embeddings.requires_grad:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megatron_smar.modalities import Modalities
 from megatron_smar.monitoring.config import LEAST_TOKENS
 from megatron_smar.monitoring.load import chosen_share
-from megatron_smar.routing.modalities import modality_name
 
 # A share near even load, K / E: with 7 of 8 experts per token it is 0.875.
 TIMES_EVEN = 1.5
@@ -25,6 +26,7 @@ class CollapseWatch:
     Attributes:
         threshold: Share of a modality's tokens above which it speaks.
         top_k: K, experts per token.
+        modalities: Names of the M modalities, by id.
         router_learns: Whether the run changes the router; a frozen one is as it was given, and no flag of this run
             can balance it.
         remedy: What the strategy's flags can do about it; "" for nothing.
@@ -33,6 +35,7 @@ class CollapseWatch:
 
     threshold: float
     top_k: int
+    modalities: Sequence[str] = Modalities().names
     router_learns: bool = True
     remedy: str = ""
     least_tokens: int = LEAST_TOKENS
@@ -57,7 +60,7 @@ class CollapseWatch:
         if not unknown:
             return None
         named = [
-            f"{100 * float(shares[layer, modality, expert]):.1f}% of the {modality_name(modality)} tokens choose "
+            f"{100 * float(shares[layer, modality, expert]):.1f}% of the {self.modalities[modality]} tokens choose "
             f"expert {expert} of layer {layer + 1}"
             for layer, modality, expert in unknown[:most]
         ]

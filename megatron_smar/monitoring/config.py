@@ -7,6 +7,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_smar.modalities import Modalities
 from megatron_smar.model.parts import frozen_parts
 from megatron_smar.routing.strategies import STRATEGIES
 from megatron_smar.routing.strategies.base import Metric
@@ -22,7 +23,7 @@ class MonitorConfig:
     Attributes:
         num_experts: E; a pipeline stage without MoE layers must know it to join the reduction.
         top_k: K, experts per token.
-        num_modalities: M.
+        modalities: Names of the M modalities, by id.
         scope: Of the routing statistics: with `local`, data-parallel replicas have their own.
         scalar_interval: Steps between points in TensorBoard and W&B.
         console_interval: Steps between lines on the console.
@@ -37,7 +38,7 @@ class MonitorConfig:
 
     num_experts: int = 1
     top_k: int = 1
-    num_modalities: int = 2
+    modalities: tuple[str, ...] = Modalities().names
     scope: Literal["global", "local"] = "global"
     scalar_interval: int = 1
     console_interval: int = 1
@@ -62,6 +63,7 @@ class MonitorConfig:
         return cls(
             num_experts=args.num_experts or 1,
             top_k=args.moe_router_topk,
+            modalities=Modalities(tuple(args.image_modalities)).names,
             scope=args.smar_scope,
             scalar_interval=args.tensorboard_log_interval if writes else args.log_interval,
             console_interval=args.log_interval,

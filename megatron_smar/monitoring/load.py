@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import fmean
 
 import numpy as np
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from megatron_smar.monitoring.config import MonitorConfig
 from megatron_smar.monitoring.load_map import load_map
-from megatron_smar.routing.modalities import modality_name
 from megatron_smar.routing.specialization import (
     dropped_share,
     expert_load,
@@ -62,16 +62,16 @@ def load_scalars(sums: Tensor, config: MonitorConfig) -> dict[str, float]:
         scalars[MSI] = fmean(indices.values())
     for layer, modality in (tokens > 0).nonzero().tolist():
         for name, values in columns.items():
-            scalars[f"moe/{name}_layer_{layer + 1}/{modality_name(modality)}"] = float(values[layer, modality])
+            scalars[f"moe/{name}_layer_{layer + 1}/{config.modalities[modality]}"] = float(values[layer, modality])
     for modality in (tokens.sum(dim=0) > 0).nonzero().flatten().tolist():
-        name = modality_name(modality)
+        name = config.modalities[modality]
         scalars[f"moe/token_share/{name}"] = float(tokens[:, modality].sum() / tokens.sum())
         evenness = entropy[tokens[:, modality] > 0, modality].mean() / math.log(max(load.shape[-1], 2))
         scalars[f"moe/load_entropy_share/{name}"] = float(evenness)
     return scalars
 
 
-def load_images(sums: Tensor) -> dict[str, NDArray[np.uint8]]:
+def load_images(sums: Tensor, modalities: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
     """The load of all experts as one heat map per modality, [height, width, 3] by tag `moe/load/<modality>`.
 
     The paper's Figure 4 at a glance, where a scalar for each of thousands of experts would drown a dashboard. The scale
@@ -79,10 +79,11 @@ def load_images(sums: Tensor) -> dict[str, NDArray[np.uint8]]:
 
     Args:
         sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
+        modalities: Names of the M modalities, by id.
     """
     shares = np.array(chosen_share(sums).tolist())
     layers, _, experts = shares.shape
-    names = {m: modality_name(m) for m in (sums[..., -1].sum(dim=0) > 0).nonzero().flatten().tolist()}
+    names = {m: modalities[m] for m in (sums[..., -1].sum(dim=0) > 0).nonzero().flatten().tolist()}
     return {
         f"moe/load/{name}": load_map(layers, experts, f"{name} tokens by expert").draw(shares[:, m])
         for m, name in names.items()

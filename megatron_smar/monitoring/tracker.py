@@ -77,6 +77,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         self._collapses = CollapseWatch(
             self.config.collapse_threshold,
             self.config.top_k,
+            self.config.modalities,
             self.config.router_learns,
             self.config.collapse_remedy,
             self.config.collapse_tokens,
@@ -153,7 +154,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         config, weighted, window = self.config, self._weighted, self._window
         if window is None or weighted is None:  # a stage without MoE layers
             device = torch.cuda.current_device()
-            shape = (layers, config.num_modalities, config.num_experts + 1)
+            shape = (layers, len(config.modalities), config.num_experts + 1)
             window = torch.zeros(shape, dtype=torch.float64, device=device)
             weighted = window.new_zeros(layers, len(self._weighted_metrics), 2)
         packed = torch.cat([window.flatten(1), weighted.flatten(1)], dim=1)
@@ -193,7 +194,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
     def _end_interval(self, iteration: int, writer: Any, wandb_writer: Any) -> None:
         """What an interval of the console ends with beside its line."""
         if writer is not None or wandb_writer is not None:
-            _log_images(load_images(self._unprinted.load), iteration, writer, wandb_writer)
+            _log_images(load_images(self._unprinted.load, self.config.modalities), iteration, writer, wandb_writer)
         warning = self._collapses.check(self._unprinted.load)
         if warning:
             print_rank_last(f"WARNING: iteration {iteration}: {warning}")

@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
+from megatron_smar.modalities import Modalities
 from megatron_smar.routing.strategies.base import StrategyConfig
 from megatron_smar.routing.strategies.none import NoneConfig
 
@@ -20,22 +23,34 @@ class ModalityRoutingConfig:
         scope: `global`: statistics over every token of the micro-batch step on all ranks. `local`: over this
             data-parallel replica's micro-batch.
         router_bias: Whether each MoE layer has the bias b in R^{M x E}.
-        num_modalities: M.
+        modalities: The run's table of modalities.
     """
 
     strategy: StrategyConfig = field(default_factory=NoneConfig)
     eps: float = 1e-6
     scope: Literal["global", "local"] = "global"
     router_bias: bool = True
-    num_modalities: int = 2
+    modalities: Modalities = field(default_factory=Modalities)
 
     def __post_init__(self) -> None:
         if self.scope not in ("global", "local"):
             raise ValueError(f"--smar-scope is {self.scope!r}; it must be global or local.")
         if not self.eps > 0:
             raise ValueError(f"--smar-eps is {self.eps}; it must be greater than 0, or the distance can be infinite.")
-        if self.num_modalities < 2:
-            raise ValueError(f"num_modalities is {self.num_modalities}; routing by modality needs at least 2.")
+
+    @property
+    def num_modalities(self) -> int:
+        """M."""
+        return len(self.modalities)
+
+    def allowed(self, layer: int, num_experts: int) -> Tensor | None:
+        """The strategy's table of allowed experts, [M, E] bool on the CPU; None where each token may choose any.
+
+        Args:
+            layer: The layer's number, from 1.
+            num_experts: E.
+        """
+        return self.strategy.allowed(layer, self.modalities.names, num_experts)
 
     @property
     def trains_bias(self) -> bool:

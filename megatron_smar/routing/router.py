@@ -117,8 +117,7 @@ class ModalityAwareRouter(TopKRouter):
     def set_layer_number(self, layer_number: int) -> None:
         """Takes the layer's number, from 1, on which the allowed experts may depend."""
         super().set_layer_number(layer_number)
-        routing = self.modality_routing
-        self.allowed = routing.strategy.allowed(layer_number, routing.num_modalities, self.num_experts)
+        self.allowed = self.modality_routing.allowed(layer_number, self.num_experts)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Routes as Megatron does, by the logits of the strategy.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.model.context_parallel import zigzag_positions
-from megatron_smar.routing.modalities import modality_ids_from_tokens
+from megatron_smar.routing.modalities import TEXT, modality_ids_from_tokens
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class ModelBatch:
     Attributes:
         input_ids: [b, s].
         position_ids: [b, s].
-        modality_ids: [b, s]: 0 text, 1 vision, -1 padding.
-        vision_index: [b, s], the row of a vision position's token among the features of all tiles; -1 elsewhere.
+        modality_ids: [b, s]: rows of the table of modalities (0 text, 1 vision, ...), -1 padding.
+        vision_index: [b, s], for a position that a feature fills its row among the features of all tiles; -1 elsewhere.
         labels: [b, s].
         loss_mask: [b, s] float.
         pixel_values: [tiles, 3, H, W]; None but on the first pipeline stage.
@@ -106,7 +106,7 @@ class CountedSteps:
 
 def prepare_batch(
     batch: VisionLanguageBatch,
-    image_token_id: int,
+    placeholders: Sequence[int],
     tokens_per_tile: int,
     with_images: bool,
     pg_collection: ProcessGroupCollection,
@@ -117,10 +117,19 @@ def prepare_batch(
     Every rank of a data-parallel replica reads the same samples itself: no broadcast, so no rank can wait for another,
     and each pipeline stage knows the modalities. Only the first stage has images.
 
+    Args:
+        batch: The micro-batch, on the host.
+        placeholders: Token ids of the placeholders, one for each kind of images, in the order of the modalities.
+        tokens_per_tile: Vision tokens per tile.
+        with_images: Whether this is the first pipeline stage.
+        pg_collection: Process groups.
+        data_wait: As `DataWait.next` gives it.
+
     Raises:
         ValueError: The tiles do not fill the placeholders exactly.
     """
-    is_vision = batch.input_ids == image_token_id
+    modality_ids = modality_ids_from_tokens(batch.input_ids, placeholders, batch.padding_mask)
+    is_vision = modality_ids > TEXT
     if with_images:
         # Counted on the host, where the batch still is: a device would have to be synchronised with.
         places, features = int(is_vision.sum()), batch.pixel_values.shape[0] * tokens_per_tile
@@ -133,7 +142,7 @@ def prepare_batch(
     sequences = {
         "input_ids": batch.input_ids,
         "position_ids": _position_ids(batch),
-        "modality_ids": modality_ids_from_tokens(batch.input_ids, image_token_id, batch.padding_mask),
+        "modality_ids": modality_ids,
         "vision_index": torch.where(is_vision, order, -1),
         "labels": batch.labels,
         "loss_mask": batch.loss_mask,

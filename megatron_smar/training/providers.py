@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_smar.config.build import (
     data_config,
     language_config,
     modality_routing_config,
+    modality_table,
     transformer_config,
     vision_config,
 )
@@ -138,15 +139,15 @@ def build_forward_step() -> ForwardStep:
     """The forward step for the parsed arguments."""
     # The data loaders would find a missing token too, but only after the model has been built.
     template = template_for(get_args().conversation_template, get_tokenizer())
-    encoder = TextEncoder(get_tokenizer(), template.special_tokens)
-    return make_forward_step(encoder.image_tokens.context_id, tokens_per_tile(vision_config(get_args())))
+    encoder = TextEncoder(get_tokenizer(), template.special_tokens, modality_table(get_args()))
+    return make_forward_step(encoder.image_tokens.placeholder_ids, tokens_per_tile(vision_config(get_args())))
 
 
-def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
+def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardStep:
     """The forward step that Megatron's schedules call for each micro-batch.
 
     Args:
-        image_token_id: The placeholder of one vision token.
+        placeholders: Token ids of the placeholders, one for each kind of images, in the order of the modalities.
         tile_tokens: Vision tokens per tile.
 
     Returns:
@@ -163,7 +164,7 @@ def make_forward_step(image_token_id: int, tile_tokens: int) -> ForwardStep:
         timers("batch-generator", log_level=2).start()
         with_images = get_attr_wrapped_model(model, "pre_process")
         read, waited = data_wait.next(data_iterator)
-        batch = prepare_batch(read, image_token_id, tile_tokens, with_images, groups, waited)
+        batch = prepare_batch(read, placeholders, tile_tokens, with_images, groups, waited)
         if model.training:
             step = get_attr_wrapped_model(model, "step")
             step.iteration, step.tokens = args.curr_iteration, batch.step_tokens

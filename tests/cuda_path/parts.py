@@ -123,7 +123,7 @@ def batch(lengths: list[int] | None = None, images: int = 1) -> Any:
         pixel_values=torch.zeros(images, 3, SIDE, SIDE, dtype=torch.uint8),
         lengths=None if lengths is None else torch.tensor(lengths),
     )
-    return prepare_batch(host, IMAGE, TOKENS, True, ProcessGroupCollection.use_mpu_process_groups(), (0.1, 0.2))
+    return prepare_batch(host, [IMAGE], TOKENS, True, ProcessGroupCollection.use_mpu_process_groups(), (0.1, 0.2))
 
 
 def whole(model: Any, inputs: Any) -> Tensor:
@@ -256,7 +256,7 @@ def _evaluated(model: Any, device: torch.device) -> Tensor:
     from megatron_smar.evaluation import evaluator
 
     evaluator.collate = storage_less.on_host(collate)
-    scores = evaluator.Evaluator(model, IMAGE, TOKENS, 0)._score_batch([sample])
+    scores = evaluator.Evaluator(model, [IMAGE], TOKENS, 0)._score_batch([sample])
     return torch.ones(len(scores), device=device)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.launch import SMALL_MODEL
 
-IMAGE, SIDE, TOKENS_PER_TILE, ROWS, LENGTH, VOCABULARY = 5, 32, 4, 8, 32, 128
+IMAGE, CHART, SIDE, TOKENS_PER_TILE, ROWS, LENGTH, VOCABULARY = 5, 4, 32, 4, 8, 32, 128
 PACKS, PACK_LENGTH = 2, 128
 
 # Everything that a case may override; the band lies where every layer's distance is outside of it.
@@ -62,6 +62,7 @@ def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
     `other padding`: as `mixed`, with other ids where there is padding.
     `extremes`: by pairs of rows: text alone, vision alone, padding alone, everything.
     `no images`: text alone.
+    `three modalities`: as `mixed`, and every other tile is of a second kind of image.
     `packed`: the rows of `mixed` without their padding, four of them one behind the other in a row of 128.
     """
     if name == "packed":
@@ -73,7 +74,7 @@ def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
     mask[:, 2:10] = 1  # of two context-parallel shares, the first has 0 to 8 and 24 to 32
     mask[::2] = mask[::2].roll(10, dims=1)
     places: list[list[int]] = [[] for _ in range(ROWS)]
-    if name in ("mixed", "uneven", "other padding"):
+    if name in ("mixed", "uneven", "other padding", "three modalities"):
         for row in (2, 5):
             padding[row, 28:] = True
         for row in (3, 6):
@@ -96,7 +97,8 @@ def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
         ids[padding] = VOCABULARY - 1
     for row, starts in enumerate(places):
         for start in starts:
-            ids[row, start : start + TOKENS_PER_TILE] = IMAGE
+            is_chart = name == "three modalities" and start % (2 * TOKENS_PER_TILE)
+            ids[row, start : start + TOKENS_PER_TILE] = CHART if is_chart else IMAGE
     return {
         "ids": ids,
         "labels": torch.randint(6, VOCABULARY, (ROWS, LENGTH), generator=generator),
@@ -104,7 +106,7 @@ def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
         "padding": padding,
         "pixels": [torch.randn(len(starts), 3, SIDE, SIDE, generator=generator) for starts in places],
         "lengths": None,
-        "image_token_id": IMAGE,
+        "placeholders": [IMAGE, CHART],
         "tokens_per_tile": TOKENS_PER_TILE,
     }
 
@@ -240,6 +242,7 @@ def cases() -> Iterator[Case]:
     yield from _contents()
     yield from _backbones()
     yield from _strategies()
+    yield from _modalities()
 
 
 def _packs() -> Iterator[Case]:
@@ -392,6 +395,22 @@ def _strategies() -> Iterator[Case]:
     yield Case("layer split, PP 2", 2, 1, PP, Setting("four layers", flags=split))
     biased = replace(own, model="sigmoid scores with expert bias")
     yield Case("hard routing, sigmoid scores with expert bias, EP 2", 2, 2, EP, biased)
+
+
+def _modalities() -> Iterator[Case]:
+    """Text and two kinds of images, in all layouts of the fast core."""
+    three = Setting(batch="three modalities", flags=(*SMAR, "--image-modalities", "vision", "chart"))
+    yield Case("three modalities, DP 2", 2, 2, "", three, core=True)
+    yield Case("three modalities, EP 2", 2, 2, EP, three, core=True)
+    yield Case("three modalities, TP 2 + SP", 2, 1, TP_SP, three, core=True)
+    yield Case("three modalities, PP 2", 2, 1, PP, three, core=True)
+    yield Case("three modalities, CP 2", 2, 1, CP, three, core=True)
+    yield Case("three modalities, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, three, core=True)
+    pipelined = replace(three, model="four layers", micro_batches=4)
+    yield Case("three modalities, PP 2 interleaved", 2, 1, VIRTUAL, pipelined, dtype="float32")
+    hard = ("--modality-routing", "hard", "--num-experts", "8", "--freeze", "vision")
+    parts = ("--hard-experts", "text=0-3", "vision=4,5", "chart=6,7", "--image-modalities", "vision", "chart")
+    yield Case("three modalities, hard routing, EP 2", 2, 2, EP, replace(three, flags=(*hard, *parts)))
 
 
 CASES = {case.name: case for case in cases()}

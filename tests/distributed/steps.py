@@ -97,7 +97,7 @@ def step(batch: dict[str, Any], iteration: int, model: list[Any], optimizer: Any
     for chunk in model:
         chunk.train()
     losses, *_ = train_step(
-        make_forward_step(batch["image_token_id"], batch["tokens_per_tile"]),
+        make_forward_step(batch["placeholders"], batch["tokens_per_tile"]),
         iterators if len(model) > 1 else iterators[0],
         model,
         optimizer,

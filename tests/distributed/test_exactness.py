@@ -131,6 +131,15 @@ def test_the_reference_itself_has_smar_in_it(laboratory: Laboratory) -> None:
     assert values["moe/smar loss_layer_0"] > 0.1 and values["moe/smar loss_layer_1"] > 0.1
 
 
+def test_each_of_three_modalities_has_a_bias_that_learns(laboratory: Laboratory) -> None:
+    """Without this, the third modality could be counted as one of the other two in every layout."""
+    (setting,) = {case.setting for case in CASES.values() if case.name == "three modalities, DP 2"}
+    gradients, _ = laboratory.gradients(laboratory.references[setting])
+    (bias,) = [gradient for name, gradient in gradients.items() if name.endswith("modality_bias.bias")]
+    assert bias.shape[-2] == 3
+    assert bias.abs().amax(dim=-1).min() > 1e-6
+
+
 def write_table(path: Path, rows: dict[str, list[str]]) -> None:
     """The result table of `make test-matrix`."""
     lines = [

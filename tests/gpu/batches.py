@@ -33,7 +33,7 @@ def make_batch(packed: bool = False) -> dict[str, Any]:
         "padding": padding,
         "pixels": [torch.randn(len(places), 3, SIDE, SIDE, generator=generator) for places in _PLACES],
         "lengths": None,
-        "image_token_id": IMAGE,
+        "placeholders": [IMAGE],
         "tokens_per_tile": TOKENS_PER_TILE,
     }
     return _packed(batch) if packed else batch

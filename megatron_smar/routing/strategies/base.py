@@ -203,12 +203,12 @@ class StrategyConfig:
         """The strategy of one layer."""
         return RoutingStrategy(self, layer)
 
-    def allowed(self, layer: int, num_modalities: int, num_experts: int) -> Tensor | None:
+    def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
         """The experts that tokens of each modality may choose, [M, E] bool on the CPU; None for all.
 
         Args:
             layer: The layer's number, from 1.
-            num_modalities: M.
+            modalities: Names of the M modalities, by id.
             num_experts: E.
 
         Raises:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import ClassVar
@@ -11,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_smar.routing.modalities import modality_name
 from megatron_smar.routing.strategies.base import StrategyConfig
 
 
@@ -32,21 +32,21 @@ class HardConfig(StrategyConfig):
 
     experts: tuple[str, ...] = ()
 
-    def allowed(self, layer: int, num_modalities: int, num_experts: int) -> Tensor | None:
+    def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
         """The experts of each modality, [M, E] bool, the same in all layers."""
-        names = [modality_name(modality) for modality in range(num_modalities)]
-        parts = dict(part.partition("=")[::2] for part in self.experts) or dict.fromkeys(names, str(1 / num_modalities))
+        equal = dict.fromkeys(modalities, str(1 / len(modalities)))
+        parts = dict(part.partition("=")[::2] for part in self.experts) or equal
         given = f"{self.flag('experts')} {' '.join(self.experts)}"
-        if (self.experts and len(parts) < len(self.experts)) or sorted(parts) != sorted(names):
-            raise ValueError(f"{given} must name each of {', '.join(names)} once, as text=0-3 vision=4-7.")
+        if (self.experts and len(parts) < len(self.experts)) or sorted(parts) != sorted(modalities):
+            raise ValueError(f"{given} must name each of {', '.join(modalities)} once, as text=0-3 vision=4-7.")
         if all(re.fullmatch(r"\d*\.\d+", text) for text in parts.values()):
-            ends = [round(num_experts * end) for end in accumulate(float(parts[name]) for name in names)]
+            ends = [round(num_experts * end) for end in accumulate(float(parts[name]) for name in modalities)]
             own = [list(range(*span)) for span in pairwise([0, *ends])]
         else:
-            own = [_numbers(parts[name], given) for name in names]
+            own = [_numbers(parts[name], given) for name in modalities]
         if sorted(number for numbers in own for number in numbers) != list(range(num_experts)):
             raise ValueError(f"{given} must give each of the experts 0-{num_experts - 1} to one modality.")
-        table = torch.zeros(num_modalities, num_experts, dtype=torch.bool, device="cpu")
+        table = torch.zeros(len(modalities), num_experts, dtype=torch.bool, device="cpu")
         for modality, numbers in enumerate(own):
             table[modality, numbers] = True
         return table

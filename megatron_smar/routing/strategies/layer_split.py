@@ -29,9 +29,9 @@ class LayerSplitConfig(HardConfig):
 
     layers: int = 0
 
-    def allowed(self, layer: int, num_modalities: int, num_experts: int) -> Tensor | None:
+    def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
         """The experts of each modality in a lower layer, [M, E] bool; None above."""
-        return super().allowed(layer, num_modalities, num_experts) if layer <= self.layers else None
+        return super().allowed(layer, modalities, num_experts) if layer <= self.layers else None
 
     def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
         """Checks that there are MoE layers on both sides."""

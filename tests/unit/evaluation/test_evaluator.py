@@ -50,7 +50,7 @@ def logits_of(model, ids, pixels) -> torch.Tensor:
 def evaluator_of(model, **settings):
     from megatron_smar.evaluation.evaluator import Evaluator
 
-    return Evaluator(model, IMAGE, 4, PAD, **settings)
+    return Evaluator(model, [IMAGE], 4, PAD, **settings)
 
 
 def test_scores_are_those_of_the_whole_logits_however_they_are_cut(model, monkeypatch):

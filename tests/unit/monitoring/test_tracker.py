@@ -213,11 +213,11 @@ def test_layers_without_tokens_of_two_modalities_have_no_index(single_rank):
 
 
 def test_third_modality_has_a_name_and_a_stage_without_moe_layers_reports_nothing(single_rank):
-    tracker, writer = tracker_of(num_modalities=3), Writer()
+    tracker, writer = tracker_of(modalities=("text", "vision", "chart")), Writer()
     assert "msi" not in report(tracker, 1, writer)
     observe(tracker, statistics([[4, 4, 0, 0], [0, 0, 4, 4], [0, 0, 8, 8]]), 1, 2)
     report(tracker, 2, writer, layers=2)
-    assert writer["moe/token_share/modality_2"] == 0.5
+    assert writer["moe/token_share/chart"] == 0.5
 
 
 def test_dropped_slots_are_logged_where_capacity_is_limited(single_rank):
@@ -334,12 +334,13 @@ def test_config_comes_from_the_flags():
         "moe_expert_capacity_factor": 1.5,
         "moe_collapse_threshold": 0.8,
         "freeze": ["vision", "language"],
+        "image_modalities": ["vision", "chart"],
         "modality_routing": "smar",
     }
     config = MonitorConfig.from_arguments(SimpleNamespace(**flags))
     smar = STRATEGIES["smar"]
     assert config == MonitorConfig(
-        8, 2, 2, "local", 10, 10, True, 0.8, 1024, False, smar.collapse_remedy, smar.metrics
+        8, 2, ("text", "vision", "chart"), "local", 10, 10, True, 0.8, 1024, False, smar.collapse_remedy, smar.metrics
     ), "without a writer nothing is due between lines"
     assert MonitorConfig.from_arguments(SimpleNamespace(**flags | {"tensorboard_dir": "x"})).scalar_interval == 5
     stage_2 = MonitorConfig.from_arguments(

@@ -66,7 +66,7 @@ def pack_of(lengths: list[int], ids: torch.Tensor, images: int = 0) -> dict:
         num_text_only=len(lengths) - 1 - images,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return vars(prepare_batch(batch, IMAGE, TOKENS, True, groups, data_wait=(0.5, 2.0)))
+    return vars(prepare_batch(batch, [IMAGE], TOKENS, True, groups, data_wait=(0.5, 2.0)))
 
 
 def test_positions_begin_anew_in_each_sequence_of_a_pack(single_rank):

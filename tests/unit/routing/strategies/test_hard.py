@@ -11,7 +11,8 @@ from tests.models import route, router_of
 
 
 def allowed(*experts: str, modalities: int = 2, number: int = 8) -> list[list[int]]:
-    table = HardConfig(experts).allowed(1, modalities, number)
+    names = ["text", "vision", *(f"kind_{number}" for number in range(2, modalities))]
+    table = HardConfig(experts).allowed(1, names, number)
     return [row.nonzero().flatten().tolist() for row in table]
 
 
