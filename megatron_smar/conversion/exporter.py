@@ -199,7 +199,7 @@ def allowed_experts(saved: Namespace) -> dict[int, Tensor]:
     modalities = modality_table(saved)
     if len(modalities.images) > 1:
         raise ConversionError(
-            f"the checkpoint was trained with --image-modalities {' '.join(modalities.images)}, and an export knows "
+            f"the checkpoint was trained with --image-modalities {' '.join(modalities.images)}, and an export supports "
             "text and vision only: it can be trained and evaluated here."
         )
     layers = range(1, (getattr(saved, "num_layers", None) or 0) + 1) if getattr(saved, "num_experts", None) else ()

@@ -17,7 +17,7 @@ from megatron_smar.checkpoint.describe import describe
 from megatron_smar.checkpoint.metadata import DamagedError
 from tests.distributed.cases import LENGTH, ROWS
 from tests.launch import load_weights
-from tests.unit.checkpoint.conftest import STEPS
+from tests.unit.conftest import STEPS
 
 
 @pytest.fixture

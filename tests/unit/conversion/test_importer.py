@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.architectures import FIRST, VOCABULARY, build_hf, composite_source
 from tests.launch import load_weights
 from tests.models import build_hf_model, build_model, copy_weights, save_tower
-from tests.unit.checkpoint.conftest import IMAGE_TOKEN
+from tests.unit.conftest import IMAGE_TOKEN
 
 LANGUAGE, LAYER = "language_model.model.", "language_model.model.layers.1."
 

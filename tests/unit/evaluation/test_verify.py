@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_smar.evaluation.verify import Agreement, compare
 from tests.models import build_hf_model, build_model, copy_weights
-from tests.unit.checkpoint.conftest import IMAGE_TOKEN
+from tests.unit.conftest import IMAGE_TOKEN
 
 SHAPE = (2, 5, 7)
 
