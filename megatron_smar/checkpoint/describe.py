@@ -146,7 +146,7 @@ class CheckpointDescription:
             ("saved with", _joined(self.program) or "not known"),
             ("layout", _joined(self.layout) or "not known"),
             ("routing", _joined(self.routing) or "not known"),
-            ("family", self.family or "not known: no hf/config.json beside it"),
+            ("family", self.family or "not known: no hf/config.json next to it"),
             ("architecture", _joined(self.architecture) or "not known"),
             ("parameters", _joined({part: f"{number:,}" for part, number in self.parameters.items()})),
         ]

@@ -125,7 +125,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if weight_map:
         files = sorted({folder / place for place in weight_map.values()})
         if missing := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"{chosen} names {first_few(missing)}, missing beside it; fetch the folder again.")
+            raise ValueError(f"{chosen} names {first_few(missing)}, which is missing; fetch the folder again.")
     else:
         files = [chosen] if chosen is not None else _one_set(folder)
     spare = [path.name for path in sorted(folder.glob("*.safetensors")) if path not in files]
@@ -146,9 +146,11 @@ def _named_in_config(folder: Path) -> Path | None:
         return None
     path = folder / str(name)
     if not str(name).endswith((".safetensors", ".safetensors.index.json")) or not _is_inside(str(name)):
-        raise ValueError(f"{folder}/config.json names {name!r} as transformers_weights; only safetensors beside it do.")
+        raise ValueError(
+            f"{folder}/config.json names {name!r} as transformers_weights; only safetensors next to it are read."
+        )
     if not path.is_file():
-        raise ValueError(f"{folder}/config.json names {name} as transformers_weights, missing beside it; fetch it.")
+        raise ValueError(f"{folder}/config.json names {name} as transformers_weights, which is missing; fetch it.")
     return path
 
 

@@ -32,7 +32,8 @@ _LOADING_FLAGS = {
     "--no-load-rng": 0,
     "--no-load-dataloader-state": 0,
 }
-_FOLDERS = ("--load", "--pretrained-checkpoint", "--finetune")
+# The flags that name the start itself; `apply_start` replaces them by the start that was found.
+_START_FLAGS = ("--load", "--pretrained-checkpoint", "--finetune")
 # Arguments that identify a run, besides its origin: another value is another run. The schedule is checked separately.
 _RUN_IDENTITY = (
     "num_layers",
@@ -123,7 +124,7 @@ def apply_start(argv: Sequence[str], start: StartPoint) -> list[str]:
         name, joined = part.partition("=")[::2] if part.startswith("--") else (part, "")
         if skipped:
             skipped -= 1
-        elif name not in (_LOADING_FLAGS if start.resumes_from_save else _FOLDERS):
+        elif name not in (_LOADING_FLAGS if start.resumes_from_save else _START_FLAGS):
             kept.append(part)
         else:
             skipped = 0 if joined else _LOADING_FLAGS[name]

@@ -77,7 +77,7 @@ def tower_config(content: Content) -> InternVLVisionConfig:
     use_qk_norm = content.get("qk_normalization", True)
     if use_qk_norm and fields["layer_norm_eps"] != 1e-6:  # fixed in transformers' class
         raise UnsupportedError(
-            f"layer_norm_eps is {fields['layer_norm_eps']} beside qk_normalization in the config of this InternViT; "
+            f"layer_norm_eps is {fields['layer_norm_eps']} with qk_normalization in the config of this InternViT; "
             "only 1e-06 can be trained here."
         )
     with _translated_errors("vision tower"):
@@ -113,7 +113,7 @@ def tower_weights(tower: PretrainedConfig, prefix: str) -> list[Weight]:
 
 
 def _tower_weight(row: Weight, prefix: str, hidden_size: int) -> Weight:
-    """Returns a row of transformers' vision tower, reading from the original InternViT's tensor instead."""
+    """Returns a row of the vision tower's table, changed to read the original InternViT's tensor."""
     name = prefix + row.hf[0].removeprefix(VISION)
     for here, original in TOWER_NAMES.items():
         name = name.replace(here, original)

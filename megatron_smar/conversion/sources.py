@@ -77,7 +77,7 @@ def read_composite(folder: Path, vision: Path | None = None, scratch: Path | Non
         return _read_original(folder, content, layout, vision, scratch)
     config = composite.load_composite(folder)
     if vision is not None:
-        raise composite.UnsupportedError(f"--hf {folder} has its vision tower in it; give no --vision beside it.")
+        raise composite.UnsupportedError(f"--hf {folder} has its vision tower in it; leave --vision out.")
     tensors = {composite.canonical(name): tensor for name, tensor in read_folder(folder).items()}
     biases = any(name.endswith(".modality_bias") for name in tensors)
     return Source(config, tensors, composite.weights(config, biases), composite.flags(config), (folder,))
@@ -196,7 +196,7 @@ def _original_tower(
     """
     if "vision_config" in content:
         if vision is not None:
-            raise composite.UnsupportedError(f"--hf {folder} has its vision tower in it; give no --vision beside it.")
+            raise composite.UnsupportedError(f"--hf {folder} has its vision tower in it; leave --vision out.")
         config: PretrainedConfig = original_layouts.tower_config(content["vision_config"])
         return Tower(config, {}, original_layouts.tower_weights(config, layout.tower))
     if vision is None:

@@ -40,7 +40,7 @@ def with_code(path: Path) -> None:
 
 
 def poison(folder: Path, ran: Path, *kinds: str) -> Path:
-    """Adds code and pickles to a folder that write `ran` when they are run; `kinds` are the files that name the code."""
+    """Adds code and pickles to a folder that write `ran` when run; `kinds` are the files that name the code."""
     (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n\nclass Evil:\n    pass\n")
     for name in ("__init__.py", "setup.py", "conftest.py", "configuration_evil.py", "tokenization_evil.py"):
         shutil.copyfile(folder / "evil.py", folder / name)
@@ -90,7 +90,7 @@ def clean(world, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def stranger(clean, tmp_path, monkeypatch):
+def untrusted(clean, tmp_path, monkeypatch):
     """Returns a function that makes poisoned copies of these folders; questions on the terminal are answered yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     ran = tmp_path / "ran"
@@ -132,8 +132,8 @@ KINDS = [("config",), ("config", "tokenizer"), ("config", "type"), ("config", "p
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids=" and ".join)
-def test_no_command_of_the_converter_runs_a_models_code(world, clean, stranger, convert, tmp_path, kinds):
-    hf, language, vision = (stranger(name, *kinds) for name in ("hf", "language", "vision"))
+def test_no_command_of_the_converter_runs_a_models_code(world, clean, untrusted, convert, tmp_path, kinds):
+    hf, language, vision = (untrusted(name, *kinds) for name in ("hf", "language", "vision"))
     sentencepiece = world.root / "tokenizer.model"
     assert convert("import", "--hf", clean["hf"], "--output", tmp_path / "good")[0] == 0
     commands = {
@@ -168,20 +168,20 @@ def test_no_command_of_the_converter_runs_a_models_code(world, clean, stranger, 
         assert status == 2 and "error: " in said.splitlines()[-1]
 
 
-def test_adding_tokens_runs_no_code_of_a_tokenizer(stranger, tmp_path, monkeypatch, capsys):
+def test_adding_tokens_runs_no_code_of_a_tokenizer(untrusted, tmp_path, monkeypatch, capsys):
     from tools.data.add_tokens import main
 
-    monkeypatch.setattr(sys, "argv", ["add_tokens.py", str(stranger("tokenizer", "tokenizer")), str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["add_tokens.py", str(untrusted("tokenizer", "tokenizer")), str(tmp_path / "out")])
     with pytest.raises(SystemExit):
         main()
     assert "names code of its own, which is never run here" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "pickles only"])
-def test_the_conversion_of_the_llava_example_runs_no_code_of_the_model(clean, stranger, tmp_path, kind):
+def test_the_conversion_of_the_llava_example_runs_no_code_of_the_model(clean, untrusted, tmp_path, kind):
     from examples.moe_llava_phi.from_llava import convert as from_llava
 
-    llava = stranger("language", kind)
+    llava = untrusted("language", kind)
     content = json.loads((llava / "config.json").read_text())
     llava_phi = {"model_type": "llava_phi", "image_projector_type": "mlp2x_gelu"}
     (llava / "config.json").write_text(json.dumps(content | llava_phi))
@@ -189,32 +189,32 @@ def test_the_conversion_of_the_llava_example_runs_no_code_of_the_model(clean, st
         from_llava(llava, clean["vision"], tmp_path / "output")
 
 
-def test_the_trainer_runs_no_code_of_a_vision_towers_folder(stranger, single_rank):
+def test_the_trainer_runs_no_code_of_a_vision_towers_folder(untrusted, single_rank):
     from megatron_smar.model.vision import VisionConfig, VisionEncoder, load_vision_config
 
     with pytest.raises(ValueError, match=r"names code of its own .auto_map in config.json., which is never run here"):
-        load_vision_config(VisionConfig(str(stranger("vision", "config", "type")), image_size=32))
-    VisionEncoder(VisionConfig(str(stranger("vision", "config")), image_size=32), torch.float32)
+        load_vision_config(VisionConfig(str(untrusted("vision", "config", "type")), image_size=32))
+    VisionEncoder(VisionConfig(str(untrusted("vision", "config")), image_size=32), torch.float32)
     with pytest.raises(ValueError, match=r"has a config but no weights \(\*.safetensors\)"):
         VisionEncoder(
-            VisionConfig(str(stranger("vision", "pickles only", "config", "x")), image_size=32), torch.float32
+            VisionConfig(str(untrusted("vision", "pickles only", "config", "x")), image_size=32), torch.float32
         )
 
 
-def test_the_trainer_runs_no_code_of_a_tokenizers_folder_and_does_not_ask(world, stranger):
-    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", stranger("tokenizer", "tokenizer")]
+def test_the_trainer_runs_no_code_of_a_tokenizers_folder_and_does_not_ask(world, untrusted):
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", untrusted("tokenizer", "tokenizer")]
     sizes = ["--micro-batch-size", 4, "--global-batch-size", 4, "--train-iters", 1]
     (said,) = world.errors(*sizes, *flags, ranks=1, answers="y\n" * 9)
     assert "a folder's code is only run with --trust-remote-code" in said
 
 
 @pytest.mark.parametrize("library", ["sft", "huggingface"])
-def test_no_tokenizer_of_megatron_asks_whether_to_run_code(stranger, single_rank, library):
+def test_no_tokenizer_of_megatron_asks_whether_to_run_code(untrusted, single_rank, library):
     from megatron.core.tokenizers import MegatronTokenizer
 
     more = {"prompt_format": "default"} if library == "sft" else {}
     with pytest.raises(ValueError, match=r"execute|executed"):
-        MegatronTokenizer.from_pretrained(str(stranger("tokenizer", "tokenizer")), {"library": library}, **more)
+        MegatronTokenizer.from_pretrained(str(untrusted("tokenizer", "tokenizer")), {"library": library}, **more)
 
 
 def test_every_folder_is_loaded_with_trust_remote_code_false():

@@ -84,7 +84,7 @@ def rope_flags(config: PretrainedConfig) -> Flags:
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if all_dim and not mscale:
         raise UnsupportedError(
-            f"mscale is {mscale!r} beside mscale_all_dim {all_dim!r} in rope_parameters of this {config.model_type} "
+            f"mscale is {mscale!r} with mscale_all_dim {all_dim!r} in rope_parameters of this {config.model_type} "
             "model; only both, or no mscale_all_dim, can be trained here."
         )
     return {

@@ -187,7 +187,10 @@ BROKEN = {
         f"{INDEX} is not an index of safetensors files",
     ),
     "empty index": (lambda f: index(f, {}), f"{INDEX} is not an index of safetensors files .it names no file"),
-    "index of a missing file": (lambda f: index(f, {"w": "c.safetensors"}), f"{INDEX} names c.safetensors, missing"),
+    "index of a missing file": (
+        lambda f: index(f, {"w": "c.safetensors"}),
+        f"{INDEX} names c.safetensors, which is missing",
+    ),
     "index of a file elsewhere": (lambda f: index(f, {"w": "../a.safetensors"}), "a.safetensors, outside its folder"),
     "index of another file": (
         lambda f: index(f, {"w": "b.safetensors", "v": "b.safetensors"}),

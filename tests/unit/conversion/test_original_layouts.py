@@ -469,7 +469,7 @@ UNSUPPORTED = [
     ("vita", "vit", {"mm_projector_type": "ldp"}, "mm_projector_type is 'ldp'"),
     ("vita", "vit", {"mm_vision_tower": "siglip-so400m"}, "mm_vision_tower is 'siglip-so400m'"),
     ("vita", "vit", {"hidden_size": "many"}, "transformers cannot read the config of this model's language model"),
-    ("internvl", "vit", {}, "has its vision tower in it; give no --vision"),
+    ("internvl", "vit", {}, "has its vision tower in it; leave --vision out"),
     ("internvl", None, {"ps_version": "v1"}, "ps_version is 'v1'"),
     ("internvl", None, {"force_image_size": 2 * SIDE}, "force_image_size is 64"),
     ("internvl", None, {"llm_config": {"model_type": "internlm2"}}, "the language model's type is 'internlm2'"),
