@@ -3,15 +3,17 @@
 VENV ?= .venv
 PYTHON ?=
 PYTEST_FLAGS ?=
+LOCK_FLAGS ?=
 
 python := $(VENV)/bin/python
 stamp := $(VENV)/.megatron_smar-installed
 # Two files of tests at a time, the long ones first: programs that start leave one of two cores idle.
 two_at_a_time := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+lock := requirements.lock
 native := $(wildcard megatron_smar/data/csrc/*)
 typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py benchmarks/*.py)
 
-.PHONY: help env demo test test-matrix test-cuda-path test-te test-gpu lint clean interpreter
+.PHONY: help env lock demo test test-matrix test-cuda-path test-te test-gpu lint clean interpreter
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -20,14 +22,19 @@ help: ## list the targets
 env: $(stamp) ## create .venv and install the project into it (PYTHON= picks the interpreter, VENV= the place)
 
 # Installs only after what it depends on has changed; the stamp is written last, so a failed install leaves none.
-$(stamp): pyproject.toml constraints.txt setup.py $(native) | interpreter
+# The lock holds what builds the project too, so that nothing is installed that it does not name.
+$(stamp): pyproject.toml $(lock) setup.py $(native) | interpreter
 	@rm -f $@
-	$(python) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	$(python) -m pip install --disable-pip-version-check --require-hashes -r $(lock)
+	$(python) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Order-only: a wrong PYTHON= is told at once, while an environment that is up to date stays so.
+# Order-only: a wrong PYTHON= is refused before anything is installed, and an environment that is up to date stays so.
 interpreter:
 	@tools/make_venv.sh "$(VENV)" "$(PYTHON)"
+
+lock: ## renew requirements.lock from pyproject.toml (LOCK_FLAGS=--upgrade raises all versions; PYTHON=)
+	PYTHON="$(PYTHON)" tools/make_lock.sh $(LOCK_FLAGS)
 
 # On the CPU, also where there are GPUs, unless MEGATRON_SMAR_DEVICE=cuda says otherwise.
 demo test test-matrix test-cuda-path: export MEGATRON_SMAR_DEVICE ?= cpu

@@ -3,7 +3,7 @@
 
 from megatron_smar.compatibility import check_environment
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Here, because every program and test comes through here before it can import Megatron.
 check_environment()

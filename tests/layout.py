@@ -34,7 +34,6 @@ FLOORS: list[dict[str, str]] = [
         "data": "readers of published formats (`sources/`), conversations, images, tiling, packing (`csrc/`), blends, "
         "loader and its state",
         "huggingface": "modelling code of the exports that transformers has no class for; written beside their weights",
-        "report": "figures and the HTML page of a run",
     },
     {"model": "vision tower, connector, the vision-language model; `layers/` has the decoder's layers and their specs"},
     {"monitoring": "what is watched of the routing during a run: tracker, load, heat maps, the warning of collapse"},
@@ -46,7 +45,10 @@ FLOORS: list[dict[str, str]] = [
         "training": "what Megatron's `pretrain()` is given: providers, batch, loss, resuming, the start",
         "conversion": "Hugging Face <-> torch_dist by one table per architecture (`architectures/`), upcycling",
     },
-    {"evaluation": "held-out scores, generation, agreement with Hugging Face's model (`verify`), chat"},
+    {
+        "evaluation": "held-out scores, generation, agreement with Hugging Face's model (`verify`), chat",
+        "report": "figures and the HTML page of any run, from its folder",
+    },
     {"commands": "the programs; `tools/` and the console entry points start them"},
 ]
 FLOOR_OF = {name: floor for floor, packages in enumerate(FLOORS) for name in packages}

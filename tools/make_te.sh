@@ -35,7 +35,7 @@ command -v "${CXX:-c++}" >/dev/null || die "no C++ compiler was found: install o
     die "Python's headers are missing: install them (on Debian and Ubuntu: apt install python3-dev)."
 
 echo "make test-te: building $wanted against torch $torch, about 15 minutes on two cores"
-pip=("$python" -m pip install --disable-pip-version-check -c "$here/constraints.txt")
+pip=("$python" -m pip install --disable-pip-version-check)
 "${pip[@]}" ninja wheel pybind11 'cuda-toolkit[crt,cccl]'
 export PATH=$venv/bin:$PATH
 export NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE

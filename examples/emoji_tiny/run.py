@@ -16,17 +16,18 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from demo_report import print_table, write_report
 from steps import Step, StepError, run_program, source_hash
 
-from megatron_smar.report.report import print_table, write_report
 from megatron_smar.report.scalars import read_scalars
 
 SCRIPTS = Path("examples/emoji_tiny")
@@ -41,84 +42,14 @@ TRAINING_CODE = [
     *(f"megatron_smar/{name}/**/*.py" for name in TRAINING_PACKAGES),
 ]
 
-ARCHITECTURE = {
-    "--num-layers": 4,
-    "--hidden-size": 128,
-    "--ffn-hidden-size": 320,
-    "--num-attention-heads": 4,
-    "--group-query-attention": True,
-    "--num-query-groups": 2,
-    "--num-experts": 8,
-    "--moe-router-topk": 2,
-    "--moe-token-dispatcher-type": "alltoall",
-    "--swiglu": True,
-    "--normalization": "RMSNorm",
-    "--init-method-std": 0.088,  # 1 / sqrt(hidden); with Megatron's 0.02, meant for wide models, attention starts blind
-    "--disable-bias-linear": True,
-    "--position-embedding-type": "rope",
-    "--untie-embeddings-and-output-weights": True,
-    "--attention-dropout": 0,
-    "--hidden-dropout": 0,
-    "--seq-length": 256,
-    "--max-position-embeddings": 256,
-    "--image-size": 64,
-    "--connector": "mlp2x_gelu",
-    "--tokenizer-type": "SentencePieceTokenizer",
-    "--expert-model-parallel-size": RANKS,
-}
-
-OPTIMIZER = {
-    "--lr-decay-style": "cosine",
-    "--adam-beta2": 0.95,
-    "--clip-grad": 1.0,
-    "--use-distributed-optimizer": True,
-    "--num-workers": 1,
-    "--seed": 1234,
-    "--eval-iters": 0,
-    "--log-interval": 10,
-    "--save-interval": 200,
-    "--tensorboard-log-interval": 5,
-}
-
 # The paper's recipe (its Table 7) with a small model's batch sizes and learning rates.
-STAGES: dict[str, dict[str, Any]] = {
-    "stage0": {
-        "--freeze": ["vision", "connector"],
-        "--conversation-template": "plain",
-        "--micro-batch-size": 8,
-        "--global-batch-size": 16,
-        "--train-iters": 240,
-        "--lr": 4e-3,
-        "--min-lr": 2e-4,
-        "--lr-warmup-iters": 30,
-        "--weight-decay": 0.1,
-        "--moe-router-load-balancing-type": "aux_loss",
-        "--moe-aux-loss-coeff": 0.01,
-    },
-    "stage1": {
-        "--freeze": ["vision", "language"],
-        "--conversation-template": "plain",
-        "--micro-batch-size": 16,
-        "--global-batch-size": 32,
-        "--train-iters": 40,
-        "--lr": 1e-3,
-        "--lr-warmup-fraction": 0.03,
-        "--weight-decay": 0,
-        "--moe-router-load-balancing-type": "none",
-    },
-    "stage2": {
-        "--freeze": ["vision"],
-        "--conversation-template": "mistral",
-        "--micro-batch-size": 8,
-        "--global-batch-size": 16,
-        "--train-iters": 300,
-        "--lr": 7e-4,
-        "--lr-warmup-fraction": 0.03,
-        "--weight-decay": 0,
-        "--moe-router-load-balancing-type": "none",
-        "--modality-routing": "smar",
-    },
-}
+STAGES = ("stage0", "stage1", "stage2")
+
+
+def settings(name: str) -> dict[str, Any]:
+    """The flags of one of the demo's run files, by name."""
+    (group,) = yaml.safe_load((ROOT / SCRIPTS / f"{name}.yaml").read_text(encoding="utf-8")).values()
+    return group
 
 
 @dataclass
@@ -190,20 +121,18 @@ class Demo:
             lambda: self.program("vision", SCRIPTS / "pretrain_vision.py", *self._places("vision"))
         )
 
-    def model_flags(self) -> list[str]:
-        """Flags of the model, for training and for evaluation."""
-        files = {
-            "--vision-model": self.output / "vision",
-            "--tokenizer-model": self.output / "corpus" / "tokenizer.model",
-        }
-        return as_flags(ARCHITECTURE | files)
+    def model_files(self) -> list[str | Path]:
+        """Flags of the model's parts that the demo makes."""
+        return ["--vision-model", self.output / "vision", "--tokenizer-model", self.output / "corpus/tokenizer.model"]
 
     def train(self, name: str, data: str, before: Step | None, **changes: Any) -> Step:
         """One stage: `pretrain_vlm.py` from the checkpoint of the step before."""
-        settings = STAGES[name.split("_")[0]] | {f"--{k.replace('_', '-')}": v for k, v in changes.items()}
-        flags = [*self.model_flags(), *as_flags(OPTIMIZER), *as_flags(settings)]
+        files = ["model", "optimizer", name.split("_")[0]]
+        changed = [word for key, value in changes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        flags = ["--config", *(SCRIPTS / f"{file}.yaml" for file in files), *self.model_files(), *changed]
         inputs = [self.steps["shards"], self.steps["vision"], *([before] if before else [])]
-        step = self.step(name, name, self.training_code, flags, [part.key for part in inputs])
+        key = [settings(file) for file in files]
+        step = self.step(name, name, self.training_code, key, flags, [part.key for part in inputs])
 
         def work() -> None:
             start = ["--load", before.folder, "--finetune"] if before else []  # interrupted, it resumes from --save
@@ -262,12 +191,10 @@ class Demo:
             "mrd_distance_by_layer": after["mrd_distance_by_layer"],
             "mrd_distance_by_layer_before": before["mrd_distance_by_layer"],
             "band": [smar["d_min"], smar["d_max"]],
-            "steps": {name: settings["--train-iters"] for name, settings in STAGES.items()},
+            "steps": {name: settings(name)["train-iters"] for name in STAGES},
             "seconds": self._seconds(),
             "config": {
-                "model": named(ARCHITECTURE),
-                "optimizer": named(OPTIMIZER),
-                **{name: named(settings) for name, settings in STAGES.items()},
+                **{name: named(settings(name)) for name in ("model", "optimizer", *STAGES)},
                 "smar": smar,
                 "data": {"text_only_ratio": TEXT_ONLY, "train_tokens": corpus["train_tokens"]},
             },
@@ -323,18 +250,9 @@ class Demo:
         }
 
 
-def as_flags(settings: dict[str, Any]) -> list[str]:
-    """Command-line flags; True is a flag without a value."""
-    flags: list[str] = []
-    for name, value in settings.items():
-        values: Sequence[Any] = value if isinstance(value, list) else [] if value is True else [value]
-        flags += [name, *map(str, values)]
-    return flags
-
-
-def named(settings: dict[str, Any]) -> dict[str, Any]:
+def named(flags: dict[str, Any]) -> dict[str, Any]:
     """Settings by names without dashes, for the report."""
-    return {name.removeprefix("--").replace("-", "_"): value for name, value in settings.items()}
+    return {name.replace("-", "_"): value for name, value in flags.items()}
 
 
 def main() -> None:

@@ -29,3 +29,7 @@ need_folder IMAGES "the folder that their images' paths start from"
 launch evaluate tools/evaluate.py --load "$CHECKPOINT" --conversation-template vicuna_v1 --seq-length 2048 \
   --text "$TEXT" --vqa "$QUESTIONS" --image-root "$IMAGES" --output "$OUTPUT/results.json" \
   "${PLACE[@]}" ${MORE[@]+"${MORE[@]}"}
+
+if [[ ${NODE_RANK:-0} == 0 ]]; then
+  "$PYTHON" "$ROOT/tools/report.py" "$CHECKPOINT" --results "$OUTPUT/results.json" --image-root "$IMAGES"
+fi

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The trained model goes back to Hugging Face's format, is compared with the checkpoint, and is measured.
+# The trained model goes back to Hugging Face's format, is compared with the checkpoint, and is measured; the report of
+# its run shows the rest.
 #
 #   TEXT=held_out.jsonl QUESTIONS=vqa.json IMAGES=images examples/qwen3_30b_a3b_internvl/evaluate.sh [--gpus 8|64]
 #   examples/qwen3_30b_a3b_internvl/evaluate.sh --tiny
@@ -43,3 +44,7 @@ launch evaluate tools/evaluate.py --load "$CHECKPOINT" --conversation-template c
   --max-tiles 12 --use-thumbnail --seq-length 4096 \
   --text "$TEXT" --vqa "$QUESTIONS" --image-root "$IMAGES" --output "$OUTPUT/results.json" \
   "${PLACE[@]}" ${MORE[@]+"${MORE[@]}"}
+
+if [[ ${NODE_RANK:-0} == 0 ]]; then
+  "$PYTHON" "$ROOT/tools/report.py" "$CHECKPOINT" --results "$OUTPUT/results.json" --image-root "$IMAGES"
+fi

@@ -73,7 +73,14 @@ def stored_flags(argv: Sequence[str], asks: bool = True) -> dict[str, Any]:
         ValueError: The checkpoint cannot be read, or a value is neither stored nor given.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--load", "--vision-model", "--tokenizer-type", "--tokenizer-model", "--conversation-template"):
+    for flag in (
+        "--load",
+        "--vision-model",
+        "--tokenizer-type",
+        "--tokenizer-model",
+        "--conversation-template",
+        "--modality-routing",
+    ):
         parser.add_argument(flag)
     parser.add_argument("--ckpt-step", type=int)
     given, _ = parser.parse_known_args(argv)
@@ -82,7 +89,8 @@ def stored_flags(argv: Sequence[str], asks: bool = True) -> dict[str, Any]:
     arguments = run_arguments(Path(given.load), given.ckpt_step)
     saved = vars(arguments)
     flags = {name: saved[name] for name in (*FUNCTION, *_RUNNING) if name in saved}
-    flags |= strategy_flags(arguments)
+    if given.modality_routing is None:  # the stored settings do not apply to another strategy
+        flags |= strategy_flags(arguments)
     flags |= {name: False for name in _FUSIONS if saved.get(name) is False}
     if runtime.device() == "cuda" and saved.get("moe_grouped_gemm"):
         flags["moe_grouped_gemm"] = True

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_smar import runtime
 
@@ -32,6 +33,7 @@ from megatron_smar.checkpoint.safetensors_io import read_folder
 from megatron_smar.checkpoint.stored_flags import strategy_flags
 from megatron_smar.config.build import vision_config
 from megatron_smar.config.flags import CONNECTORS
+from megatron_smar.config.run_file import saved_folder
 from megatron_smar.conversion import composite, outcome
 from megatron_smar.conversion.composite import Connection, load_composite
 from megatron_smar.conversion.empty_model import as_argv
@@ -61,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     imported = commands.add_parser("import", help="write a Hugging Face model as a checkpoint for --load")
     _add_source(imported)
     exported = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
-    exported.add_argument("--load", type=Path, required=True, help="folder of the checkpoint")
+    place = exported.add_mutually_exclusive_group(required=True)
+    place.add_argument("--load", type=Path, help="folder of the checkpoint")
+    place.add_argument("--config", type=Path, help="or the run.yaml of its run")
     exported.add_argument("--iteration", type=int, help="step of the checkpoint to read. Default: the latest")
     exported.add_argument(
         "--hf",
@@ -217,7 +221,7 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)  # torchrun sets them for several ranks
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments
-        model, _, _ = start([str(word) for word in argv], strategy_flags(run_arguments(options.load)))
+        model, _, _ = start([str(word) for word in argv], _stored_strategy(options.load, flags))
     args = get_args()
     ids, tiles = build_inputs(hf, config, options.text, options.image, args.tensor_model_parallel_size)
     logits = checkpoint_logits(model, ids, tiles, config.image_token_id, tokens_per_tile(vision_config(args)))
@@ -235,6 +239,15 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
     dist.destroy_process_group()
     assert found[0] is not None
     return found[0].within(options.tolerance)
+
+
+def _stored_strategy(load: Path, flags: list[str]) -> dict[str, Any]:
+    """Returns the stored routing strategy's settings of the checkpoint to load, unless flags choose a strategy."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt-step", type=int)
+    parser.add_argument("--modality-routing")
+    given, _ = parser.parse_known_args(flags)
+    return {} if given.modality_routing else strategy_flags(run_arguments(load, given.ckpt_step))
 
 
 def main() -> None:
@@ -260,9 +273,9 @@ def main() -> None:
                 written = write_model(source, args.output, DTYPES.get(args.dtype))
             print(outcome.of_import(args.output, written, sources_of(args)))
         else:
-            dtype = DTYPES.get(args.dtype)
-            written = export_model(args.load, args.hf, args.output, args.iteration, dtype, args.processor)
-            print(outcome.of_export(args.output, written, args.load))
+            dtype, load = DTYPES.get(args.dtype), saved_folder(args.config) if args.config else args.load
+            written = export_model(load, args.hf, args.output, args.iteration, dtype, args.processor)
+            print(outcome.of_export(args.output, written, load))
     except ValueError as error:
         parser.error(str(error))
 

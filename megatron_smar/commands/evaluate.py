@@ -31,6 +31,7 @@ from megatron.training import get_args, get_tokenizer
 
 from megatron_smar.checkpoint.stored_flags import stored_flags
 from megatron_smar.config.build import image_config, modality_table, vision_config
+from megatron_smar.config.run_file import saved_folder
 from megatron_smar.data.batch import EncodedSample
 from megatron_smar.data.conversations import Segment, record_segments, template_for
 from megatron_smar.data.fields import image_modalities
@@ -60,7 +61,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         "--float32", action="store_true", help="measure in float32 (default: in the precision that was trained in)"
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
-    return parser.parse_known_args()
+    parser.add_argument("--config", type=Path, help="a run's run.yaml, instead of --load with its folder")
+    options, flags = parser.parse_known_args()
+    try:
+        return options, [*flags, *(["--load", str(saved_folder(options.config))] if options.config else [])]
+    except ValueError as error:
+        fail(error)
 
 
 def read_records(options: argparse.Namespace) -> None:

@@ -114,6 +114,11 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_kno
         if other is not type(strategy):
             other.check_unused(args)
     strategy.check(args, _moe_layers(args) if shape_is_known else None)
+    if strategy.keeps_state and args.smar_scope == "local":
+        raise ValueError(
+            f"--smar-scope local with --modality-routing {strategy.name}: the replicas would accumulate different "
+            "statistics over the steps; leave --smar-scope out."
+        )
     if args.num_experts and shape_is_known:
         _check_allowed(args, routing)
     learns_biases = routing.trains_bias

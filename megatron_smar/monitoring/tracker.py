@@ -27,7 +27,7 @@ from megatron_smar.monitoring.load import MSI, layer_specialization, load_images
 from megatron_smar.monitoring.recorder import routers_of
 from megatron_smar.routing.router import MRD_DISTANCE, RoutingReport
 from megatron_smar.routing.statistics import RoutingStatistics
-from megatron_smar.routing.strategies.base import Metric
+from megatron_smar.routing.strategies.base import Metric, Weighted
 
 WINDOW = "sums since the last time"
 
@@ -97,7 +97,8 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         if self._weighted is None:
             shape, device = (report.num_layers, len(self._weighted_metrics), 2), report.statistics.counts.device
             self._weighted = torch.zeros(shape, dtype=torch.float64, device=device)
-        pairs = [report.measures[metric.name] for metric in self._weighted_metrics]
+        nothing = Weighted(*report.statistics.tokens.new_zeros(2))  # a layer may have nothing to measure
+        pairs = [report.measures.get(metric.name, nothing) for metric in self._weighted_metrics]
         values = torch.stack([torch.stack([value * weight, weight]) for value, weight in pairs])
         self._weighted[report.layer - 1] += values.detach()
 

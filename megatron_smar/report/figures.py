@@ -21,7 +21,7 @@ from matplotlib.colors import ListedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, MaxNLocator, MultipleLocator, PercentFormatter
 
-from megatron_smar.report.headline import is_finite
+from megatron_smar.report.numbers import is_finite
 
 LAYER_TAG = re.compile(r"moe/mrd_distance_layer_(\d+)$")
 MAX_POINTS = 120
@@ -112,9 +112,11 @@ def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, n
     return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
-def layer_series(history: Mapping[str, Any]) -> dict[int, tuple[Sequence[float], Sequence[float]]]:
-    """MRD distance by layer number, from a stage's history {tag: {"steps", "values"}}."""
-    found = {int(match[1]): tag for tag in history if (match := LAYER_TAG.match(tag))}
+def layer_series(
+    history: Mapping[str, Any], pattern: re.Pattern[str] = LAYER_TAG
+) -> dict[int, tuple[Sequence[float], Sequence[float]]]:
+    """A scalar by layer number, by default the MRD distance, from a history {tag: {"steps", "values"}}."""
+    found = {int(match[1]): tag for tag in history if (match := pattern.match(tag))}
     return {layer: (history[found[layer]]["steps"], history[found[layer]]["values"]) for layer in sorted(found)}
 
 
@@ -124,11 +126,40 @@ def loss_names(history: Mapping[str, Any]) -> list[str]:
 
 
 @_styled
-def mrd_over_training(history: Mapping[str, Any], band: Sequence[float]) -> Figure:
-    """MRD distance of every MoE layer over the steps of a stage, with the band (Eq. 13) shaded."""
+def mrd_over_training(history: Mapping[str, Any], band: Sequence[float] | None) -> Figure:
+    """MRD distance of every MoE layer over the steps of a stage, with the band (Eq. 13) shaded where there is one."""
+    return _layers_over_training(layer_series(history), "MRD distance (nats)", band)
+
+
+@_styled
+def layers_over_training(history: Mapping[str, Any], pattern: re.Pattern[str], label: str) -> Figure:
+    """A scalar of every MoE layer over the steps.
+
+    Args:
+        history: {tag: {"steps", "values"}}.
+        pattern: Matches the scalar's tags; its first group is the layer's number.
+        label: Label of the vertical axis.
+    """
+    return _layers_over_training(layer_series(history, pattern), label)
+
+
+@_styled
+def over_training(steps: Sequence[float], values: Sequence[float], label: str) -> Figure:
+    """One scalar over the steps."""
+    figure = _figure(330, 180)
+    axes = figure.subplots()
+    axes.plot(*thin(steps, values), color=TEXT_COLOUR, linewidth=1.5)
+    axes.set(xlabel="step", ylabel=label, ylim=(0, None))
+    axes.margins(x=0.02)
+    axes.grid(True, axis="y")
+    return figure
+
+
+def _layers_over_training(
+    layers: Mapping[int, tuple[Sequence[float], Sequence[float]]], label: str, band: Sequence[float] | None = None
+) -> Figure:
     figure = _figure(360, 250)
     axes = figure.subplots()
-    layers = layer_series(history)
     ends = []
     dashes = _DASHES if len(layers) <= MAX_LAYER_LABELS else ("-",)
     labelled = set(_spread(sorted(layers), MAX_LAYER_LABELS))
@@ -138,8 +169,9 @@ def mrd_over_training(history: Mapping[str, Any], band: Sequence[float]) -> Figu
         axes.plot(x, y, color=colour, linestyle=dashes[index % len(dashes)], linewidth=1.6)
         if layer in labelled:
             ends += _line_end(x, y, f"layer {layer}", colour)
-    _band(axes, band, [value for _, values in layers.values() for value in values])
-    axes.set(xlabel="step", ylabel="MRD distance (nats)")
+    if band is not None:
+        _band(axes, band, [value for _, values in layers.values() for value in values])
+    axes.set(xlabel="step", ylabel=label)
     axes.margins(x=0)
     axes.grid(True, axis="y")
     _end_labels(axes, ends)
@@ -147,17 +179,20 @@ def mrd_over_training(history: Mapping[str, Any], band: Sequence[float]) -> Figu
 
 
 @_styled
-def mrd_by_layer(before: Sequence[float], after: Sequence[float], band: Sequence[float]) -> Figure:
+def mrd_by_layer(before: Sequence[float] | None, after: Sequence[float], band: Sequence[float] | None) -> Figure:
     """MRD distance along the depth of the model before and after (the curves of the paper's Figures 2 and 3)."""
     figure = _figure(360, 250)
     axes = figure.subplots()
     layers = np.arange(1, len(after) + 1)
     ends = []
     for values, name, colour, marker in ((before, "before", MUTED, "o--"), (after, "after", TEXT_COLOUR, "o-")):
+        if values is None:
+            continue
         distances = np.asarray(values, dtype=float)
         axes.plot(layers, distances, marker, color=colour, linewidth=1.8, markersize=4.5)
         ends += _line_end(layers, distances, name, colour)
-    _band(axes, band, [*before, *after])
+    if band is not None:
+        _band(axes, band, [*(before or []), *after])
     axes.set(xlabel="MoE layer", ylabel="MRD distance (nats)", xlim=(0.5, len(layers) + 0.5))
     axes.xaxis.set_major_locator(_counting(len(layers)))
     axes.grid(True, axis="y")
@@ -166,11 +201,11 @@ def mrd_by_layer(before: Sequence[float], after: Sequence[float], band: Sequence
 
 
 @_styled
-def expert_heat_maps(before: Any, after: Any, top: float) -> Figure:
+def expert_heat_maps(before: Any | None, after: Any, top: float) -> Figure:
     """Share of one modality's token slots per layer and expert, before and after (the paper's Figure 4).
 
     Args:
-        before: [L, E], nested lists or an array, rows sum to 1.
+        before: [L, E], nested lists or an array, rows sum to 1; None for one map alone.
         after: [L, E].
         top: Share at the dark end of the scale, the same for both modalities.
     """
@@ -183,11 +218,12 @@ def preference_heat_maps(text: Mapping[str, Any], vision: Mapping[str, Any]) -> 
     """Vision share minus text share of every expert, before and after: which modality an expert prefers.
 
     Args:
-        text: {"before": [L, E], "after": [L, E]}.
+        text: {"before": [L, E], "after": [L, E]}; "before" may be left out of both.
         vision: The same for vision tokens.
     """
-    before, after = (np.asarray(vision[when], float) - np.asarray(text[when], float) for when in ("before", "after"))
-    top = top_share(np.abs(before), np.abs(after))
+    moments = {when: np.asarray(vision[when], float) - np.asarray(text[when], float) for when in text}
+    before, after = moments.get("before"), moments["after"]
+    top = top_share(*map(np.abs, moments.values()))
     colours = np.vstack([_fade(TEXT_HUE)[::-1], _fade(VISION_HUE)])
     ends = (f"text +{top:.0%}", "equal", f"vision +{top:.0%}")
     return _heat_maps(before, after, colours, (-top, top), "modality that uses the expert more", ends)
@@ -336,14 +372,20 @@ def _fade(colour: str) -> np.ndarray:
 
 
 def _heat_maps(
-    before: Any, after: Any, colours: np.ndarray, limits: tuple[float, float], label: str, ends: tuple[str, ...]
+    before: Any | None,
+    after: Any,
+    colours: np.ndarray,
+    limits: tuple[float, float],
+    label: str,
+    ends: tuple[str, ...],
 ) -> Figure:
-    """Two heat maps [L, E] side by side on one scale, which is drawn under them with `ends` spread along it."""
+    """Heat maps [L, E] side by side on one scale, which is drawn under them with `ends` spread along it."""
     num_layers, num_experts = np.asarray(after).shape
     figure = _figure(330, 120 + float(np.clip(20 * num_layers, 80, 380)))
-    panels = figure.subplots(1, 2, sharey=True)
+    maps = {"after": after} if before is None else {"before": before, "after": after}
+    panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
     edges = (0.5, num_experts + 0.5, num_layers + 0.5, 0.5)
-    for axes, share, title in zip(panels, (before, after), ("before", "after"), strict=True):
+    for axes, (title, share) in zip(panels, maps.items(), strict=True):
         shown = np.asarray(share, dtype=float)
         # "none" embeds one pixel per cell, whatever the number of experts.
         image = axes.imshow(
@@ -355,13 +397,13 @@ def _heat_maps(
             interpolation="none",
             extent=edges,
         )
-        axes.set(title=title, xlabel="expert")
+        axes.set(title=title if len(maps) > 1 else "", xlabel="expert")
         axes.spines[["top", "right"]].set_visible(True)
         axes.xaxis.set_major_locator(_counting(num_experts))
         axes.tick_params(length=2)
     panels[0].set_ylabel("MoE layer")
     panels[0].yaxis.set_major_locator(_counting(num_layers))
-    scale = figure.colorbar(image, ax=panels, location="bottom", shrink=0.7, aspect=26, label=label)
+    scale = figure.colorbar(image, ax=list(panels), location="bottom", shrink=0.7, aspect=26, label=label)
     scale.set_ticks(list(np.linspace(*limits, len(ends))), labels=list(ends))
     scale.ax.tick_params(length=2)
     # As vectors, its 128 translucent steps would show seams.

@@ -46,15 +46,14 @@ class RoutingReport:
         layer: Its number, from 1; those of multi-token prediction follow the others.
         num_layers: How many there are.
         statistics: Of all ranks that take part in the reduction.
-        learns: Whether this is a pass of training, and not of evaluation or the first of a recomputed layer's two.
-        losses: The strategy's losses by name, if it learns.
-        measures: Its weighted metrics, with the MRD distance, if it learns.
+        losses: The strategy's losses by name; none in passes that do not learn (evaluation, the first of a recomputed
+            layer's two).
+        measures: Its weighted metrics, with the MRD distance; none in passes that do not learn.
     """
 
     layer: int
     num_layers: int
     statistics: RoutingStatistics
-    learns: bool = False
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     measures: Mapping[str, Weighted] = field(default_factory=dict)
 
@@ -270,7 +269,7 @@ class ModalityAwareRouter(TopKRouter):
         with torch.no_grad():
             self.strategy.accumulate(routing)
         values = {name: loss.value for name, loss in (losses | own).items()}
-        self._report(RoutingReport(layer, layers, statistics, True, values, measures), self.observers + self.recorders)
+        self._report(RoutingReport(layer, layers, statistics, values, measures), self.observers + self.recorders)
         output = self._attach(output, losses, self.is_global)
         # All ranks have the whole of such a loss, and their gradients are added up.
         return self._attach(output, own, True, self.tp_dp_cp_group.size())

@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.core.enums import ModelType
@@ -29,6 +30,7 @@ from megatron_smar.config.build import transformer_config
 from megatron_smar.config.checks import check_arguments, check_shape
 from megatron_smar.config.flag_errors import FLAG_ERRORS, sentence
 from megatron_smar.config.flags import add_arguments
+from megatron_smar.config.run_file import add_run_file_options, expand, write_run_file
 from megatron_smar.monitoring.tracker import install_metrics
 from megatron_smar.runtime import failure
 from megatron_smar.training.console import show_step_lines
@@ -51,12 +53,17 @@ def parse_arguments(
     """
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
+    try:
+        sys.argv[1:] = given_flags = expand(sys.argv[1:])
+    except ValueError as error:
+        fail(error)
     if os.environ.get("RANK", "0") == "0":
         print(f"megatron_smar {__version__}: {runtime.describe()}", flush=True)
     given = None
 
     def add_flags(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser)
+        add_run_file_options(parser.add_argument_group("a run as a file", "docs/run_files.md"))
         parser.set_defaults(**defaults or {})
         return parser
 
@@ -78,6 +85,8 @@ def parse_arguments(
         _resume(args, point)
     except FLAG_ERRORS as error:
         fail(error, given)
+    if needs_data and args.save and args.rank == 0:
+        write_run_file(Path(args.save), given_flags)
     install_metrics()
     show_step_lines()
     take_over_folder(args)

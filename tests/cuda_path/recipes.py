@@ -16,7 +16,8 @@ STAGES = {
     "qwen3_30b_a3b_internvl": ("stage1", "stage2"),
     "moe_llava_phi": ("stage3",),
 }
-RECORDER = '#!/bin/bash\nprintf "%s\\0" "$@" >"$RECORD"\n'
+# The report of the last step starts nothing on GPUs.
+RECORDER = '#!/bin/bash\n[[ $* == *tools/report.py* ]] || printf "%s\\0" "$@" >"$RECORD"\n'
 
 
 def run_script(recipe: str, script: str, output: Path, *options: str, **environment: str) -> None:
@@ -32,7 +33,12 @@ def run_script(recipe: str, script: str, output: Path, *options: str, **environm
 
 
 def command_on_gpus(recipe: str, script: str, gpus: int, output: Path, **files: str) -> tuple[str, list[str]]:
-    """The program that a script starts last on 8 or 64 GPUs and its flags, recorded in the interpreter's place."""
+    """The program that a script starts last on 8 or 64 GPUs, and its flags, those of --config expanded."""
+    from megatron_smar import runtime
+
+    runtime.install()
+    from megatron_smar.config.run_file import expand
+
     recorder, record = output / "recorder.sh", output / f"{script}-{gpus}.record"
     recorder.write_text(RECORDER)
     recorder.chmod(0o755)
@@ -41,4 +47,4 @@ def command_on_gpus(recipe: str, script: str, gpus: int, output: Path, **files: 
     run_script(recipe, script, output, "--gpus", str(gpus), **recording, **place, **files)
     words = record.read_bytes().decode().split("\0")[:-1]
     program = next(index for index, word in enumerate(words) if word.endswith(".py"))
-    return words[program], words[program + 1 :]
+    return words[program], expand(words[program + 1 :])

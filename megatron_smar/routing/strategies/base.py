@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from megatron_smar.routing.statistics import RoutingStatistics
@@ -26,15 +27,23 @@ class Metric:
     """A number of each MoE layer that a strategy reports.
 
     Attributes:
-        name: On the console, and in TensorBoard and W&B.
-        weighted: Whether it is a mean over micro-batches, each with its own weight; if not, it is reported as the main
-            loss is: the mean over steps on the console, the step's value elsewhere.
-        on_console: Whether its mean over the layers is in the console's line.
+        name: On the console, and in TensorBoard and W&B. That of a loss ends in "loss", by which Megatron tells what to
+            average over micro-batches.
+        weighted: False for a loss, which is reported as the main loss is: the mean over steps on the console, the
+            step's value elsewhere. True for a measure: a mean over micro-batches, each with its own weight.
+        on_console: Whether a measure's mean over the layers is in the console's line; losses always are.
+
+    Raises:
+        ValueError: The name of a loss does not end in "loss".
     """
 
     name: str
     weighted: bool = False
     on_console: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.weighted and not self.name.endswith("loss"):
+            raise ValueError(f"the metric {self.name!r} is not weighted, so it is a loss: end its name in 'loss'.")
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class RoutedTokens(NamedTuple):
     """This rank's tokens of a micro-batch, after the choice of experts.
 
     Attributes:
-        logits: [N, E].
+        logits: [N, E], with the modality bias; -inf for experts that a token's modality may not choose (`allowed`).
         weights: [N, E], top-k weights renormalised over the chosen experts (SMAR, Eq. 5), 0 where not chosen.
         routing_map: [N, E] bool, the chosen experts.
         modality_mask: [N, M] bool, one-hot; False everywhere for padding.
@@ -114,17 +123,27 @@ class Weighted(NamedTuple):
 class RoutingStrategy(nn.Module):
     """What one MoE layer does with the modalities. A strategy overrides what it needs.
 
-    Parameters and persistent buffers are saved in checkpoints, under `router.strategy`.
+    Parameters and persistent buffers are saved in checkpoints, under `router.strategy`. Buffers, which hold statistics
+    of many steps, stay in the precision they were made in when the model is converted to half precision.
 
     Args:
-        config: The strategy's.
-        layer: The layer's.
+        config: The strategy's settings.
+        layer: Sizes of the MoE layer.
     """
 
     def __init__(self, config: StrategyConfig, layer: RoutedLayer) -> None:
         super().__init__()
         self.config = config
         self.layer = layer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if torch.finfo(after.dtype).bits < torch.finfo(before.dtype).bits:
+                setattr(self, name, before.to(after.device))
+        return self
 
     def logits(self, hidden: Tensor, modality_mask: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
         """The router's logits, [s, b, E], before the modality bias.
@@ -147,6 +166,9 @@ class RoutingStrategy(nn.Module):
     def weight_losses(self, gate: Tensor, iteration: int) -> dict[str, AuxiliaryLoss]:
         """Losses of the router's weights alone, by the name of their metric, each counted once per step.
 
+        Parameters of the strategy that they depend on must be marked `sequence_parallel` where the layer is: only then
+        does Megatron add up their gradients over the tensor-parallel ranks, each of which gives a share.
+
         Args:
             gate: The backbone's router weight, [E, h].
             iteration: The step's, from 0.
@@ -158,7 +180,7 @@ class RoutingStrategy(nn.Module):
         return {}
 
     def accumulate(self, routing: LayerRouting) -> None:
-        """Adds one micro-batch to the strategy's state, without gradients."""
+        """Adds one micro-batch to the strategy's state, without gradients; its config has `keeps_state`."""
 
     def update(self) -> None:
         """Updates the strategy's state from what was accumulated in the step before.
@@ -184,6 +206,8 @@ class StrategyConfig:
         of_inference: Fields without which a trained model cannot be run; none where routing then is the backbone's own
             with the modality bias.
         collapse_remedy: What the warning of collapsing routing advises to do with its flags.
+        keeps_state: Whether the strategy accumulates statistics over steps. With --smar-scope local the replicas would
+            accumulate different ones, of which a checkpoint holds one: refused.
         needs_experts: Whether it has something to do in MoE layers alone, so that a dense model is refused.
         exported: Whether the backbone's gate, the modality bias and `allowed` are all that an export needs. Else it is
             refused by name.
@@ -196,6 +220,7 @@ class StrategyConfig:
     of_a_run: ClassVar[tuple[str, ...]] = ()
     of_inference: ClassVar[tuple[str, ...]] = ()
     collapse_remedy: ClassVar[str] = ""
+    keeps_state: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = True
     exported: ClassVar[bool] = True
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -32,6 +33,20 @@ class HardConfig(StrategyConfig):
 
     experts: tuple[str, ...] = ()
 
+    @classmethod
+    def check_unused(cls, args: Namespace) -> None:
+        """Refuses experts of modalities that nothing reads."""
+        given = getattr(args, f"{cls.name}_experts")
+        if given:
+            raise ValueError(
+                f"{cls.flag('experts')} {' '.join(given)} has no effect with --modality-routing "
+                f"{args.modality_routing}; leave it out, or give --modality-routing {cls.name}."
+            )
+
+    def describe(self) -> str:
+        """The strategy and its settings, in half a line."""
+        return f"{self.name}: experts {' '.join(self.experts) or 'in equal shares'}"
+
     def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
         """The experts of each modality, [M, E] bool, the same in all layers."""
         equal = dict.fromkeys(modalities, str(1 / len(modalities)))
@@ -40,6 +55,10 @@ class HardConfig(StrategyConfig):
         if (self.experts and len(parts) < len(self.experts)) or sorted(parts) != sorted(modalities):
             raise ValueError(f"{given} must name each of {', '.join(modalities)} once, as text=0-3 vision=4-7.")
         if all(re.fullmatch(r"\d*\.\d+", text) for text in parts.values()):
+            if abs(sum(map(float, parts.values())) - 1) > 1e-6:
+                raise ValueError(
+                    f"{given} must give each of the experts 0-{num_experts - 1} to one modality: shares add up to 1."
+                )
             ends = [round(num_experts * end) for end in accumulate(float(parts[name]) for name in modalities)]
             own = [list(range(*span)) for span in pairwise([0, *ends])]
         else:

@@ -29,6 +29,10 @@ class LayerSplitConfig(HardConfig):
 
     layers: int = 0
 
+    def describe(self) -> str:
+        """The strategy and its settings, in half a line."""
+        return f"{super().describe()}, in layers 1 to {self.layers}"
+
     def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
         """The experts of each modality in a lower layer, [M, E] bool; None above."""
         return super().allowed(layer, modalities, num_experts) if layer <= self.layers else None

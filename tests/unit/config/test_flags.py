@@ -66,6 +66,14 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         (["--optimizer-cuda-graph"], "--optimizer-cuda-graph replays"),
         (["--use-megatron-fsdp"], "--use-megatron-fsdp is not supported"),
         (["--modality-routing", "hard", "--hard-experts", "text=0", "vision=1-3"], "leaves text tokens 1 experts"),
+        (
+            ["--modality-routing", "smar", "--hard-experts", "text=0"],
+            "--hard-experts text=0 has no effect with --modal",
+        ),
+        (
+            ["--layer-split-experts", "text=0"],
+            "--layer-split-experts text=0 has no effect with --modality-routing none",
+        ),
         (["--modality-routing", "hard", "--moe-router-group-topk", "1"], "--moe-router-group-topk 1 can choose"),
         (["--bf16", "--modality-routing", "smar", "--save", "run"], "only with --use-distributed-optimizer"),
     ],

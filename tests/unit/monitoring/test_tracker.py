@@ -55,7 +55,7 @@ def observe(tracker, found: RoutingStatistics, layer: int, layers: int, distance
 
     weighted = Weighted(torch.tensor(float(distance or 0)), torch.tensor(float(distance is not None)))
     losses = {metric.name: torch.tensor(1.0) for metric in tracker.config.metrics}
-    tracker.observe(RoutingReport(layer, layers, found, True, losses, {MRD_DISTANCE: weighted}))
+    tracker.observe(RoutingReport(layer, layers, found, losses, {MRD_DISTANCE: weighted}))
 
 
 def record(tracker, *layers) -> None:

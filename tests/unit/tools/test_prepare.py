@@ -26,6 +26,7 @@ from megatron.energon.metadataset.loader import load_dataset
 from PIL import Image
 
 import megatron_smar.data.preparation
+from megatron_smar.commands.prepare import main
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "tools/data/prepare.py"
@@ -391,12 +392,12 @@ def test_the_program_prints_its_table_and_explains_mistakes(
     row = ["train", "4", "3", "0", "1", "1"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match=r"^prepare.py: 1 of 5 records cannot be used, more than --max-skip-ratio 0.1"):
-        prepare.main()
+        main()
     assert capsys.readouterr().out.splitlines()[1].split() == row
     done = subprocess.run([sys.executable, *command, "--max-skip-ratio", "0.2"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[1].split() == row, done.stderr
     with pytest.raises(SystemExit) as ended:
-        prepare.main()
+        main()
     message = "prepare.py: error: --output out holds prepared shards already: give another folder, or --overwrite."
     assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == message
 
@@ -443,7 +444,7 @@ def test_the_documents_commands_prepare_every_source_of_the_papers_blends(
     for block in blocks:
         command = functools.reduce(lambda text, place: text.replace(*place), places.items(), block.replace("\\\n", ""))
         monkeypatch.setattr(sys, "argv", [*command.split()[1:], "--workers", "1"])
-        prepare.main()
+        main()
     tables = re.findall(r"train +(\d+) +(\d+) +(\d+) +(\d+)\n", capsys.readouterr().out)
     assert tables == [tuple("7510"), tuple("2200"), *[tuple("1100")] * 2, *[tuple("3300")] * 2]
     weights = {}

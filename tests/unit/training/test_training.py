@@ -292,7 +292,7 @@ def test_metrics_average_over_layers_and_comparable_micro_batches(single_rank):
     for layer, distance in ((1, 2.0), (2, 4.0)):
         for comparable in (1.0, 0.0):  # the second micro-batch is pure text
             measures = {MRD_DISTANCE: Weighted(torch.tensor(distance * comparable), torch.tensor(comparable))}
-            tracker.observe(RoutingReport(layer, 2, nothing, True, {SMAR_LOSS: torch.tensor(comparable)}, measures))
+            tracker.observe(RoutingReport(layer, 2, nothing, {SMAR_LOSS: torch.tensor(comparable)}, measures))
     totals: dict[str, torch.Tensor] = {}
     line = tracker.report(0.5, 1, writer, num_layers=2, total_loss_dict=totals, track_names=[])
     assert writer["mrd distance"] == 3.0

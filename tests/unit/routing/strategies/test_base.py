@@ -72,6 +72,20 @@ class Probe(RoutingStrategy):
         self.seen.zero_()
 
 
+def test_a_loss_whose_name_megatron_would_not_average_is_refused():
+    with pytest.raises(ValueError, match="'probe' is not weighted, so it is a loss: end its name in 'loss'"):
+        Metric("probe")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_accumulated_statistics_stay_exact_in_a_model_of_half_precision(single_rank, dtype):
+    strategy = router_of(ProbeConfig()).strategy
+    strategy.seen = (strategy.seen + 1 + 2**-20).float()
+    strategy.to(dtype)
+    assert strategy.gates.dtype == dtype
+    assert strategy.seen.dtype == torch.float32 and float(strategy.seen[0]) == 1 + 2**-20
+
+
 @pytest.fixture
 def step(single_rank):
     """A router, its input and mask, and what one micro-batch of it gives."""
@@ -110,10 +124,10 @@ def test_losses_and_measures_are_reported_and_nothing_of_them_in_evaluation(step
     router.eval()
     router.finish(router(inputs, mask)[0])
     training, evaluation = reports
-    assert set(training.losses) == {"probe loss", "gate loss"} and training.learns
+    assert set(training.losses) == {"probe loss", "gate loss"}
     assert set(training.measures) == {"mrd distance", "probe mean"}
     assert float(training.measures["probe mean"].weight) == 8
-    assert not evaluation.learns and not evaluation.losses and not evaluation.measures
+    assert not evaluation.losses and not evaluation.measures
     torch.testing.assert_close(evaluation.statistics.counts, training.statistics.counts)
 
 

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a run: report.json for programs, report.html for people, and a table for the terminal."""
+"""The report of the demo: report.json for programs, report.html for people, and a table for the terminal."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_smar.report.headline import format_table, is_finite, is_number
-from megatron_smar.report.page import render
+from demo_headline import format_table
+from demo_page import render
+
+from megatron_smar.report.numbers import is_finite, is_number, plain
 
 # Every key of a report and what it holds; the text is what a user reads when it is missing.
 REQUIRED: dict[str, str] = {
@@ -75,7 +76,7 @@ def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path
     json_path, html_path = directory / "report.json", directory / "report.html"
     examples = [{key: example[key] for key in example if key != "image"} for example in report["examples"]]
     json_path.write_text(
-        json.dumps(_plain({**report, "examples": examples}), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        json.dumps(plain({**report, "examples": examples}), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         encoding="utf-8",
     )
     html_path.write_text(page, encoding="utf-8")
@@ -148,16 +149,3 @@ def _entries(report: Mapping[str, Any], path: Sequence[str], place: str = "") ->
         return
     for key, entry in report.items() if isinstance(report, Mapping) else enumerate(report):
         yield from _entries(entry, path[1:], f"{place}.{key}")
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: null for NaN and infinities, lists for arrays, and the text of anything else."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The headline numbers of a run: how they are written, and the table that the terminal and the page share."""
+"""The demo's headline numbers: the table that the terminal and the page share."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
-import numpy as np
+from megatron_smar.report.numbers import aligned, decimal, duration, is_finite, percent
 
 QUESTIONS = "Picture questions"
 
@@ -40,9 +39,9 @@ def format_table(report: Mapping[str, Any]) -> str:
         (f"  {kind} ({row['count']:,})", "", percent(row["accuracy"]), f"{percent(row['chance'])} chance")
         for kind, row in report["vqa_by_kind"].items()
     ]
-    lines = _aligned(rows, left=(0, 3))
+    lines = aligned(rows, left=(0, 3))
     if report.get("comparison"):
-        lines += ["", *_aligned(comparison_rows(report), left=(0,))]
+        lines += ["", *aligned(comparison_rows(report), left=(0,))]
     steps = ", ".join(f"{stage} {count:,}" for stage, count in report["steps"].items())
     return "\n".join([report["title"], "", *lines, "", f"steps: {steps}; time: {duration(report['seconds']['total'])}"])
 
@@ -65,39 +64,6 @@ def comparison_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
-    """A table with a rule under its first row; the columns in `left` are aligned there, numbers at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number, or NaN or None for one that was not measured."""
-    return value is None or (isinstance(value, (int, float, np.number)) and not isinstance(value, bool))
-
-
-def is_finite(value: Any) -> TypeGuard[float]:
-    """Whether it is a number that can be shown."""
-    return value is not None and is_number(value) and math.isfinite(value)
-
-
-def percent(value: float | None) -> str:
-    """A share, such as 87.3%; "-" where there is none."""
-    return f"{value:.1%}" if is_finite(value) else "-"
-
-
-def decimal(value: float | None) -> str:
-    """A number with two decimals; "-" where there is none."""
-    return f"{value:,.2f}" if is_finite(value) else "-"
-
-
 def _mean(values: Sequence[float | None]) -> str:
     finite = [value for value in values if is_finite(value)]
     return decimal(sum(finite) / len(finite) if finite else None)
@@ -105,14 +71,3 @@ def _mean(values: Sequence[float | None]) -> str:
 
 def _inside(distances: Sequence[float | None], d_min: float, d_max: float) -> str:
     return f"{sum(is_finite(d) and d_min <= d <= d_max for d in distances)} of {len(distances)}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds, such as 4 min 05 s; "-" where there are none."""
-    if not is_finite(seconds):
-        return "-"
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as one file: `--config run.yaml`, with Megatron's and this project's flags as keys.
+
+    model:                      # groups have any names, and say what their flags configure
+      num-layers: 32
+      group-query-attention: true
+    training:
+      freeze: [vision]
+      lr: 2e-5
+    layouts:                    # at most one of these is taken, by --layout
+      64: {expert-model-parallel-size: 8}
+      tiny: {expert-model-parallel-size: 2, train-iters: 5}
+
+Of several files, and of a file and the command line, the later one wins.
+"""
+
+from __future__ import annotations
+
+from argparse import Action, ArgumentParser
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_smar.config.flags import add_arguments
+
+LAYOUTS = "layouts"
+RUN_FILE = "run.yaml"
+
+
+def add_run_file_options(parser: Any) -> None:
+    """Adds --config, --layout and --unset, for --help and for `expand`."""
+    parser.add_argument(
+        "--config", nargs="+", type=Path, metavar="FILE", help="YAML files with flags as keys; the command line wins"
+    )
+    parser.add_argument("--layout", metavar="NAME", help=f"which of the `{LAYOUTS}` in --config is taken")
+    parser.add_argument(
+        "--unset", nargs="+", default=[], metavar="FLAG", help="flags in --config that are to be left out"
+    )
+
+
+def expand(argv: Sequence[str]) -> list[str]:
+    """The command line with the flags of its --config files before its own.
+
+    Args:
+        argv: As given.
+
+    Raises:
+        ValueError: A file cannot be read, or says something that no flag does; the message is one sentence.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    add_run_file_options(parser)
+    own, rest = parser.parse_known_args(argv)
+    if own.config is None:
+        if own.layout is not None or own.unset:
+            flag = f"--layout {own.layout}" if own.layout is not None else f"--unset {' '.join(own.unset)}"
+            raise ValueError(f"{flag} speaks of a file of flags: give the file as --config.")
+        return rest
+    flags: dict[str, Any] = {}
+    for path in own.config:
+        flags |= read_flags(path, own.layout)
+    for name in own.unset:
+        if _canonical(name) not in flags:
+            raise ValueError(f"--unset {name} is not in {' '.join(map(str, own.config))}; leave it out.")
+        del flags[_canonical(name)]
+    return [*(word for name, value in flags.items() for word in _words(name, value)), *rest]
+
+
+def read_flags(path: Path, layout: str | None = None) -> dict[str, Any]:
+    """The flags of a file, by name without dashes in front.
+
+    Args:
+        path: The file.
+        layout: Which of its `layouts`; None where it has none.
+
+    Raises:
+        ValueError: As for `expand`.
+    """
+    content = _read(path)
+    layouts = {str(name): flags for name, flags in (content.pop(LAYOUTS, None) or {}).items()}
+    flags: dict[str, Any] = {}
+    for name, value in _flags(content, path):
+        if name in flags:
+            raise ValueError(f"--config {path} gives {name} twice; leave one of them out.")
+        flags[name] = value
+    if layouts and layout not in layouts:
+        given = "is missing" if layout is None else f"{layout} is not in {path}"
+        raise ValueError(f"--layout {given}: give one of {', '.join(layouts)}, which --config {path} has.")
+    if layout in layouts:
+        flags |= dict(_flags(layouts[layout] or {}, path))
+    return flags
+
+
+def saved_folder(path: Path) -> Path:
+    """The folder of a run's checkpoints: the one with its run.yaml, or what that file has as `save`.
+
+    Raises:
+        ValueError: The file cannot be read or names no folder.
+    """
+    if any(path.parent.glob("latest_checkpointed_iteration.txt")):
+        return path.parent
+    found = dict(_flags(_read(path), path)).get("save")
+    if found is None:
+        raise ValueError(f"{path} has no `save`, and no checkpoint is beside it: give the checkpoint's folder instead.")
+    return Path(found)
+
+
+def write_run_file(folder: Path, argv: Sequence[str]) -> None:
+    """Writes a command line as `run.yaml`, grouped as --help has the flags; the file is written whole or not at all.
+
+    Args:
+        folder: The run's --save; made if need be.
+        argv: The flags, expanded.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, values in _given(argv):
+        groups.setdefault(_group_of(name), {})[name] = values
+    text = "# What the run was started with: pretrain_vlm.py --config run.yaml starts or resumes it.\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{RUN_FILE}.partial"
+    partial.write_text(text + yaml.safe_dump(groups, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.replace(folder / RUN_FILE)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} is given twice{str(node.start_mark).partition(',')[2]}")
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict) or not isinstance(content.get(LAYOUTS) or {}, dict):
+        raise ValueError(f"--config {path} is not a mapping of flags; write them as `num-layers: 32`, or in groups.")
+    return content
+
+
+def _flags(content: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flags(value, path)
+            continue
+        name = _canonical(str(key))
+        if name not in _actions():
+            near = get_close_matches(name, _actions(), n=3, cutoff=0.7)
+            closest = f" (close to it: {', '.join(near)})" if near else ""
+            raise ValueError(f"--config {path}: {key} is not a flag{closest}; pretrain_vlm.py --help lists them.")
+        _check_value(name, value, path)
+        yield name, value
+
+
+def _check_value(name: str, value: Any, path: Path) -> None:
+    takes_none, takes_several = _actions()[name].nargs == 0, _actions()[name].nargs in ("+", "*")
+    if takes_none and not (value is None or isinstance(value, bool)):
+        raise ValueError(f"--config {path}: {name} is {value!r}, but the flag takes no value: write true or false.")
+    if not takes_none and isinstance(value, bool):
+        raise ValueError(f"--config {path}: {name} is {str(value).lower()}, but the flag takes a value: write it.")
+    if isinstance(value, list) and not takes_several:
+        raise ValueError(f"--config {path}: {name} is a list, but the flag takes one value: write one.")
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if value is None or value is False:
+        return []
+    values = value if isinstance(value, list) else [] if value is True else [value]
+    return [f"--{name}", *map(str, values)]
+
+
+def _canonical(name: str) -> str:
+    """A flag's name as the parser has it, from one with dashes or underscores."""
+    bare = name.removeprefix("--")
+    return bare if bare in _actions() else bare.replace("_", "-")
+
+
+@cache
+def _actions() -> dict[str, Action]:
+    """The parser's flags by name."""
+    return {
+        option.removeprefix("--"): action
+        for action in _parser()._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
+
+
+@cache
+def _parser() -> ArgumentParser:
+    return add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False, conflict_handler="resolve")))
+
+
+@cache
+def _group_of(name: str) -> str:
+    action = _actions().get(name)
+    groups = _parser()._action_groups
+    return str(next((group.title for group in groups if action in group._group_actions), "general"))
+
+
+def _given(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Each flag of a command line with its value, in YAML's types."""
+    flags: dict[str, list[str]] = {}
+    name = ""
+    for word in argv:
+        if word.startswith("--"):
+            name, joined, value = word.removeprefix("--").partition("=")
+            flags[name] = [value] if joined else []
+        elif name:
+            flags[name].append(word)
+    for name, values in flags.items():
+        action = _actions().get(name)
+        if action is not None and action.nargs == 0:
+            yield name, True
+        else:
+            several = action is not None and action.nargs in ("+", "*")
+            yield name, [_plain(value) for value in values] if several else _plain(" ".join(values))
+
+
+def _plain(text: str) -> Any:
+    value = yaml.safe_load(text) if text else ""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else text

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of any run of `pretrain_vlm.py`, from what it left in its folder: report.json, report.html and a table."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_smar.checkpoint.metadata import find_checkpoint, run_arguments
+from megatron_smar.config.flags import add_arguments
+from megatron_smar.data.rejects import read_rejects
+from megatron_smar.report import figures, sections
+from megatron_smar.report.html import Markup, document, drawing, section, table, tag
+from megatron_smar.report.numbers import aligned, decimal, duration, percent, plain
+from megatron_smar.report.scalars import Series, read_last_images, read_scalars, read_step_seconds
+from megatron_smar.routing.strategies import STRATEGIES
+
+# Arguments that a run sets itself: what they hold is no setting.
+_STATE = (
+    "iteration",
+    "curr_iteration",
+    "consumed_",
+    "skipped_",
+    "num_floating_point",
+    "origin",
+    "vision_tower",
+    "rank",
+)
+DEFINITIONS = {
+    "First and last": "Means over the first and the last twentieth of the logged points, at least one.",
+    "Seconds per step": "From the times at which the run logged its loss; starts are left out.",
+    **sections.DEFINITIONS,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left.
+
+    Attributes:
+        name: Its folder's name.
+        arguments: Megatron's and this project's, as its checkpoint has them; None without a checkpoint.
+        scalars: What it logged, by tag.
+        step_seconds: Seconds per step.
+        load_maps: The last heat map of the experts' load by modality, PNG.
+        rejected: Samples that were skipped, by reason.
+        before: Results of evaluate.py before the run; None where there are none.
+        after: The same after it.
+        image_root: Where the paths of the results' images start; None leaves the images out.
+    """
+
+    name: str
+    arguments: Namespace | None
+    scalars: Mapping[str, Series]
+    step_seconds: Series
+    load_maps: Mapping[str, bytes] = field(default_factory=dict)
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    before: Mapping[str, Any] | None = None
+    after: Mapping[str, Any] | None = None
+    image_root: Path | None = None
+
+    @property
+    def band(self) -> tuple[float, float] | None:
+        """The band of the SMAR loss; None where the strategy has none, or the arguments are not known."""
+        name = getattr(self.arguments, "modality_routing", None)
+        if name not in STRATEGIES or self.arguments is None:
+            return None
+        config = STRATEGIES[name].from_arguments(self.arguments)
+        ends = (getattr(config, "d_min", None), getattr(config, "d_max", None))
+        return None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+
+
+def read_run(
+    folder: Path,
+    tensorboard: Path | None = None,
+    results: Path | None = None,
+    before: Path | None = None,
+    image_root: Path | None = None,
+) -> Run:
+    """Reads a run's folder.
+
+    Args:
+        folder: What the run had as --save, or as --tensorboard-dir.
+        tensorboard: Its --tensorboard-dir, where it is neither the folder, nor `tensorboard` in it, nor what its
+            checkpoint names.
+        results: Results of evaluate.py after the run; by default results.json in the folder, if it is there.
+        before: The same before the run.
+        image_root: As for evaluate.py, to show the examples' images.
+
+    Raises:
+        ValueError: A folder or file is missing or cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give the run's --save or --tensorboard-dir.")
+    arguments = _arguments(folder)
+    logs = tensorboard or _event_folder(folder, arguments)
+    rejects = getattr(arguments, "rejects_dir", None) or folder / "rejects"
+    found = results or (folder / "results.json" if (folder / "results.json").is_file() else None)
+    return Run(
+        folder.resolve().name,
+        arguments,
+        read_scalars(logs),
+        read_step_seconds(logs),
+        read_last_images(logs, "moe/load/"),
+        read_rejects(rejects) if Path(rejects).is_dir() else Counter(),
+        None if before is None else _read_results(before),
+        None if found is None else _read_results(found),
+        image_root,
+    )
+
+
+def _arguments(folder: Path) -> Namespace | None:
+    try:
+        find_checkpoint(folder)
+    except ValueError:  # a folder of logs alone
+        return None
+    return run_arguments(folder)
+
+
+def _event_folder(folder: Path, arguments: Namespace | None) -> Path:
+    named = getattr(arguments, "tensorboard_dir", None)
+    places = [folder, folder / "tensorboard", *([Path(named)] if named else [])]
+    for place in places:
+        if next(place.glob("*.tfevents.*"), None) is not None:
+            return place
+    looked = ", ".join(map(str, places))
+    raise ValueError(f"{folder} holds no TensorBoard event files (looked in {looked}): give --tensorboard-dir.")
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as results of evaluate.py ({error}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not an object with results of evaluate.py.")
+    return found
+
+
+def write_run_report(run: Run, folder: Path) -> tuple[Path, Path]:
+    """Writes report.json (settings, numbers, all scalars) and report.html; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "name": run.name,
+        "settings": changed_settings(run.arguments),
+        "summary": [dict(zip(("measure", "first", "last"), row, strict=True)) for row in summary_rows(run)],
+        "history": {name: series._asdict() for name, series in run.scalars.items()},
+        "step_seconds": run.step_seconds._asdict(),
+        "rejected": dict(run.rejected),
+        "before": run.before,
+        "after": run.after,
+    }
+    report, page = folder / "report.json", folder / "report.html"
+    report.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page.write_text(render(run), encoding="utf-8")
+    return report, page
+
+
+def format_summary(run: Run) -> str:
+    """The summary as a table for the terminal."""
+    return "\n".join([run.name, "", *aligned([("", "first", "last"), *summary_rows(run)], left=(0,))])
+
+
+def summary_rows(run: Run) -> list[tuple[str, str, str]]:
+    """Measure, first, last: what the run logged at its start and at its end, and what was evaluated."""
+    own = STRATEGIES[name].metrics if (name := getattr(run.arguments, "modality_routing", None)) in STRATEGIES else ()
+    wanted = ["lm loss", "lm loss validation", *(metric.name for metric in own), "mrd distance", "msi", "grad-norm"]
+    rows = [_row(name, run.scalars[name].values, decimal) for name in wanted if name in run.scalars]
+    if run.step_seconds.values:
+        rows.append(_row("seconds per step", run.step_seconds.values, "{:.3g}".format))
+        if "batch-size" in run.scalars:
+            rate = fmean(run.scalars["batch-size"].values) / median(run.step_seconds.values)
+            rows.append(("samples per second, median", "", f"{rate:.3g}"))
+    rows += [(title, _number(run.before, key, form), _number(run.after, key, form)) for title, key, form in _MEASURES]
+    if run.before and run.after and "word_accuracy" in run.before and "word_accuracy" in run.after:
+        rows.append(("retention", "", percent(run.after["word_accuracy"] / run.before["word_accuracy"])))
+    rows.append(("skipped samples", "", f"{sum(run.rejected.values()):,}"))
+    return [row for row in rows if row[1] or row[2]]
+
+
+_MEASURES = (
+    ("text perplexity", "text_perplexity", decimal),
+    ("word accuracy", "word_accuracy", percent),
+    ("picture questions", "vqa_accuracy", percent),
+)
+
+
+def _number(results: Mapping[str, Any] | None, key: str, form: Any) -> str:
+    return form(results[key]) if results and key in results else ""
+
+
+def _row(name: str, values: Sequence[float], form: Callable[[float], str]) -> tuple[str, str, str]:
+    first, last = _ends(values)
+    return name, form(first), form(last)
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    share = max(1, len(values) // 20)
+    return fmean(values[:share]), fmean(values[-share:])
+
+
+def changed_settings(arguments: Namespace | None) -> dict[str, dict[str, Any]]:
+    """The run's arguments that differ from the parser's defaults, by the parser's group."""
+    if arguments is None:
+        return {}
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False, conflict_handler="resolve")))
+    groups: dict[str, dict[str, Any]] = {}
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            value = getattr(arguments, action.dest, action.default)
+            state = action.dest.startswith(_STATE) or value is None
+            if not state and str(value) != str(parser.get_default(action.dest)):
+                groups.setdefault(str(group.title), {})[action.dest] = value
+    return groups
+
+
+def render(run: Run) -> str:
+    """The page of a run."""
+    return document(
+        run.name,
+        [
+            _header(run),
+            sections.distances(
+                _history(run),
+                run.band,
+                _results(run, "before", "mrd_distance_by_layer"),
+                _results(run, "after", "mrd_distance_by_layer"),
+                "training",
+            ),
+            sections.experts(_results(run, "before", "expert_share"), after)
+            if (after := _results(run, "after", "expert_share"))
+            else Markup(),
+            sections.load(_history(run), run.load_maps),
+            sections.losses({"training": _history(run)}, {"training": "Training"}),
+            _throughput(run),
+            _skipped(run),
+            sections.questions((run.after or {}).get("vqa_by_kind", {}), "Accuracy after training"),
+            sections.examples(list(_examples(run))),
+            sections.settings(changed_settings(run.arguments)),
+            sections.terms(DEFINITIONS),
+        ],
+    )
+
+
+def _history(run: Run) -> dict[str, Any]:
+    return {name: series._asdict() for name, series in run.scalars.items()}
+
+
+def _results(run: Run, when: str, key: str) -> Any:
+    found = getattr(run, when)
+    return found.get(key) if found else None
+
+
+def _header(run: Run) -> Markup:
+    strategy = getattr(run.arguments, "modality_routing", None)
+    steps = max(run.scalars["lm loss"].steps) if "lm loss" in run.scalars else 0
+    said = f"{steps:,} steps" + (f" with --modality-routing {strategy}" if strategy else "")
+    if run.step_seconds.values:
+        said += f", {duration(median(run.step_seconds.values))} a step (median)"
+    shown = table(("", "First", "Last"), summary_rows(run), "headline")
+    return tag("header", tag("h1", run.name), tag("p", f"{said}.", class_="summary"), shown)
+
+
+def _throughput(run: Run) -> Markup:
+    steps, values = run.step_seconds
+    if not values:
+        return Markup()
+    image = drawing(figures.over_training(steps, values, "seconds per step"), "seconds", "Seconds per step", "")
+    return section("Throughput", tag("div", image, class_="two"))
+
+
+def _skipped(run: Run) -> Markup:
+    if not run.rejected:
+        return Markup()
+    rows = [(reason, f"{count:,}") for reason, count in sorted(run.rejected.items(), key=lambda item: -item[1])]
+    return section("Skipped samples", table(("Reason", "Samples"), rows))
+
+
+def _examples(run: Run) -> Iterator[dict[str, Any]]:
+    for item in (run.after or {}).get("examples", []):
+        images = item.get("image") or []
+        yield {
+            "image": run.image_root / images[0] if run.image_root is not None and images else None,
+            "question": item["question"].replace("<image>\n", ""),
+            "answer": item["answer"],
+            "prediction": item["prediction"],
+            "correct": item["prediction"] == item["answer"],
+        }
