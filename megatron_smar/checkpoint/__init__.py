@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: whether one fits the model that is to load it."""
+"""Checkpoints: reading, writing and describing them, and checks that a checkpoint fits the model that loads it."""

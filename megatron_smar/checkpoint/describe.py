@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a torch_dist checkpoint holds, told without reading a tensor of it."""
+"""Describes what a torch_dist checkpoint holds, without reading any of its tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_smar.checkpoint.metadata import (
 )
 from megatron_smar.routing.strategies import STRATEGIES
 
-# Which arguments tell what, under the names of their flags.
+# The arguments that each row of the description shows, under the names of their flags.
 ARCHITECTURE = """
     num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels multi_latent_attention
     num_experts moe_router_topk moe_ffn_hidden_size moe_layer_freq moe_shared_expert_intermediate_size
@@ -46,14 +46,14 @@ OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Weights that differ in nothing but a number in their names.
+    """Weights of one shape and data type whose names differ only in a number.
 
     Attributes:
-        name: Their common name, `*` for the number.
-        count: How many.
-        shape: Of each, whole: without any layout's cut, layers and experts stacked in front where Megatron does it.
-        dtype: Of each.
-        parameters: Elements of all of them.
+        name: The weights' common name, with `*` for the number.
+        count: Number of weights in the group.
+        shape: Unsharded shape of each weight, with layers and experts stacked in front where Megatron stacks them.
+        dtype: Data type of each weight.
+        parameters: Number of elements of all weights together.
     """
 
     name: str
@@ -65,27 +65,27 @@ class WeightGroup:
 
 @dataclass(frozen=True)
 class CheckpointDescription:
-    """One checkpoint.
+    """What one checkpoint holds.
 
     Attributes:
-        folder: Where it lies.
+        folder: The checkpoint's folder.
         step: Optimizer steps made; None for a release, i.e. weights without a training's history.
         samples: Training samples consumed; packs with --packing-buffer-size.
-        tokens_at_most: No more tokens than these were trained on (samples times --seq-length): padding counts here.
-        frozen: Parts that did not learn, as --freeze names them; None where the run did not say.
+        tokens_at_most: Upper bound of the tokens trained on (samples times --seq-length): padding is counted.
+        frozen: Parts that were not trained, as --freeze names them; None where the run did not store it.
         architecture: Arguments that shape the model.
-        family: Hugging Face's name of the model, where the checkpoint has a config.
+        family: Hugging Face's model type, where the checkpoint has a config.
         weights: Groups of weights.
-        parameters: Parameters of each part, those of all experts and of the routers, and altogether.
-        routing: SMAR's settings.
-        layout: Under which layout it was saved.
-        program: With which releases it was saved; empty where the run did not say.
-        optimizer: How the optimizer's state lies in it; None without one.
-        optimizer_bytes: Its size.
-        data_states: For how many data-parallel ranks the data loader's state was saved.
+        parameters: Number of parameters of each part, of all experts, of the routers, and in total.
+        routing: Kinds of images, and the routing strategy's settings.
+        layout: Parallel layout under which the checkpoint was saved.
+        program: Releases of the software that saved the checkpoint; empty where the run did not store them.
+        optimizer: Kind of the optimizer and form of its state; None without a state.
+        optimizer_bytes: Size of the optimizer's state in bytes.
+        data_states: Number of data-parallel ranks whose data loader's state was saved.
         size: Bytes on disk.
-        files: How many files they are in.
-        problems: What is missing; empty for a whole checkpoint.
+        files: Number of files.
+        problems: What is missing; empty for a complete checkpoint.
     """
 
     folder: Path
@@ -109,12 +109,12 @@ class CheckpointDescription:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every file is there and as long as it has to be."""
+        """Whether every file exists and has its full length."""
         return not self.problems
 
     @property
     def stage(self) -> str:
-        """What learns."""
+        """The training stage, as the frozen parts show it."""
         if self.frozen is None:
             return "not a training's"
         known = {("language", "vision"): "stage 1, visual alignment", ("vision",): "stage 2, visual instruction tuning"}
@@ -123,19 +123,19 @@ class CheckpointDescription:
         return f"{name} ({frozen})" if name else frozen
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, in JSON's own types."""
+        """Returns the description in JSON's types."""
         content = dataclasses.asdict(self) | {"is_whole": self.is_whole, "stage": self.stage}
         plain: dict[str, Any] = json.loads(json.dumps(content, default=str))
         return plain
 
     def table(self) -> str:
-        """All of it for a terminal."""
+        """Returns the description as text for a terminal."""
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
         rows = [
             ("checkpoint", self.folder),
-            ("whole", "yes" if self.is_whole else "NO: " + "; ".join(self.problems)),
+            ("complete", "yes" if self.is_whole else "NO: " + "; ".join(self.problems)),
             ("size", f"{decimal_bytes(self.size)} in {self.files} files"),
             ("step", "none: a release, weights without a training's history" if self.step is None else self.step),
             ("samples", self.samples),
@@ -146,7 +146,7 @@ class CheckpointDescription:
             ("saved with", _joined(self.program) or "not known"),
             ("layout", _joined(self.layout) or "not known"),
             ("routing", _joined(self.routing) or "not known"),
-            ("family", self.family or "not known: no hf/config.json beside it"),
+            ("family", self.family or "not known: no hf/config.json next to it"),
             ("architecture", _joined(self.architecture) or "not known"),
             ("parameters", _joined({part: f"{number:,}" for part, number in self.parameters.items()})),
         ]
@@ -160,14 +160,14 @@ class CheckpointDescription:
 
 
 def describe(path: Path, iteration: int | None = None) -> CheckpointDescription:
-    """Describes one checkpoint; reads its table of contents and its run's arguments, and no tensor.
+    """Describes one checkpoint from its table of contents and its run's arguments; reads no tensor.
 
     Args:
-        path: The folder that --load takes, or that of one of its checkpoints.
-        iteration: Which of its checkpoints; None for the latest.
+        path: The folder that --load takes, or the folder of one of its checkpoints.
+        iteration: The checkpoint's step; None for the latest checkpoint.
 
     Raises:
-        ValueError: There is no such checkpoint, or in another format than torch_dist, or it is damaged.
+        ValueError: There is no such checkpoint, or its format is not torch_dist, or it is damaged.
     """
     folder = find_checkpoint(path, iteration)
     contents = read_contents(folder)
@@ -203,7 +203,7 @@ def describe(path: Path, iteration: int | None = None) -> CheckpointDescription:
 
 
 def _groups(contents: Metadata) -> Iterator[WeightGroup]:
-    """The model's weights, those that differ only in a number together, in the order of their names."""
+    """Yields the model's weights in the order of their names, grouped where names differ only in a number."""
     groups: dict[tuple[str, tuple[int, ...], str], int] = {}
     for key, data in contents.state_dict_metadata.items():
         if isinstance(data, TensorStorageMetadata) and not OPTIMIZER.match(key):
@@ -222,7 +222,7 @@ def _parameters(weights: Iterable[WeightGroup]) -> dict[str, int]:
 
 
 def _optimizer(state: dict[str, Any], contents: Metadata) -> str | None:
-    """How the optimizer's state lies in it; None where there is none."""
+    """Returns the kind of the optimizer and the form of its state; None without a state."""
     if not any(OPTIMIZER.match(key) for key in contents.state_dict_metadata):
         return None
     kind = getattr(saved_arguments(state), "optimizer", "not known")
@@ -234,7 +234,7 @@ def _optimizer(state: dict[str, Any], contents: Metadata) -> str | None:
 
 
 def _data_states(folder: Path, elsewhere: str | None) -> int:
-    """Data-parallel ranks whose loader's state is there, beside the checkpoint or where the run was told to keep it."""
+    """Counts the data-parallel ranks whose loader state exists, next to the checkpoint or in the run's own folder."""
     for states in (folder.parent / "dataloader", *([Path(elsewhere)] if elsewhere else [])):
         found = {file.name for file in (states / folder.name).glob("*/train_dataloader_dprank*.pt")}
         if found:
@@ -269,7 +269,7 @@ def _joined(values: dict[str, Any]) -> str:
 
 
 def decimal_bytes(number: float) -> str:
-    """A size in the unit that leaves one to three digits before the point."""
+    """Returns a size as text, in the unit that leaves one to three digits before the decimal point."""
     size, units = float(number), ["bytes", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, _ = size / 1000, units.pop(0)

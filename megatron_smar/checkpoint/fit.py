@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint a run takes up, and whether it can take up what is in it beside the weights."""
+"""Which checkpoint a run loads, and what the checkpoint holds besides the weights."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from megatron_smar.checkpoint.metadata import (
 
 
 class CheckpointMismatchError(ValueError):
-    """The checkpoint holds something else; the message names the first weight, or the flag, that differs."""
+    """The checkpoint does not fit the run; the message names the first weight, or the flag, that differs."""
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:
-    """The torch_dist checkpoint that Megatron is to load for these arguments; None without one."""
+    """Returns the folder of the torch_dist checkpoint that Megatron will load for these arguments, or None."""
     folder = _folder(args.load, args.ckpt_step)
     return folder if folder is not None else _folder(args.pretrained_checkpoint, None)
 
 
 def _folder(directory: str | None, step: int | None) -> Path | None:
-    """The torch_dist checkpoint that Megatron is to load; None without one."""
+    """Returns the folder of the torch_dist checkpoint in `directory` that Megatron will load, or None."""
     if directory is None or not Path(get_checkpoint_tracker_filename(directory)).is_file():
         return None
     iteration, release = read_metadata(get_checkpoint_tracker_filename(directory))
@@ -40,13 +40,13 @@ def _folder(directory: str | None, step: int | None) -> Path | None:
 
 
 def leave_other_random_state(args: Namespace, state: dict[str, Any] | None) -> None:
-    """Sets --no-load-rng, and says so, where the checkpoint's generators are those of another kind of device.
+    """Sets --no-load-rng, and prints it, where the checkpoint was saved on another kind of device.
 
-    A generator of CUDA has a state of 16 bytes, one of the CPU has 5,056: neither loads the other's.
+    A CUDA generator's state has 16 bytes and a CPU generator's 5,056; neither can load the other's.
 
     Args:
-        args: The run's; `no_load_rng` may be set.
-        state: Of `resumed_state`.
+        args: The run's arguments; `no_load_rng` may be set.
+        state: The result of `resumed_state`.
     """
     if args.no_load_rng or state is None:
         return
@@ -60,10 +60,12 @@ def leave_other_random_state(args: Namespace, state: dict[str, Any] | None) -> N
 
 
 def resumed_state(args: Namespace) -> dict[str, Any] | None:
-    """What a run stored beside the weights in the checkpoint that this one resumes from; None if it resumes from none.
+    """Returns the common state of the checkpoint that this run resumes from; None if it does not resume.
+
+    The common state is everything but the weights: arguments, step, scheduler.
 
     Raises:
-        CheckpointMismatchError: It cannot be read.
+        CheckpointMismatchError: The common state cannot be read.
     """
     folder = _folder(args.load, args.ckpt_step)
     if folder is None or folder.name == "release" or args.finetune or args.skip_train:

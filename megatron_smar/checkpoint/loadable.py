@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the checkpoints that a run's flags name are of the one format that is read without running what is in it."""
+"""Checks that the checkpoints a run's flags name have the one format that is read without running code in it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FORMAT = "torch_dist"
 
 
 def check_formats(args: Namespace) -> None:
-    """Refuses formats of checkpoints that are unpickled as they are, or that fit one layout only.
+    """Refuses checkpoint formats that are unpickled without a check, or that load under one parallel layout only.
 
     Args:
-        args: The run's.
+        args: The run's arguments.
 
     Raises:
-        ValueError: With the flag and its value.
+        ValueError: A flag asks for such a format; the message names the flag and its value.
     """
     uses = bool(args.save or args.load)
     for flag, value in (("--ckpt-format", args.ckpt_format), ("--ckpt-convert-format", args.ckpt_convert_format)):
@@ -34,23 +34,23 @@ def check_formats(args: Namespace) -> None:
     if args.non_persistent_ckpt_type is not None:
         raise ValueError(
             f"--non-persistent-ckpt-type {args.non_persistent_ckpt_type} is not supported: a run resumes from what is "
-            "in --save alone, and local files are unpickled as they are; leave it out, or make --save-interval shorter."
+            "in --save only, and local files are unpickled unchecked; leave it out, or make --save-interval shorter."
         )
 
 
 def check_loadable(args: Namespace) -> None:
-    """Reads the tables of contents and the arguments of the checkpoints that Megatron will read, as they may be read.
+    """Reads, safely, the tables of contents and the arguments of all checkpoints that Megatron will load.
 
     Args:
-        args: The run's.
+        args: The run's arguments.
 
     Raises:
-        ValueError: One is in another format, or damaged, or asks for something to be run.
+        ValueError: A checkpoint has another format, is damaged, or asks for code to be run.
     """
     check_formats(args)
     for flag, directory, step in _named(args):
         if not Path(get_checkpoint_tracker_filename(directory)).is_file():
-            continue  # nothing to read there
+            continue  # no checkpoint there
         try:
             folder = find_checkpoint(Path(directory), step)
             read_common_state(folder, read_contents(folder))
@@ -59,7 +59,7 @@ def check_loadable(args: Namespace) -> None:
 
 
 def _named(args: Namespace) -> Iterator[tuple[str, str, int | None]]:
-    """Each folder of checkpoints: its flag, its path, and which checkpoint of it."""
+    """Yields each folder of checkpoints: its flag, its path, and the step to load (None for the latest)."""
     if args.load:
         yield "--load", args.load, args.ckpt_step
     if args.pretrained_checkpoint:

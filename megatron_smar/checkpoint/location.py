@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a folder of checkpoints holds: the one to load, those whose saving was interrupted, and what is wrong with it.
+"""Finds the checkpoint to load in a folder of checkpoints, and those whose saving was interrupted.
 
-Megatron takes a folder without a tracker file for one without checkpoints, and trains from random weights; on a tracker
-that names no step it ends with status 0. Here everything but an empty place is a checkpoint or an error.
+Megatron treats a folder without a tracker file as empty and trains from random weights; where the tracker names no
+step it exits with status 0. Here a folder that is not empty either has a checkpoint to load or raises an error.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Location:
 
     Attributes:
         path: The folder.
-        checkpoint: That of the checkpoint to load; None if the folder holds none.
-        half_written: Names of the checkpoints whose saving was interrupted; they count as nothing.
-        newer: Names of the checkpoints behind the one to load.
+        checkpoint: Folder of the checkpoint to load; None if there is none.
+        half_written: Names of the checkpoints whose saving was interrupted; they are ignored.
+        newer: Names of the checkpoints after the one to load.
     """
 
     path: Path
@@ -43,28 +43,28 @@ class Location:
 
     @property
     def step(self) -> int:
-        """The checkpoint's step; 0 where there is none, and for a converted model."""
-        return int(_content(self.checkpoint.name)) if self.checkpoint and not self.is_release else 0
+        """The checkpoint's step; 0 without a checkpoint and for a converted model."""
+        return int(_tracker_content(self.checkpoint.name)) if self.checkpoint and not self.is_release else 0
 
     @property
     def is_release(self) -> bool:
-        """Whether the checkpoint is a converted model's, which no run has made."""
+        """Whether the checkpoint is a converted model, not saved by a run."""
         return self.checkpoint is not None and self.checkpoint.name == RELEASE
 
 
 def locate(flag: str, path: str, step: int | None = None) -> Location:
-    """Finds the checkpoint that a flag names, and makes sure that it is whole.
+    """Finds the checkpoint that a flag names, and checks that it is complete.
 
     Args:
-        flag: Which names the folder, for the messages.
+        flag: The flag that names the folder, for the error messages.
         path: The folder.
-        step: Which checkpoint; None for the one that the tracker file names.
+        step: Step of the checkpoint; None for the step that the tracker file names.
 
     Returns:
-        The location, without a checkpoint if there is nothing but half-written ones.
+        The location; without a checkpoint if the folder holds none, or only half-written ones.
 
     Raises:
-        ValueError: The folder is none, or has checkpoints of which none can be loaded.
+        ValueError: The path is not a folder of checkpoints, or the checkpoint there cannot be loaded.
     """
     try:
         return _locate(flag, path, step)
@@ -73,7 +73,7 @@ def locate(flag: str, path: str, step: int | None = None) -> Location:
 
 
 def same_place(first: str | None, second: str | None) -> bool:
-    """Whether two paths name the same folder, which need not exist; links and trailing slashes do not matter."""
+    """Returns whether two paths name the same folder, which need not exist; links and trailing slashes are resolved."""
     return bool(first and second) and Path(str(first)).resolve() == Path(str(second)).resolve()
 
 
@@ -86,31 +86,31 @@ def _locate(flag: str, path: str, step: int | None) -> Location:
     )
     release = [folder / RELEASE] if (folder / RELEASE).is_dir() else []
     foreign = next((part for part in [*release, *iterations] if _is_foreign(part)), None)
-    whole = [part.name for part in [*release, *iterations] if _looks_whole(part)]
-    half = tuple(part.name for part in iterations if part.name not in whole and part != foreign)
+    complete = [part.name for part in [*release, *iterations] if _looks_complete(part)]
+    half = tuple(part.name for part in iterations if part.name not in complete and part != foreign)
     tracker = Path(get_checkpoint_tracker_filename(path))
     if not tracker.exists():
         if foreign is not None:
             raise ValueError(_other_format(flag, foreign))
-        if whole:
+        if complete:
             raise ValueError(
-                f"{flag} {path} holds {', '.join(whole)} but no {tracker.name}, without which none of them would be "
-                f"loaded; name one there: echo {_content(whole[-1])} > {tracker}"
+                f"{flag} {path} holds {', '.join(complete)} but no {tracker.name}, without which none of them would be "
+                f"loaded; name one there: echo {_tracker_content(complete[-1])} > {tracker}"
             )
         return Location(folder, None, half)
-    named, is_release = read_tracker(tracker, [_content(name) for name in whole])
+    named, is_release = read_tracker(tracker, [_tracker_content(name) for name in complete])
     if step is not None and is_release:
         raise ValueError(f"--ckpt-step {step}: {flag} {path} holds no steps but a converted model; leave it out.")
     if step is not None and step <= 0:
         raise ValueError(f"--ckpt-step is {step}; steps count from 1: give that of a checkpoint in {flag} {path}.")
     chosen = Path(get_checkpoint_name(path, step or named, is_release, return_base_dir=True))
-    _check_checkpoint(flag, chosen, f"--ckpt-step {step}" if step else f"its {tracker.name}", whole)
-    behind = whole[whole.index(chosen.name) + 1 :] if chosen.name in whole and not is_release else ()
-    return Location(folder, chosen, half, tuple(behind))
+    _check_checkpoint(flag, chosen, f"--ckpt-step {step}" if step else f"its {tracker.name}", complete)
+    newer = complete[complete.index(chosen.name) + 1 :] if chosen.name in complete and not is_release else ()
+    return Location(folder, chosen, half, tuple(newer))
 
 
 def _check_place(flag: str, path: str) -> None:
-    """Refuses what cannot be a folder of checkpoints."""
+    """Refuses a path that cannot be a folder of checkpoints."""
     folder = Path(path)
     if not path.strip():
         raise ValueError(f"{flag} is empty; give a folder, or leave the flag out.")
@@ -120,20 +120,21 @@ def _check_place(flag: str, path: str) -> None:
         raise ValueError(f"{flag} {path} is a link to {folder.readlink()}, which does not exist; give another folder.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{flag} {path} is a file; give a folder of checkpoints.")
-    is_named_so = folder.name == RELEASE or _ITERATION.fullmatch(folder.name)
-    is_one = (folder / ".metadata").is_file() or any(folder.glob("*.distcp")) or _is_foreign(folder)
-    if is_one or (is_named_so and Path(get_checkpoint_tracker_filename(str(folder.parent))).exists()):
+    has_checkpoint_name = folder.name == RELEASE or _ITERATION.fullmatch(folder.name)
+    is_checkpoint = (folder / ".metadata").is_file() or any(folder.glob("*.distcp")) or _is_foreign(folder)
+    has_tracker_above = Path(get_checkpoint_tracker_filename(str(folder.parent))).exists()
+    if is_checkpoint or (has_checkpoint_name and has_tracker_above):
         step = _ITERATION.fullmatch(folder.name)
         which = f", with --ckpt-step {int(step[1])} for this one" if step and flag == "--load" else ""
         raise ValueError(f"{flag} {path} is one checkpoint's folder; give the one around it, {folder.parent}{which}.")
 
 
-def _check_checkpoint(flag: str, chosen: Path, named_by: str, whole: list[str]) -> None:
-    others = [name for name in whole if name != chosen.name]
-    fix = f"whole ones there: {', '.join(others) or 'none'}"
+def _check_checkpoint(flag: str, chosen: Path, named_by: str, complete: list[str]) -> None:
+    others = [name for name in complete if name != chosen.name]
+    fix = f"complete ones there: {', '.join(others) or 'none'}"
     if others:
         tracker = get_checkpoint_tracker_filename(str(chosen.parent))
-        fix += f"; write {_content(others[-1])} into {tracker} to go back to {others[-1]}"
+        fix += f"; write {_tracker_content(others[-1])} into {tracker} to go back to {others[-1]}"
     if not chosen.is_dir():
         raise ValueError(f"{flag} {chosen.parent} has no {chosen.name}, which {named_by} names; {fix}.")
     if _is_foreign(chosen):
@@ -151,13 +152,13 @@ def _check_checkpoint(flag: str, chosen: Path, named_by: str, whole: list[str]) 
         raise ValueError(f"{flag}: {chosen} is damaged: {problem}; {fix}.")
 
 
-def _looks_whole(folder: Path) -> bool:
-    """Whether its saving came to its end: torch writes `.metadata` after the weights, Megatron `metadata.json` last."""
+def _looks_complete(folder: Path) -> bool:
+    """Returns whether saving finished: torch writes `.metadata` after the weights, Megatron `metadata.json` last."""
     return (folder / ".metadata").is_file() and (folder / "metadata.json").is_file()
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether it holds Megatron's older format, one file for each rank."""
+    """Returns whether a folder holds Megatron's older format, one file per rank."""
     return not (folder / ".metadata").exists() and any(folder.glob("mp_rank_*"))
 
 
@@ -165,6 +166,6 @@ def _other_format(flag: str, folder: Path) -> str:
     return f"{flag}: {folder} is in another format than torch_dist; save it with --ckpt-format torch_dist."
 
 
-def _content(name: str) -> str:
-    """What a tracker file says that names a checkpoint's folder."""
+def _tracker_content(name: str) -> str:
+    """Returns what a tracker file must hold to name this checkpoint's folder."""
     return name if name == RELEASE else str(int(name.removeprefix("iter_")))

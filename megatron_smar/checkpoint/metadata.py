@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A torch_dist checkpoint's place, table of contents and its run's arguments, read without running what is in them.
+"""Finds a torch_dist checkpoint and reads its table of contents and its run's arguments, without running code in them.
 
-torch reads a checkpoint's `.metadata` with a plain unpickling, which runs whatever code a stranger's file asks for.
-Here only the classes that it is made of are admitted (`runtime/unpickling.py`). No tensor is read, so size does not
-matter.
+torch unpickles a checkpoint's `.metadata` without restrictions, which runs whatever code an untrusted file asks for.
+Here only the classes that `.metadata` consists of are admitted (`runtime/unpickling.py`). No tensor is read, so the
+checkpoint's size does not matter.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_smar.runtime.unpickling import DamagedError, load_contents, load_object, told
+from megatron_smar.runtime.unpickling import DamagedError, load_contents, load_object, one_line
 
 __all__ = [
     "DamagedError",
     "check_objects",
     "file_problems",
     "find_checkpoint",
+    "one_line",
     "read_common_state",
     "read_contents",
     "run_arguments",
     "saved_arguments",
-    "told",
 ]
 
 
-COMMON_STATE = "common_state/"  # the beginning of its key
+COMMON_STATE = "common_state/"  # prefix of its key in the checkpoint
 
 
 def find_checkpoint(path: Path, iteration: int | None = None) -> Path:
-    """The folder of one checkpoint.
+    """Returns the folder of one checkpoint.
 
     Args:
-        path: The folder that --load takes, or that of one of its checkpoints.
-        iteration: Which one; None for the latest.
+        path: The folder that --load takes, or the folder of one of its checkpoints.
+        iteration: The checkpoint's step; None for the latest checkpoint.
 
     Raises:
-        ValueError: There is none, or not this one, or in another format than torch_dist.
+        ValueError: There is no checkpoint, or not this one, or its format is not torch_dist.
     """
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give that of a checkpoint, as --load takes it.")
@@ -67,52 +67,52 @@ def find_checkpoint(path: Path, iteration: int | None = None) -> Path:
 
 
 def read_tracker(tracker: Path, there: Sequence[str] = ()) -> tuple[int, bool]:
-    """What a tracker file names; Megatron's own reader ends the program, with status 0, where it names nothing.
+    """Reads a tracker file. Where it names nothing, Megatron's own reader ends the program with status 0.
 
     Args:
         tracker: The file.
-        there: What it could name.
+        there: Steps that it could name, for the error message.
 
     Returns:
         The step, and whether it is a release.
 
     Raises:
-        DamagedError: It names neither a step nor a release.
+        DamagedError: The file names neither a step nor a release.
     """
     try:
         content = tracker.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{tracker} cannot be read ({told(error)}); write a checkpoint's step there.") from error
+        raise DamagedError(f"{tracker} cannot be read ({one_line(error)}); write a checkpoint's step there.") from error
     if content == "release":
         return 0, True
     if not re.fullmatch("[0-9]+", content):
         raise DamagedError(
-            f"{tracker} names no step but {content[:40]!r}; write that of a whole checkpoint beside it there"
+            f"{tracker} names no step but {content[:40]!r}; write there the step of a complete checkpoint beside it"
             f"{': ' if there else ''}{', '.join(there)}."
         )
     return int(content), False
 
 
 def read_contents(folder: Path) -> Metadata:
-    """What a checkpoint holds, and in which files.
+    """Reads a checkpoint's table of contents: what it holds, and in which files.
 
     Args:
-        folder: One checkpoint's, such as CKPT/iter_0000100.
+        folder: The checkpoint's folder, such as CKPT/iter_0000100.
 
     Raises:
-        DamagedError: There is no such table, or it is cut off, or asks for classes that do not belong there.
+        DamagedError: The table is missing, truncated, or asks for classes that do not belong there.
     """
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
             contents: Metadata = load_contents(file, path)
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read ({told(error)}); the checkpoint is damaged.") from error
+        raise DamagedError(f"{path} cannot be read ({one_line(error)}); the checkpoint is damaged.") from error
     return contents
 
 
 def file_problems(folder: Path, contents: Metadata) -> Iterator[str]:
-    """What is wrong with a checkpoint's files: those that are missing or too short."""
+    """Yields what is wrong with a checkpoint's files: those that are missing or too short."""
     needed: dict[str, int] = {}
     for place in contents.storage_data.values():
         needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
@@ -127,12 +127,12 @@ def file_problems(folder: Path, contents: Metadata) -> Iterator[str]:
 
 
 def read_common_state(folder: Path, contents: Metadata) -> dict[str, Any]:
-    """What belongs to no weight: the run's arguments, its step, the scheduler; read as Megatron reads it.
+    """Reads everything but weights (the run's arguments, its step, the scheduler) the way Megatron reads it.
 
     Raises:
-        DamagedError: It is missing or cannot be read.
+        DamagedError: The common state is missing or cannot be read.
     """
-    path, offset, length = folder / COMMON_STATE_FNAME, 0, -1  # older releases of Megatron
+    path, offset, length = folder / COMMON_STATE_FNAME, 0, -1  # a file of its own in older releases of Megatron
     if not path.is_file():
         places = (place for index, place in contents.storage_data.items() if index.fqn.startswith(COMMON_STATE))
         if (place := next(places, None)) is None:
@@ -144,39 +144,39 @@ def read_common_state(folder: Path, contents: Metadata) -> dict[str, Any]:
             content = load_object(file.read(length))
     except Exception as error:
         raise DamagedError(
-            f"{path} does not give the run's arguments ({told(error)}); the checkpoint is damaged."
+            f"{path} does not give the run's arguments ({one_line(error)}); the checkpoint is damaged."
         ) from error
     state: dict[str, Any] = content[0] if isinstance(content, list) else content
     return state
 
 
 def saved_arguments(state: dict[str, Any]) -> Any:
-    """The arguments of the run that saved a checkpoint; without any attributes where it has none."""
+    """Returns the arguments of the run that saved a checkpoint; an object without attributes if none are stored."""
     return state.get("args") or types.SimpleNamespace()
 
 
 def run_arguments(load: Path, iteration: int | None = None) -> Any:
-    """The arguments of the run, or of the import, that saved a checkpoint.
+    """Returns the arguments of the run, or of the import, that saved a checkpoint.
 
     Args:
-        load: As for `find_checkpoint`.
-        iteration: Which checkpoint; None for the latest.
+        load: The folder, as `find_checkpoint` takes it.
+        iteration: The checkpoint's step; None for the latest checkpoint.
     """
     folder = find_checkpoint(load, iteration)
     return saved_arguments(read_common_state(folder, read_contents(folder)))
 
 
 def check_objects(folder: Path, contents: Metadata, share: int = 0, shares: int = 1) -> None:
-    """Reads the objects beside the tensors (random states and the like) as they may be read, and keeps nothing.
+    """Reads the objects stored besides the tensors (random states and the like) safely, and discards them.
 
     Args:
-        folder: One checkpoint's.
-        contents: Its table.
-        share: Which share of them, of `shares`: several ranks read a checkpoint together.
-        shares: How many there are.
+        folder: The checkpoint's folder.
+        contents: The checkpoint's table of contents.
+        share: Number of the share to read, from 0: several ranks divide the objects among them.
+        shares: Number of shares.
 
     Raises:
-        DamagedError: One of them cannot be read, or asks for something to be run.
+        DamagedError: An object cannot be read, or asks for code to be run.
     """
     kinds = contents.state_dict_metadata
     objects = [index for index in contents.storage_data if isinstance(kinds.get(index.fqn), BytesStorageMetadata)]
@@ -189,5 +189,5 @@ def check_objects(folder: Path, contents: Metadata, share: int = 0, shares: int 
                 load_object(file.read(place.length))
         except Exception as error:
             raise DamagedError(
-                f"{path} does not give {index.fqn} ({told(error)}); the checkpoint is damaged."
+                f"{path} does not give {index.fqn} ({one_line(error)}); the checkpoint is damaged."
             ) from error

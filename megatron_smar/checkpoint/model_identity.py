@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a run's flags describe the model that its checkpoint holds, where no weight's shape would show it."""
+"""Checks that a run's flags describe the model in its checkpoint, where no weight's shape would show a difference."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from megatron_smar.config.build import vision_config
 from megatron_smar.config.flags import add_arguments
 from megatron_smar.model.vision import load_vision_config
 
-# Arguments that decide what the model computes, by what they are about. What only says how it is computed (kernels,
-# precision, layout), how it is trained (dropout, losses, capacity, what is frozen) or what it is fed (tiles, templates)
-# is not among them.
+# Arguments that decide what the model computes, grouped by subject. Not among them: arguments that only say how it is
+# computed (kernels, precision, layout), how it is trained (dropout, losses, capacity, frozen parts) or what it is fed
+# (tiles, templates).
 FUNCTION = """
     num_layers hidden_size ffn_hidden_size spec mtp_num_layers use_mup mup_width_mult mup_base_hidden_size
     mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
@@ -49,8 +49,8 @@ FUNCTION = """
     image_modalities image_size connector pixel_shuffle vision_feature_layer vision_feature_scale
 """.split()
 TOWER = "vision_tower"
-# Fields of a vision tower's config that say nothing about what it computes.
-_NOT_OF_THE_TOWER = re.compile(
+# Fields of a vision tower's config that do not change what it computes.
+_IGNORED_TOWER_FIELDS = re.compile(
     r"_.*|.*dtype|transformers_version|architectures|.*dropout.*|initializer.*|output_.*|"
     r"id2label|label2id|problem_type|return_dict|chunk_size_feed_forward|projection_dim|"
     r"use_cache|is_encoder_decoder|auto_map|.*_token_id"
@@ -58,17 +58,17 @@ _NOT_OF_THE_TOWER = re.compile(
 
 
 def check_identity(args: Namespace, tokenizer: Any) -> None:
-    """Compares a run's model and tokenizer with those of the checkpoint that it loads, and stores what they are.
+    """Compares a run's model and tokenizer with those of the checkpoint that it loads, and records them in `args`.
 
-    The files are the same for all ranks, and so is the outcome.
+    All ranks read the same files, so all reach the same result.
 
     Args:
-        args: The run's, validated; `true_vocab_size`, `padded_vocab_size`, `tokenizer_fingerprints` and `vision_tower`
-            are set, and are saved with every checkpoint.
-        tokenizer: Megatron's.
+        args: The run's validated arguments; `true_vocab_size`, `padded_vocab_size`, `tokenizer_fingerprints` and
+            `vision_tower` are set, and are saved with every checkpoint.
+        tokenizer: Megatron's tokenizer.
 
     Raises:
-        ValueError: They differ; the sentence names flag, stored and given value.
+        ValueError: They differ; the message names the flag, the stored and the given value.
     """
     folder = checkpoint_to_load(args)
     saved = None if folder is None else saved_arguments(read_common_state(folder, read_contents(folder)))
@@ -79,24 +79,24 @@ def check_identity(args: Namespace, tokenizer: Any) -> None:
 
 
 def describe_tower(args: Namespace) -> str:
-    """What the vision tower computes, as far as its config says so, as text that two of them can be compared by."""
+    """Returns the fields of the vision tower's config that decide what it computes, as text to compare two towers."""
     fields = _fields(load_vision_config(vision_config(args)))
     return json.dumps(fields, sort_keys=True, default=str)
 
 
 def _fields(config: PretrainedConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if not _NOT_OF_THE_TOWER.fullmatch(name)}
+    return {name: value for name, value in config.to_dict().items() if not _IGNORED_TOWER_FIELDS.fullmatch(name)}
 
 
 def check_function(args: Namespace, saved: Any) -> None:
     """Compares the arguments that decide what the model computes.
 
     Args:
-        args: The run's.
-        saved: Those of the run, or of the import, that saved the checkpoint; one that it does not have passes.
+        args: The run's arguments.
+        saved: The arguments of the run, or of the import, that saved the checkpoint; arguments missing there pass.
 
     Raises:
-        CheckpointMismatchError: One differs that --allow-model-change does not name.
+        CheckpointMismatchError: An argument differs that --allow-model-change does not name.
     """
     allowed = set(args.allow_model_change)
     unknown = sorted(allowed - {"tokenizer", "vision-model"} - set(_names().values()) - OPTIONAL)
@@ -114,20 +114,20 @@ def check_function(args: Namespace, saved: Any) -> None:
         )
 
 
-# Parts whose weights may be left behind in a checkpoint on purpose, beside the flags of `FUNCTION`.
+# Values of --allow-model-change besides the flags of `FUNCTION`: parts whose weights may be left unloaded on purpose.
 OPTIONAL = {"no-modality-router-bias"}
 
 
 def _differences(args: Namespace, saved: Any) -> Iterator[tuple[str, str]]:
-    """Flag, and what was stored and is given, for each that differs."""
-    ours, theirs = vars(args), vars(saved)
+    """Yields, for each flag that differs, its name and a text with the stored and the given value."""
+    given, stored = vars(args), vars(saved)
     for dest in FUNCTION:
-        if dest in theirs and dest in ours:
-            was, now = _value(dest, theirs), _value(dest, ours)
+        if dest in stored and dest in given:
+            was, now = _value(dest, stored), _value(dest, given)
             if was != now:
                 flag = _names()[dest]
                 yield flag, f"--{flag} {_shown(dest, was)} there and {_shown(dest, now)} here"
-    was, now = (json.loads(values.get(TOWER) or "{}") for values in (theirs, ours))
+    was, now = (json.loads(values.get(TOWER) or "{}") for values in (stored, given))
     fields = sorted(name for name in set(was) & set(now) if was[name] != now[name])
     if fields:
         shown = ", ".join(f"{name} was {was[name]} there and is {now[name]} here" for name in fields)
@@ -135,7 +135,7 @@ def _differences(args: Namespace, saved: Any) -> Iterator[tuple[str, str]]:
 
 
 def _value(dest: str, values: dict[str, Any]) -> Any:
-    """An argument in the one form that can be compared."""
+    """Returns an argument's value in a normal form, so that equal settings compare equal."""
     value = values[dest]
     if dest == "num_query_groups":
         grouped = values.get("group_query_attention")
@@ -149,12 +149,12 @@ def _value(dest: str, values: dict[str, Any]) -> Any:
         return list(value) if value else None
     if dest.startswith("moe_") and not values.get("num_experts"):
         return None
-    if dest in _OF_LATENT_ATTENTION and not values.get("multi_latent_attention"):
+    if dest in _LATENT_ATTENTION_ARGUMENTS and not values.get("multi_latent_attention"):
         return None
     return value or None
 
 
-_OF_LATENT_ATTENTION = {
+_LATENT_ATTENTION_ARGUMENTS = {
     "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type",
     "rotary_scaling_factor", "mscale", "mscale_all_dim",
 }  # fmt: skip
@@ -169,7 +169,7 @@ def _shown(dest: str, value: Any) -> str:
 
 @functools.cache
 def _actions() -> dict[str, Action]:
-    """The flags of `FUNCTION`, by their argument."""
+    """Returns the parser's actions for the flags of `FUNCTION`, by argument name."""
     parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     found: dict[str, Action] = {}
     for action in parser._actions:
@@ -180,6 +180,6 @@ def _actions() -> dict[str, Action]:
 
 @functools.cache
 def _names() -> dict[str, str]:
-    """The names of these flags, without dashes; that of an argument for arguments that are derived."""
+    """Returns flag names without dashes, by argument name; derived arguments without a flag get their own name."""
     named = {dest: action.option_strings[0].removeprefix("--") for dest, action in _actions().items()}
     return {dest: named.get(dest, dest.replace("_", "-")) for dest in FUNCTION}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face folders of safetensors, read and written one tensor at a time."""
+"""Reads and writes Hugging Face folders of safetensors, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_smar.checkpoint.folders import some
+from megatron_smar.checkpoint.folders import first_few
 
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
@@ -36,13 +36,13 @@ NAMES = {name: dtype for dtype, name in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file.
+    """A tensor in a safetensors file.
 
     Attributes:
         file: The file.
-        name: Its name there.
-        shape: Its shape.
-        dtype: Its data type.
+        name: The tensor's name in the file.
+        shape: The tensor's shape.
+        dtype: The tensor's data type.
     """
 
     file: Path
@@ -51,9 +51,10 @@ class Stored:
     dtype: torch.dtype
 
     def read(self, start: int | None = None, length: int = 0) -> Tensor:
-        """The tensor, or `length` of its rows from `start`; memory-mapped, so nothing is read before it is used.
+        """Returns the tensor, or `length` of its rows from `start`; memory-mapped, so data is read when it is used.
 
-        The file is opened for each: a file that stays open counts all that was read of it as resident memory.
+        The file is opened anew for each read: while a file stays open, everything read from it counts as resident
+        memory.
         """
         with safe_open(self.file, framework="pt") as file:
             if start is None or (start, length) == (0, self.shape[0]):
@@ -62,11 +63,11 @@ class Stored:
 
 
 def read_folder(folder: Path) -> dict[str, Stored]:
-    """The tensors of a Hugging Face folder by name; from the files' headers, no data is read.
+    """Lists the tensors of a Hugging Face folder by name; reads the files' headers only.
 
     Raises:
-        ValueError: It has no safetensors, or not those of one model, or an index that does not belong to its files, or
-            a damaged file.
+        ValueError: The folder has no safetensors, or those of several models, or an index that does not match its
+            files, or a damaged file.
     """
     files, weight_map = weight_files(folder)
     tensors: dict[str, Stored] = {}
@@ -91,25 +92,28 @@ def _read_header(file: Path) -> dict[str, Stored]:
     tensors = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # it is no dictionary
+            for name in opened.keys():  # noqa: SIM118  # not a dictionary
                 part = opened.get_slice(name)
                 tensors[name] = Stored(file, name, tuple(part.get_shape()), NAMES[part.get_dtype()])
     except KeyError as error:
         raise ValueError(f"{file} holds tensors of the type {error}, which cannot be converted.") from error
-    except Exception as error:  # safetensors has an exception of its own, a plain Exception
-        raise ValueError(f"{file} is no whole safetensors file ({error}); fetch it again.") from error
+    except Exception as error:  # safetensors raises its own exception, which derives from Exception directly
+        raise ValueError(f"{file} is not a complete safetensors file ({error}); fetch it again.") from error
     return tensors
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that transformers reads, and what their index says: the name of each tensor's file.
+    """Chooses the weight files of a folder the way transformers does, and reads their index.
 
-    Like transformers it takes the file that config.json names in `transformers_weights`, else `model.safetensors`, else
-    what the index names. Where there is none of these it takes safetensors of another name, which transformers does
-    not, if only one set of them is there. What is left out is printed.
+    The order is transformers' own: the file that config.json names in `transformers_weights`, else
+    `model.safetensors`, else the files that the index names. Without any of these, safetensors of other names are
+    taken if they are one model's, which transformers does not do. Files that are left out are printed.
+
+    Returns:
+        The files, and the name of each tensor's file as the index has it; empty without an index.
 
     Raises:
-        ValueError: There are none, or of several models, or some are missing.
+        ValueError: There are no weight files, or those of several models, or some are missing.
     """
     if (folder / ADAPTER).is_file():
         raise ValueError(
@@ -121,29 +125,32 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if weight_map:
         files = sorted({folder / place for place in weight_map.values()})
         if missing := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"{chosen} names {some(missing)}, missing beside it; fetch the folder again.")
+            raise ValueError(f"{chosen} names {first_few(missing)}, which is missing; fetch the folder again.")
     else:
         files = [chosen] if chosen is not None else _one_set(folder)
     spare = [path.name for path in sorted(folder.glob("*.safetensors")) if path not in files]
     spare += [INDEX] if (folder / INDEX).is_file() and chosen != folder / INDEX else []
     if spare:
-        tqdm.write(f"{folder}: {(chosen or files[0]).name} is read, as transformers does; left out: {some(spare)}.")
+        read, skipped = (chosen or files[0]).name, first_few(spare)
+        tqdm.write(f"{folder}: {read} is read, as transformers does; left out: {skipped}.")
     return files, weight_map
 
 
 def _named_in_config(folder: Path) -> Path | None:
-    """The file that config.json asks transformers to load, if it names one."""
+    """Returns the file that config.json asks transformers to load, or None."""
     try:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
-        return None  # there is no config here, or it is refused where it is read
+        return None  # no config, or a broken one, which is refused where it is read
     if name is None:
         return None
     path = folder / str(name)
     if not str(name).endswith((".safetensors", ".safetensors.index.json")) or not _is_inside(str(name)):
-        raise ValueError(f"{folder}/config.json names {name!r} as transformers_weights; only safetensors beside it do.")
+        raise ValueError(
+            f"{folder}/config.json names {name!r} as transformers_weights; only safetensors next to it are read."
+        )
     if not path.is_file():
-        raise ValueError(f"{folder}/config.json names {name} as transformers_weights, missing beside it; fetch it.")
+        raise ValueError(f"{folder}/config.json names {name} as transformers_weights, which is missing; fetch it.")
     return path
 
 
@@ -152,24 +159,24 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         outside = [place for place in weight_map.values() if not _is_inside(place)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of safetensors files ({error!r}); fetch it again.") from error
+        raise ValueError(f"{path} is not an index of safetensors files ({error!r}); fetch it again.") from error
     if outside or not weight_map:
         problem = f"it names {outside[0]}, outside its folder" if outside else "it names no file"
-        raise ValueError(f"{path} is no index of safetensors files ({problem}); fetch it again.")
+        raise ValueError(f"{path} is not an index of safetensors files ({problem}); fetch it again.")
     return dict(weight_map)
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a file's name stays within the folder that it is in."""
+    """Returns whether a relative path stays within its folder."""
     path = PurePath(name)
     return not path.is_absolute() and ".." not in path.parts
 
 
 def _one_set(folder: Path) -> list[Path]:
-    """The only safetensors of a folder: one file, or all the shards of one model.
+    """Returns the safetensors of a folder that must be one model's: one file, or all of its shards.
 
     Raises:
-        ValueError: There are none, or more than one model's, or shards are missing.
+        ValueError: There are none, or those of several models, or shards are missing.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -181,8 +188,8 @@ def _one_set(folder: Path) -> list[Path]:
     sets = {(part[1], int(part[3])) if part else (file.name, 1) for part, file in zip(parts, files, strict=True)}
     if len(sets) > 1 or next(iter(sets))[1] != len(files):
         raise ValueError(
-            f"{folder} has neither {SINGLE} nor {INDEX}, and {some(file.name for file in files)} are not the whole of "
-            f"one model; fetch the folder again, or rename the model's file to {SINGLE}."
+            f"{folder} has neither {SINGLE} nor {INDEX}, and {first_few(file.name for file in files)} are not all the "
+            f"files of one model; fetch the folder again, or rename the model's file to {SINGLE}."
         )
     return files
 
@@ -194,16 +201,17 @@ def write_folder(
     progress: Callable[[int], Any],
     max_shard_size: str = "5GB",
 ) -> None:
-    """Writes safetensors files, cut as `save_pretrained` cuts them, holding one tensor at a time.
+    """Writes safetensors files, split as `save_pretrained` splits them, holding one tensor in memory at a time.
 
-    The library's own writer wants all of a file's tensors at once; the format is a length, a JSON header and the data.
+    The safetensors library needs all of a file's tensors in one call. The format is simple enough to write here: the
+    header's length, a JSON header and the data.
 
     Args:
-        folder: Where to.
-        tensors: Shape and data type of each.
-        read: Gives a tensor by name.
-        progress: Called with the bytes of each tensor.
-        max_shard_size: Most bytes per file, such as "5GB".
+        folder: Folder to write to.
+        tensors: Shape and data type of each tensor, by name.
+        read: Returns a tensor by name.
+        progress: Called with the number of bytes of each tensor written.
+        max_shard_size: Largest size of a file, such as "5GB".
     """
     like = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
     split = split_torch_state_dict_into_shards(like, max_shard_size=max_shard_size)
@@ -232,4 +240,4 @@ def _header(tensors: dict[str, Tensor]) -> bytes:
         content[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
     header = json.dumps(content, separators=(",", ":")).encode()
-    return header + b" " * (-len(header) % 8)  # the data begins at a multiple of 8
+    return header + b" " * (-len(header) % 8)  # the format aligns the data to 8 bytes

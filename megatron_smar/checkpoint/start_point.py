@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run starts: at the newest checkpoint in --save if there is one, else at --load, else with new weights.
 
-So one command starts a run and, given again, resumes it. The flags that say how --load is taken up (--finetune and the
-like) hold for the first start alone. That the checkpoints in --save are this run's is known by what is kept in them:
-the checkpoint that the run started from, and the flags that make it the run it is.
+So one command starts a run and, given again, resumes it. The flags that say how --load is loaded (--finetune and the
+like) apply to the first start only. Each checkpoint stores its run's origin (the checkpoint that the run started from)
+and the flags that identify the run; by these the checkpoints in --save are recognized as this run's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_smar.checkpoint.metadata import saved_arguments
 from megatron_smar.model.parts import frozen_parts
 from megatron_smar.routing.strategies import STRATEGIES
 
-# Flags of how a checkpoint is taken up, with the number of their values: they belong to the first start.
-_TAKING_UP = {
+# Flags that say how a checkpoint is loaded, with the number of their values: they apply to a run's first start.
+_LOADING_FLAGS = {
     "--load": 1,
     "--pretrained-checkpoint": 1,
     "--finetune": 0,
@@ -32,9 +32,10 @@ _TAKING_UP = {
     "--no-load-rng": 0,
     "--no-load-dataloader-state": 0,
 }
-_FOLDERS = ("--load", "--pretrained-checkpoint", "--finetune")
-# What makes a run the one it is, beside its start: another value is another run. The schedule is checked by itself.
-_OF_A_RUN = (
+# The flags that name the start itself; `apply_start` replaces them by the start that was found.
+_START_FLAGS = ("--load", "--pretrained-checkpoint", "--finetune")
+# Arguments that identify a run, besides its origin: another value is another run. The schedule is checked separately.
+_RUN_IDENTITY = (
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -58,27 +59,27 @@ class StartPoint:
     Attributes:
         load: Folder of the checkpoints to load from; None for new weights.
         finetune: Whether a new run starts from the weights there.
-        origin: What a run's checkpoints keep of its first start: {"folder", "checkpoint", "fingerprint", "finetune"};
-            empty for one with new weights.
-        returns: Whether the run resumes from --save although the flags say where it starts.
-        notes: What to print.
+        origin: The first start, as the run's checkpoints store it: {"folder", "checkpoint", "fingerprint", "finetune"};
+            empty for a start with new weights.
+        resumes_from_save: Whether the run resumes from --save although the flags name another start.
+        notes: Lines to print.
     """
 
     load: str | None
     finetune: bool
     origin: dict[str, Any]
-    returns: bool = False
+    resumes_from_save: bool = False
     notes: tuple[str, ...] = ()
 
 
 def find_start(args: Namespace) -> StartPoint:
-    """Decides where a run starts; nothing is built yet.
+    """Decides where a run starts, before anything is built.
 
     Args:
-        args: As Megatron's parser returns them, before it validates its own.
+        args: The arguments as Megatron's parser returns them, before Megatron validates them.
 
     Raises:
-        ValueError: A folder has no checkpoint to load where there must be one, or is not what the flags say.
+        ValueError: A folder has no checkpoint where one is required, or does not hold what the flags say.
     """
     _check_flags(args)
     load, finetune = _given_start(args)
@@ -100,7 +101,7 @@ def find_start(args: Namespace) -> StartPoint:
         return StartPoint(found, finetune, _origin(saved, finetune), notes=_notes("--save", saved))
     if saved.checkpoint is not None:
         raise ValueError(
-            f"--save {args.save} holds a converted model, which is no run's; give another folder to save in"
+            f"--save {args.save} holds a converted model, which belongs to no run; give another folder to save in"
             + ("." if load else ", or --load with this one to train from it.")
         )
     if load is None:
@@ -112,32 +113,32 @@ def find_start(args: Namespace) -> StartPoint:
 
 
 def apply_start(argv: Sequence[str], start: StartPoint) -> list[str]:
-    """The command line that makes Megatron start there.
+    """Returns the command line that makes Megatron start at a start point.
 
     Args:
-        argv: Flags as given.
-        start: Of `find_start`.
+        argv: The flags as given.
+        start: The result of `find_start`.
     """
     kept, skipped = [], 0
     for part in argv:
         name, joined = part.partition("=")[::2] if part.startswith("--") else (part, "")
         if skipped:
             skipped -= 1
-        elif name not in (_TAKING_UP if start.returns else _FOLDERS):
+        elif name not in (_LOADING_FLAGS if start.resumes_from_save else _START_FLAGS):
             kept.append(part)
         else:
-            skipped = 0 if joined else _TAKING_UP[name]
+            skipped = 0 if joined else _LOADING_FLAGS[name]
     kept += ["--load", start.load] if start.load is not None else []
     return [*kept, *(["--finetune"] if start.finetune else [])]
 
 
 def keep_origin(args: Namespace, start: StartPoint, state: dict[str, Any] | None) -> None:
-    """Sets `origin`, which is saved with all arguments; makes sure that a run resumes in --save which is this one.
+    """Sets `args.origin`, which is saved with every checkpoint, and checks that --save holds this run's checkpoints.
 
     Args:
-        args: The run's, validated.
-        start: Of `find_start`.
-        state: Of `fit.resumed_state`.
+        args: The run's validated arguments.
+        start: The result of `find_start`.
+        state: The result of `fit.resumed_state`.
 
     Raises:
         CheckpointMismatchError: The checkpoints in --save are another run's.
@@ -146,7 +147,7 @@ def keep_origin(args: Namespace, start: StartPoint, state: dict[str, Any] | None
     if state is None:
         return
     saved = saved_arguments(state)
-    if start.returns:
+    if start.resumes_from_save:
         _check_same_run(args, saved, start)
     if same_place(args.load, args.save):
         args.origin = getattr(saved, "origin", None)
@@ -169,7 +170,7 @@ def _check_flags(args: Namespace) -> None:
 
 
 def _given_start(args: Namespace) -> tuple[str | None, bool]:
-    """Folder and --finetune as the flags say; --pretrained-checkpoint is another --load, with --finetune."""
+    """Returns folder and --finetune as the flags give them; --pretrained-checkpoint acts as --load with --finetune."""
     if args.pretrained_checkpoint is not None:
         has_own = args.load is not None and locate("--load", args.load).checkpoint is not None
         if not has_own:
@@ -178,7 +179,11 @@ def _given_start(args: Namespace) -> tuple[str | None, bool]:
 
 
 def _source(args: Namespace, load: str, finetune: bool) -> Location:
-    """The checkpoint in --load, which must be there."""
+    """Returns the location of the checkpoint in --load.
+
+    Raises:
+        ValueError: There is none.
+    """
     found = locate("--load", load, args.ckpt_step)
     if found.checkpoint is None:
         half = f" but {', '.join(found.half_written)}, which {_are(found)} half-written" if found.half_written else ""
@@ -192,7 +197,7 @@ def _source(args: Namespace, load: str, finetune: bool) -> Location:
 
 
 def _resumed(args: Namespace, saved: Location, load: str | None, finetune: bool) -> StartPoint:
-    """The start of a run that has checkpoints in --save."""
+    """Returns the start point of a run that has checkpoints in --save."""
     notes = [*_notes("--save", saved)]
     if same_place(load, args.save) and not finetune:
         if args.ckpt_step is not None and saved.newer:
@@ -206,14 +211,14 @@ def _resumed(args: Namespace, saved: Location, load: str | None, finetune: bool)
         f"--save {args.save} holds this run up to step {saved.step}: it resumes there"
         + (f", and does not start again from --load {load}." if load else ".")
     )
-    return StartPoint(args.save, False, origin, returns=True, notes=tuple(notes))
+    return StartPoint(args.save, False, origin, resumes_from_save=True, notes=tuple(notes))
 
 
 def _origin_if_there(args: Namespace, load: str | None, finetune: bool) -> dict[str, Any]:
-    """What a run started now would keep of its start; the folder may be gone, or damaged, once its run is under way."""
+    """Returns the origin that a run started now would store; once a run has started, --load may be gone or damaged."""
     if load is None:
         return {}
-    if same_place(load, args.save):  # a converted model, and the run that started from it, in one folder
+    if same_place(load, args.save):  # one folder holds a converted model and the run that started from it
         release = Path(load) / RELEASE
         source = Location(Path(load), release if (release / ".metadata").is_file() else None)
         return _origin(source, finetune)
@@ -231,7 +236,7 @@ def _origin(source: Location | None, finetune: bool) -> dict[str, Any]:
     return {
         "folder": str(source.path.resolve()),
         "checkpoint": source.checkpoint.name if source.checkpoint else None,
-        # torch gives each saving an identifier of its own, which is in there.
+        # torch stores a new identifier in .metadata at each save, so every save has another hash.
         "fingerprint": hashlib.sha256(contents.read_bytes()).hexdigest() if contents else None,
         "finetune": finetune or source.is_release,
     }
@@ -240,7 +245,7 @@ def _origin(source: Location | None, finetune: bool) -> dict[str, Any]:
 def _check_same_run(args: Namespace, saved: Any, start: StartPoint) -> None:
     found = [_other_start(start.origin, getattr(saved, "origin", None))]
     strategy = STRATEGIES[args.modality_routing]
-    for name in (*_OF_A_RUN, *(f"{strategy.name}_{field}" for field in strategy.of_a_run)):
+    for name in (*_RUN_IDENTITY, *(f"{strategy.name}_{field}" for field in strategy.of_a_run)):
         was, now = _comparable(name, getattr(saved, name, None)), _comparable(name, getattr(args, name, None))
         if was != now:
             flag = f"--{name.replace('_', '-')}"
@@ -253,19 +258,19 @@ def _check_same_run(args: Namespace, saved: Any, start: StartPoint) -> None:
         )
 
 
-def _other_start(ours: dict[str, Any], theirs: dict[str, Any] | None) -> str:
-    """How the start of the run in --save differs from the flags'; empty if it does not."""
-    if theirs is None:
+def _other_start(given: dict[str, Any], stored: dict[str, Any] | None) -> str:
+    """Describes how the origin of the run in --save differs from the flags' origin; empty if it does not."""
+    if stored is None:
         return "it does not say where it started"
-    if not ours or not theirs:
-        return "" if ours == theirs else f"it started {_named(theirs)}, and this one starts {_named(ours)}"
-    is_there = ours["fingerprint"] is not None
-    same = ours["fingerprint"] == theirs["fingerprint"] if is_there else ours["folder"] == theirs["folder"]
+    if not given or not stored:
+        return "" if given == stored else f"it started {_named(stored)}, and this one starts {_named(given)}"
+    is_there = given["fingerprint"] is not None
+    same = given["fingerprint"] == stored["fingerprint"] if is_there else given["folder"] == stored["folder"]
     if not same:
-        again = ", which was saved again since" if ours["folder"] == theirs["folder"] else ""
-        return f"it started {_named(theirs)}, and this one starts {_named(ours)}{again}"
-    if is_there and ours["finetune"] != theirs["finetune"]:
-        return f"it started with{'' if theirs['finetune'] else 'out'} --finetune"
+        again = ", which was saved again since" if given["folder"] == stored["folder"] else ""
+        return f"it started {_named(stored)}, and this one starts {_named(given)}{again}"
+    if is_there and given["finetune"] != stored["finetune"]:
+        return f"it started with{'' if stored['finetune'] else 'out'} --finetune"
     return ""
 
 
@@ -276,7 +281,7 @@ def _named(origin: dict[str, Any]) -> str:
 
 
 def _comparable(name: str, value: Any) -> Any:
-    """A flag's value in a form in which equal ones are equal."""
+    """Returns a flag's value in a normal form, so that equal settings compare equal."""
     if name == "freeze":
         return frozen_parts(value or ())
     if name == "data_path" and value:
@@ -289,23 +294,19 @@ def _shown(value: Any) -> str:
 
 
 def _notes(flag: str, place: Location | None) -> tuple[str, ...]:
-    """What to say about checkpoints that are there and are not loaded."""
+    """Returns a line about half-written checkpoints, which are not loaded; empty without any."""
     if place is None or not place.half_written:
         return ()
     names = ", ".join(place.half_written)
-    return (f"{flag} {place.path}: {names} {_are(place)} half-written and count{_s(place)} as nothing.",)
+    return (f"{flag} {place.path}: {names} {_are(place)} half-written and ignored.",)
 
 
 def _are(place: Location) -> str:
     return "are" if len(place.half_written) > 1 else "is"
 
 
-def _s(place: Location) -> str:
-    return "" if len(place.half_written) > 1 else "s"
-
-
 def _check_writable(folder: Path) -> None:
-    """Refuses a --save in which nothing can be written, before there is anything to lose."""
+    """Refuses a --save in which nothing can be written, before any training is lost."""
     there = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"--save {folder}: nothing can be written in {there}; give another folder.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of a checkpoint's model, from the arguments that are stored with it: for programs that only run it."""
+"""The flags of a checkpoint's model, from the arguments stored with it: for programs that run the model untrained."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megatron_smar.checkpoint.metadata import run_arguments
 from megatron_smar.checkpoint.model_identity import FUNCTION
 from megatron_smar.routing.strategies import stored_strategy
 
-# What a program that runs the model needs beside what the model computes: what it is fed, its precision, its files.
-# How the work is divided, batches, fused kernels and expert capacity are the program's own.
-_FED = (
+# Besides what the model computes (`FUNCTION`), a program that runs it needs its inputs, its precision and its files.
+# Parallel layout, batches, fused kernels and expert capacity are the program's own choice.
+_RUNNING = (
     "group_query_attention",
     "max_position_embeddings",
     "seq_length",
@@ -44,7 +44,7 @@ _FED = (
     "trust_remote_code",
     "tiktoken_pattern",
 )
-# Kernels that a run had to switch off stay off; those that it used depend on where it ran.
+# Fused kernels that a run had to switch off stay off; whether the others can be used depends on the machine.
 _FUSIONS = (
     "apply_rope_fusion",
     "bias_dropout_fusion",
@@ -52,25 +52,25 @@ _FUSIONS = (
     "bias_swiglu_fusion",
     "masked_softmax_fusion",
 )
-# What a text that asks in a template's form has in it.
-_MARKS = {"<|im_start|>": "chatml", "[INST]": "mistral", "USER:": "vicuna_v1"}
+# Text in a tokenizer's chat template -> the conversation template that it belongs to.
+_TEMPLATE_MARKS = {"<|im_start|>": "chatml", "[INST]": "mistral", "USER:": "vicuna_v1"}
 
 
 def stored_flags(argv: Sequence[str], asks: bool = True) -> dict[str, Any]:
-    """Values of arguments for running the model in --load, to be the parser's defaults: flags that are given win.
+    """Returns argument values for running the model in --load, as the parser's defaults: flags that are given win.
 
-    An import has none of a run's: its tokenizer is the one in its `hf` folder, and its conversation template what that
-    tokenizer's chat template is.
+    An import stores no run's arguments: its tokenizer is the one in its `hf` folder, and its conversation template the
+    one that the tokenizer's chat template belongs to.
 
     Args:
         argv: The command line.
         asks: Whether the model is asked questions, for which it needs a conversation template.
 
     Returns:
-        By argument; empty where --load has no checkpoint, which the start refuses.
+        Values by argument name; empty where --load has no checkpoint, which is refused when the program starts.
 
     Raises:
-        ValueError: The checkpoint cannot be read, or does not say something that is not given either.
+        ValueError: The checkpoint cannot be read, or a value is neither stored nor given.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in (
@@ -88,26 +88,26 @@ def stored_flags(argv: Sequence[str], asks: bool = True) -> dict[str, Any]:
         return {}
     arguments = run_arguments(Path(given.load), given.ckpt_step)
     saved = vars(arguments)
-    flags = {name: saved[name] for name in (*FUNCTION, *_FED) if name in saved}
-    if given.modality_routing is None:  # another strategy knows nothing of the run's settings
+    flags = {name: saved[name] for name in (*FUNCTION, *_RUNNING) if name in saved}
+    if given.modality_routing is None:  # the stored settings do not apply to another strategy
         flags |= strategy_flags(arguments)
     flags |= {name: False for name in _FUSIONS if saved.get(name) is False}
     if runtime.device() == "cuda" and saved.get("moe_grouped_gemm"):
         flags["moe_grouped_gemm"] = True
     if not flags:
-        return {}  # one that has no arguments: they are given
+        return {}  # the checkpoint stores no arguments: they must be given
     is_import = str(flags.get("tokenizer_type", "")).startswith("Null")
     if is_import:
         flags |= _tokenizer_of_import(given, Path(str(flags["vision_model"])))
     _check_places(given, flags)
-    # `plain` is stage 1's: it leaves nothing of a question but its pictures.
+    # `plain` is stage 1's template: it drops everything of a question but its images.
     if asks and not given.conversation_template and (is_import or flags.get("conversation_template") == "plain"):
         flags["conversation_template"] = _template_of_tokenizer(given, flags, is_import)
     return flags
 
 
 def strategy_flags(saved: Namespace) -> dict[str, Any]:
-    """What a routing strategy changes of a trained model, by argument; empty if the weights say all of it.
+    """Returns the routing strategy's arguments that a trained model needs; empty if its weights are sufficient.
 
     Args:
         saved: The run's arguments.
@@ -133,7 +133,7 @@ def _tokenizer_of_import(given: Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _check_places(given: Namespace, flags: dict[str, Any]) -> None:
-    """Names a stored file that is somewhere else now; what could be the name of a model on a hub passes."""
+    """Refuses stored paths that no longer exist; a value that could be the name of a model on the Hub passes."""
     for dest in ("vision_model", "tokenizer_model"):
         path, is_given = flags.get(dest), getattr(given, dest)
         is_file = os.path.isabs(str(path)) or str(path).endswith(".model")
@@ -146,7 +146,7 @@ def _template_of_tokenizer(given: Namespace, flags: dict[str, Any], is_import: b
     folder = Path(str(given.tokenizer_model or flags.get("tokenizer_model")))
     if (folder / "tokenizer_config.json").is_file():
         text = str(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template or "")
-        for mark, name in _MARKS.items():
+        for mark, name in _TEMPLATE_MARKS.items():
             if mark in text:
                 return name
     why = "is an import" if is_import else "was trained with --conversation-template plain, which leaves questions out"

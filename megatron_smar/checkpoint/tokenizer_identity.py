@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokenizer a checkpoint belongs to, and how many tokens its vocabulary has."""
+"""Checks that the tokenizer is the checkpoint's, and decides the size of the model's vocabulary."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_smar.data.tokens import load_huggingface
 
-Fingerprint = tuple[int, str]  # number of pieces, and a hash of all of them in their order
+Fingerprint = tuple[int, str]  # number of pieces, and a hash of all pieces in the order of their ids
 
 
 def fingerprint(pieces: Sequence[Any]) -> Fingerprint:
-    """What tells one vocabulary from another: the pieces by their ids."""
+    """Returns the fingerprint of a vocabulary, given its pieces in the order of their ids."""
     digest = hashlib.sha256("\x00".join(map(str, pieces)).encode("utf-8", "surrogatepass"))
     return len(pieces), digest.hexdigest()
 
 
 def fingerprints_of_folder(folder: Path) -> list[Fingerprint]:
-    """Those of the tokenizers in a model's folder: Hugging Face's, and a SentencePiece model; empty without any.
+    """Returns the fingerprints of a folder's tokenizers: Hugging Face's and a SentencePiece model; empty without any.
 
     Raises:
         ValueError: The folder's tokenizer cannot be loaded, or not without running its code.
@@ -40,15 +40,15 @@ def fingerprints_of_folder(folder: Path) -> list[Fingerprint]:
 
 
 def settle_vocabulary(args: Namespace, tokenizer: Any, saved: Any | None) -> None:
-    """Decides how many tokens the model's vocabulary has, and pads it for the layout.
+    """Decides how many tokens the model's vocabulary has, and pads it for the parallel layout.
 
-    Sets `true_vocab_size` (the checkpoint's; without one the tokenizer's), `padded_vocab_size`, and
-    `tokenizer_fingerprints`, all of which go into the next checkpoint.
+    Sets `true_vocab_size` (the larger of the checkpoint's and the tokenizer's size), `padded_vocab_size`, and
+    `tokenizer_fingerprints`, all of which are saved with the next checkpoint.
 
     Args:
-        args: The run's.
-        tokenizer: Megatron's.
-        saved: Arguments of the run that saved the checkpoint in --load; None without one.
+        args: The run's arguments.
+        tokenizer: Megatron's tokenizer.
+        saved: Arguments of the run that saved the checkpoint in --load; None without a checkpoint.
 
     Raises:
         ValueError: The tokenizer is not the checkpoint's.
@@ -68,8 +68,8 @@ def settle_vocabulary(args: Namespace, tokenizer: Any, saved: Any | None) -> Non
 
 
 def _pieces(tokenizer: Any) -> list[Any] | None:
-    """All pieces by their ids; None for a tokenizer that does not give them."""
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)  # the wrapper has no public way
+    """Returns all pieces in the order of their ids; None for a tokenizer that cannot list them."""
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)  # the wrapper has no public access to it
     try:
         return list(inner.ids_to_tokens(list(range(tokenizer.vocab_size))))
     except (AttributeError, NotImplementedError, TypeError):
@@ -77,16 +77,17 @@ def _pieces(tokenizer: Any) -> list[Any] | None:
 
 
 def _stored_size(saved: Any, size: int) -> int:
-    """Tokens of the checkpoint's vocabulary.
+    """Returns the number of tokens of the checkpoint's vocabulary.
 
-    Checkpoints of releases that did not store it have their padded size alone: it is that of `size` tokens, or another.
+    Checkpoints of older releases store the padded size only. If `size` tokens, padded, give that size, `size` is
+    returned, else the padded size.
     """
     true: int | None = getattr(saved, "true_vocab_size", None)
     padded: int | None = getattr(saved, "padded_vocab_size", None)
     if true is not None or padded is None:
         return true if true is not None else size
     multiple = saved.make_vocab_size_divisible_by * saved.tensor_model_parallel_size
-    imported = padded % multiple != 0 or padded == getattr(saved, "vocab_size", None)  # imports hold no padding
+    imported = padded % multiple != 0 or padded == getattr(saved, "vocab_size", None)  # imports are not padded
     return size if not imported and calculate_padded_vocab_size(size, multiple, 1, False) == padded else padded
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's torch_dist checkpoints, written and read one tensor at a time.
+"""Writes and reads Megatron's torch_dist checkpoints one tensor at a time.
 
-Megatron's own save and load hold a whole model in memory. These use the same format by the interfaces of
-`torch.distributed.checkpoint`: a planner that makes each tensor when its turn to be written comes, and a reader of any
-part of any tensor.
+Megatron's own save and load hold the full model in memory. This module uses the same format through the interfaces of
+`torch.distributed.checkpoint`: a planner that makes each tensor only when it is written, and a reader of any part of
+any tensor.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_smar.checkpoint.folders import some
+from megatron_smar.checkpoint.folders import first_few
 from megatron_smar.checkpoint.metadata import (
     DamagedError,
     file_problems,
     find_checkpoint,
+    one_line,
     read_common_state,
     read_contents,
-    told,
 )
 
 SWEEP_BYTES = 1 << 25
@@ -58,15 +58,15 @@ SWEEP_BYTES = 1 << 25
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a tensor that is to be written, and how to get it.
+    """A part of a tensor to be written, and a function that returns its data.
 
     Attributes:
         key: The tensor's name in the checkpoint.
-        offsets: Where the part begins.
-        sizes: Its shape, with Megatron's axes of layers and experts in front.
-        shape: The whole tensor's shape.
-        dtype: Its data type.
-        read: Gives the part, of any shape with as many elements.
+        offsets: Offsets of the part in the full tensor.
+        sizes: The part's shape, with Megatron's axes of layers and experts in front.
+        shape: The full tensor's shape.
+        dtype: The tensor's data type.
+        read: Returns the part, in any shape with the same number of elements.
     """
 
     key: str
@@ -78,7 +78,7 @@ class Shard:
 
     @property
     def item(self) -> WriteItem:
-        """What the storage layer is told of it."""
+        """The part's description for the storage layer."""
         return WriteItem(
             index=MetadataIndex(self.key, self.offsets),
             type=WriteItemType.SHARD,
@@ -91,20 +91,20 @@ class Shard:
 
 
 class _StreamingPlanner(SavePlanner):
-    """Gives the storage layer each tensor when it asks for it, and keeps none."""
+    """Makes each tensor when the storage layer asks for it, and keeps none."""
 
     def __init__(self, shards: Iterable[Shard], objects: dict[str, Any], progress: Callable[[int], None]) -> None:
         self.shards = {shard.item.index: shard for shard in shards}
         self.objects = objects
         self.progress = progress
         self._unswept = 0
-        gc.freeze()  # what was made before now need not be looked at again
+        gc.freeze()  # the frequent collections below need not visit older objects
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """The interface's; there is no state dict."""
+        """Does nothing: required by the interface, but there is no state dict."""
 
     def create_local_plan(self) -> SavePlan:
-        """One item per shard and per object."""
+        """Returns a plan with one item per shard and per object."""
         objects = [
             WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(0))
             for name in self.objects
@@ -112,21 +112,21 @@ class _StreamingPlanner(SavePlanner):
         return SavePlan([shard.item for shard in self.shards.values()] + objects)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """The checkpoint's table of contents."""
+        """Returns the plans unchanged, with the checkpoint's table of contents."""
         contents: dict[str, Any] = {name: BytesStorageMetadata() for name in self.objects}
         for shard in self.shards.values():
             data = shard.item.tensor_data
             assert data is not None
-            whole = contents.setdefault(shard.key, TensorStorageMetadata(data.properties, data.size, []))
-            whole.chunks.append(data.chunk)
+            tensor = contents.setdefault(shard.key, TensorStorageMetadata(data.properties, data.size, []))
+            tensor.chunks.append(data.chunk)
         return all_plans, Metadata(contents)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Nothing to merge: one process plans."""
+        """Returns the plan unchanged: with one process there is nothing to merge."""
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """The shard or object, made now."""
+        """Makes the shard or the object, and returns it."""
         if write_item.type == WriteItemType.BYTE_IO:
             content = io.BytesIO()
             torch.save([self.objects[write_item.index.fqn]], content)
@@ -139,14 +139,14 @@ class _StreamingPlanner(SavePlanner):
         return tensor
 
     def _sweep(self) -> None:
-        """Frees the tensors written before: torch.save leaves each in a cycle of references."""
+        """Frees the tensors already written: torch.save leaves each in a reference cycle."""
         if self._unswept > SWEEP_BYTES:
             gc.collect()
             self._unswept = 0
 
 
 class _FewTensorsPerFile(dcp.FileSystemWriter):
-    """Spreads the weights over files: torch 2.13 keeps the last tensor of each name until its file is done."""
+    """Splits the weights over files: torch 2.13 keeps the last tensor of each name until its file is written."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
@@ -159,7 +159,10 @@ class _FewTensorsPerFile(dcp.FileSystemWriter):
 
 
 def _groups(items: list[WriteItem]) -> list[list[WriteItem]]:
-    """Items by file: all parts of a name in one, and as many names as together keep little in memory."""
+    """Groups items by file: all parts of one name together, and as many names as fit in `SWEEP_BYTES`.
+
+    A name counts with its largest part, which is what torch keeps in memory.
+    """
     by_name: dict[str, list[WriteItem]] = {}
     for item in items:
         by_name.setdefault(item.index.fqn, []).append(item)
@@ -181,11 +184,11 @@ def write_checkpoint(
     """Writes a checkpoint that Megatron loads as a release, i.e. as weights without a training's history.
 
     Args:
-        directory: As --load will name it.
+        directory: The folder that --load will name.
         shards: The model's weights.
-        objects: What else the model's state dict has.
-        args: Arguments under which the trainer builds the model, for --use-checkpoint-args.
-        progress: Called with the bytes of each tensor.
+        objects: The other entries of the model's state dict.
+        args: Arguments with which the trainer builds the model, for --use-checkpoint-args.
+        progress: Called with the number of bytes of each tensor written.
     """
     folder = Path(get_checkpoint_name(str(directory), 0, release=True, return_base_dir=True))
     folder.mkdir(parents=True)
@@ -194,18 +197,18 @@ def write_checkpoint(
     named = {piece.unique_key: piece.data for piece in (*objects, state)}
     writer = _FewTensorsPerFile(folder, per_thread_copy_ahead=0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended: one process
         dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(shards, named, progress), no_dist=True)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     Path(get_checkpoint_tracker_filename(str(directory))).write_text("release")
 
 
 class CheckpointReader:
-    """Reads any part of any tensor of a torch_dist checkpoint, whatever layout wrote it.
+    """Reads any part of any tensor of a torch_dist checkpoint, whatever parallel layout wrote it.
 
     Args:
-        directory: As --load names it.
-        iteration: Which of its checkpoints; None for the latest.
+        directory: The folder that --load names.
+        iteration: The checkpoint's step; None for the latest checkpoint.
 
     Raises:
         ValueError: There is no such checkpoint, or it is damaged.
@@ -215,19 +218,19 @@ class CheckpointReader:
         self.folder = find_checkpoint(directory, iteration)
         metadata = read_contents(self.folder)
         if problems := list(file_problems(self.folder, metadata)):
-            raise DamagedError(f"{self.folder} is damaged: {some(problems)}; take another of its checkpoints.")
+            raise DamagedError(f"{self.folder} is damaged: {first_few(problems)}; take another of its checkpoints.")
         self.common_state = read_common_state(self.folder, metadata)
         self.tensors = {
             key: data for key, data in metadata.state_dict_metadata.items() if isinstance(data, TensorStorageMetadata)
         }
         self._storage: dict[MetadataIndex, Any] = metadata.storage_data
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
-        self._last: tuple[str, torch.Size, Tensor] | None = None  # parts of one are often asked for one after another
+        self._last: tuple[str, torch.Size, Tensor] | None = None  # consecutive reads often need the same chunk
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """The part of a tensor that begins at `offsets` and has the shape `sizes`."""
+        """Returns the part of a tensor that begins at `offsets` and has the shape `sizes`."""
         parts = []
-        for chunk in self._near(key, offsets, sizes):
+        for chunk in self._candidate_chunks(key, offsets, sizes):
             begin = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
             end = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
             if all(a < b for a, b in zip(begin, end, strict=True)):
@@ -242,13 +245,15 @@ class CheckpointReader:
             inside = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, chunk.offsets, strict=True))
             there = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, offsets, strict=True))
             if self._last is None or self._last[:2] != (key, chunk.offsets):
-                self._last = None  # before the next takes its place
+                self._last = None  # frees the old chunk before the next is loaded
                 self._last = (key, chunk.offsets, self._load(key, chunk))
             result[there] = self._last[2][inside]
         return result
 
-    def _near(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterable[ChunkStorageMetadata]:
-        """The chunks that may overlap: Megatron cuts its leading axes, layers and experts, into single indices."""
+    def _candidate_chunks(
+        self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> Iterable[ChunkStorageMetadata]:
+        """Returns the chunks that may overlap: Megatron splits its leading axes, layers and experts, by index."""
         if key not in self._chunks:
             index = self._chunks[key] = {}
             for chunk in self.tensors[key].chunks:
@@ -264,15 +269,15 @@ class CheckpointReader:
             window = cast(IO[bytes], _Window(file, place))
             try:
                 tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)
-            except Exception as error:  # a broken file raises whatever its bytes lead to
+            except Exception as error:  # a damaged file can raise any exception
                 raise DamagedError(
-                    f"{file.name} does not give {key} ({told(error)}); the checkpoint is damaged, take another one."
+                    f"{file.name} does not give {key} ({one_line(error)}); the checkpoint is damaged, take another one."
                 ) from error
         return tensor
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own, from which torch reads straight into the tensor."""
+    """Presents a part of a file as a file, from which torch reads directly into the tensor."""
 
     def __init__(self, file: io.RawIOBase, place: Any) -> None:
         self.file, self.start, self.length, self.position = file, place.offset, place.length, 0
@@ -296,7 +301,7 @@ class _Window(io.RawIOBase):
 
 
 def _single_axes(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
-    """Offsets along the leading axes where a part is one element wide, but at most of two."""
+    """Returns the offsets along the leading axes, at most two, in which a part is one element wide."""
     axes = 0
     while axes < min(2, len(sizes) - 1) and sizes[axes] == 1:
         axes += 1

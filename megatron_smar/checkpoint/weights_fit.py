@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a torch_dist checkpoint holds the weights of the model that is to load it, all of them and no others."""
+"""Checks that a torch_dist checkpoint holds exactly the weights of the model, before Megatron loads it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_smar.checkpoint.torch_dist import CheckpointReader
 
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 BIAS_OF_A_LINEAR_LAYER = "disable-bias-linear"
-# Which flag gives a model a weight, by the weight's name; the first that matches.
+# Pattern of a weight's name -> the flag that gives a model this weight; the first match counts.
 FLAGS = (
     (r"^connector\.", "connector"),
     (r"^vision_model\.", "vision-model"),
@@ -47,26 +47,26 @@ FLAGS = (
 def check_weights(model: MegatronModule, args: Namespace) -> None:
     """Compares the weights of this rank's part of the model with those in the checkpoint, by name and shape.
 
-    Every rank learns the outcome. With virtual pipeline stages it is called for each chunk, in their order.
+    The result is shared with all ranks. With virtual pipeline stages, call this for each model chunk in order.
 
     Args:
-        model: One pipeline stage, or one of its chunks.
-        args: The run's.
+        model: One pipeline stage, or one of its model chunks.
+        args: The run's arguments.
 
     Raises:
-        CheckpointMismatchError: On every rank, if any rank found a weight missing or of another shape, or the
-            checkpoint has one that no rank has.
+        CheckpointMismatchError: On every rank, if any rank found a weight missing or of another shape, or if the
+            checkpoint has a weight that no rank has.
     """
     folder = checkpoint_to_load(args)
     if folder is None:
         return
-    ours = dict(_weights(model))
-    _collect(model.vp_stage, ours)
+    weights = dict(_weights(model))
+    _collect(model.vp_stage, weights)
     found = [""] * dist.get_world_size()
-    dist.all_gather_object(found, _first_mismatch(ours, folder))
+    dist.all_gather_object(found, _first_mismatch(weights, folder))
     problem = next(filter(None, found), None)
     if problem is None and model.vp_stage in (None, (args.virtual_pipeline_model_parallel_size or 1) - 1):
-        problem = _first_spare(read_contents(folder), folder, set(args.allow_model_change))
+        problem = _first_unexpected(read_contents(folder), folder, set(args.allow_model_change))
     if problem:
         raise CheckpointMismatchError(
             f"--load {args.load or args.pretrained_checkpoint} holds another model than the flags describe: {problem}; "
@@ -74,7 +74,7 @@ def check_weights(model: MegatronModule, args: Namespace) -> None:
         )
 
 
-_NAMES: set[str] = set()  # of this rank's weights, all chunks together
+_NAMES: set[str] = set()  # names of this rank's weights, of all model chunks
 
 
 def _collect(vp_stage: int | None, weights: dict[str, ShardedTensor]) -> None:
@@ -84,7 +84,7 @@ def _collect(vp_stage: int | None, weights: dict[str, ShardedTensor]) -> None:
 
 
 def _weights(model: MegatronModule) -> Iterator[tuple[str, ShardedTensor]]:
-    """What the checkpoint must hold of this part of the model, by its names there."""
+    """Yields the weights of this part of the model, by their names in the checkpoint."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     for part in model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}).values():
         built = part.build() if isinstance(part, ShardedTensorFactory) else part
@@ -93,14 +93,14 @@ def _weights(model: MegatronModule) -> Iterator[tuple[str, ShardedTensor]]:
                 yield each.key, each
 
 
-def _first_mismatch(ours: dict[str, ShardedTensor], folder: Path) -> str:
-    """The first weight of this rank that the checkpoint has not, or in another shape; or a damaged object in it."""
+def _first_mismatch(weights: dict[str, ShardedTensor], folder: Path) -> str:
+    """Describes this rank's first weight that the checkpoint lacks or has in another shape, or a damaged object."""
     contents = read_contents(folder)
     try:
         check_objects(folder, contents, dist.get_rank(), dist.get_world_size())
     except DamagedError as error:
         return str(error)
-    for key, tensor in ours.items():
+    for key, tensor in weights.items():
         stored = contents.state_dict_metadata.get(key)
         if not isinstance(stored, TensorStorageMetadata):
             return f"{key} is not in it ({_flag(key)})"
@@ -110,21 +110,22 @@ def _first_mismatch(ours: dict[str, ShardedTensor], folder: Path) -> str:
     return ""
 
 
-def _first_spare(contents: Metadata, folder: Path, allowed: set[str]) -> str | None:
-    """The first weight of the checkpoint that no rank's part of the model has a place for."""
+def _first_unexpected(contents: Metadata, folder: Path, allowed: set[str]) -> str | None:
+    """Describes the first weight of the checkpoint that no rank's part of the model has; None if there is none."""
     kinds = contents.state_dict_metadata.items()
     names = sorted(key for key, kind in kinds if isinstance(kind, TensorStorageMetadata) and not OPTIMIZER.match(key))
     has = torch.tensor([name in _NAMES for name in names], dtype=torch.int32, device="cuda")
     dist.all_reduce(has, op=dist.ReduceOp.MAX)
-    spare = [name for name, present in zip(names, has.tolist(), strict=True) if not present]
-    if spare and all("modality_bias" in name for name in spare) and not _any_bias(folder):
-        return None  # they are zero, as an import has them, and nothing is lost
-    spare = [name for name in spare if not allowed & set(_flag(name).removeprefix("--").split(", --"))]
-    return f"it has {spare[0]}, for which this model has no place ({_flag(spare[0])})" if spare else None
+    unexpected = [name for name, present in zip(names, has.tolist(), strict=True) if not present]
+    if unexpected and all("modality_bias" in name for name in unexpected) and not _any_bias(folder):
+        return None  # the biases are zero, as an import writes them: nothing is lost
+    unexpected = [name for name in unexpected if not allowed & set(_flag(name).removeprefix("--").split(", --"))]
+    first = next(iter(unexpected), None)
+    return f"it has {first}, for which this model has no place ({_flag(first)})" if first else None
 
 
 def _any_bias(folder: Path) -> bool:
-    """Whether any modality bias of a checkpoint is other than zero."""
+    """Returns whether any modality bias of a checkpoint is not zero."""
     reader = CheckpointReader(folder)
     sizes = {key: tuple(data.size) for key, data in reader.tensors.items() if key.endswith(".modality_bias.bias")}
     return any(
@@ -133,5 +134,5 @@ def _any_bias(folder: Path) -> bool:
 
 
 def _flag(key: str) -> str:
-    """The flag that gives a model this weight."""
+    """Returns the flag that gives a model this weight."""
     return "--" + next((flag for pattern, flag in FLAGS if re.search(pattern, key)), "use-checkpoint-args")

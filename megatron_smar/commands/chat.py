@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program behind tools/chat.py and `megatron-smar-chat`: asks a model one question and shows its answer.
+"""Asks a model one question and prints its answer (tools/chat.py, `megatron-smar-chat`).
 
-A question may come with a picture. The model is an export, or a checkpoint, in which its run's arguments say the rest.
+A question may come with an image. The model is an export, or a checkpoint; a checkpoint stores its run's arguments, so
+it needs no further flags.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ from megatron_smar import runtime
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the command line's parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="FOLDER", help="an export's folder, or a checkpoint's (--save)")
-    parser.add_argument("question", help="the picture goes before it, unless <image> says where")
-    parser.add_argument("--image", type=Path, help="file of a picture. Default: a question about text alone")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="most of an answer. Default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: the most likely token each time")
-    parser.add_argument("--seed", type=int, default=0, help="with --temperature. Default: %(default)s")
-    parser.add_argument("--iteration", type=int, help="which of a checkpoint's. Default: the latest")
-    parser.add_argument("--hf", type=Path, help="a checkpoint's config and tokenizer. Default: where its run read them")
+    parser.add_argument("question", help="the image is put before it, unless <image> in it says where")
+    parser.add_argument("--image", type=Path, help="image file. Default: a question without an image")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer. Default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, always the most likely token")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the sampling, with --temperature. Default: %(default)s"
+    )
+    parser.add_argument("--iteration", type=int, help="step of the checkpoint to load. Default: the latest")
+    parser.add_argument(
+        "--hf", type=Path, help="folder with a checkpoint's config and tokenizer. Default: the run's own"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Asks; a user's mistake is one sentence."""
+    """Asks the question; a user's mistake is reported in one sentence."""
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face models in and out of the trainer's checkpoints; docs/checkpoints.md tells the whole.
+"""Converts Hugging Face models to checkpoints of the trainer and back; docs/checkpoints.md describes all commands.
 
-A checkpoint is written in Megatron's torch_dist format, which has no layout: it loads under any number of tensor-,
-pipeline-, expert- and data-parallel ranks.
+A checkpoint is written in Megatron's torch_dist format, which does not depend on a parallel layout: it loads under any
+number of tensor-, pipeline-, expert- and data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_smar import runtime
 
-# Only `verify` runs a model; the others build it on the meta device, where a GPU is of no use.
+# Only `verify` runs a model; the other commands build it on the meta device and need no GPU.
 runtime.install_or_exit(None if "verify" in sys.argv[1:2] else "cpu")
 
 import torch
@@ -57,68 +57,74 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the command line's parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    imported = commands.add_parser("import", help="a Hugging Face model to a checkpoint for --load")
+    imported = commands.add_parser("import", help="write a Hugging Face model as a checkpoint for --load")
     _add_source(imported)
-    exported = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
+    exported = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
     place = exported.add_mutually_exclusive_group(required=True)
     place.add_argument("--load", type=Path, help="folder of the checkpoint")
-    place.add_argument("--config", type=Path, help="or its run's run.yaml")
-    exported.add_argument("--iteration", type=int, help="which of its checkpoints. Default: the latest")
+    place.add_argument("--config", type=Path, help="or the run.yaml of its run")
+    exported.add_argument("--iteration", type=int, help="step of the checkpoint to read. Default: the latest")
     exported.add_argument(
         "--hf",
         type=Path,
         required=True,
-        help="folder with config and tokenizer: what was imported, or the import's hf/",
+        help="folder with config and tokenizer: the imported model's, or the import's hf/",
     )
     exported.add_argument(
         "--no-processor",
         dest="processor",
         action="store_false",
-        help="write no processor, chat template and generation config; tokenizer files are copied as they are",
+        help="write no processor, chat template and generation config; tokenizer files are copied unchanged",
     )
     upcycle = commands.add_parser(
-        "upcycle", help="a dense model to a checkpoint of a mixture of experts that starts as it"
+        "upcycle", help="write a dense model as a mixture of experts that computes the same at the start"
     )
     _add_source(upcycle)
     upcycle.add_argument("--load", type=Path, help="or a dense model's checkpoint, whose config is in --hf")
     _add_upcycling(upcycle)
-    inspected = commands.add_parser("inspect", help="what a checkpoint holds, read from its table of contents alone")
+    inspected = commands.add_parser("inspect", help="show what a checkpoint holds, from its table of contents only")
     inspected.add_argument("load", type=Path, metavar="CHECKPOINT", help="folder of the checkpoint")
-    inspected.add_argument("--iteration", type=int, help="which of its checkpoints. Default: the latest")
-    inspected.add_argument("--json", action="store_true", help="as one JSON object")
+    inspected.add_argument("--iteration", type=int, help="step of the checkpoint to read. Default: the latest")
+    inspected.add_argument("--json", action="store_true", help="print one JSON object")
     verified = commands.add_parser(
         "verify",
-        help="whether a checkpoint and a Hugging Face model have the same logits; exit status 1 where they differ",
-        description="Further flags are Megatron's (layout, --bf16 ...); several ranks are started by torchrun.",
+        help="compare the logits of a checkpoint and a Hugging Face model; exit status 1 if they differ",
+        description="Other flags go to Megatron (parallel sizes, --bf16, ...); torchrun starts several ranks.",
     )
     verified.add_argument("--hf", type=Path, help="folder of the model, with its weights")
-    verified.add_argument("--language", type=Path, help="or of the language model that was imported")
-    verified.add_argument("--vision", type=Path, help="with the vision encoder's; the connector is the checkpoint's")
+    verified.add_argument("--language", type=Path, help="or folder of the language model that was imported")
+    verified.add_argument(
+        "--vision", type=Path, help="with folder of the vision encoder; the connector is the checkpoint's"
+    )
     verified.add_argument("--load", type=Path, required=True, help="folder of the checkpoint")
-    verified.add_argument("--tolerance", type=float, default=1e-4, help="of a logit, absolute. Default: %(default)s")
-    verified.add_argument("--text", nargs="+", default=[], help="texts to compare on. Default: one of its own")
-    verified.add_argument("--image", nargs="+", type=Path, default=[], help="pictures. Default: one of matplotlib's")
+    verified.add_argument("--tolerance", type=float, default=1e-4, help="absolute, for a logit. Default: %(default)s")
+    verified.add_argument("--text", nargs="+", default=[], help="texts to compare on. Default: a built-in sentence")
+    verified.add_argument("--image", nargs="+", type=Path, default=[], help="image files. Default: one of matplotlib's")
     for command in (imported, upcycle, exported):
         command.add_argument("--output", type=Path, required=True, help="new folder")
-        command.add_argument("--dtype", choices=DTYPES, help="convert the weights. Default: as they are")
+        command.add_argument("--dtype", choices=DTYPES, help="data type to convert the weights to. Default: unchanged")
     return parser
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    whole = parser.add_argument_group("a composite model")
-    whole.add_argument("--hf", type=Path, help="folder of an InternVL or VITA model, as published, or of an export")
+    composite_model = parser.add_argument_group("a composite model")
+    composite_model.add_argument(
+        "--hf", type=Path, help="folder of an InternVL or VITA model, as published, or of an export"
+    )
     parts = parser.add_argument_group("or its parts, with a new connector")
     parts.add_argument("--language", type=Path, help="folder of a causal language model")
     parts.add_argument(
         "--vision",
         type=Path,
-        help="folder of a vision encoder, or of a model that has one; with VITA as --hf, its InternViT",
+        help="folder of a vision encoder, or of a model with a vision encoder; with VITA as --hf, its InternViT",
     )
     parts.add_argument(
-        "--tokenizer-model", type=Path, help="tokenizer, to which image tokens are added. Default: that in --language"
+        "--tokenizer-model",
+        type=Path,
+        help="tokenizer, to which image tokens are added. Default: the one in --language",
     )
     default = Connection()
     parts.add_argument("--connector", choices=CONNECTORS, default=default.connector, help="default: %(default)s")
@@ -130,32 +136,30 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         default=list(Modalities().images),
-        help="kinds of images that will be trained on, as for pretrain_vlm.py; the tokenizer must have their "
+        help="kinds of images to train on, as for pretrain_vlm.py; the tokenizer must have their "
         "placeholders (tools/data/add_tokens.py --also). Default: vision",
     )
-    parser.add_argument(
-        "--seed", type=int, default=CONNECTOR_SEED, help="of weights that are drawn. Default: %(default)s"
-    )
+    parser.add_argument("--seed", type=int, default=CONNECTOR_SEED, help="seed of new weights. Default: %(default)s")
 
 
 def _add_upcycling(parser: argparse.ArgumentParser) -> None:
     group, default = parser.add_argument_group("the mixture"), UpcyclingConfig()
     numbers: dict[str, tuple[type, object, str]] = {
-        "num-experts": (int, default.num_experts, "experts per layer that has some"),
-        "moe-router-topk": (int, default.topk, "how many a token goes to"),
-        "every": (int, default.every, "every n-th layer gets experts, from the first on"),
+        "num-experts": (int, default.num_experts, "experts per MoE layer"),
+        "moe-router-topk": (int, default.topk, "experts that each token is routed to"),
+        "every": (int, default.every, "every n-th layer becomes an MoE layer, from the first on"),
         "router-init-std": (float, default.router_init_std, "standard deviation of the new routers' weights"),
-        "noise": (float, default.noise, "relative standard deviation of noise on the experts' weights"),
+        "noise": (float, default.noise, "relative standard deviation of the noise added to the experts' weights"),
     }
     for name, (kind, value, text) in numbers.items():
         group.add_argument(f"--{name}", type=kind, default=value, help=f"{text}. Default: %(default)s")
 
 
 def read_source(args: argparse.Namespace, scratch: Path) -> Source:
-    """What --hf, or --language and --vision, name.
+    """Reads the model that --hf, or --language and --vision, name.
 
     Raises:
-        ValueError: They name nothing that can be converted.
+        ValueError: The flags do not name a model that can be converted.
     """
     load = getattr(args, "load", None)
     if args.hf is not None and args.language is None and (load is None or args.vision is None):
@@ -170,7 +174,7 @@ def read_source(args: argparse.Namespace, scratch: Path) -> Source:
 
 
 def sources_of(args: argparse.Namespace) -> list[str]:
-    """Flags under which `verify` compares an import with what it was made of; none where they are not to be equal."""
+    """Returns the flags with which `verify` compares an import with its source; empty where they need not be equal."""
     noise: float = getattr(args, "noise", 0.0)
     if args.dtype is not None or noise:
         return []
@@ -182,17 +186,17 @@ def sources_of(args: argparse.Namespace) -> list[str]:
 
 
 def upcycling_config(args: argparse.Namespace) -> UpcyclingConfig:
-    """The flags of upcycling."""
+    """Returns the configuration that the upcycling flags describe."""
     return UpcyclingConfig(
         args.num_experts, args.moe_router_topk, args.every, args.router_init_std, args.noise, args.seed
     )
 
 
 def verify(options: argparse.Namespace, flags: list[str]) -> bool:
-    """Compares a checkpoint with a Hugging Face model, and prints how far they agree.
+    """Compares a checkpoint with a Hugging Face model, and prints how closely they agree.
 
     Returns:
-        Whether they do, on every rank.
+        Whether they agree, on every rank.
     """
     parts = [options.language, options.vision]
     if (options.hf is None) != all(parts) or (options.hf is not None and any(parts)):
@@ -206,29 +210,29 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
         )
     config = load_composite(hf)
     for folder in filter(None, [options.hf, *parts]):
-        read_folder(folder)  # one without weights is named before anything is built
-    written = options.load / "flags.txt"  # import and upcycle leave the model's flags there
-    model_flags = written.read_text().split() if written.is_file() else as_argv(composite.flags(config))
+        read_folder(folder)  # refuses a folder without weights before anything is built
+    flags_file = options.load / "flags.txt"  # import and upcycle write the model's flags there
+    model_flags = flags_file.read_text().split() if flags_file.is_file() else as_argv(composite.flags(config))
     vocabulary = ["--tokenizer-type", "NullTokenizer", "--vocab-size", config.text_config.vocab_size]
     fixed = "--micro-batch-size 1 --global-batch-size 1 --skip-train --no-load-optim --no-load-rng --finetune".split()
     given = ["--vision-model", hf, "--load", options.load, "--exit-on-missing-checkpoint"]
     length = ["--seq-length", config.text_config.max_position_embeddings]
     argv = [*model_flags, *vocabulary, *fixed, *given, *length, *flags]
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
-        os.environ.setdefault(name, value)  # torchrun sets them where there are several
+        os.environ.setdefault(name, value)  # torchrun sets them for several ranks
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments
         model, _, _ = start([str(word) for word in argv], _stored_strategy(options.load, flags))
     args = get_args()
     ids, tiles = build_inputs(hf, config, options.text, options.image, args.tensor_model_parallel_size)
-    ours = checkpoint_logits(model, ids, tiles, config.image_token_id, tokens_per_tile(vision_config(args)))
+    logits = checkpoint_logits(model, ids, tiles, config.image_token_id, tokens_per_tile(vision_config(args)))
     found: list[Agreement | None] = [None]
     if dist.get_rank() == 0:
-        whole = (
+        reference = (
             load_parts(options.load, options.language, options.vision, args.params_dtype)
             if options.hf is None
             else load_whole(options.hf, args.params_dtype)
         )
-        agreement = compare(reference_logits(whole, hf, ids, tiles, runtime.device()), ours)
+        agreement = compare(reference_logits(reference, hf, ids, tiles, runtime.device()), logits)
         print(agreement.table(options.tolerance), flush=True)
         found = [agreement]
     dist.broadcast_object_list(found)
@@ -238,7 +242,7 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
 
 
 def _stored_strategy(load: Path, flags: list[str]) -> dict[str, Any]:
-    """The routing strategy's settings of the checkpoint that Megatron will load, unless flags choose a strategy."""
+    """Returns the stored routing strategy's settings of the checkpoint to load, unless flags choose a strategy."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt-step", type=int)
     parser.add_argument("--modality-routing")
@@ -247,7 +251,7 @@ def _stored_strategy(load: Path, flags: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs one command; a user's mistake is one sentence."""
+    """Runs one command; a user's mistake is reported in one sentence."""
     parser = build_parser()
     args, flags = parser.parse_known_args()
     if flags and args.command != "verify":

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's format in and out of the trainer's: import, export, upcycling, and the tables per architecture."""
+"""Conversion between Hugging Face's and the trainer's format: import, export, upcycling, tables per architecture."""

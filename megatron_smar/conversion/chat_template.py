@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation template as the Jinja template that transformers, vLLM and others render messages with.
+"""Writes a conversation template as the Jinja chat template with which transformers, vLLM and others render messages.
 
-Messages are transformers': `content` is a text, in which `<image>` stands for a picture as in a record, or a list of
-parts, where a picture is followed by a newline unless it is the last part, as LLaVA's records have it.
+Messages have transformers' form. `content` is a text, in which `<image>` stands for an image as in a record, or a list
+of parts; an image part is followed by a newline unless it is the last part, as in LLaVA's records.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _TOKENS = re.compile(r"(\{eos\}|\{\[/?\w+\]\}|\{text\}|\{system_text\}|\{system\
 
 
 def chat_template(template: ConversationTemplate, puts_space: bool) -> str:
-    """Write a conversation template in Jinja.
+    """Writes a conversation template in Jinja.
 
     Args:
         template: The conversation template.
-        puts_space: Whether the tokenizer puts a space in front of a text, which it does not behind a special token: it
-            is written out here.
+        puts_space: Whether the tokenizer puts a space in front of a text. It puts none after a special token, so the
+            Jinja template writes the space itself.
     """
     with_images = template.default_system_with_images
     default = _quoted(template.default_system)
@@ -74,7 +74,7 @@ def chat_template(template: ConversationTemplate, puts_space: bool) -> str:
 
 
 def _user_text(template: ConversationTemplate) -> list[str]:
-    """Lines that write a user's text, its pictures as the processor finds them, into `ns.shown`."""
+    """Returns lines that write a user's text into `ns.shown`, with images as the placeholder the processor expects."""
     tag, picture = _quoted(IMAGE_TAG), _quoted(IMAGE_CONTEXT)
     if not template.keeps_user_text:
         return [f"{{%- set ns.shown = {picture} * (text.split({tag}) | length - 1) -%}}"]
@@ -95,7 +95,7 @@ def _user_text(template: ConversationTemplate) -> list[str]:
 
 
 def _expression(pattern: str, **names: str) -> str:
-    """A pattern of a template as a Jinja expression, with a variable for each of its texts."""
+    """Returns a template's pattern as a Jinja expression, with a variable for each text in it."""
     parts = []
     for part in _TOKENS.split(pattern):
         if part == EOS:
@@ -108,5 +108,5 @@ def _expression(pattern: str, **names: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text as Jinja writes it."""
+    """Returns a text as a Jinja string literal."""
     return json.dumps(text, ensure_ascii=False)

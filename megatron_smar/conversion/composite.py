@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision encoder, connector and language model as one Hugging Face model: InternVL's layout, whatever its parts.
+"""Vision encoder, connector and language model as one Hugging Face model, in InternVL's layout for any parts.
 
-Everything is read and written under the names of an `InternVLForConditionalGeneration` on disk: `language_model.` and a
-causal language model's own names, `vision_tower.` and a vision model's, `multi_modal_projector.`.
+Everything is read and written under the names of an `InternVLForConditionalGeneration` on disk: `language_model.` plus
+the names of a causal language model, `vision_tower.` plus the names of a vision model, and `multi_modal_projector.`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from megatron_smar.checkpoint.metadata import told
+from megatron_smar.checkpoint.metadata import one_line
 from megatron_smar.conversion.architectures import LANGUAGES, Flags, UnsupportedError, language_of
 from megatron_smar.conversion.architectures.common import refuse
 from megatron_smar.conversion.weights import Weight, generator_of
@@ -37,26 +37,26 @@ from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.vision import NORMALISATION, side_in_pixels
 
 LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
-TOWER = "vision_model.tower."  # the trainer's
-# Layouts that come with code of their own, which `original_layouts.py` reads.
+TOWER = "vision_model.tower."  # prefix of the vision tower's weights in the trainer
+# Model types that are published with their own modeling code; `original_layouts.py` reads them.
 ORIGINAL_TYPES = ("internvl_chat", "intern_vit_6b", "vita-mixtral", "vita-Qwen2")
 MODALITY_BIAS = re.compile(r"(.*\.mlp\.router)\.weight")
-# Newer files of the same model name it as it lies in memory.
+# Prefixes of the weights' names in memory, which newer files of the same model use -> prefixes on disk.
 IN_MEMORY = {
     "model.language_model.": LANGUAGE + "model.",
     "lm_head.": LANGUAGE + "lm_head.",
     "model." + VISION: VISION,
     "model." + PROJECTOR: PROJECTOR,
 }
-# Written by older versions of transformers; computed, not learnt.
+# Buffers that older versions of transformers saved; they are computed, not trained.
 COMPUTED = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 def load_config(folder: Path | str) -> PretrainedConfig:
-    """The config of a Hugging Face folder, ours included; no code of the folder is run.
+    """Reads the config of a Hugging Face folder, also of this project's exports, without running the folder's code.
 
     Raises:
-        UnsupportedError: There is none, or transformers does not know its type.
+        UnsupportedError: There is no config, or transformers does not know its model type.
     """
     content = read_content(folder)
     kind = content.get("model_type")
@@ -73,45 +73,45 @@ def load_config(folder: Path | str) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UnsupportedError(
             f"{Path(folder) / 'config.json'} is of the model type {kind!r}, and transformers cannot read it "
-            f"({told(error)}); supported are {supported()}."
+            f"({one_line(error)}); supported are {supported()}."
         ) from error
-    _forget_code(config)
+    _remove_auto_map(config)
     if kind in (PLAIN_TYPE, MODEL_TYPE):
         text: Any = config.text_config
-        if "tie_word_embeddings" not in content:  # older files leave it to the language model's part
+        if "tie_word_embeddings" not in content:  # older files set it in text_config only
             config.tie_word_embeddings = text.tie_word_embeddings
-        text.tie_word_embeddings = config.tie_word_embeddings  # the whole's decides
+        text.tie_word_embeddings = config.tie_word_embeddings  # the composite config wins
     return config
 
 
-def _forget_code(config: PretrainedConfig) -> None:
-    """Takes out `auto_map`, which would be saved with the config and name code that is not taken along."""
+def _remove_auto_map(config: PretrainedConfig) -> None:
+    """Removes `auto_map`, which would be saved with the config although the code that it names is not copied."""
     config.__dict__.pop("auto_map", None)
     for part in vars(config).values():
         if isinstance(part, PretrainedConfig):
-            _forget_code(part)
+            _remove_auto_map(part)
 
 
 def load_composite(folder: Path | str) -> PretrainedConfig:
-    """The config of a composite model's folder.
+    """Reads the config of a composite model's folder.
 
     Raises:
-        UnsupportedError: There is none, or it is another kind of model's.
+        UnsupportedError: There is no config, or it is not a composite model's.
     """
     config = load_config(folder)
     if config.model_type not in (PLAIN_TYPE, MODEL_TYPE):
         raise UnsupportedError(
-            f"--hf {folder} is a {config.model_type} model; it takes {supported()}. Give a language model alone as "
-            "--language, and a vision encoder with it as --vision."
+            f"--hf {folder} is a {config.model_type} model; it takes {supported()}. Give a language model without "
+            "vision as --language, and a vision encoder with it as --vision."
         )
     return config
 
 
 def read_content(folder: Path | str) -> dict[str, Any]:
-    """config.json of a Hugging Face folder, as it is written.
+    """Returns the content of a Hugging Face folder's config.json.
 
     Raises:
-        UnsupportedError: There is none, or it is damaged.
+        UnsupportedError: The file is missing or damaged.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -119,14 +119,14 @@ def read_content(folder: Path | str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UnsupportedError(f"{path} is no JSON object ({error}); fetch it again.") from error
+        raise UnsupportedError(f"{path} is not a JSON object ({error}); fetch it again.") from error
     if not isinstance(content, dict):
-        raise UnsupportedError(f"{path} is no JSON object (it holds a {type(content).__name__}); fetch it again.")
+        raise UnsupportedError(f"{path} is not a JSON object (it holds a {type(content).__name__}); fetch it again.")
     return content
 
 
 def supported() -> str:
-    """What can be converted, for a sentence."""
+    """Lists what can be converted, for an error message."""
     languages, towers = ", ".join(sorted(LANGUAGES)), ", ".join(NORMALISATION)
     return (
         f"{PLAIN_TYPE} with a language model of the type {languages}, or one of these with a tower of {towers}; import "
@@ -136,13 +136,13 @@ def supported() -> str:
 
 @dataclass(frozen=True)
 class Connection:
-    """How vision features reach the language model; the trainer's flags of these names.
+    """How vision features reach the language model.
 
     Attributes:
-        connector: --connector.
-        pixel_shuffle: --pixel-shuffle.
-        feature_layer: --vision-feature-layer.
-        feature_scale: --vision-feature-scale.
+        connector: The trainer's --connector.
+        pixel_shuffle: The trainer's --pixel-shuffle.
+        feature_layer: The trainer's --vision-feature-layer.
+        feature_scale: The trainer's --vision-feature-scale.
     """
 
     connector: ConnectorType = "mlp2x_gelu"
@@ -152,10 +152,10 @@ class Connection:
 
 
 def tower_of(vision: PretrainedConfig) -> PretrainedConfig:
-    """The config of a vision tower, given it or that of a model which has one.
+    """Returns the config of a vision tower, given the tower's config or that of a model with a vision tower.
 
     Raises:
-        UnsupportedError: It is of another kind.
+        UnsupportedError: The tower's model type is not supported.
     """
     tower: PretrainedConfig = getattr(vision, "vision_config", vision)
     if tower.model_type not in NORMALISATION:
@@ -168,16 +168,16 @@ def tower_of(vision: PretrainedConfig) -> PretrainedConfig:
 def combine(
     language: PretrainedConfig, vision: PretrainedConfig, connection: Connection, image_token_id: int, vocab_size: int
 ) -> PretrainedConfig:
-    """The config of the model that a separate language model and vision tower become.
+    """Returns the config of the composite model made of a separate language model and vision tower.
 
     Args:
-        language: A causal language model's.
-        vision: A vision tower's, or that of a model which has one.
-        connection: What lies between them.
-        image_token_id: The placeholder of one vision token.
-        vocab_size: Of the tokenizer; the vocabulary grows to it where it is the larger.
+        language: Config of a causal language model.
+        vision: Config of a vision tower, or of a model with a vision tower.
+        connection: How vision features reach the language model.
+        image_token_id: Id of the placeholder for one vision token.
+        vocab_size: Number of the tokenizer's tokens; the model's vocabulary grows to it if it is smaller.
     """
-    language_of(language)  # refuses what is none
+    language_of(language)  # refuses unsupported language models
     tower = tower_of(vision)
     text = type(language).from_dict(language.to_dict() | {"vocab_size": max(language.vocab_size, vocab_size)})
     fields = RemoteFields(
@@ -199,17 +199,17 @@ def combine(
 
 
 def selection_of(tower: PretrainedConfig) -> str:
-    """Which of a tower's features are taken: those behind the class token, which SigLIP does not have."""
+    """Returns which of a tower's features are used: all but the class token's; SigLIP has no class token."""
     return "full" if tower.model_type == "siglip_vision_model" else "default"
 
 
 def with_text(config: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
-    """A composite model's config with another language model's in it."""
+    """Returns a composite model's config with its language model's config replaced."""
     return type(config).from_dict(config.to_dict() | {"text_config": text.to_dict()})
 
 
 def connection_of(config: PretrainedConfig) -> Connection:
-    """How a composite model's vision features reach its language model."""
+    """Returns how a composite model's vision features reach its language model."""
     return Connection(
         "internvl" if getattr(config, "projector_layer_norm", True) else "mlp2x_gelu",
         config.downsample_ratio,
@@ -219,7 +219,7 @@ def connection_of(config: PretrainedConfig) -> Connection:
 
 
 def flags(config: PretrainedConfig) -> Flags:
-    """The flags under which the trainer builds a composite model (without --vision-model, which names a place)."""
+    """Returns the trainer's flags for a composite model, but for --vision-model, which names a folder."""
     connection = connection_of(config)
     refuse(config, projector_hidden_act="gelu", vision_feature_select_strategy=selection_of(config.vision_config))
     if not isinstance(connection.feature_layer, int):
@@ -237,12 +237,12 @@ def flags(config: PretrainedConfig) -> Flags:
 
 
 def weights(config: PretrainedConfig, biases: bool, connector_seed: int | None = None) -> list[Weight]:
-    """The table of a composite model.
+    """Returns the weight table of a composite model.
 
     Args:
-        config: The model's.
-        biases: Whether Hugging Face's side has the modality biases; new ones are zero.
-        connector_seed: Of a new connector; None where Hugging Face's side has one.
+        config: The composite model's config.
+        biases: Whether the Hugging Face model has modality biases; otherwise they are new, and zero.
+        connector_seed: Seed of a new connector; None where the Hugging Face model has a connector.
     """
     language = [row.prefixed(LANGUAGE, LANGUAGE) for row in language_of(config.text_config).weights(config.text_config)]
     text = in_float32(language, config.text_config, MODEL_FOR_CAUSAL_LM_MAPPING)
@@ -255,12 +255,12 @@ def weights(config: PretrainedConfig, biases: bool, connector_seed: int | None =
 
 
 def in_float32(rows: list[Weight], config: PretrainedConfig, classes: Mapping[Any, Any]) -> list[Weight]:
-    """A part's table in which the weights that transformers' class never has in half precision stay in float32.
+    """Marks the weights that transformers' class never keeps in half precision, so that they stay in float32.
 
     Args:
-        rows: The table.
-        config: The part's.
-        classes: transformers' classes by the config's.
+        rows: The weight table of a part of the composite model.
+        config: The part's config.
+        classes: transformers' model classes by config class.
     """
     kind = classes[type(config)]
     kept = {*(kind._keep_in_fp32_modules or ()), *(kind._keep_in_fp32_modules_strict or ())}
@@ -268,45 +268,53 @@ def in_float32(rows: list[Weight], config: PretrainedConfig, classes: Mapping[An
 
 
 def modality_biases(language: list[Weight], stored: bool) -> list[Weight]:
-    """A row for the modality bias beside each router."""
+    """Returns a table row for the modality bias of each router.
+
+    Args:
+        language: The language model's table.
+        stored: Whether the Hugging Face model has the biases; otherwise they are new, and zero.
+    """
     rows = []
     for row in language:
         router = MODALITY_BIAS.fullmatch(row.megatron)
         if router:
             name = f"{router[1]}.modality_bias.bias"
-            theirs = (row.hf[0].removesuffix("weight") + "modality_bias",) if stored else ()
+            hf = (row.hf[0].removesuffix("weight") + "modality_bias",) if stored else ()
             make = None if stored else (lambda shape, dtype: torch.zeros(shape))
-            rows.append(Weight(name, theirs, make=make, dtype=torch.float32))
+            rows.append(Weight(name, hf, make=make, dtype=torch.float32))
     return rows
 
 
 def vision_weights(tower: PretrainedConfig) -> list[Weight]:
-    """The vision tower is transformers' own, taken whole: its weights have the same names on both sides."""
+    """Returns the vision tower's table; the trainer uses transformers' class, so names differ in the prefix only."""
     with torch.device("meta"):
         names = list(AutoModel.from_config(tower).state_dict())
     return [Weight(TOWER + name, (VISION + name,)) for name in names]
 
 
 def connector_weights(connector: ConnectorType, seed: int | None) -> list[Weight]:
-    """The connector's rows.
+    """Returns the connector's table.
 
     Args:
-        connector: --connector.
-        seed: Of a new one, which starts as torch's layers do; None for one that is read.
+        connector: The trainer's --connector.
+        seed: Seed of a new connector (see `fresh_layer`); None for a connector that is read.
     """
     rows = []
-    for ours, theirs in (("norm", "layer_norm"), ("linear_1", "linear_1"), ("linear_2", "linear_2")):
-        if ours == "norm" and connector != "internvl":
+    for layer, hf in (("norm", "layer_norm"), ("linear_1", "linear_1"), ("linear_2", "linear_2")):
+        if layer == "norm" and connector != "internvl":
             continue
         for kind in ("weight", "bias"):
-            name = f"connector.{ours}.{kind}"
-            read = Weight(name, (f"{PROJECTOR}{theirs}.{kind}",))
+            name = f"connector.{layer}.{kind}"
+            read = Weight(name, (f"{PROJECTOR}{hf}.{kind}",))
             rows.append(read if seed is None else Weight(name, make=partial(fresh_layer, name, seed)))
     return rows
 
 
 def fresh_layer(name: str, seed: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A weight or bias of a new connector: LayerNorm's one and zero, a linear layer's uniform weights and zero bias."""
+    """Initializes a weight of a new connector: LayerNorm to one and zero, a linear layer to uniform weights, zero bias.
+
+    The uniform distribution is that of torch's linear layers.
+    """
     if name.endswith(".bias"):
         return torch.zeros(shape, dtype=dtype)
     if name == "connector.norm.weight":
@@ -317,7 +325,7 @@ def fresh_layer(name: str, seed: int, shape: torch.Size, dtype: torch.dtype) -> 
 
 
 def canonical(name: str) -> str:
-    """A weight's name in InternVL's layout on disk."""
+    """Returns a weight's name in InternVL's layout on disk."""
     for prefix, replacement in IN_MEMORY.items():
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
@@ -325,10 +333,10 @@ def canonical(name: str) -> str:
 
 
 def part_of(names: Mapping[str, Any], part: str, tower: PretrainedConfig | None = None) -> dict[str, str]:
-    """Names of one part's weights in InternVL's layout, by their names in the folder that holds it.
+    """Returns the names of one part's weights in InternVL's layout, by their names in the folder that holds the part.
 
     Args:
-        names: What the folder has.
+        names: Names of the tensors in the folder.
         part: `LANGUAGE` or `VISION`.
         tower: The vision tower's config, for `VISION`.
     """
@@ -339,7 +347,7 @@ def part_of(names: Mapping[str, Any], part: str, tower: PretrainedConfig | None 
     found = {}
     for prefix in prefixes:
         if wanted and prefix + wanted[0] in names:
-            # A model of which the tower is a part has other weights too, which are left where they are.
+            # The folder of a model with a vision tower has other weights too, which are ignored.
             found = {n: VISION + n.removeprefix(prefix) for n in names if not prefix or n.startswith(prefix)}
             break
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's model without its weights: what a checkpoint of it must hold, by name and shape."""
+"""Builds the trainer's model without weights, to list what its checkpoint must hold by name and shape."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from megatron_smar.config.flags import add_arguments
 from megatron_smar.conversion.architectures.common import Flags
 from megatron_smar.model.vlm import VisionLanguageModel
 
-# Megatron's parser asks for these too; they do not describe a model.
+# Megatron's parser requires these as well; they do not describe a model.
 TRAINING = "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-5 --tokenizer-type NullTokenizer".split()
 
-# These are among a model's flags and may still differ from run to run.
+# Flags of a model that may still differ from run to run.
 CHOICES_OF_A_RUN = {
     "attention-dropout",
     "hidden-dropout",
     "max-position-embeddings",
-    "moe-layer-freq",  # a number and a list can say the same, and the weights' shapes tell
+    "moe-layer-freq",  # a number and a list can mean the same; a real difference shows in the weights' shapes
     "moe-router-load-balancing-type",
     "moe-token-dispatcher-type",
     "no-rope-fusion",
@@ -48,7 +48,7 @@ CHOICES_OF_A_RUN = {
 
 
 def as_argv(flags: Flags) -> list[str]:
-    """Flags as they stand on a command line; those that are None or False are left out."""
+    """Returns flags as command-line arguments; flags that are None or False are left out."""
     argv = []
     for name, value in flags.items():
         if value is None or value is False:
@@ -59,22 +59,22 @@ def as_argv(flags: Flags) -> list[str]:
 
 
 def parse(argv: Sequence[str], vocab_size: int) -> Namespace:
-    """The trainer's arguments for a model, as its own parser and checks make them.
+    """Returns the trainer's arguments for a model, parsed and validated by the trainer's own parser and checks.
 
     Args:
         argv: Flags that describe the model.
-        vocab_size: Rows of its embedding, exactly: a checkpoint holds no padding.
+        vocab_size: Number of rows of the model's embedding, without padding: converted checkpoints are not padded.
 
     Raises:
-        ValueError: The trainer would refuse them.
+        ValueError: The trainer would refuse the flags.
     """
     saved, sys.argv = sys.argv, [sys.argv[0], *TRAINING, *argv]
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints all its arguments
+        with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all arguments
             args = parse_args(add_arguments)
             args.seq_length = args.seq_length or args.max_position_embeddings
             args.vocab_size = vocab_size
-            args.use_cpu_initialization = True  # Megatron's and Transformer Engine's layers name a GPU otherwise
+            args.use_cpu_initialization = True  # otherwise Megatron's and Transformer Engine's layers ask for a GPU
             validate_args(args)
             check_shape(args)
     except (AssertionError, ValueError) as error:
@@ -87,12 +87,12 @@ def parse(argv: Sequence[str], vocab_size: int) -> Namespace:
 
 
 def differing_flags(flags: Flags, expected: Namespace, saved: Any) -> list[str]:
-    """Where a run trained another model than flags describe, though its weights may have the same shapes.
+    """Lists where a run's model differs from the one that flags describe, even if all weights have the same shapes.
 
     Args:
-        flags: The model's.
-        expected: The trainer's arguments under these flags.
-        saved: The run's arguments, from its checkpoint; one that it does not have passes.
+        flags: Flags that describe the model.
+        expected: The trainer's arguments for these flags.
+        saved: The run's arguments, from its checkpoint; arguments missing there pass.
     """
     parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     names = {option.removeprefix("--"): action.dest for action in parser._actions for option in action.option_strings}
@@ -105,7 +105,7 @@ def differing_flags(flags: Flags, expected: Namespace, saved: Any) -> list[str]:
 
 
 def build_empty(args: Namespace) -> VisionLanguageModel:
-    """The whole model on one rank, on the meta device: names and shapes, no memory."""
+    """Builds the full model on one rank on the meta device: names and shapes, but no memory for weights."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
@@ -126,20 +126,20 @@ def build_empty(args: Namespace) -> VisionLanguageModel:
 def describe_model(
     config: PretrainedConfig, flags: Flags
 ) -> tuple[Namespace, dict[str, list[ShardedTensor]], list[ShardedObject]]:
-    """The trainer's arguments for a model, and what it would save of it.
+    """Returns the trainer's arguments for a model, and the sharded tensors and objects that it would save.
 
     Args:
-        config: Of the composite model.
-        flags: The model's.
+        config: The composite model's config.
+        flags: Flags that describe the model.
     """
-    with tempfile.TemporaryDirectory() as folder:  # the trainer takes the vision tower's shape from one
+    with tempfile.TemporaryDirectory() as folder:  # the trainer reads the vision tower's shape from a folder
         config.save_pretrained(folder)
         args = parse([*as_argv(flags), "--vision-model", folder], config.text_config.vocab_size)
         return args, *sharded_parts(build_empty(args))
 
 
 def sharded_parts(model: VisionLanguageModel) -> tuple[dict[str, list[ShardedTensor]], list[ShardedObject]]:
-    """What Megatron would save of the model: the parts of each weight, by its name, and other objects."""
+    """Returns what Megatron would save of the model: the parts of each weight by its name, and other objects."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tensors: dict[str, list[ShardedTensor]] = {}
     objects = []
@@ -155,6 +155,6 @@ def sharded_parts(model: VisionLanguageModel) -> tuple[dict[str, list[ShardedTen
 
 
 def write_flags(path: Path, flags: Flags) -> None:
-    """Writes flags as a file that a command line takes in with $(cat FILE): one flag with its values per line."""
+    """Writes flags to a file for use as $(cat FILE) on a command line, one flag with its values per line."""
     lines = [" ".join(as_argv({name: value})) for name, value in flags.items()]
     path.write_text("\n".join(line for line in lines if line) + "\n")

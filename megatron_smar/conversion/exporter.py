@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A torch_dist checkpoint to a Hugging Face folder, one tensor at a time."""
+"""Exports a torch_dist checkpoint to a Hugging Face folder, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing, without_code
+from megatron_smar.checkpoint.folders import ConversionError, copy_companions, first_few, whole_or_nothing, without_code
 from megatron_smar.checkpoint.metadata import run_arguments, saved_arguments
 from megatron_smar.checkpoint.safetensors_io import write_folder
 from megatron_smar.checkpoint.torch_dist import CheckpointReader
@@ -47,23 +47,25 @@ def export_model(
 ) -> Written:
     """Writes a checkpoint as a Hugging Face folder.
 
-    A plain model for any tool, unless it has what transformers' class has no place for (modality biases that are not
-    zero, a connector without LayerNorm, scaled features): then with modelling code for `trust_remote_code`.
+    The export is a model of a plain transformers class, for any tool, unless it has what that class cannot represent
+    (modality biases that are not zero, a connector without LayerNorm, scaled features). Then it comes with modeling
+    code for `trust_remote_code`.
 
     Args:
         load: The checkpoint's folder.
-        hf: A folder with the model's config, tokenizer and processor: the one that was imported, or the import's `hf/`.
+        hf: A folder with the model's config, tokenizer and processor: the folder that was imported, or the import's
+            `hf/`.
         output: The new folder.
-        iteration: Which checkpoint; None for the latest.
-        dtype: Of the weights; None for what each one has.
-        processor: Whether to write processor, chat template and generation config as the run's arguments say.
+        iteration: The checkpoint's step; None for the latest checkpoint.
+        dtype: Data type of the exported weights; None keeps each weight's own.
+        processor: Whether to write processor, chat template and generation config for the run's arguments.
 
     Returns:
-        What was written.
+        Number and size of the weights written.
 
     Raises:
         ConversionError: The checkpoint holds another model than `hf` describes, or `output` cannot be written, or
-            transformers cannot make the tokens that the model was trained on.
+            transformers cannot produce the tokens that the model was trained on.
     """
     source = read_checkpoint(load, hf, iteration)
     layout = layout_of(source, dtype)
@@ -71,31 +73,31 @@ def export_model(
     with whole_or_nothing(output, needed) as folder:
         describe_export(source, hf, folder, layout)
         if processor and not write_processor(folder, run_arguments(load, iteration), source.config):
-            tqdm.write(f"{hf} has no tokenizer, so that the export comes without processor and chat template.")
+            tqdm.write(f"{hf} has no tokenizer, so the export comes without processor and chat template.")
         with tqdm(total=needed, unit="B", unit_scale=True, desc=f"writing {output}") as bar:
             write_folder(folder, layout, lambda name: source.tensors[name].read(), bar.update)
     return Written.of(len(layout), layout.values())
 
 
 def layout_of(source: Source, dtype: torch.dtype | None = None) -> Layout:
-    """Shape and data type of each weight of an export.
+    """Returns shape and data type of each weight of an export.
 
     Args:
-        source: The checkpoint, as `read_checkpoint` gives it.
-        dtype: As for `export_model`.
+        source: The checkpoint, as `read_checkpoint` returns it.
+        dtype: Data type of the exported weights; None keeps each weight's own.
     """
     rows = {name: row for row in source.table for name in row.hf}
     return {name: (t.shape, rows[name].converted(dtype, t.dtype)) for name, t in source.tensors.items()}
 
 
 def describe_export(source: Source, hf: Path, folder: Path, layout: Layout) -> None:
-    """Writes what an export has beside weights and processor: config.json, modelling code, the tokenizer's files.
+    """Writes an export's files besides weights and processor: config.json, modeling code, the tokenizer's files.
 
     Args:
-        source: The checkpoint, as `read_checkpoint` gives it.
+        source: The checkpoint, as `read_checkpoint` returns it.
         hf: A folder with the model's config, tokenizer and processor.
-        folder: The export's.
-        layout: Of its weights.
+        folder: The export's folder.
+        layout: Shape and data type of each weight.
     """
     config, tensors = source.config, source.tensors
     connection = composite.connection_of(config)
@@ -116,10 +118,10 @@ def describe_export(source: Source, hf: Path, folder: Path, layout: Layout) -> N
 
 
 def with_architectures(content: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the classes of the model and of its parts, by which vLLM and SGLang choose their own.
+    """Adds to config.json the classes of the model's parts, by which vLLM and SGLang choose their own classes.
 
     Args:
-        content: config.json of a composite model, whose own class is in it.
+        content: config.json of a composite model; the composite model's own class is in it already.
     """
     text, vision = dict(content["text_config"]), dict(content["vision_config"])
     text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]]
@@ -128,10 +130,10 @@ def with_architectures(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_dtype(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """config.json with the data type that most of the weights have: transformers loads all of them in it.
+    """Sets config.json's `dtype` to that of most weights, since transformers loads all weights in this type.
 
     Args:
-        content: config.json, of the model or of a part of it.
+        content: config.json of the model, or the config of one of its parts.
         layout: Shape and data type of each weight.
     """
     sizes: Counter[torch.dtype] = Counter()
@@ -144,15 +146,15 @@ def with_dtype(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Source:
-    """A checkpoint as a source of Hugging Face's tensors; modality biases are among them if any is not zero.
+    """Opens a checkpoint as a source of Hugging Face tensors; modality biases are included if any is not zero.
 
     Args:
         load: The checkpoint's folder.
         hf: A folder with the model's config.
-        iteration: Which checkpoint; None for the latest.
+        iteration: The checkpoint's step; None for the latest checkpoint.
 
     Raises:
-        ValueError: There is none, or it holds another model.
+        ValueError: There is no checkpoint, or it holds another model.
     """
     config = composite.load_composite(hf)
     reader = CheckpointReader(load, iteration)
@@ -179,13 +181,16 @@ def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Sourc
 
 
 def allowed_experts(saved: Namespace) -> dict[int, Tensor]:
-    """The experts that a run's strategy allows each modality, [M, E] bool by layer from 1; empty where it allows all.
+    """Returns the experts that a run's strategy allows each modality.
 
     Args:
         saved: The run's arguments.
 
+    Returns:
+        [M, E] bool by layer, counted from 1; empty if the strategy allows all experts.
+
     Raises:
-        ConversionError: An export would compute something else than the trainer did.
+        ConversionError: An export would compute something other than the trainer does.
     """
     strategy = stored_strategy(saved)
     named = f"the checkpoint was trained with --modality-routing {strategy.name}"
@@ -194,7 +199,7 @@ def allowed_experts(saved: Namespace) -> dict[int, Tensor]:
     modalities = modality_table(saved)
     if len(modalities.images) > 1:
         raise ConversionError(
-            f"the checkpoint was trained with --image-modalities {' '.join(modalities.images)}, and an export knows "
+            f"the checkpoint was trained with --image-modalities {' '.join(modalities.images)}, and an export supports "
             "text and vision only: it can be trained and evaluated here."
         )
     layers = range(1, (getattr(saved, "num_layers", None) or 0) + 1) if getattr(saved, "num_experts", None) else ()
@@ -206,16 +211,16 @@ def allowed_experts(saved: Namespace) -> dict[int, Tensor]:
     return found
 
 
-FORBIDDEN = -1e9  # instead of -inf, which a product with a one-hot mask makes NaN; the softmax of both is 0
+FORBIDDEN = -1e9  # not -inf, which a product with a one-hot mask turns into NaN; the softmax of both is 0
 
 
 @dataclass(frozen=True)
 class RestrictedBias:
-    """A modality bias that also says which experts a modality may not choose.
+    """A modality bias with a large negative value for each expert that a modality may not choose.
 
     Attributes:
-        bias: [M, E], as it is stored.
-        allowed: [M, E] bool.
+        bias: The stored bias, [M, E].
+        allowed: Whether each modality may choose each expert, [M, E] bool.
     """
 
     bias: Assembled
@@ -223,29 +228,29 @@ class RestrictedBias:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """The bias's shape."""
         return self.bias.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """As it is stored."""
+        """The stored bias's data type."""
         return self.bias.dtype
 
     def read(self, start: int | None = None, length: int = 0) -> Tensor:
-        """All of it, or some of its rows."""
-        whole = self.bias.read().masked_fill(~self.allowed, FORBIDDEN)
-        return whole if start is None else whole[start : start + length]
+        """Returns the bias, or `length` of its rows from `start`."""
+        bias = self.bias.read().masked_fill(~self.allowed, FORBIDDEN)
+        return bias if start is None else bias[start : start + length]
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """One of Hugging Face's tensors, to be read from the Megatron weights that hold its rows.
+    """A Hugging Face tensor that is read from the Megatron weights that hold its rows.
 
     Attributes:
-        shape: Its shape.
-        dtype: As it is stored.
-        reader: Of the checkpoint.
-        pieces: Its rows, each with the weight that holds it.
+        shape: The tensor's shape.
+        dtype: The data type stored in the checkpoint.
+        reader: The checkpoint's reader.
+        pieces: The tensor's rows, each with the Megatron weight that holds them.
     """
 
     shape: tuple[int, ...]
@@ -254,17 +259,17 @@ class Assembled:
     pieces: tuple[tuple[Piece, ShardedTensor], ...]
 
     def read(self, start: int | None = None, length: int = 0) -> Tensor:
-        """All of it, or some of its rows."""
-        whole = self._whole()
-        return whole if start is None else whole[start : start + length]
+        """Returns the tensor, or `length` of its rows from `start`."""
+        tensor = self._read_all()
+        return tensor if start is None else tensor[start : start + length]
 
-    def _whole(self) -> Tensor:
+    def _read_all(self) -> Tensor:
         if len(self.pieces) == 1:
             return self._rows(*self.pieces[0], self.shape[0])
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
         for piece, part in self.pieces:
-            whole[piece.target : piece.target + piece.length] = self._rows(piece, part, piece.length)
-        return whole
+            tensor[piece.target : piece.target + piece.length] = self._rows(piece, part, piece.length)
+        return tensor
 
     def _rows(self, piece: Piece, part: ShardedTensor, number: int) -> Tensor:
         axes, shape = part.prepend_axis_num, (number, *self.shape[1:])
@@ -275,12 +280,12 @@ class Assembled:
 def as_hugging_face(
     reader: CheckpointReader, table: list[Weight], parts: dict[str, list[ShardedTensor]]
 ) -> dict[str, Assembled]:
-    """A checkpoint's weights as Hugging Face names and shapes them.
+    """Returns a checkpoint's weights under Hugging Face's names and in Hugging Face's shapes.
 
     Args:
-        reader: Of the checkpoint.
-        table: Of the model.
-        parts: What the trainer would save of the model.
+        reader: The checkpoint's reader.
+        table: The model's weight table.
+        parts: The sharded tensors that the trainer would save of the model, by name.
 
     Raises:
         ConversionError: The checkpoint holds another model.
@@ -289,7 +294,7 @@ def as_hugging_face(
     problems = []
     for name, row in rows.items():
         if not row.hf:
-            continue  # a modality bias that is zero, or that the run was trained without
+            continue  # a modality bias that is zero, or a run without modality biases
         part = parts[name][0]
         if part.key not in reader.tensors:
             problems.append(f"it has no {part.key}")
@@ -299,23 +304,25 @@ def as_hugging_face(
             problems.append(f"{part.key} is {list(have)} there, not {list(expected)}")
     if problems:
         raise ConversionError(
-            f"{reader.folder} holds another model than --hf describes: {some(dict.fromkeys(problems))}."
+            f"{reader.folder} holds another model than --hf describes: {first_few(dict.fromkeys(problems))}."
         )
     tensors = {}
     for name, pieces in inverted(table).items():
         first = parts[pieces[0].name][0]
-        whole = tuple(first.global_shape[first.prepend_axis_num :])
-        number = rows[pieces[0].name].rows or whole[0]
+        shape = tuple(first.global_shape[first.prepend_axis_num :])
+        number = rows[pieces[0].name].rows or shape[0]
         if pieces[0].start is not None:
             number = max(piece.target + piece.length for piece in pieces)
         found = tuple((piece, parts[piece.name][0]) for piece in pieces)
         dtype = reduce(torch.promote_types, (reader.tensors[part.key].properties.dtype for _, part in found))
-        tensors[name] = Assembled((number, *whole[1:]), dtype, reader, found)
+        tensors[name] = Assembled((number, *shape[1:]), dtype, reader, found)
     return tensors
 
 
 def has_biases(reader: CheckpointReader) -> bool:
-    """Whether any modality bias of a checkpoint is other than zero."""
+    """Returns whether any modality bias of a checkpoint is not zero."""
     biases = {key: tuple(data.size) for key, data in reader.tensors.items() if key.endswith(".modality_bias.bias")}
-    weights = {key: size for key, size in biases.items() if key.startswith("language_model.")}  # not the optimizer's
+    weights = {
+        key: size for key, size in biases.items() if key.startswith("language_model.")
+    }  # not the optimizer's state
     return any(reader.read(key, (0,) * len(size), size).any() for key, size in weights.items())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts that models are published in with code of their own: VITA's, and OpenGVLab's of InternVL and InternViT.
+"""Layouts of models published with their own modeling code: VITA, and OpenGVLab's original InternVL and InternViT.
 
-transformers has no class for them, and none of their code is run: their config.json is read as what it says, and each
-weight's name here is written as its name there. They are read only; what is exported has InternVL's layout on disk.
+transformers has no classes for them, and none of their code is run: the settings in config.json and the weights' names
+are translated to InternVL's layout in transformers. These layouts can only be read; exports have InternVL's layout.
 
 Sources: VITA-MLLM/VITA (vita/model), OpenGVLab/InternVL (internvl_chat/internvl/model/internvl_chat), and for
 InternViT's names transformers' own conversion of the checkpoints that it ships.
@@ -19,15 +19,15 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, InternVLVisionConfig, PretrainedConfig
 
-from megatron_smar.checkpoint.metadata import told
+from megatron_smar.checkpoint.metadata import one_line
 from megatron_smar.conversion import composite
 from megatron_smar.conversion.architectures import Flags, UnsupportedError
 from megatron_smar.conversion.composite import LANGUAGE, PROJECTOR, VISION, Connection
 from megatron_smar.conversion.weights import Run, Weight, rows_of
 
-Content = Mapping[str, Any]  # of a config.json
+Content = Mapping[str, Any]  # the content of a config.json
 
-# InternViT: parts of a weight's name in transformers' InternVLVisionModel, and in the original; applied in this order.
+# InternViT: part of a weight's name in transformers' InternVLVisionModel -> in the original; applied in this order.
 TOWER_NAMES = {
     "encoder.layer.": "encoder.layers.",
     "embeddings.cls_token": "embeddings.class_embedding",
@@ -40,7 +40,7 @@ TOWER_NAMES = {
     ".lambda_": ".ls",
 }
 QUERY_KEY_VALUE = re.compile(r"(.*\.attn\.)([qkv])_proj(\..*)")
-# What InternVisionConfig takes where config.json does not say: InternViT-6B.
+# Defaults of the original InternVisionConfig, which are InternViT-6B's.
 TOWER_DEFAULTS: dict[str, Any] = {
     "hidden_size": 3200,
     "num_hidden_layers": 48,
@@ -58,14 +58,14 @@ TOWER_DEFAULTS: dict[str, Any] = {
 
 
 def is_tower(content: Content) -> bool:
-    """Whether a config.json is an original InternViT's, or that of an original InternVL, which has one."""
+    """Returns whether a config.json is an original InternViT's, or an original InternVL's, which contains one."""
     return content.get("model_type") in ("intern_vit_6b", "internvl_chat")
 
 
 def tower_config(content: Content) -> InternVLVisionConfig:
-    """The config of transformers' vision model that computes what an original InternViT does.
+    """Returns the config with which transformers' vision model computes what an original InternViT computes.
 
-    Its stochastic depth (`drop_path_rate`) has no counterpart; it acts in training only.
+    The original's stochastic depth (`drop_path_rate`) has no counterpart; it has an effect in training only.
 
     Args:
         content: config.json of an original InternViT, or `vision_config` of an original InternVL.
@@ -75,65 +75,69 @@ def tower_config(content: Content) -> InternVLVisionConfig:
     """
     fields = {name: content.get(name, default) for name, default in TOWER_DEFAULTS.items()}
     use_qk_norm = content.get("qk_normalization", True)
-    if use_qk_norm and fields["layer_norm_eps"] != 1e-6:  # transformers' class has this one fixed
+    if use_qk_norm and fields["layer_norm_eps"] != 1e-6:  # fixed in transformers' class
         raise UnsupportedError(
-            f"layer_norm_eps is {fields['layer_norm_eps']} beside qk_normalization in the config of this InternViT; "
+            f"layer_norm_eps is {fields['layer_norm_eps']} with qk_normalization in the config of this InternViT; "
             "only 1e-06 can be trained here."
         )
-    with _understood("vision tower"):
+    with _translated_errors("vision tower"):
         return InternVLVisionConfig(
             **fields,
             use_qk_norm=use_qk_norm,
             attention_bias=content.get("qkv_bias", False),
             projection_dropout=content.get("dropout", 0.0),
             layer_scale_init_value=content.get("initializer_factor", 0.1),
-            use_mean_pooling=True,  # no norm behind the last layer
+            use_mean_pooling=True,  # no norm after the last layer
         )
 
 
 @contextlib.contextmanager
-def _understood(part: str) -> Iterator[None]:
+def _translated_errors(part: str) -> Iterator[None]:
+    """Raises errors of transformers' config classes as `UnsupportedError`."""
     try:
         yield
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UnsupportedError(
-            f"transformers cannot read the config of this model's {part} ({told(error)})."
+            f"transformers cannot read the config of this model's {part} ({one_line(error)})."
         ) from error
 
 
 def tower_weights(tower: PretrainedConfig, prefix: str) -> list[Weight]:
-    """The table of an original InternViT; its queries, keys and values are one tensor.
+    """Returns the weight table of an original InternViT, which stores queries, keys and values as one tensor.
 
     Args:
-        tower: As `tower_config` makes it.
-        prefix: What its weights' names begin with.
+        tower: The tower's config, as `tower_config` returns it.
+        prefix: Prefix of the tower's weights' names.
     """
     return [_tower_weight(row, prefix, tower.hidden_size) for row in composite.vision_weights(tower)]
 
 
 def _tower_weight(row: Weight, prefix: str, hidden_size: int) -> Weight:
+    """Returns a row of the vision tower's table, changed to read the original InternViT's tensor."""
     name = prefix + row.hf[0].removeprefix(VISION)
-    for ours, theirs in TOWER_NAMES.items():
-        name = name.replace(ours, theirs)
+    for here, original in TOWER_NAMES.items():
+        name = name.replace(here, original)
     part = QUERY_KEY_VALUE.fullmatch(name)
     if part is None:
         return replace(row, hf=(name,))
     first = "qkv".index(part[2]) * hidden_size
-    end = Run(0, 3 * hidden_size, 0)  # no rows, but the import's check of shapes learns from it how many there are
-    return replace(row, hf=(f"{part[1]}qkv{part[3]}",), runs=(*rows_of(first, hidden_size), end))
+    # This weight is a third of the fused qkv tensor, [3h, ...]. The importer's `_shape_problem` expects a tensor to end
+    # where its last run ends. A run of no rows at row 3h sets that end, and adds nothing to the weight.
+    end_of_qkv = Run(0, 3 * hidden_size, 0)
+    return replace(row, hf=(f"{part[1]}qkv{part[3]}",), runs=(*rows_of(first, hidden_size), end_of_qkv))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a composite model is published.
+    """The layout in which a composite model is published.
 
     Attributes:
-        names: What names begin with in InternVL's layout on disk, and what there; others are the same.
-        tower: What the names of the vision tower's weights begin with.
-        text: Of config.json: the language model's config.
-        connection: Of config.json: how vision features reach the language model.
-        tiles: Of config.json: the trainer's flags under which images become what the model has learnt from.
-        left_out: What the names of weights begin with that the trainer has no place for; None: there are none.
+        names: Prefix in InternVL's naming on disk -> prefix in this layout; names without such a prefix are identical.
+        tower: Prefix of the vision tower's weights in this layout.
+        text: Builds the language model's config from config.json.
+        connection: Reads from config.json how vision features reach the language model.
+        tiles: Builds the tiling flags that the model was trained with from config.json.
+        left_out: Prefix of weights that the trainer has no place for; None if there are none.
     """
 
     names: Mapping[str, str]
@@ -144,26 +148,26 @@ class Layout:
     left_out: str | None = None
 
     def text_config(self, content: Content, names: Collection[str]) -> PretrainedConfig:
-        """The language model's config.
+        """Returns the language model's config.
 
         Args:
-            content: config.json.
-            names: Of the weights: an output layer that is there is a weight of its own, whatever config.json says
-                (InternVL's code unties it).
+            content: The content of config.json.
+            names: Names of the stored weights. A stored output layer is untied, whatever config.json says (InternVL's
+                code unties it).
         """
         text = self.text(content)
         text.tie_word_embeddings = text.tie_word_embeddings and self._name(LANGUAGE + "lm_head.weight") not in names
         return text
 
     def weights(self, config: PretrainedConfig) -> list[Weight]:
-        """The table of a composite model in this layout, but for the rows of its vision tower."""
+        """Returns a composite model's weight table in this layout; the vision tower's rows are not translated."""
         rows = composite.weights(config, biases=False)
         return [replace(row, hf=tuple(map(self._name, row.hf))) for row in rows]
 
     def _name(self, name: str) -> str:
-        for ours, theirs in self.names.items():
-            if name.startswith(ours):
-                return theirs + name.removeprefix(ours)
+        for internvl, original in self.names.items():
+            if name.startswith(internvl):
+                return original + name.removeprefix(internvl)
         return name
 
 
@@ -182,7 +186,7 @@ def _text_config(kind: str, fields: Content) -> PretrainedConfig:
             f"the language model's type is {kind!r}, which transformers does not know; supported are "
             f"{composite.supported()}."
         )
-    with _understood("language model"):
+    with _translated_errors("language model"):
         return CONFIG_MAPPING[kind].from_dict({name: value for name, value in fields.items() if name != "auto_map"})
 
 
@@ -196,7 +200,7 @@ def _internvl_text(content: Content) -> PretrainedConfig:
 
 
 def _internvl_connection(content: Content) -> Connection:
-    _require(content, "ps_version", "v1", "v2")  # version 1 transposes the picture
+    _require(content, "ps_version", "v1", "v2")  # version 1 transposes the image
     size = content.get("vision_config", {}).get("image_size", TOWER_DEFAULTS["image_size"])
     _require(content, "force_image_size", None, None, size)
     return Connection("internvl", content.get("downsample_ratio", 0.5), content.get("select_layer", -1))
@@ -209,7 +213,7 @@ def _internvl_tiles(content: Content) -> Flags:
     return _tiles(fewest, most, content.get("use_thumbnail", False))
 
 
-# VITA's config.json is its language model's, with fields more; those are the types of the two.
+# VITA's config.json is its language model's with additional fields. VITA's model type -> the language model's.
 VITA_LANGUAGES = {"vita-mixtral": "mixtral", "vita-Qwen2": "qwen2"}
 VITA_FIELD = re.compile(r".*mm_.*|.*freeze.*|tokenizer_.*|image_aspect_ratio|continuous_training|use_s2")
 
@@ -221,7 +225,10 @@ def _vita_text(content: Content) -> PretrainedConfig:
 
 
 def _vita_connection(content: Content) -> Connection:
-    """InternViT's last layer, halved before the pixel shuffle (multimodal_encoder/internvit/internvit_encoder.py)."""
+    """Returns VITA's connection: InternViT's last layer, its features halved before the pixel shuffle.
+
+    Source: vita/model/multimodal_encoder/internvit/internvit_encoder.py.
+    """
     _require(content, "mm_projector_type", "mlp2x_gelu", "mlp2x_gelu")
     tower = str(content.get("mm_vision_tower", "internvit"))
     if "internvit" not in tower.lower():
@@ -241,7 +248,7 @@ VITA = Layout(
     tower="model.vision_tower.vision_tower.",
     text=_vita_text,
     connection=_vita_connection,
-    tiles=lambda content: _tiles(1, 12, True),  # of its training and its programs; config.json does not say
+    tiles=lambda content: _tiles(1, 12, True),  # from VITA's training code and programs; config.json does not say
     left_out="model.audio_encoder.",
 )
 INTERNVL = Layout(

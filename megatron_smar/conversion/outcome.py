@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion has written, in a line, and what is done with it next."""
+"""The closing line of a conversion: what was written, and the commands to use next."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_smar.checkpoint.describe import decimal_bytes
 
 @dataclass(frozen=True)
 class Written:
-    """Weights that were written.
+    """The weights that a conversion wrote.
 
     Attributes:
-        number: How many.
-        sizes: Bytes of each data type.
+        number: Number of weights.
+        sizes: Bytes written per data type.
     """
 
     number: int
@@ -27,14 +27,14 @@ class Written:
 
     @classmethod
     def of(cls, number: int, tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> Written:
-        """From the shape and type of each tensor."""
+        """Sums up tensors, given the number of weights and each tensor's shape and data type."""
         sizes: Counter[torch.dtype] = Counter()
         for shape, dtype in tensors:
             sizes[dtype] += torch.Size(shape).numel() * dtype.itemsize
         return cls(number, sizes)
 
     def __str__(self) -> str:
-        """As `12 weights, 1.2 GB of bfloat16 and 3 kB of float32`."""
+        """Returns text such as `12 weights, 1.2 GB of bfloat16 and 3 kB of float32`."""
         parts = (
             f"{decimal_bytes(size)} of {str(dtype).removeprefix('torch.')}" for dtype, size in self.sizes.most_common()
         )
@@ -42,12 +42,12 @@ class Written:
 
 
 def of_import(output: Path, written: Written, sources: Iterable[str]) -> str:
-    """The closing line of an import.
+    """Returns the closing line of an import.
 
     Args:
-        output: The checkpoint.
-        written: Its weights.
-        sources: Flags under which `verify` compares it with what it was made of; none where it cannot.
+        output: The checkpoint's folder.
+        written: The weights written.
+        sources: Flags with which `verify` compares the checkpoint with its source; empty where it cannot.
     """
     hf, given = output / "hf", " ".join(sources)
     tokenizer = ""
@@ -64,12 +64,12 @@ def of_import(output: Path, written: Written, sources: Iterable[str]) -> str:
 
 
 def of_export(output: Path, written: Written, load: Path) -> str:
-    """The closing line of an export.
+    """Returns the closing line of an export.
 
     Args:
-        output: The folder.
-        written: Its weights.
-        load: The checkpoint that it was made of.
+        output: The export's folder.
+        written: The weights written.
+        load: The exported checkpoint's folder.
     """
     code = ", trust_remote_code=True" if any(output.glob("modeling_*.py")) else ""
     return (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export needs beside its weights to be asked something: tokenizer, chat template, image processor.
+"""Writes what an export needs besides weights for generation: tokenizer, chat template, image processor.
 
-All of it is transformers' own (`InternVLProcessor`) and gives the tokens and tiles that the run was trained on. One
-thing transformers cannot say in a file: several tiles without a thumbnail, for which a class comes along.
+All of it uses transformers' classes (`InternVLProcessor`) and produces the tokens and tiles that the run was trained
+on. One setting has no field in transformers' files: several tiles without a thumbnail. For it a class is written too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from megatron_smar.data.tokens import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, IMA
 from megatron_smar.model.vision import VisionConfig, normalisation, side_in_pixels, tokens_per_tile
 
 TILES_CODE = huggingface.CODE.with_name("image_processing_without_thumbnail.py")
-# Of the tokenizer that was imported; the export's own says all of it in two files.
+# Files of the imported tokenizer that are deleted: the export's own tokenizer has all of it in two files.
 SUPERSEDED = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "video_preprocessor_config.json")
-# Questions on which the export's ids are compared with the trainer's.
+# Questions for which the export's token ids are compared with the trainer's.
 QUESTIONS = (
     "<image>\nWhat is in the picture?",
     "\n And \t <image>\n<image>",
@@ -44,25 +44,25 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """A folder's tokenizer as the trainer reads it and as transformers will."""
+    """A folder's tokenizer as the trainer reads it, and as transformers will read it."""
 
     trainer: Any
     fast: PreTrainedTokenizerFast
 
 
 def write_processor(folder: Path, args: Any, config: PretrainedConfig) -> bool:
-    """Write tokenizer, chat template, processor and generation config into an export's folder.
+    """Writes tokenizer, chat template, processor and generation config into an export's folder.
 
     Args:
-        folder: The export's, with config.json and the tokenizer that was imported.
+        folder: The export's folder, with config.json and the imported tokenizer.
         args: The run's arguments, from its checkpoint.
-        config: Of the composite model.
+        config: The composite model's config.
 
     Returns:
-        Whether there is a tokenizer to make one of.
+        Whether the folder has a tokenizer; without one nothing is written.
 
     Raises:
-        ConversionError: transformers would not give the ids that the model was trained on.
+        ConversionError: transformers would not produce the token ids that the model was trained on.
     """
     found = _read_tokenizer(folder, str(getattr(args, "tokenizer_type", "")))
     if found is None:
@@ -74,7 +74,7 @@ def write_processor(folder: Path, args: Any, config: PretrainedConfig) -> bool:
             f"the tokenizer's {IMAGE_CONTEXT} is {encoder.image_tokens.context_id}, but config.json's image_token_id "
             f"is {config.image_token_id}: give the --hf that the run was trained with."
         )
-    fast = _named(found.fast, encoder, template)
+    fast = _with_special_tokens(found.fast, encoder, template)
     fast.chat_template = chat_template(template, encoder.puts_space)
     _compare(fast, encoder, template)
     for name in SUPERSEDED:
@@ -99,16 +99,16 @@ def _read_tokenizer(folder: Path, kind: str) -> _Tokenizer | None:
         trainer = MegatronTokenizer.from_pretrained(
             tokenizer_path=str(model), metadata_path={"library": "sentencepiece"}, legacy=False
         )
-        return _Tokenizer(trainer, _of_sentencepiece(model))
+        return _Tokenizer(trainer, _from_sentencepiece(model))
     if not has_folder:
         return None
-    fast = _of_hugging_face(folder)
+    fast = _from_hugging_face(folder)
     trainer = MegatronTokenizer.from_pretrained(tokenizer_path=str(folder), metadata_path={"library": "huggingface"})
     return _Tokenizer(trainer, fast)
 
 
-def _of_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
-    """A SentencePiece model as transformers' tokenizer, with its space in front of a text and nowhere else."""
+def _from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
+    """Converts a SentencePiece model to transformers' tokenizer, which puts its space in front of a text only."""
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model.read_bytes())
     pieces = list(proto.pieces)
@@ -131,13 +131,13 @@ def _of_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def _of_hugging_face(folder: Path) -> PreTrainedTokenizerFast:
-    """A folder's tokenizer, with its space in front of a text and not behind every special token."""
+def _from_hugging_face(folder: Path) -> PreTrainedTokenizerFast:
+    """Loads a folder's tokenizer and has it put its space in front of a text only, not after each special token."""
     fast = load_huggingface(folder)
     settings = json.loads(fast.backend_tokenizer.to_str())
     set_prefix(settings, "first")
     for token in settings["added_tokens"]:
-        if token["special"]:  # text beside one would lose its spaces
+        if token["special"]:  # otherwise text next to a special token would lose its spaces
             token |= {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
     names = {name: str(token) for name, token in fast.special_tokens_map.items() if name.endswith("_token")}
     known = {"unk_token", "bos_token", "eos_token", "pad_token", "sep_token", "cls_token", "mask_token"}
@@ -149,14 +149,14 @@ def _of_hugging_face(folder: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _named(
+def _with_special_tokens(
     fast: PreTrainedTokenizerFast, encoder: TextEncoder, template: ConversationTemplate
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer with the special tokens that the processor and the chat template look up by their names."""
+    """Adds the special tokens that the processor and the chat template look up by name."""
     special = [*IMAGE_TOKENS, *template.special_tokens]
     fast.add_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     names = {"start_image_token": IMAGE_START, "end_image_token": IMAGE_END, "context_image_token": IMAGE_CONTEXT}
-    # The processor wants a token for videos too, which there are none of: one that no prompt has, and not a new one.
+    # The processor also requires a video token. Videos are not supported: reuse a token that no prompt contains.
     names["video_token"] = IMAGE_END
     known = {name: str(token) for name, token in fast.special_tokens_map.items() if name.endswith("_token")}
     known.setdefault("pad_token", str(fast.convert_ids_to_tokens(encoder.pad_id)))
@@ -171,37 +171,37 @@ def _named(
 
 
 def _compare(fast: PreTrainedTokenizerFast, encoder: TextEncoder, template: ConversationTemplate) -> None:
-    """Compare the ids that transformers will give with the trainer's.
+    """Compares the token ids that transformers will produce with the trainer's.
 
     Raises:
-        ConversionError: They differ.
+        ConversionError: The ids differ.
     """
     for question in QUESTIONS:
         for system in ([], [("system", "Be nice.\n")]):
             turns = [*system, ("user", question)]
-            ours = trainer_ids(encoder, template, [*turns, ("assistant", "x")], answered=False)
+            expected = trainer_ids(encoder, template, [*turns, ("assistant", "x")], answered=False)
             messages = [{"role": role, "content": text} for role, text in turns]
             prompt = str(fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
             placed = prompt.replace(IMAGE_CONTEXT, f"{IMAGE_START}{IMAGE_CONTEXT}{IMAGE_END}")
-            theirs = fast(placed, add_special_tokens=False)["input_ids"]
-            if ours != theirs:
+            found = fast(placed, add_special_tokens=False)["input_ids"]
+            if expected != found:
                 raise ConversionError(
-                    "transformers would not read questions as the model was trained on them: of "
-                    f"{prompt!r} it makes {theirs}, the trainer {ours}; export with --no-processor, and give the model "
-                    "the trainer's ids."
+                    "transformers would not read questions as the model was trained on them: from "
+                    f"{prompt!r} it makes {found}, the trainer {expected}; export with --no-processor, and give the "
+                    "model the trainer's ids."
                 )
 
 
 def trainer_ids(
     encoder: TextEncoder, template: ConversationTemplate, turns: Sequence[tuple[str, str]], answered: bool = True
 ) -> list[int]:
-    """The ids that the trainer makes of turns, with one placeholder for each image.
+    """Returns the token ids that the trainer makes of a conversation, with one placeholder for each image.
 
     Args:
-        encoder: Of text.
-        template: How the turns are written.
-        turns: Roles and texts; the last is an answer.
-        answered: False leaves out the answers.
+        encoder: The trainer's text encoder.
+        template: The conversation template.
+        turns: Roles and texts; the last turn is an answer.
+        answered: Whether to include the answers.
     """
     number = sum(text.count("<image>") for _, text in turns)
     record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
@@ -212,7 +212,7 @@ def trainer_ids(
 
 
 def _write_images(folder: Path, images: ImageConfig, vision: VisionConfig) -> None:
-    """The image processor's and the processor's settings, written without their classes, which need torchvision."""
+    """Writes the settings of processor and image processor as JSON; their own classes would need torchvision."""
     mean, std = normalisation(vision)
     size = {"height": images.image_size, "width": images.image_size}
     common = {
@@ -233,13 +233,13 @@ def _write_images(folder: Path, images: ImageConfig, vision: VisionConfig) -> No
         name = "ImageProcessorWithoutThumbnail"
         processor |= {"image_processor_type": name, "auto_map": {"AutoImageProcessor": f"{TILES_CODE.stem}.{name}"}}
     video = common | {"video_processor_type": "InternVLVideoProcessor"}
-    whole = {
+    full = {
         "processor_class": "InternVLProcessor",
         "image_seq_length": tokens_per_tile(vision),
         "image_processor": processor,
         "video_processor": video,
     }
-    for name, content in (("processor_config.json", whole), ("preprocessor_config.json", processor)):
+    for name, content in (("processor_config.json", full), ("preprocessor_config.json", processor)):
         (folder / name).unlink(missing_ok=True)
         _write_json(folder / name, content)
     # Older tools look for the class here.
@@ -255,6 +255,6 @@ def _write_generation(folder: Path, encoder: TextEncoder, template: Conversation
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Writes fields into a file, beside those that it has."""
+    """Adds fields to a JSON file, replacing fields of the same name."""
     have = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.write_text(json.dumps(have | fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint is compared with: a Hugging Face model, or the language model and the tower that it was made of."""
+"""The model that a checkpoint is compared with: a composite model, or the language model and tower it was made of."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ EMBEDDING, OUTPUT = "model.embed_tokens", "lm_head"
 
 
 def load_whole(hf: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A composite model from its folder; no code of the folder is run."""
+    """Loads a composite model from its folder, without running code of the folder."""
     huggingface.register()
     return AutoModelForImageTextToText.from_pretrained(hf, dtype=dtype, use_safetensors=True, trust_remote_code=False)
 
 
 def load_parts(load: Path, language: Path, vision: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A language model and a vision tower, each from its own folder, put together as an import of the two is.
+    """Loads a language model and a vision tower from their own folders, and combines them as an import does.
 
-    transformers' own classes load both. The connector is the checkpoint's, since the folders have none, and rows that
-    the vocabulary has grown by are the mean of the others.
+    transformers' own classes load both. The connector is the checkpoint's, since the folders have none, and rows added
+    to the vocabulary are the mean of the others.
 
     Args:
         load: The import's folder.
         language: Folder of the causal language model.
-        vision: Folder of the vision encoder, or of a model that has one.
-        dtype: Of the weights.
+        vision: Folder of the vision encoder, or of a model with a vision encoder.
+        dtype: Data type of the weights.
     """
     huggingface.register()
     config = composite.load_composite(load / "hf")
     text = AutoModelForCausalLM.from_pretrained(language, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     _grow(text, language, config.text_config.vocab_size)
-    with torch.device("meta"):  # all of its parts are replaced
-        whole = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    whole.model.language_model, whole.lm_head = text.base_model, text.get_output_embeddings()
-    whole.model.vision_tower = _load_tower(vision, config.vision_config, dtype)
+    with torch.device("meta"):  # all parts are replaced below
+        composed = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    composed.model.language_model, composed.lm_head = text.base_model, text.get_output_embeddings()
+    composed.model.vision_tower = _load_tower(vision, config.vision_config, dtype)
     connector = {name: tensor.to(dtype) for name, tensor in _connector_of(load, config).items()}
-    whole.model.multi_modal_projector.load_state_dict(connector, assign=True)
-    return whole
+    composed.model.multi_modal_projector.load_state_dict(connector, assign=True)
+    return composed
 
 
 def _grow(text: PreTrainedModel, folder: Path, vocab_size: int) -> None:
-    """Appends rows to the vocabulary, rounded as the import's are: to the type that the folder's weights have."""
+    """Appends rows to the vocabulary, rounded like the import's rows: to the data type of the folder's weights."""
     stored = read_folder(folder)
     embedding, output = text.get_input_embeddings(), text.get_output_embeddings()
     tied = output.weight is embedding.weight
@@ -77,7 +77,7 @@ def _grow(text: PreTrainedModel, folder: Path, vocab_size: int) -> None:
 def _load_tower(vision: Path, tower: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     if not original_layouts.is_tower(composite.read_content(vision)):
         return load_tower(VisionConfig(str(vision), side_in_pixels(tower.image_size)), tower, dtype)
-    model = AutoModel.from_config(tower, dtype=dtype)  # an original InternViT, for which transformers has no names
+    model = AutoModel.from_config(tower, dtype=dtype)  # an original InternViT: its names differ from transformers'
     source, own = read_tower(vision), model.state_dict()
     for row in source.table:
         target = own[row.megatron.removeprefix(composite.TOWER)]
@@ -96,14 +96,14 @@ def _connector_of(load: Path, config: PretrainedConfig) -> Mapping[str, Tensor]:
 
 @torch.no_grad()
 def reference_logits(model: PreTrainedModel, hf: Path, ids: Tensor, tiles: Tensor, device: str) -> Tensor:
-    """A model's logits [b, s, vocabulary] in float32.
+    """Returns a model's logits [b, s, vocabulary] in float32.
 
     Args:
-        model: Of `load_whole` or `load_parts`.
-        hf: Folder with its config and processor.
-        ids: [b, s].
-        tiles: [n, 3, size, size] uint8, those of all rows.
-        device: Where it is run.
+        model: A model from `load_whole` or `load_parts`.
+        hf: Folder with the model's config and processor.
+        ids: Token ids [b, s].
+        tiles: Tiles of all rows, [n, 3, size, size] uint8.
+        device: Device to run the model on.
     """
     logging.disable_progress_bar()
     model = model.eval().to(device)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense models made into mixtures of experts, MoE-LLaVA's way: each expert starts as the dense feed-forward layer.
+"""Upcycles dense models to mixtures of experts as MoE-LLaVA does: each expert starts as the dense feed-forward layer.
 
-The weights of the chosen experts add up to one, so at the start the mixture computes what the dense model does,
-whatever its new router says (Komatsuzaki et al., Sparse Upcycling, arXiv 2212.05055; MoE-LLaVA, arXiv 2401.15947).
+The weights of the chosen experts add up to one. So at the start the mixture computes what the dense model computes,
+whatever the new router chooses (Komatsuzaki et al., Sparse Upcycling, arXiv 2212.05055; MoE-LLaVA, arXiv 2401.15947).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ FEED_FORWARD = re.compile(r"(.*decoder\.layers\.(\d+)\.mlp\.)(linear_fc[12]\.(?:
 
 @dataclass(frozen=True)
 class UpcyclingConfig:
-    """What becomes of a dense model.
+    """How a dense model becomes a mixture of experts.
 
     Attributes:
-        num_experts: Experts per layer that has some.
-        topk: How many of them a token goes to.
-        every: Every n-th layer gets experts, from the first on; MoE-LLaVA: 2.
+        num_experts: Number of experts in each MoE layer.
+        topk: Number of experts that each token is routed to.
+        every: Every n-th layer, from the first, becomes an MoE layer; MoE-LLaVA: 2.
         router_init_std: Standard deviation of the new routers' weights.
-        noise: Standard deviation of noise on each expert's weights, relative to that of the weight itself; with any,
-            the mixture no longer starts as the dense model exactly.
-        seed: Of router and noise.
+        noise: Standard deviation of the noise added to each expert's weights, relative to the weight's own; with noise
+            the mixture does not start exactly as the dense model.
+        seed: Seed of the routers' and the noise's generators.
     """
 
     num_experts: int = 4
@@ -59,12 +59,12 @@ class UpcyclingConfig:
             )
 
     def layers(self, number: int) -> list[int]:
-        """Which of a model's layers get experts."""
+        """Returns which of a model's layers become MoE layers, given their number."""
         return list(range(0, number, self.every))
 
 
 def upcycled(source: Source, upcycling: UpcyclingConfig) -> Source:
-    """The mixture that a dense model becomes.
+    """Returns the mixture of experts that a dense model becomes.
 
     Raises:
         ConversionError: The model has experts already.
@@ -88,14 +88,14 @@ def upcycled(source: Source, upcycling: UpcyclingConfig) -> Source:
             table.append(Weight(router, make=partial(new_router, router, upcycling)))
     table += composite.modality_biases(table, stored=False)
     mixture = mixture_config(text, upcycling)
-    # Where transformers has no such class, hf/ keeps the dense model's config: for tokenizer, tower and comparison.
+    # If transformers has no class for the mixture, hf/ keeps the dense config: for tokenizer, tower and `verify`.
     config = source.config if mixture is None else composite.with_text(source.config, mixture)
     flags = mixture_flags(source.flags, upcycling) if mixture is None else composite.flags(config)
     return replace(source, config=config, table=table, flags=source.flags | flags)
 
 
 def mixture_flags(dense: Flags, upcycling: UpcyclingConfig) -> Flags:
-    """What the mixture's flags have beyond the dense model's."""
+    """Returns the flags that the mixture has in addition to the dense model's."""
     return {
         "num-experts": upcycling.num_experts,
         "moe-ffn-hidden-size": dense["ffn-hidden-size"],
@@ -107,7 +107,7 @@ def mixture_flags(dense: Flags, upcycling: UpcyclingConfig) -> Flags:
 
 
 def mixture_config(dense: PretrainedConfig, upcycling: UpcyclingConfig) -> PretrainedConfig | None:
-    """The config of a transformers class that the mixture is one of; None where there is no such class."""
+    """Returns the mixture's config, of a transformers class that computes it; None if there is no such class."""
     fields = dense.to_dict()
     layers = upcycling.layers(dense.num_hidden_layers)
     if dense.model_type in ("llama", "mistral") and len(layers) == dense.num_hidden_layers:
@@ -127,13 +127,13 @@ def mixture_config(dense: PretrainedConfig, upcycling: UpcyclingConfig) -> Pretr
 
 
 def _common(fields: dict[str, Any], kind: type[PretrainedConfig]) -> dict[str, Any]:
-    known = {*kind().to_dict(), "head_dim"}  # which some write only where it is given
+    known = {*kind().to_dict(), "head_dim"}  # some classes write head_dim only if it is given
     left_out = ("model_type", "architectures", "transformers_version")
     return {name: value for name, value in fields.items() if name in known and name not in left_out}
 
 
 def new_router(name: str, upcycling: UpcyclingConfig, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A router's weights [E, h], normally distributed; the same for the same seed, whatever else is converted."""
+    """Initializes a router's weights [E, h], normally distributed; they depend on name and seed only."""
     return (torch.randn(shape, generator=generator_of(name, upcycling.seed)) * upcycling.router_init_std).to(dtype)
 
 
@@ -143,6 +143,6 @@ def _expert(row: Weight, name: str, upcycling: UpcyclingConfig) -> Weight:
 
 
 def with_noise(name: str, upcycling: UpcyclingConfig, rows: Tensor, start: int) -> Tensor:
-    """Rows of an expert's weight, from row `start`, with noise of their own."""
+    """Adds noise to rows of an expert's weight that begin at row `start`; each expert and start has its own noise."""
     noise = torch.randn(rows.shape, generator=generator_of(f"{name}/{start}", upcycling.seed))
     return (rows.float() + noise * rows.float().std() * upcycling.noise).to(rows.dtype)

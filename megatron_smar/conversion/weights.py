@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How Hugging Face's weights lie in Megatron's: one table per architecture, read in both directions.
+"""Weight tables, which map Hugging Face's weights to Megatron's: one per architecture, read in both directions.
 
-A Megatron weight is either one of Hugging Face's, or made of runs of rows of several: each query group's queries, key
-and value one after another, gate above up. A table says so row by row; which way it is read makes an import or export.
+A Megatron weight is either one Hugging Face tensor, or consists of runs of rows of several: each query group's
+queries, key and value one after another, or the gate's rows above the up projection's. A table has one row per
+Megatron weight. An import reads the table from Hugging Face to Megatron, an export in the other direction.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Run:
     """Consecutive rows (along the first axis) of one Hugging Face tensor.
 
     Attributes:
-        source: Its place in `Weight.hf`.
-        start: First row there.
+        source: Index of the tensor's name in `Weight.hf`.
+        start: First row in that tensor.
         length: Number of rows.
     """
 
@@ -32,17 +33,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Weight:
-    """One row of a table: a Megatron weight and what it consists of.
+    """One row of a weight table: a Megatron weight and the Hugging Face tensors that it consists of.
 
     Attributes:
-        megatron: Name in the state dict of the whole model (one rank), layers and experts counted from 0.
-        hf: Names as Hugging Face writes them to disk.
-        runs: The rows of `hf` that make the weight, in order; empty: the one tensor of `hf`, as it is.
-        make: Instead of `hf`: a new weight of this shape (a fresh connector, a router that upcycling adds).
-        rows: Rows that Hugging Face's tensor has where Megatron's has more: a vocabulary that was padded or has grown.
-        change: Applied to the rows that were read, which begin at the given one (upcycling's noise).
-        dtype: The data type that the weight has whatever the rest is converted to; None for the rest's.
-        keeps_float32: Whether a conversion to half precision leaves it in float32, as transformers' own model does.
+        megatron: Name in the state dict of the full model (one rank), with layers and experts counted from 0.
+        hf: Names of the Hugging Face tensors on disk.
+        runs: Runs of rows of `hf` that make up the weight, in order; empty if the weight is the one tensor in `hf`.
+        make: For a weight without `hf`, makes a new one, given shape and data type (a new connector or router).
+        rows: Number of rows of the Hugging Face tensor if Megatron's weight has more (a padded or grown vocabulary).
+        change: Changes the rows that were read, given them and the number of the first (upcycling's noise).
+        dtype: Fixed data type of the weight, whatever --dtype asks for; None if it follows --dtype.
+        keeps_float32: Whether the weight stays in float32 in a conversion to half precision, as in transformers' model.
     """
 
     megatron: str
@@ -55,11 +56,11 @@ class Weight:
     keeps_float32: bool = False
 
     def converted(self, wanted: torch.dtype | None, stored: torch.dtype) -> torch.dtype:
-        """The data type that the weight is written in.
+        """Returns the data type in which the weight is written.
 
         Args:
-            wanted: What --dtype asks for; None for what there is.
-            stored: What there is.
+            wanted: Data type that --dtype asks for; None keeps the stored one.
+            stored: Data type of the stored tensor.
         """
         if self.dtype is not None:
             return self.dtype
@@ -68,21 +69,21 @@ class Weight:
         return torch.float32 if self.keeps_float32 else wanted
 
     def prefixed(self, megatron: str, hf: str) -> Weight:
-        """The same row in a model that holds this one as a part."""
+        """Returns the row with prefixes to both names, for a model that contains this one as a part."""
         return replace(self, megatron=megatron + self.megatron, hf=tuple(hf + name for name in self.hf))
 
 
 def per_layer(
     layers: Iterable[int], megatron: str, *hf: str, runs: Sequence[Run] = (), experts: int | None = None
 ) -> list[Weight]:
-    """Rows of the same form for several layers, and for each of their experts.
+    """Returns table rows of the same form for several layers, and for each of their experts.
 
     Args:
         layers: Numbers of the layers, from 0.
-        megatron: Name with {layer}, and {expert} where there are experts.
-        *hf: Names with the same places.
-        runs: As in `Weight`.
-        experts: Number of experts; None for a weight that a layer has once.
+        megatron: Megatron's name, with {layer}, and {expert} if there are experts.
+        *hf: Hugging Face's names, with the same placeholders.
+        runs: Runs of rows, as in `Weight`.
+        experts: Number of experts; None for a weight that each layer has once.
     """
     return [
         Weight(
@@ -96,7 +97,7 @@ def per_layer(
 
 
 def query_key_value(heads: int, groups: int, head_dim: int) -> tuple[Run, ...]:
-    """Megatron's `linear_qkv` of q_proj, k_proj and v_proj: per query group its queries, its key, its value."""
+    """Returns the runs of Megatron's `linear_qkv` in q_proj, k_proj and v_proj: for each query group q, k and v."""
     queries = heads // groups * head_dim
     return tuple(
         run
@@ -110,36 +111,36 @@ def query_key_value(heads: int, groups: int, head_dim: int) -> tuple[Run, ...]:
 
 
 def fused_query_key_value(heads: int, groups: int, head_dim: int) -> tuple[Run, ...]:
-    """The same of one tensor that holds all queries, then all keys, then all values (Phi-3)."""
+    """Returns the runs of `linear_qkv` in one tensor that holds all queries, then all keys, then all values (Phi-3)."""
     starts = (0, heads * head_dim, (heads + groups) * head_dim)
     runs = query_key_value(heads, groups, head_dim)
     return tuple(Run(0, starts[run.source] + run.start, run.length) for run in runs)
 
 
 def stacked(*lengths: int) -> tuple[Run, ...]:
-    """Tensors of these many rows, one below the other: gate above up in `linear_fc1`."""
+    """Returns the runs of tensors stacked along the rows, given each one's number of rows (`linear_fc1`: gate, up)."""
     return tuple(Run(source, 0, length) for source, length in enumerate(lengths))
 
 
 def rows_of(start: int, length: int) -> tuple[Run, ...]:
-    """A part of one tensor."""
+    """Returns the run of consecutive rows of a single tensor."""
     return (Run(0, start, length),)
 
 
 def generator_of(name: str, seed: int) -> torch.Generator:
-    """The random numbers of a new weight: the same for the same seed, whatever else is converted, in any order."""
+    """Returns the generator for a new weight; it depends on name and seed only, not on what else is converted."""
     return torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive rows of a tensor named `name`, bound for `target` rows further down of another.
+    """Consecutive rows of one tensor, and the place in another tensor to which they are copied.
 
     Attributes:
-        name: The tensor that is read.
-        start: First row there; None: the tensor whole, whatever its shape.
+        name: Name of the tensor that is read.
+        start: First row in the tensor that is read; None for the full tensor, whatever its shape.
         length: Number of rows.
-        target: First row in the tensor that is made.
+        target: First row in the tensor that is written.
     """
 
     name: str
@@ -149,7 +150,7 @@ class Piece:
 
 
 def pieces_of(weight: Weight, start: int, length: int) -> list[Piece]:
-    """What rows `start` to `start + length` of a Megatron weight are read from (an import)."""
+    """Returns the pieces from which rows `start` to `start + length` of a Megatron weight are read (for an import)."""
     if not weight.runs:
         return [Piece(weight.hf[0], start, length, 0)]
     pieces, first = [], 0
@@ -162,7 +163,7 @@ def pieces_of(weight: Weight, start: int, length: int) -> list[Piece]:
 
 
 def inverted(table: Iterable[Weight]) -> dict[str, list[Piece]]:
-    """For every Hugging Face tensor the Megatron weights that it is made of (an export)."""
+    """Returns, for each Hugging Face tensor, the pieces of Megatron weights that it is made of (for an export)."""
     made: dict[str, list[Piece]] = {}
     for weight in table:
         if not weight.runs:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One question to a model, about a picture or none, answered word by word: an export, or a checkpoint of the trainer.
+"""Asks an export or a checkpoint one question, with or without an image, and yields the answer piece by piece.
 
-A checkpoint is asked as what `export` would make of it, without writing its weights: transformers' class gets them from
-where they are, and processor and chat template are those of the run's arguments.
+A checkpoint is run as the model that `export` would write, but its weights are not written to disk: transformers' class
+gets them directly from the checkpoint, and processor and chat template are made from the run's arguments.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ class Chat:
     """A model with its processor.
 
     Attributes:
-        model: transformers' model, in evaluation mode.
-        processor: Its processor, with the chat template.
+        model: The transformers model, in evaluation mode.
+        processor: The model's processor, with the chat template.
     """
 
     model: Any
     processor: Any
 
     def answer(self, question: str, image: Path | None, max_new_tokens: int, temperature: float) -> Iterator[str]:
-        """Yield the answer, piece by piece.
+        """Yields the answer piece by piece.
 
         Args:
-            question: What is asked; a picture goes before it, unless `<image>` in it says where.
-            image: The picture's file.
-            max_new_tokens: The answer is cut off there.
-            temperature: 0 takes the most likely token each time.
+            question: The question; the image is put before it, unless `<image>` in it says where.
+            image: Image file; None for a question without an image.
+            max_new_tokens: Largest number of tokens in the answer.
+            temperature: Sampling temperature; with 0 the most likely token is always taken.
 
         Raises:
-            ValueError: The picture cannot be read, or question and picture do not go together.
+            ValueError: The image cannot be read, or the question has more image tags than there are images.
         """
         pictures = [] if image is None else [_read_picture(image)]
         if question.count("<image>") > len(pictures):
@@ -85,26 +85,26 @@ class Chat:
     def _generate(self, failures: list[BaseException], streamer: Any, **inputs: Any) -> None:
         try:
             self.model.generate(**inputs, streamer=streamer)
-        except BaseException as error:  # raised again where the answer is read
+        except BaseException as error:  # raised again by `answer`, in the caller's thread
             failures.append(error)
             streamer.end()
 
 
 def open_chat(source: Path, iteration: int | None = None, hf: Path | None = None, device: str = "cpu") -> Chat:
-    """Load a model to be asked.
+    """Loads a model and its processor.
 
     Args:
         source: Folder of an export, or of a checkpoint.
-        iteration: Which of a checkpoint's; None for the latest.
-        hf: For a checkpoint, the folder with the model's config; None for the one that the run read.
-        device: Where the model runs.
+        iteration: A checkpoint's step; None for the latest checkpoint.
+        hf: For a checkpoint, the folder with the model's config; None for the folder that the run used.
+        device: Device to run the model on.
 
     Raises:
-        ValueError: It is neither, or lacks something.
+        ValueError: The folder is neither an export nor a checkpoint, or a file is missing.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    huggingface.register()  # this package's own copy of the code; a folder's is never run
+    huggingface.register()  # uses this package's copy of the modeling code; code in a folder is never run
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder: give that of a checkpoint or of an export.")
     chat = _open_export(source) if (source / "config.json").is_file() else _open_checkpoint(source, iteration, hf)
@@ -115,7 +115,7 @@ def open_chat(source: Path, iteration: int | None = None, hf: Path | None = None
 def _open_export(folder: Path) -> Chat:
     if not (folder / "processor_config.json").is_file() and not (folder / "preprocessor_config.json").is_file():
         raise ValueError(
-            f"{folder} has no processor (processor_config.json), without which a picture does not become tokens: "
+            f"{folder} has no processor (processor_config.json), which turns images into tokens: "
             "export the checkpoint again with this version's tools/checkpoint/convert.py."
         )
     processor = _open_processor(folder)

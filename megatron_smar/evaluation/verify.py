@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a checkpoint computes what a Hugging Face model does: the same logits, the same greedy tokens."""
+"""Checks that a checkpoint computes what a Hugging Face model computes: the same logits, the same greedy tokens."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ TEXT = (
     "The quick brown fox jumps over the lazy dog while the engineers measure, once more, whether two programs that "
     "should compute the same numbers do so."
 )
-PICTURE = "grace_hopper.jpg"  # among the sample data that come with matplotlib
+PICTURE = "grace_hopper.jpg"  # from matplotlib's sample data
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models agree.
+    """How closely two models agree.
 
     Attributes:
-        difference: Largest absolute difference between their logits.
+        difference: Largest absolute difference between the two models' logits.
         largest: Largest absolute logit of the reference.
-        agreeing: Positions whose most likely token is the same.
-        positions: All positions that were compared.
+        agreeing: Number of positions at which both have the same most likely token.
+        positions: Number of positions compared.
     """
 
     difference: float
@@ -48,11 +48,11 @@ class Agreement:
     positions: int
 
     def within(self, tolerance: float) -> bool:
-        """Whether the logits differ by no more, and every greedy token is the same."""
+        """Returns whether the logits differ by at most `tolerance`, and all greedy tokens are the same."""
         return self.difference <= tolerance and self.agreeing == self.positions
 
     def table(self, tolerance: float) -> str:
-        """For the terminal."""
+        """Returns the comparison as text for a terminal."""
         return (
             f"largest absolute logit difference  {self.difference:.3e}   (tolerance {tolerance:.1e})\n"
             f"largest absolute logit             {self.largest:.3e}\n"
@@ -63,17 +63,19 @@ class Agreement:
 def build_inputs(
     hf: Path, config: PretrainedConfig, texts: Sequence[str], pictures: Sequence[Path], multiple_of: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and tiles that a model is compared on: a row of text alone, and one with a picture, for each of both.
+    """Returns token ids and tiles to compare models on.
+
+    Each text gives one row without an image, and one row for each image.
 
     Args:
-        hf: The model's folder; without a tokenizer in it the ids are drawn at random, the same each time.
-        config: The composite model's.
-        texts: Texts; empty for a sentence of our own.
+        hf: The model's folder; without a tokenizer there, the ids are sampled at random with a fixed seed.
+        config: The composite model's config.
+        texts: Texts; empty for a built-in sentence.
         pictures: Image files; empty for a photograph that comes with matplotlib.
-        multiple_of: Rows are cut to a length that is a multiple of it.
+        multiple_of: The rows' length is rounded down to a multiple of this.
 
     Returns:
-        Ids [b, s], and the tiles [n, 3, size, size] uint8 that go to their placeholders.
+        Ids [b, s], and the tiles of all rows, [n, 3, size, size] uint8.
     """
     vision = VisionConfig(str(hf), side_in_pixels(config.vision_config.image_size), config.downsample_ratio)
     processor = ImageProcessor(ImageConfig(image_size=vision.image_size))
@@ -84,7 +86,7 @@ def build_inputs(
     for ids in _text_ids(hf, config, list(texts) or [TEXT]):
         rows += [ids, *(torch.cat([ids[:4], placeholders, ids[4:]]) for _ in files)]
     length = max(len(row) for row in rows) // multiple_of * multiple_of
-    # Repeating a text fills its row without padding, which a model that has no tokenizer has no token for.
+    # Rows are filled by repeating their text: a model without a tokenizer has no padding token.
     filled = [torch.cat([row, *[_without(row, config.image_token_id)] * length])[:length] for row in rows]
     return torch.stack(filled), tiles.repeat(len(texts) or 1, 1, 1, 1)
 
@@ -94,8 +96,8 @@ def _text_ids(hf: Path, config: PretrainedConfig, texts: Sequence[str]) -> list[
         tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False)
         return [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, config.text_config.vocab_size, (len(texts), 48), generator=generator)
-    return [_without(row, config.image_token_id) for row in drawn]
+    sampled = torch.randint(0, config.text_config.vocab_size, (len(texts), 48), generator=generator)
+    return [_without(row, config.image_token_id) for row in sampled]
 
 
 def _without(ids: Tensor, token: int) -> Tensor:
@@ -104,14 +106,14 @@ def _without(ids: Tensor, token: int) -> Tensor:
 
 @torch.no_grad()
 def checkpoint_logits(model: list[Any], ids: Tensor, tiles: Tensor, image_token_id: int, tile_tokens: int) -> Tensor:
-    """The trainer's logits [b, s, padded vocabulary] in float32 on every rank; the context must not be split.
+    """Returns the trainer's logits [b, s, padded vocabulary] in float32 on every rank; needs context parallelism 1.
 
     Args:
-        model: This rank's stages, as `training.setup.start` returns them.
-        ids: [b, s].
-        tiles: [n, 3, size, size] uint8, those of all rows.
-        image_token_id: The placeholder of one vision token.
-        tile_tokens: Vision tokens per tile.
+        model: This rank's model chunks, as `training.setup.start` returns them.
+        ids: Token ids [b, s].
+        tiles: Tiles of all rows, [n, 3, size, size] uint8.
+        image_token_id: Id of the placeholder for one vision token.
+        tile_tokens: Number of vision tokens per tile.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     batch = VisionLanguageBatch(
@@ -157,18 +159,18 @@ def _forward(
         vision_index=batch.vision_index,
     )
 
-    def whole(logits: Tensor, non_loss_data: bool) -> Tensor:
+    def gather(logits: Tensor, non_loss_data: bool) -> Tensor:
         return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=groups.tp).float().cpu()
 
-    return output, whole
+    return output, gather
 
 
-def compare(reference: Tensor, ours: Tensor) -> Agreement:
-    """How far logits [b, s, vocabulary] agree; ours may have rows of padding behind the vocabulary."""
-    ours = ours[..., : reference.shape[-1]]
+def compare(reference: Tensor, trained: Tensor) -> Agreement:
+    """Compares logits [b, s, vocabulary]; those of the trainer may have padding after the vocabulary."""
+    trained = trained[..., : reference.shape[-1]]
     return Agreement(
-        difference=float((reference - ours).abs().max()),
+        difference=float((reference - trained).abs().max()),
         largest=float(reference.abs().max()),
-        agreeing=int((reference.argmax(-1) == ours.argmax(-1)).sum()),
+        agreeing=int((reference.argmax(-1) == trained.argmax(-1)).sum()),
         positions=reference[..., 0].numel(),
     )

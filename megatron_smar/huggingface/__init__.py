@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modelling code that an exported model carries where transformers' own InternVL has no place for what it is.
+"""Modeling code for exports with parts that transformers' own InternVL does not have.
 
-`modeling_modality_aware.py` is copied beside the weights as it is, so it imports nothing of this project.
+`modeling_modality_aware.py` is copied unchanged next to an export's weights, so it imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ AUTO_MAP = {
     "AutoConfig": f"{CODE.stem}.ModalityAwareInternVLConfig",
     "AutoModel": f"{CODE.stem}.ModalityAwareInternVLModel",
     "AutoModelForImageTextToText": f"{CODE.stem}.{MODEL_CLASS}",
-    # Tools for text alone ask for this one; the plain class is not in transformers' list of such models.
+    # Tools for text-only models look this class up; the plain class is not in transformers' list of causal LMs.
     "AutoModelForCausalLM": f"{CODE.stem}.{MODEL_CLASS}",
 }
 
 
 @dataclass(frozen=True)
 class RemoteFields:
-    """The fields of an exported config.json that transformers' own InternVL does not have; at their defaults it is one.
+    """Fields of an exported config.json that transformers' InternVL lacks; with all defaults the model is InternVL.
 
     Attributes:
         modality_router_bias: Whether each gate has a bias per modality, `...gate.modality_bias` [M, E] float32.
-        num_modalities: M.
+        num_modalities: Number of modalities, M.
         projector_layer_norm: Whether the projector begins with a LayerNorm.
         vision_feature_scale: Multiplies the vision features before the pixel shuffle.
         lm_head_bias: Whether the output layer has a bias, as Phi's has.
@@ -44,11 +44,11 @@ class RemoteFields:
 
 
 def needs_remote_code(config: Mapping[str, Any], fields: RemoteFields) -> bool:
-    """Whether the plain class would compute something else.
+    """Returns whether the plain class would compute something else.
 
     Args:
         config: config.json of a composite model.
-        fields: What the exported model has. Biases that are all zero need not be exported: say
+        fields: The exported model's fields. Biases that are all zero need not be exported: pass
             `modality_router_bias=False` and leave them out.
     """
     own_tower = config["vision_config"].get("model_type", "internvl_vision") == "internvl_vision"
@@ -62,15 +62,15 @@ def needs_remote_code(config: Mapping[str, Any], fields: RemoteFields) -> bool:
 
 
 def write_remote_code(folder: Path, config: Mapping[str, Any], fields: RemoteFields) -> dict[str, Any]:
-    """Copies the modelling code into an export's folder.
+    """Copies the modeling code into an export's folder.
 
     Args:
-        folder: Where config.json and the weights are written; it exists.
+        folder: The export's folder, which must exist.
         config: config.json of the composite model, plain or from an earlier export.
-        fields: What the exported model has.
+        fields: The exported model's fields.
 
     Returns:
-        config.json as the export needs it, which the caller writes: model type, architecture, `auto_map` and `fields`.
+        The export's config.json for the caller to write, with model type, architecture, `auto_map` and `fields`.
 
     Raises:
         ValueError: `config` is not InternVL's.
@@ -87,10 +87,10 @@ def write_remote_code(folder: Path, config: Mapping[str, Any], fields: RemoteFie
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without what `write_remote_code` put into it: that of the plain class.
+    """Returns config.json without what `write_remote_code` added, i.e. the plain class's.
 
     Args:
-        config: config.json of an export, with or without modelling code.
+        config: config.json of an export, with or without modeling code.
     """
     if config.get("model_type") != MODEL_TYPE:
         return dict(config) | {"architectures": [PLAIN_CLASS]}
@@ -99,7 +99,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Lets transformers' Auto classes load such exports with this package's code: none that lies in a folder is run."""
+    """Makes transformers' Auto classes load such exports with this package's code; code in their folders is not run."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
     from megatron_smar.huggingface import modeling_modality_aware as code

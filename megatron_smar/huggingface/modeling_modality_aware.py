@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL with what a modality-aware model has beyond it; torch and transformers (5.23 or newer) are all it needs.
+"""InternVL extended to a modality-aware model; needs only torch and transformers (5.23 or newer).
 
-A folder with this file beside its weights loads with `trust_remote_code=True`. Added to transformers' own classes:
+A folder with this file next to its weights loads with `trust_remote_code=True`. Added to transformers' own classes:
 
 - a bias per modality on the logits of each MoE layer's gate, before the gate's own softmax or sigmoid and top-k
   (SMAR, equations 1 and 2): logits = g(x) + b[m], b [M, E] in float32, m = 1 where the vision encoder fills the
   position (`input_ids == image_token_id`), 0 elsewhere;
 - a projector without LayerNorm, features scaled before the pixel shuffle, CLIP and SigLIP as vision towers.
 
-Weights have the names of the plain model on disk, and each bias stands beside its gate as `...gate.modality_bias`.
+Weights have the plain model's names on disk; each bias is stored with its gate, as `...gate.modality_bias`.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector, InternVLPreTrainedModel
 
-# Text models whose gate, `layers.N.mlp.gate`, computes its logits by one linear layer without a bias of its own, of
-# `weight` [E, hidden_dim], and returns (logits, weights, indices).
+# Text models whose gate, `layers.N.mlp.gate`, computes its logits by one linear layer without a bias, with `weight`
+# [E, hidden_dim], and returns (logits, weights, indices).
 TEXT_MODELS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 
 
 class ModalityAwareInternVLConfig(InternVLConfig):
-    """InternVL's configuration and these fields.
+    """InternVL's configuration with additional fields.
 
     Attributes:
-        num_modalities: M, the rows of each bias: text, vision, and further ones that no tool fills yet.
-        modality_router_bias: Whether the gates have the bias.
+        num_modalities: Number of modalities, M, i.e. rows of each bias: text, vision, and further ones not used yet.
+        modality_router_bias: Whether the gates have modality biases.
         projector_layer_norm: Whether the projector begins with a LayerNorm, as InternVL's does.
         vision_feature_scale: Multiplies the vision features before the pixel shuffle; VITA's checkpoints use 0.5.
         lm_head_bias: Whether the output layer has a bias, as Phi's has.
     """
 
     model_type = "modality_aware_internvl"
-    _auto_class = "AutoConfig"  # save_pretrained then copies this file
+    _auto_class = "AutoConfig"  # so that save_pretrained copies this file
     sub_configs_defaults = {  # noqa: RUF012 - transformers reads the class attribute, where InternVL fixes its own tower
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="mixtral"),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="internvl_vision"),
@@ -55,9 +55,9 @@ class ModalityAwareInternVLConfig(InternVLConfig):
 
 
 class OnLogits:
-    """A gate as its own `forward` sees it, but for one thing: what it is given are the logits already.
+    """Stands in for a gate as `self` of the gate's own `forward`, which then takes logits instead of hidden states.
 
-    The identity in the place of its weight makes the gate's linear layer hand them through.
+    The gate's weight is replaced by the identity, so its linear layer returns the logits unchanged.
     """
 
     def __init__(self, gate: nn.Module, logits: Tensor) -> None:
@@ -70,37 +70,40 @@ class OnLogits:
 
 
 class ModalityGate(nn.Module):
-    """Goes before a text model's own gate class: the logits get the bias of each token's modality."""
+    """Mixed in before a text model's gate class: adds the bias of each token's modality to the logits."""
 
     modality_bias: nn.Parameter  # [M, E] float32
-    modality_ids: Tensor | None = None  # [b, s], of the forward pass under way
-    own_forward: Callable[..., Any]  # the own class's, not bound
+    modality_ids: Tensor | None = None  # [b, s], for the current forward pass
+    own_forward: Callable[..., Any]  # the gate class's forward, unbound
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gate's logits [b * s, E], the weights of the experts chosen and their numbers [b * s, top_k]."""
+        """Returns the logits [b * s, E], and weights and indices of the chosen experts, both [b * s, top_k]."""
         if self.modality_ids is None:
-            raise ValueError("The gate was called outside of its decoder layer, which tells it the tokens' modalities.")
+            raise ValueError(
+                "The gate was called outside of its decoder layer, which passes it the tokens' modalities."
+            )
         logits, _, _ = self.own_forward(self, hidden_states)
-        # The sum is in float32 where the linear layer is in bfloat16, as the trainer's is.
+        # As in the trainer, the sum is in float32 even if the linear layer is in bfloat16.
         logits = logits + self.modality_bias[self.modality_ids.reshape(-1).to(logits.device)]
         return self.own_forward(OnLogits(self, logits), logits)
 
 
 class ModalityLayer(nn.Module):
-    """Goes before a text model's own decoder layer class: hands the modality ids to the gate.
+    """Mixed in before a text model's decoder layer class: passes the modality ids to the gate.
 
-    They come as an argument of the layer and not from the model, so that a recomputed layer sees its own batch's.
+    They are an argument of the layer and not an attribute of the model, so that a recomputed layer gets the ids of its
+    own batch.
     """
 
     def forward(self, *args: Any, modality_ids: Tensor, **kwargs: Any) -> Any:
-        """As the own class's, with `modality_ids` [b, s]."""
+        """Runs the decoder layer, after passing `modality_ids` [b, s] to its gate."""
         if gate := getattr(self.mlp, "gate", None):  # some layers of a text model may be dense
             gate.modality_ids = modality_ids
         return super().forward(*args, **kwargs)
 
 
 class ModalityTextModel(nn.Module):
-    """Goes before a text model's own class: biases that a checkpoint does not have start at zero."""
+    """Mixed in before a text model's class: initializes biases that a checkpoint does not have to zero."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
@@ -109,17 +112,17 @@ class ModalityTextModel(nn.Module):
 
 
 def extend(module: nn.Module, extension: type[nn.Module]) -> None:
-    """Puts a class before the module's own; the name stays, since transformers and others look classes up by it."""
+    """Mixes a class in before a module's own; the class name stays, since transformers looks classes up by name."""
     own = type(module)
     attributes = {"__module__": own.__module__, "own_forward": staticmethod(own.forward)}
     module.__class__ = type(own.__name__, (extension, own), attributes)
 
 
 def add_modality_biases(text_model: Any, num_modalities: int) -> None:
-    """Gives each gate of a text model its bias [M, E], zero.
+    """Adds a modality bias [M, E], initialized to zero, to each gate of a text model.
 
     Raises:
-        ValueError: The text model is none whose gates are known.
+        ValueError: The gates of this text model are not supported.
     """
     if text_model.config.model_type not in TEXT_MODELS:
         raise ValueError(
@@ -131,12 +134,12 @@ def add_modality_biases(text_model: Any, num_modalities: int) -> None:
         extend(layer, ModalityLayer)
         if gate := getattr(layer.mlp, "gate", None):
             extend(gate, ModalityGate)
-            # With a type of its own, it keeps it when the model is loaded in another.
+            # An explicit dtype keeps the bias in float32 when the model is loaded in another data type.
             gate.modality_bias = nn.Parameter(torch.zeros(num_modalities, len(gate.weight), dtype=torch.float32))
 
 
 class ModalityAwareProjector(InternVLMultiModalProjector):
-    """InternVL's projector, with or without its LayerNorm, of scaled features."""
+    """InternVL's projector on scaled features, with or without its LayerNorm."""
 
     def __init__(self, config: ModalityAwareInternVLConfig) -> None:
         super().__init__(config)
@@ -145,12 +148,15 @@ class ModalityAwareProjector(InternVLMultiModalProjector):
             self.layer_norm = nn.Identity()  # type: ignore[assignment]
 
     def forward(self, image_features: Tensor) -> Tensor:
-        """[..., features] -> [..., hidden]; the pixel shuffle before it only moves features, so the scale commutes."""
+        """Projects [..., features] to [..., hidden].
+
+        Scaling here equals scaling before the pixel shuffle, which only moves features.
+        """
         return super().forward(image_features * self.scale)
 
 
 class ModalityAwareInternVLModel(InternVLModel):
-    """Vision tower, projector, and a text model whose gates know the modality of each token."""
+    """Vision tower, projector, and a text model whose gates get the modality of each token."""
 
     config_class = ModalityAwareInternVLConfig
 
@@ -169,10 +175,12 @@ class ModalityAwareInternVLModel(InternVLModel):
         mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As InternVL's, with `mm_token_type_ids` [b, s] (0 text, 1 vision), which only `inputs_embeds` need.
+        """Runs InternVL's forward pass, with the tokens' modalities for the gates.
+
+        `mm_token_type_ids` [b, s] (0 text, 1 vision) are needed with `inputs_embeds` only.
 
         Raises:
-            ValueError: `inputs_embeds` came alone: embeddings do not show which of them are the vision encoder's.
+            ValueError: `inputs_embeds` came without them: embeddings do not show which are the vision encoder's.
         """
         if self.config.modality_router_bias:
             kwargs["modality_ids"] = self._modality_ids(input_ids, inputs_embeds, mm_token_type_ids)
@@ -190,7 +198,7 @@ class ModalityAwareInternVLModel(InternVLModel):
 
 
 class ModalityAwareInternVLForConditionalGeneration(InternVLForConditionalGeneration):
-    """The model with its language-modelling head; `generate()` and `save_pretrained()` are transformers' own."""
+    """The model with its language modeling head; `generate()` and `save_pretrained()` are transformers' own."""
 
     config_class = ModalityAwareInternVLConfig
     _auto_class = "AutoModelForImageTextToText"
@@ -209,11 +217,11 @@ class ModalityAwareInternVLForConditionalGeneration(InternVLForConditionalGenera
         mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Names the two, as `generate(inputs_embeds=..., mm_token_type_ids=...)` asks of a model that takes them."""
+        """Names both arguments: `generate(inputs_embeds=..., mm_token_type_ids=...)` accepts only named ones."""
         kwargs |= {"inputs_embeds": inputs_embeds, "mm_token_type_ids": mm_token_type_ids}
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
 
-# Transformers renames weights between disk and memory by model type and class name: ours are InternVL's.
-for ours, theirs in (("modality_aware_internvl", "internvl"), ("ModalityAwareInternVLModel", "InternVLModel")):
-    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
+# transformers renames weights between disk and memory by model type and class name. Use InternVL's renaming here.
+for name, plain in (("modality_aware_internvl", "internvl"), ("ModalityAwareInternVLModel", "InternVLModel")):
+    register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping(plain), overwrite=True)

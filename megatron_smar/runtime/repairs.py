@@ -129,7 +129,8 @@ def read_checkpoints_without_running_them() -> None:
         except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
             files = ", ".join(sorted({self.storage_data[item.storage_index].relative_path for item in plan.items}))
             raise unpickling.DamagedError(
-                f"{self.path} cannot be read ({unpickling.told(error)}, in one of {files}); the checkpoint is damaged."
+                f"{self.path} cannot be read ({unpickling.one_line(error)}, in one of {files}); "
+                "the checkpoint is damaged."
             ) from error
 
     DefaultLoadPlanner.load_bytes = load_admitted_bytes  # type: ignore[method-assign]

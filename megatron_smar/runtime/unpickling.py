@@ -72,7 +72,7 @@ def load_contents(file: IO[bytes], path: object) -> Any:
     try:
         contents = _Contents(file).load()
     except Exception as error:  # a broken pickle raises whatever its bytes lead to
-        raise DamagedError(f"{path} cannot be read ({told(error)}); the checkpoint is damaged.") from error
+        raise DamagedError(f"{path} cannot be read ({one_line(error)}); the checkpoint is damaged.") from error
     if not isinstance(contents, Metadata):
         raise DamagedError(f"{path} is no table of contents of a checkpoint; the checkpoint is damaged.")
     return contents
@@ -105,8 +105,8 @@ def admitted_optimizers() -> list[Any]:
     return found
 
 
-def told(error: Exception) -> str:
-    """The first sentence of an error, or its name."""
+def one_line(error: Exception) -> str:
+    """Returns the first sentence of an error's message, or the error's class name."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     head = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return head.split(". ")[0].rstrip(".:")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/checkpoint/convert.py as a user runs it: from Hugging Face through a training and back."""
+"""tools/checkpoint/convert.py as a user runs it: from Hugging Face through training and back."""
 
 import json
 import math
@@ -28,7 +28,7 @@ SHAPE = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
-TOKENS = 400  # of the world's tokenizer
+TOKENS = 400  # size of the `world` fixture's tokenizer
 TRAINING = """
     --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --save-interval 2 --lr 1e-2 --lr-decay-style constant
     --eval-iters 0 --num-workers 0 --log-interval 1 --seq-length 128 --tokenizer-type SentencePieceTokenizer --seed 7
@@ -38,7 +38,7 @@ TRAINING = """
 
 
 def language(kind: str, folder: Path, vocab_size: int = TOKENS - 3, **more: object) -> Path:
-    """A language model's folder; its vocabulary lacks the image tokens."""
+    """Writes a language model's folder; its vocabulary lacks the image tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -51,14 +51,14 @@ def language(kind: str, folder: Path, vocab_size: int = TOKENS - 3, **more: obje
 
 
 def parts(world, folder: Path) -> list[object]:
-    """The flags that name a language model, the vision encoder and the tokenizer."""
+    """Returns the flags that name a language model, the vision encoder and the tokenizer."""
     tokenizer = world.root / "tokenizer.model"
     return ["--language", folder, "--vision", world.root / "vision", "--tokenizer-model", tokenizer]
 
 
 @pytest.fixture(scope="module")
 def start(world, tmp_path_factory) -> Path:
-    """A checkpoint made of Mixtral and a vision encoder, by the program."""
+    """Imports Mixtral and a vision encoder by the program; returns the checkpoint."""
     root = tmp_path_factory.mktemp("start")
     mixtral = language("mixtral", root / "mixtral", num_local_experts=4, num_experts_per_tok=2)
     run(PROGRAM, "import", *parts(world, mixtral), "--output", root / "checkpoint")
@@ -67,7 +67,7 @@ def start(world, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(world, start) -> Path:
-    """What two ranks made of it in two steps, with SMAR."""
+    """Trains `start` for two steps on two ranks, with SMAR; returns the --save folder."""
     model = ["--vision-model", start / "hf", *(start / "flags.txt").read_text().split()]
     data = ["--tokenizer-model", start / "hf" / "tokenizer.model", "--data-path", world.root / "shards" / "train"]
     place = ["--load", start, "--finetune", "--save", start.parent / "trained"]
@@ -77,12 +77,12 @@ def trained(world, start) -> Path:
 
 
 def closing(said: str) -> str:
-    """The line with which a command ends; the bar of its progress is on the other stream."""
+    """Returns a command's closing line; the progress bar is on the other stream."""
     return next(line for line in said.splitlines() if " is written: " in line)
 
 
-def test_each_conversion_ends_with_what_is_where_and_what_comes_next(world, start, convert, tmp_path):
-    """The commands that it names are those that the other tests of this file run."""
+def test_each_conversion_ends_with_what_was_written_and_the_next_commands(world, start, convert, tmp_path):
+    """The commands that the closing line names are run by the other tests of this file."""
     llama = language("llama", tmp_path / "llama")
     made = tmp_path / "made"
     status, said = convert("import", *parts(world, llama), "--output", made)
@@ -96,7 +96,7 @@ def test_each_conversion_ends_with_what_is_where_and_what_comes_next(world, star
     assert status == 0 and closing(said).startswith(
         f"{tmp_path / 'out'} is written: {len(read(tmp_path / 'out'))} weights"
     )
-    assert "trust_remote_code=True" in closing(said), "mlp2x_gelu has no place in the plain class"
+    assert "trust_remote_code=True" in closing(said), "the plain class does not support mlp2x_gelu"
     dense = ["--hf", tmp_path / "out"]
     status, said = convert("import", *dense, "--dtype", "bfloat16", "--output", tmp_path / "half")
     assert status == 0 and "of bfloat16 and" in closing(said) and "verify" not in closing(said), "they differ"
@@ -105,14 +105,14 @@ def test_each_conversion_ends_with_what_is_where_and_what_comes_next(world, star
 
 
 def load_shapes(checkpoint: Path) -> list[tuple[int, ...]]:
-    """The shapes of a checkpoint's weights."""
+    """Returns the shapes of a checkpoint's weights."""
     from megatron_smar.checkpoint.torch_dist import CheckpointReader
 
     tensors = CheckpointReader(checkpoint).tensors
     return [tuple(data.size) for name, data in tensors.items() if "_extra_state" not in name]
 
 
-def test_an_import_is_compared_with_the_parts_that_it_was_made_of(world, start, convert, tmp_path):
+def test_an_import_is_compared_with_the_parts_it_was_made_of(world, start, convert, tmp_path):
     sources = ["--language", start.parent / "mixtral", "--vision", world.root / "vision"]
     layout = TRAINING[TRAINING.index("--tensor-model-parallel-size") : TRAINING.index("--modality-routing")]
     said = run(PROGRAM, "verify", "--load", start, *sources, *layout, ranks=2).stdout
@@ -120,31 +120,33 @@ def test_an_import_is_compared_with_the_parts_that_it_was_made_of(world, start, 
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a Hugging Face folder."""
+    """Returns the weights of a Hugging Face folder."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Two folders hold the same tensors, to the bit."""
+    """Asserts that two folders hold bitwise identical tensors."""
     found, expected = read(one), read(other)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_model_that_was_imported_and_trained_comes_out_as_it_was_trained(start, trained, convert, tmp_path):
+def test_an_imported_and_trained_model_is_exported_as_trained(start, trained, convert, tmp_path):
     output = tmp_path / "exported"
     assert convert("export", "--load", trained, "--hf", start / "hf", "--output", output)[0] == 0
     weights = read(output)
-    assert weights["language_model.lm_head.weight"].shape == (TOKENS, 32), "padding for tensor parallelism is left out"
+    assert weights["language_model.lm_head.weight"].shape == (TOKENS, 32), (
+        "padding for tensor parallelism must be left out"
+    )
     assert any(tensor.any() for name, tensor in weights.items() if name.endswith("modality_bias")), (
-        "SMAR learnt nothing"
+        "SMAR did not train the biases"
     )
     assert (output / "tokenizer.model").is_file()
     same = run(PROGRAM, "verify", "--hf", output, "--load", trained)
     assert "greedy tokens that agree" in same.stdout
     other = run(PROGRAM, "verify", "--hf", output, "--load", start, check=False)
     assert other.returncode == 1 and "largest absolute logit difference" in other.stdout, other.stdout[-2000:]
-    # What was exported is imported again, and comes out the same.
+    # The export is imported and exported again, unchanged.
     assert convert("import", "--hf", output, "--output", tmp_path / "again")[0] == 0
     again = ["export", "--load", tmp_path / "again", "--hf", tmp_path / "again" / "hf"]
     assert convert(*again, "--output", tmp_path / "same")[0] == 0
@@ -161,8 +163,10 @@ def test_a_model_with_hard_routing_is_evaluated_and_exported_with_its_experts(wo
     same = run(PROGRAM, "verify", "--hf", tmp_path / "out", "--load", tmp_path / "hard")
     assert "greedy tokens that agree" in same.stdout
     free = ["--load", tmp_path / "hard", "--modality-routing", "none"]
-    assert run(PROGRAM, "verify", "--hf", tmp_path / "out", *free, check=False).returncode == 1, "nothing was forbidden"
-    # Imported, it needs no strategy: the biases say what may not be chosen.
+    assert run(PROGRAM, "verify", "--hf", tmp_path / "out", *free, check=False).returncode == 1, (
+        "no expert was forbidden"
+    )
+    # An import of the export needs no strategy: the biases say which experts may not be chosen.
     assert convert("import", "--hf", tmp_path / "out", "--output", tmp_path / "again")[0] == 0
     run(PROGRAM, "verify", "--hf", tmp_path / "out", "--load", tmp_path / "again")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "You may reproduce and distribute copies of the Work."}))
@@ -177,7 +181,7 @@ def test_a_model_with_hard_routing_is_evaluated_and_exported_with_its_experts(wo
 
 @pytest.fixture(scope="module")
 def photograph(tmp_path_factory) -> Path:
-    """Where the documented snippet looks for one."""
+    """Returns a folder with the image that the documented snippet opens."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("photograph")
@@ -186,12 +190,12 @@ def photograph(tmp_path_factory) -> Path:
 
 
 def snippet() -> str:
-    """The code of docs/checkpoints.md that asks an export."""
+    """Returns the code in docs/checkpoints.md that asks an export a question."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL)
     return next(block for block in blocks if "AutoProcessor" in block)
 
 
-def test_the_documented_snippet_gives_the_trainers_own_answer(
+def test_the_documented_snippet_gives_the_trainers_answer(
     start, trained, convert, photograph, tmp_path, monkeypatch, capsys
 ):
     exported = ["--load", trained, "--hf", start / "hf", "--output", photograph / "exported", "--dtype", "float32"]
@@ -212,18 +216,18 @@ def test_the_documented_snippet_gives_the_trainers_own_answer(
     assert content["vision_config"]["architectures"] == ["InternVLVisionModel"]
 
 
-def test_an_import_is_measured_without_the_flags_of_its_model(start, photograph, tmp_path):
+def test_an_import_is_evaluated_without_its_models_flags(start, photograph, tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "You may reproduce and distribute copies of the Work."}))
     question = {"image": ["photograph.png"], "question": "<image>\nWhich colours are these?", "answer": "red"}
     (tmp_path / "vqa.json").write_text(json.dumps([question]))
     given = ["--text", tmp_path / "text.jsonl", "--vqa", tmp_path / "vqa.json", "--image-root", photograph]
     command = ["tools/evaluate.py", "--load", start, *given, "--output", tmp_path / "results.json"]
-    run(*command, "--conversation-template", "mistral", ranks=1)  # SentencePiece does not say how it is asked
+    run(*command, "--conversation-template", "mistral", ranks=1)  # a SentencePiece model has no chat template
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["text_perplexity"] > 1 and results["vqa_by_kind"]["all"]["count"] == 1
 
 
-def test_a_checkpoint_and_its_export_give_the_same_answer_to_one_question(
+def test_a_checkpoint_and_its_export_give_the_same_answer_to_a_question(
     start, trained, convert, photograph, tmp_path, capsys
 ):
     from megatron_smar.commands.chat import main as chat
@@ -245,12 +249,12 @@ CHAT_MISTAKES = {
     "no processor": (["{hf}", "?"], "has no processor"),
     "no picture": (["{hf}", "?", "--image", "{new}"], "is not there: give the file of a picture"),
     "no tokens": (["{hf}", "?", "--max-new-tokens", "0"], "--max-new-tokens 0 leaves no answer"),
-    "cold": (["{hf}", "?", "--temperature", "-1"], "--temperature -1.0 is below 0"),
+    "negative temperature": (["{hf}", "?", "--temperature", "-1"], "--temperature -1.0 is below 0"),
 }
 
 
 @pytest.mark.parametrize("case", CHAT_MISTAKES)
-def test_a_mistaken_question_is_refused_in_one_sentence(case, tmp_path, monkeypatch, capsys):
+def test_mistakes_of_the_chat_program_are_refused_in_one_sentence(case, tmp_path, monkeypatch, capsys):
     from megatron_smar.commands.chat import main as chat
 
     words, message = CHAT_MISTAKES[case]
@@ -265,14 +269,14 @@ def test_a_mistaken_question_is_refused_in_one_sentence(case, tmp_path, monkeypa
     assert end.value.code == 2 and message in said and said.startswith("chat.py: error: ")
 
 
-def test_the_chat_program_answers_a_user_who_starts_it(start, trained, photograph):
+def test_the_chat_program_prints_an_answer(start, trained, photograph):
     done = run(
         "tools/chat.py", trained, "Name a colour.", "--image", photograph / "photograph.png", "--max-new-tokens", 3
     )
     assert done.stdout.strip()
 
 
-def test_a_separate_language_model_comes_in_with_rows_for_the_image_tokens(start, convert, tmp_path):
+def test_a_separate_language_model_is_imported_with_rows_for_the_image_tokens(start, convert, tmp_path):
     assert convert("export", "--load", start, "--hf", start / "hf", "--output", tmp_path / "out")[0] == 0
     weights, given = read(tmp_path / "out"), read(start.parent / "mixtral")
     for name, tensor in given.items():
@@ -284,7 +288,7 @@ def test_a_separate_language_model_comes_in_with_rows_for_the_image_tokens(start
             torch.testing.assert_close(new, tensor.mean(dim=0).expand_as(new))
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["text_config"]["vocab_size"] == TOKENS
-    # Nothing of the model that the tower may have been part of.
+    # No file of the model that the tower may have been part of.
     assert {path.name for path in (start / "hf").iterdir()} == {
         "config.json",
         "generation_config.json",
@@ -293,7 +297,7 @@ def test_a_separate_language_model_comes_in_with_rows_for_the_image_tokens(start
     }
 
 
-def test_inspect_tells_what_was_trained(trained, convert):
+def test_inspect_shows_what_was_trained(trained, convert):
     status, said = convert("inspect", trained)
     assert status == 0 and "expert_model_parallel_size 2" in said and "modality_routing smar" in said
     status, said = convert("inspect", trained, "--json")
@@ -301,7 +305,7 @@ def test_inspect_tells_what_was_trained(trained, convert):
     assert convert("inspect", trained, "--iteration", 7)[0] == 2
 
 
-def test_an_upcycled_model_starts_as_the_dense_one(world, convert, tmp_path):
+def test_an_upcycled_model_at_first_computes_what_the_dense_one_computes(world, convert, tmp_path):
     llama = language("llama", tmp_path / "llama")
     assert convert("import", *parts(world, llama), "--output", tmp_path / "dense")[0] == 0
     dense = ["--load", tmp_path / "dense", "--hf", tmp_path / "dense" / "hf"]
@@ -310,13 +314,13 @@ def test_an_upcycled_model_starts_as_the_dense_one(world, convert, tmp_path):
     assert convert("upcycle", *dense, *more, "--output", tmp_path / "mixture")[0] == 0
     assert "--num-experts 4\n" in (tmp_path / "mixture" / "flags.txt").read_text()
     run(PROGRAM, "verify", "--hf", tmp_path / "exported", "--load", tmp_path / "mixture")
-    # As Mixtral's, it is exported too.
+    # The mixture is a Mixtral, so it can be exported too.
     mixture = ["--load", tmp_path / "mixture", "--hf", tmp_path / "mixture" / "hf"]
     assert convert("export", *mixture, "--output", tmp_path / "out")[0] == 0
     assert any("block_sparse_moe.experts.3" in name for name in read(tmp_path / "out"))
 
 
-def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated(world, convert, tmp_path):
+def test_a_killed_conversion_leaves_nothing_that_looks_complete_and_can_be_repeated(world, convert, tmp_path):
     output, partial = tmp_path / "checkpoint", tmp_path / "checkpoint.partial"
     llama = language("llama", tmp_path / "llama", vocab_size=400_000)  # 100 MB, written long enough to be interrupted
     command = [PROGRAM, "import", *parts(world, llama), "--output", output]
@@ -326,7 +330,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated
     )
     end = time.monotonic() + 120
     while not any(partial.glob("release/*.distcp")):
-        assert time.monotonic() < end and process.poll() is None, "it never began to write, or ended too soon"
+        assert time.monotonic() < end and process.poll() is None, (
+            "it never began to write, or ended before it was killed"
+        )
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -338,11 +344,11 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated
     assert convert(*command[1:])[0] == 0
     assert not partial.exists()
     status, said = convert("inspect", output)
-    assert status == 0 and "whole        yes" in said
+    assert status == 0 and "complete     yes" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_explains_itself(convert, command):
+def test_each_command_has_a_help_text(convert, command):
     status, said = convert(command, "--help")
     assert status == 0 and said.startswith(f"usage: convert.py {command}")
     assert len(said.splitlines()) > 5
@@ -356,7 +362,7 @@ MISTAKES = {
         ["upcycle", "--load", "{load}", "--language", "{hf}", "--vision", "{hf}", "--output", "{new}"],
         "--load goes with --hf",
     ),
-    "a flag that there is not": (["import", "--hf", "{hf}", "--output", "{new}", "--x"], "unrecognized arguments: --x"),
+    "an unknown flag": (["import", "--hf", "{hf}", "--output", "{new}", "--x"], "unrecognized arguments: --x"),
     "no such folder": (["import", "--hf", "{new}", "--output", "{new}"], "has no config.json"),
     "config without weights": (["import", "--hf", "{hf}", "--output", "{new}"], "must hold the model's weights"),
     "a file as output": (["export", "--load", "{load}", "--hf", "{hf}", "--output", "{file}"], "exists already"),
@@ -377,7 +383,7 @@ MISTAKES = {
     "nothing to compare with": (["verify", "--load", "{load}", "--hf", "{hf}"], "must hold the model's weights"),
     "nothing named": (["verify", "--load", "{load}"], "give either --hf, or both --language and --vision"),
     "half of the parts": (["verify", "--load", "{load}", "--vision", "{hf}"], "give either --hf, or both --language"),
-    "a whole and parts": (
+    "a composite model and parts": (
         ["verify", "--load", "{load}", "--hf", "{hf}", "--language", "{hf}", "--vision", "{hf}"],
         "give either --hf, or both --language",
     ),
@@ -390,7 +396,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_with_one_sentence_and_nothing_written(start, convert, tmp_path, mistake):
+def test_a_mistake_is_reported_in_one_sentence_and_nothing_is_written(start, convert, tmp_path, mistake):
     argv, message = MISTAKES[mistake]
     (tmp_path / "file").write_text("kept")
     (tmp_path / "exported").mkdir()

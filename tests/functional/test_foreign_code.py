@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stranger's model folder: whatever is in it, no program runs it."""
+"""No program runs code in an untrusted model folder, whatever files it holds."""
 
 import ast
 import contextlib
@@ -32,7 +32,7 @@ class Payload:
 
 
 def with_code(path: Path) -> None:
-    """Has a JSON file name code for everything that transformers looks for."""
+    """Makes a JSON file name code for every class that transformers looks up."""
     content = json.loads(path.read_text()) if path.is_file() else {}
     for part in (content, *(content[name] for name in ("text_config", "vision_config") if name in content)):
         part["auto_map"] = {name: ["evil.Evil", None] if "Tokenizer" in name else "evil.Evil" for name in CODE}
@@ -40,7 +40,7 @@ def with_code(path: Path) -> None:
 
 
 def poison(folder: Path, ran: Path, *kinds: str) -> Path:
-    """A folder in which each of these kinds of file would write `ran` if it were run."""
+    """Adds code and pickles to a folder that write `ran` when run; `kinds` are the files that name the code."""
     (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n\nclass Evil:\n    pass\n")
     for name in ("__init__.py", "setup.py", "conftest.py", "configuration_evil.py", "tokenization_evil.py"):
         shutil.copyfile(folder / "evil.py", folder / name)
@@ -48,7 +48,7 @@ def poison(folder: Path, ran: Path, *kinds: str) -> Path:
     shutil.copyfile(folder / "evil.py", folder / "custom_generate" / "generate.py")
     for name in PICKLES:
         torch.save(Payload(ran), folder / name)
-    if "pickles alone" in kinds:
+    if "pickles only" in kinds:
         for path in folder.glob("*.safetensors"):
             path.unlink()
     if "config" in kinds:
@@ -67,7 +67,7 @@ def poison(folder: Path, ran: Path, *kinds: str) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(world, tmp_path_factory) -> dict[str, Path]:
-    """Folders without anything wrong: a language model with a tokenizer, a vision encoder, a composite model."""
+    """Returns harmless folders: a language model with a tokenizer, a vision encoder, a composite model."""
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -90,8 +90,8 @@ def clean(world, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def stranger(clean, tmp_path, monkeypatch):
-    """Gives poisoned copies of these folders; every question on the terminal is answered with yes."""
+def untrusted(clean, tmp_path, monkeypatch):
+    """Returns a function that makes poisoned copies of these folders; questions on the terminal are answered yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     ran = tmp_path / "ran"
 
@@ -102,11 +102,11 @@ def stranger(clean, tmp_path, monkeypatch):
     assert not ran.exists(), "code of a model's folder was run"
 
 
-def test_the_payloads_are_live(clean, tmp_path, monkeypatch):
-    """What each of them does where it is trusted; else the other tests could not fail."""
+def test_the_payloads_run_if_they_are_trusted(clean, tmp_path, monkeypatch):
+    """Without this, the other tests could not fail."""
     from transformers import AutoConfig, AutoTokenizer
 
-    # The runtime, which another test may have installed in this process, has torch read tensors alone.
+    # The runtime, which another test may have installed in this process, makes torch read tensors only.
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     ran = tmp_path / "ran"
 
@@ -120,18 +120,20 @@ def test_the_payloads_are_live(clean, tmp_path, monkeypatch):
         lambda: AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=True),
     )
     for load in loads:
-        with contextlib.suppress(AttributeError, TypeError, ValueError):  # the file has been run, its class is empty
+        with contextlib.suppress(
+            AttributeError, TypeError, ValueError
+        ):  # raised after the file has run: its class is empty
             load()
         assert ran.exists()
         ran.unlink()
 
 
-KINDS = [("config",), ("config", "tokenizer"), ("config", "type"), ("config", "pickles alone")]
+KINDS = [("config",), ("config", "tokenizer"), ("config", "type"), ("config", "pickles only")]
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids=" and ".join)
-def test_no_command_of_the_converter_runs_a_models_code(world, clean, stranger, convert, tmp_path, kinds):
-    hf, language, vision = (stranger(name, *kinds) for name in ("hf", "language", "vision"))
+def test_no_command_of_the_converter_runs_a_models_code(world, clean, untrusted, convert, tmp_path, kinds):
+    hf, language, vision = (untrusted(name, *kinds) for name in ("hf", "language", "vision"))
     sentencepiece = world.root / "tokenizer.model"
     assert convert("import", "--hf", clean["hf"], "--output", tmp_path / "good")[0] == 0
     commands = {
@@ -146,9 +148,12 @@ def test_no_command_of_the_converter_runs_a_models_code(world, clean, stranger, 
         output = tmp_path / f"output_{number}"
         status, said = convert(*command, "--output", output)
         needs_code = "tokenizer" in kinds and name == "import of a language model"
-        without_tokenizer = "tokenizer" in kinds and name in ("import", "export")  # a class that is not transformers'
+        without_tokenizer = "tokenizer" in kinds and name in (
+            "import",
+            "export",
+        )  # its class is not one of transformers'
         is_refused = (
-            "type" in kinds or needs_code or without_tokenizer or ("pickles alone" in kinds and name != "export")
+            "type" in kinds or needs_code or without_tokenizer or ("pickles only" in kinds and name != "export")
         )
         assert status == (2 if is_refused else 0), f"{name}: {said}"
         assert not is_refused or said.splitlines()[-1].startswith("convert.py: error: "), said
@@ -156,27 +161,27 @@ def test_no_command_of_the_converter_runs_a_models_code(world, clean, stranger, 
         assert "Traceback" not in said
         for path in output.rglob("*.json"):
             assert "evil.Evil" not in path.read_text(), f"{path} names code that a later program would be asked to run"
-        assert not [path for path in output.rglob("*") if path.name in PICKLES], "a pickle is handed on"
+        assert not [path for path in output.rglob("*") if path.name in PICKLES], "a pickle was copied"
         assert not [path for path in output.rglob("*.py") if path.name != "modeling_modality_aware.py"]
-    if "type" in kinds or "pickles alone" in kinds:
+    if "type" in kinds or "pickles only" in kinds:
         status, said = convert("verify", "--hf", hf, "--load", tmp_path / "good")
         assert status == 2 and "error: " in said.splitlines()[-1]
 
 
-def test_no_tokenizers_code_is_run_when_tokens_are_added(stranger, tmp_path, monkeypatch, capsys):
+def test_adding_tokens_runs_no_code_of_a_tokenizer(untrusted, tmp_path, monkeypatch, capsys):
     from tools.data.add_tokens import main
 
-    monkeypatch.setattr(sys, "argv", ["add_tokens.py", str(stranger("tokenizer", "tokenizer")), str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["add_tokens.py", str(untrusted("tokenizer", "tokenizer")), str(tmp_path / "out")])
     with pytest.raises(SystemExit):
         main()
     assert "names code of its own, which is never run here" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "pickles alone"])
-def test_the_examples_own_conversion_runs_no_code_of_a_llava(clean, stranger, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["tokenizer", "pickles only"])
+def test_the_conversion_of_the_llava_example_runs_no_code_of_the_model(clean, untrusted, tmp_path, kind):
     from examples.moe_llava_phi.from_llava import convert as from_llava
 
-    llava = stranger("language", kind)
+    llava = untrusted("language", kind)
     content = json.loads((llava / "config.json").read_text())
     llava_phi = {"model_type": "llava_phi", "image_projector_type": "mlp2x_gelu"}
     (llava / "config.json").write_text(json.dumps(content | llava_phi))
@@ -184,36 +189,36 @@ def test_the_examples_own_conversion_runs_no_code_of_a_llava(clean, stranger, tm
         from_llava(llava, clean["vision"], tmp_path / "output")
 
 
-def test_the_trainer_runs_no_code_of_a_towers_folder(stranger, single_rank):
+def test_the_trainer_runs_no_code_of_a_vision_towers_folder(untrusted, single_rank):
     from megatron_smar.model.vision import VisionConfig, VisionEncoder, load_vision_config
 
     with pytest.raises(ValueError, match=r"names code of its own .auto_map in config.json., which is never run here"):
-        load_vision_config(VisionConfig(str(stranger("vision", "config", "type")), image_size=32))
-    VisionEncoder(VisionConfig(str(stranger("vision", "config")), image_size=32), torch.float32)
+        load_vision_config(VisionConfig(str(untrusted("vision", "config", "type")), image_size=32))
+    VisionEncoder(VisionConfig(str(untrusted("vision", "config")), image_size=32), torch.float32)
     with pytest.raises(ValueError, match=r"has a config but no weights \(\*.safetensors\)"):
         VisionEncoder(
-            VisionConfig(str(stranger("vision", "pickles alone", "config", "x")), image_size=32), torch.float32
+            VisionConfig(str(untrusted("vision", "pickles only", "config", "x")), image_size=32), torch.float32
         )
 
 
-def test_the_trainer_runs_no_code_of_a_tokenizers_folder_and_asks_nobody(world, stranger):
-    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", stranger("tokenizer", "tokenizer")]
+def test_the_trainer_runs_no_code_of_a_tokenizers_folder_and_does_not_ask(world, untrusted):
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", untrusted("tokenizer", "tokenizer")]
     sizes = ["--micro-batch-size", 4, "--global-batch-size", 4, "--train-iters", 1]
     (said,) = world.errors(*sizes, *flags, ranks=1, answers="y\n" * 9)
     assert "a folder's code is only run with --trust-remote-code" in said
 
 
 @pytest.mark.parametrize("library", ["sft", "huggingface"])
-def test_no_tokenizer_of_megatron_asks_whether_to_run_code(stranger, single_rank, library):
+def test_no_tokenizer_of_megatron_asks_whether_to_run_code(untrusted, single_rank, library):
     from megatron.core.tokenizers import MegatronTokenizer
 
     more = {"prompt_format": "default"} if library == "sft" else {}
     with pytest.raises(ValueError, match=r"execute|executed"):
-        MegatronTokenizer.from_pretrained(str(stranger("tokenizer", "tokenizer")), {"library": library}, **more)
+        MegatronTokenizer.from_pretrained(str(untrusted("tokenizer", "tokenizer")), {"library": library}, **more)
 
 
 def test_every_folder_is_loaded_with_trust_remote_code_false():
-    """transformers asks on the terminal where nobody has said so."""
+    """Without trust_remote_code=False, transformers asks on the terminal."""
     found = 0
     for path in [*ROOT.glob("megatron_smar/**/*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("examples/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint that asks for a command to be run: every program refuses it with one sentence, and runs nothing."""
+"""Every program refuses a checkpoint that asks for a command to be run, in one sentence, and does not run it."""
 
 import pickle
 import shutil
@@ -31,7 +31,7 @@ def test_training_does_not_run_a_command_in_metadata_on_any_rank(world, unsafe, 
 
 
 def test_training_does_not_run_a_command_in_another_ranks_random_state(world, saved, tmp_path):
-    """It is read by one rank alone; all ranks say so."""
+    """The random state is read by one rank only; all ranks report the error."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     folder = shutil.copytree(saved, tmp_path / "unsafe")
@@ -52,7 +52,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[SLOW] if name != "evaluate" else []) for name in PROGRAMS])
-def test_no_other_program_runs_it(world, unsafe, tmp_path, name):
+def test_no_other_program_runs_a_command_in_metadata(world, unsafe, tmp_path, name):
     from tests.models import build_hf_model
 
     if name != "evaluate":

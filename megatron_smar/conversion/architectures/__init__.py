@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architectures that can be converted: for each its flags and its table of weights, by Hugging Face model type.
+"""The architectures that can be converted, by Hugging Face model type: each has its flags and its weight table.
 
-A new one is a file with two functions of the Hugging Face config, `flags` and `weights`, and a line in `LANGUAGES`.
+To add an architecture, write a file with two functions of the Hugging Face config, `flags` and `weights`, and add a
+line to `LANGUAGES`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Language:
     """A language model's architecture.
 
     Attributes:
-        flags: Of the config: the flags under which the trainer builds this model.
-        weights: Of the config: the table of its weights, named as in the causal language model's own folder.
+        flags: Returns the trainer's flags for a config.
+        weights: Returns the weight table for a config, with names as in the causal language model's own folder.
     """
 
     flags: Callable[[PretrainedConfig], Flags]
@@ -45,10 +46,10 @@ LANGUAGES: dict[str, Language] = {
 
 
 def language_of(config: PretrainedConfig) -> Language:
-    """The architecture of a causal language model.
+    """Returns the architecture of a causal language model.
 
     Raises:
-        UnsupportedError: With the list of those that are known; or its weights are quantised.
+        UnsupportedError: The model type is not supported, or the weights are quantized.
     """
     if config.model_type not in LANGUAGES:
         raise UnsupportedError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the decoders of most architectures share: flags and tables of Llama's family."""
+"""Flags and weight tables that most decoders share: those of Llama's family."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from transformers import PretrainedConfig
 
 from megatron_smar.conversion.weights import Weight, per_layer, query_key_value, stacked
 
-Flags = dict[str, Any]  # Megatron's and our flags without their dashes; True: a switch; None or False: left out
+Flags = dict[str, Any]  # the trainer's flags without dashes; True: a switch that is on; None or False: left out
 
-OURS, THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
+# Prefixes of a layer's weights in Megatron and in Hugging Face.
+MEGATRON_LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -24,11 +25,11 @@ def refuse(config: PretrainedConfig, **expected: Any) -> None:
     """Refuses settings that have no counterpart in the trainer.
 
     Args:
-        config: The model's.
-        **expected: Fields and the one value (or tuple of values) that each may have; a field that is absent passes.
+        config: The model's config.
+        **expected: Fields, each with its supported value (or tuple of values); a missing field passes.
 
     Raises:
-        UnsupportedError: Names the field, its value and what is supported.
+        UnsupportedError: A field has another value; the message names field, value and what is supported.
     """
     for field, values in expected.items():
         allowed = values if isinstance(values, tuple) else (values,)
@@ -36,10 +37,10 @@ def refuse(config: PretrainedConfig, **expected: Any) -> None:
 
 
 def require(config: PretrainedConfig, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Refuses a setting that has another value than these.
+    """Refuses a setting whose value is not among the allowed ones.
 
     Raises:
-        UnsupportedError: Names the field, its value and what is supported.
+        UnsupportedError: The value is not allowed; the message names field, value and what is supported.
     """
     if value not in allowed:
         raise UnsupportedError(
@@ -49,21 +50,21 @@ def require(config: PretrainedConfig, field: str, value: Any, allowed: tuple[Any
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Size of an attention head."""
+    """Returns the size of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def layers_of(config: PretrainedConfig) -> range:
-    """Numbers of the layers, from 0."""
+    """Returns the layers' numbers, from 0."""
     return range(config.num_hidden_layers)
 
 
 def shape_flags(config: PretrainedConfig) -> Flags:
-    """Flags of any decoder with rotary positions: its shape.
+    """Returns the shape flags of any decoder with rotary position embeddings.
 
-    Attention within a window is exact without one for as long as no sequence is longer than it, which the trainer sees
-    to by --max-position-embeddings. Dropout is a matter of training, not of the model: it is off unless the user gives
-    the flags again.
+    Sliding-window attention equals full attention as long as no sequence is longer than the window, which the trainer
+    ensures by --max-position-embeddings. Dropout belongs to training, not to the model: it is off unless the user gives
+    its flags again.
     """
     window = getattr(config, "sliding_window", None)
     return {
@@ -83,11 +84,11 @@ def shape_flags(config: PretrainedConfig) -> Flags:
 
 
 def decoder_flags(config: PretrainedConfig, rope: Flags | None = None) -> Flags:
-    """Flags of a pre-norm decoder with RMSNorm, rotary positions, grouped queries and SwiGLU.
+    """Returns the flags of a pre-norm decoder with RMSNorm, rotary position embeddings, grouped queries and SwiGLU.
 
     Args:
-        config: The model's.
-        rope: Of the rotary position embedding; None for `rope_flags`.
+        config: The model's config.
+        rope: Flags of the rotary position embedding; None for those of `rope_flags`.
     """
     refuse(config, hidden_act="silu", attention_bias=False, mlp_bias=False)
     return {
@@ -101,11 +102,11 @@ def decoder_flags(config: PretrainedConfig, rope: Flags | None = None) -> Flags:
 
 
 def rope_flags(config: PretrainedConfig, partial_rotary: bool = False) -> Flags:
-    """Flags of the rotary position embedding: as it is, scaled linearly, or Llama 3's way.
+    """Returns the flags of the rotary position embedding: unscaled, scaled linearly, or scaled as in Llama 3.
 
     Args:
-        config: The model's.
-        partial_rotary: Whether the architecture can rotate a part of each head only.
+        config: The model's config.
+        partial_rotary: Whether the architecture can rotate only a part of each head.
     """
     rope = config.rope_parameters
     kind, percent = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
@@ -115,21 +116,21 @@ def rope_flags(config: PretrainedConfig, partial_rotary: bool = False) -> Flags:
     flags: Flags = {"rotary-base": rope_theta(config), "rotary-percent": percent if percent != 1.0 else None}
     if kind == "linear":
         factor = rope_field(config, "factor")
-        require(config, "factor in rope_parameters", factor, (int(factor),))  # the flag takes whole numbers
+        require(config, "factor in rope_parameters", factor, (int(factor),))  # the flag takes integers
         flags["rotary-seq-len-interpolation-factor"] = int(factor)
     if kind == "llama3":
         published = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        for field, value in published.items():  # Megatron has them built in
+        for field, value in published.items():  # hard-coded in Megatron
             require(config, f"{field} in rope_parameters", rope_field(config, field), (value,))
         flags |= {"use-rope-scaling": True, "rope-scaling-factor": rope_field(config, "factor")}
     return flags
 
 
 def rope_field(config: PretrainedConfig, field: str) -> Any:
-    """A setting of the rotary embedding that its type needs.
+    """Returns a setting that the rotary embedding's type needs.
 
     Raises:
-        UnsupportedError: It is missing.
+        UnsupportedError: The setting is missing.
     """
     value = config.rope_parameters.get(field)
     if value is None:
@@ -141,7 +142,7 @@ def rope_field(config: PretrainedConfig, field: str) -> Any:
 
 
 def rope_theta(config: PretrainedConfig) -> int:
-    """--rotary-base, which takes whole numbers."""
+    """Returns --rotary-base, which must be an integer."""
     theta = rope_field(config, "rope_theta")
     require(config, "rope_theta in rope_parameters", theta, (int(theta),))
     return int(theta)
@@ -150,14 +151,14 @@ def rope_theta(config: PretrainedConfig) -> int:
 def moe_flags(
     config: PretrainedConfig, experts: int, ffn: int, pre_softmax: bool, moe_layers: Iterable[int] | None = None
 ) -> Flags:
-    """Flags of the MoE layers.
+    """Returns the flags of the MoE layers.
 
     Args:
-        config: The model's.
+        config: The model's config.
         experts: Number of experts per layer.
-        ffn: An expert's hidden size.
-        pre_softmax: Whether the weights are the softmax over all experts (not renormalised over the chosen ones).
-        moe_layers: The layers that have experts; None for all.
+        ffn: FFN hidden size of an expert.
+        pre_softmax: Whether the weights are the softmax over all experts (not renormalized over the chosen ones).
+        moe_layers: Numbers of the MoE layers; None for all layers.
     """
     layers = layers_of(config)
     pattern = [int(moe_layers is None or layer in set(moe_layers)) for layer in layers]
@@ -173,7 +174,7 @@ def moe_flags(
 
 
 def outer_weights(config: PretrainedConfig) -> list[Weight]:
-    """Embedding, final norm, output layer."""
+    """Returns the table of embedding, final norm and output layer."""
     vocabulary = config.vocab_size
     rows = [
         Weight("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), rows=vocabulary),
@@ -185,68 +186,68 @@ def outer_weights(config: PretrainedConfig) -> list[Weight]:
 
 
 def attention_weights(config: PretrainedConfig, bias: bool = False, qk_norm: bool = False) -> list[Weight]:
-    """Norms and attention of every layer.
+    """Returns the table of the norms and the attention of every layer.
 
     Args:
-        config: The model's.
+        config: The model's config.
         bias: Whether queries, keys and values have biases.
         qk_norm: Whether queries and keys have norms.
     """
-    layers, ours, theirs = layers_of(config), OURS + "self_attention.", THEIRS + "self_attn."
+    layers, megatron, hf = layers_of(config), MEGATRON_LAYER + "self_attention.", HF_LAYER + "self_attn."
     qkv = query_key_value(config.num_attention_heads, config.num_key_value_heads, head_dim(config))
     rows = norm_weights(config)
     for kind in ("weight", "bias") if bias else ("weight",):
-        parts = [f"{theirs}{name}_proj.{kind}" for name in "qkv"]
-        rows += per_layer(layers, f"{ours}linear_qkv.{kind}", *parts, runs=qkv)
+        parts = [f"{hf}{name}_proj.{kind}" for name in "qkv"]
+        rows += per_layer(layers, f"{megatron}linear_qkv.{kind}", *parts, runs=qkv)
     for name in "qk" if qk_norm else "":
-        rows += per_layer(layers, f"{ours}{name}_layernorm.weight", f"{theirs}{name}_norm.weight")
-    return rows + per_layer(layers, ours + "linear_proj.weight", theirs + "o_proj.weight")
+        rows += per_layer(layers, f"{megatron}{name}_layernorm.weight", f"{hf}{name}_norm.weight")
+    return rows + per_layer(layers, megatron + "linear_proj.weight", hf + "o_proj.weight")
 
 
 def norm_weights(config: PretrainedConfig) -> list[Weight]:
-    """The two norms of every layer."""
+    """Returns the table of the two norms of every layer."""
     layers = layers_of(config)
     return [
-        *per_layer(layers, OURS + "input_layernorm.weight", THEIRS + "input_layernorm.weight"),
-        *per_layer(layers, OURS + "pre_mlp_layernorm.weight", THEIRS + "post_attention_layernorm.weight"),
+        *per_layer(layers, MEGATRON_LAYER + "input_layernorm.weight", HF_LAYER + "input_layernorm.weight"),
+        *per_layer(layers, MEGATRON_LAYER + "pre_mlp_layernorm.weight", HF_LAYER + "post_attention_layernorm.weight"),
     ]
 
 
 def dense_weights(layers: Iterable[int], ffn: int, place: str = "mlp", block: str = "mlp") -> list[Weight]:
-    """A feed-forward layer of gate, up and down projection: a dense layer's, or the shared experts'.
+    """Returns the table of a gated feed-forward block: that of dense layers, or the shared experts.
 
     Args:
-        layers: The layers that have one.
-        ffn: Its hidden size.
-        place: Its name in Megatron's layer.
-        block: Its name in Hugging Face's layer.
+        layers: Numbers of the layers that have the block.
+        ffn: FFN hidden size of the block.
+        place: The block's name in Megatron's layer.
+        block: The block's name in Hugging Face's layer.
     """
     layers = list(layers)
-    gate, up, down = (f"{THEIRS}{block}.{name}.weight" for name in GATE_UP_DOWN)
+    gate, up, down = (f"{HF_LAYER}{block}.{name}.weight" for name in GATE_UP_DOWN)
     return [
-        *per_layer(layers, f"{OURS}{place}.linear_fc1.weight", gate, up, runs=stacked(ffn, ffn)),
-        *per_layer(layers, f"{OURS}{place}.linear_fc2.weight", down),
+        *per_layer(layers, f"{MEGATRON_LAYER}{place}.linear_fc1.weight", gate, up, runs=stacked(ffn, ffn)),
+        *per_layer(layers, f"{MEGATRON_LAYER}{place}.linear_fc2.weight", down),
     ]
 
 
 def expert_weights(
     layers: Iterable[int], experts: int, ffn: int, block: str = "mlp", names: tuple[str, str, str] = GATE_UP_DOWN
 ) -> list[Weight]:
-    """Router and experts.
+    """Returns the table of router and experts.
 
     Args:
-        layers: The layers that have experts.
-        experts: How many each has.
-        ffn: An expert's hidden size.
+        layers: Numbers of the MoE layers.
+        experts: Number of experts per layer.
+        ffn: FFN hidden size of an expert.
         block: Name of the MoE block in Hugging Face's layer.
-        names: Of an expert's gate, up and down projection there.
+        names: Names of an expert's gate, up and down projection in Hugging Face's block.
     """
     layers = list(layers)
-    ours, theirs = OURS + "mlp.", f"{THEIRS}{block}."
-    expert = ours + "experts.local_experts.{expert}.", theirs + "experts.{expert}."
-    gate, up, down = (f"{expert[1]}{name}.weight" for name in names)
+    megatron, hf = MEGATRON_LAYER + "mlp.", f"{HF_LAYER}{block}."
+    megatron_expert, hf_expert = megatron + "experts.local_experts.{expert}.", hf + "experts.{expert}."
+    gate, up, down = (f"{hf_expert}{name}.weight" for name in names)
     return [
-        *per_layer(layers, ours + "router.weight", theirs + "gate.weight"),
-        *per_layer(layers, expert[0] + "linear_fc1.weight", gate, up, runs=stacked(ffn, ffn), experts=experts),
-        *per_layer(layers, expert[0] + "linear_fc2.weight", down, experts=experts),
+        *per_layer(layers, megatron + "router.weight", hf + "gate.weight"),
+        *per_layer(layers, megatron_expert + "linear_fc1.weight", gate, up, runs=stacked(ffn, ffn), experts=experts),
+        *per_layer(layers, megatron_expert + "linear_fc2.weight", down, experts=experts),
     ]

@@ -6,8 +6,8 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from megatron_smar.conversion.architectures.common import (
-    OURS,
-    THEIRS,
+    HF_LAYER,
+    MEGATRON_LAYER,
     Flags,
     UnsupportedError,
     decoder_flags,
@@ -24,16 +24,16 @@ from megatron_smar.conversion.architectures.common import (
 )
 from megatron_smar.conversion.weights import Weight, per_layer
 
-LATENT_NORM_EPSILON = 1e-6  # transformers' for these norms, whatever rms_norm_eps is
+LATENT_NORM_EPSILON = 1e-6  # transformers' epsilon for these norms, whatever rms_norm_eps is
 
 
 def moe_layers(config: PretrainedConfig) -> list[int]:
-    """Numbers of the layers that have experts, from 0."""
+    """Returns the numbers of the MoE layers, from 0."""
     return [layer for layer in layers_of(config) if layer >= config.first_k_dense_replace]
 
 
 def flags(config: PretrainedConfig) -> Flags:
-    """The trainer's flags for this model."""
+    """Returns the trainer's flags for a config."""
     refuse(config, num_key_value_heads=config.num_attention_heads, rope_interleave=True, moe_layer_freq=1)
     decoder = decoder_flags(config, rope=rope_flags(config)) | latent_flags(config)
     moe = moe_layers(config)
@@ -51,7 +51,7 @@ def flags(config: PretrainedConfig) -> Flags:
 
 
 def latent_flags(config: PretrainedConfig) -> Flags:
-    """Flags of multi-latent attention."""
+    """Returns the flags of multi-latent attention."""
     return {
         "multi-latent-attention": True,
         "kv-channels": None,
@@ -67,13 +67,13 @@ def latent_flags(config: PretrainedConfig) -> Flags:
 
 
 def rope_flags(config: PretrainedConfig) -> Flags:
-    """Flags of multi-latent attention's rotary embedding: as it is, or YaRN as DeepSeek published it."""
+    """Returns the flags of multi-latent attention's rotary embedding: unscaled, or YaRN as DeepSeek published it."""
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     require(config, "rope_type in rope_parameters", kind, ("default", "yarn"))
     require(config, "partial_rotary_factor in rope_parameters", rope.get("partial_rotary_factor", 1.0), (1.0,))
     if kind == "default":
-        # Megatron's fused kernel for these latents knows YaRN only.
+        # Megatron's fused kernel for multi-latent attention supports YaRN only.
         return {"rotary-base": rope_theta(config), "rope-type": "rope", "no-rope-fusion": True}
     # Megatron has no flags for these.
     original = rope_field(config, "original_max_position_embeddings")
@@ -84,24 +84,27 @@ def rope_flags(config: PretrainedConfig) -> Flags:
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if all_dim and not mscale:
         raise UnsupportedError(
-            f"mscale is {mscale!r} beside mscale_all_dim {all_dim!r} in rope_parameters of this {config.model_type} "
+            f"mscale is {mscale!r} with mscale_all_dim {all_dim!r} in rope_parameters of this {config.model_type} "
             "model; only both, or no mscale_all_dim, can be trained here."
         )
     return {
         "rotary-base": rope_theta(config),
         "rope-type": "yarn",
         "rotary-scaling-factor": rope_field(config, "factor"),
-        "mscale": mscale if all_dim else 1.0,  # transformers takes both or none
+        "mscale": mscale if all_dim else 1.0,  # transformers uses both fields or neither
         "mscale-all-dim": all_dim or 0.0,
     }
 
 
 def softmax_routing(config: PretrainedConfig) -> Flags:
-    """Flags of DeepSeek-V2's routing: the softmax over all experts, never renormalised; groups by their best expert."""
+    """Returns the flags of DeepSeek-V2's routing: softmax over all experts, never renormalized.
+
+    Groups are chosen by their best expert.
+    """
     refuse(config, scoring_func="softmax", norm_topk_prob=False, topk_method=("greedy", "group_limited_greedy"))
     grouped = config.topk_method == "group_limited_greedy"
     if grouped and config.num_experts_per_tok // config.topk_group != 1:
-        # Megatron's groups are judged by the sum of their best num_experts_per_tok // topk_group experts.
+        # Megatron chooses groups by the sum of their best num_experts_per_tok // topk_group experts.
         raise UnsupportedError(
             f"topk_method is 'group_limited_greedy' with num_experts_per_tok {config.num_experts_per_tok} and "
             f"topk_group {config.topk_group} in the config of this deepseek_v2 model; groups that are chosen by their "
@@ -111,7 +114,10 @@ def softmax_routing(config: PretrainedConfig) -> Flags:
 
 
 def sigmoid_routing(config: PretrainedConfig) -> Flags:
-    """Flags of DeepSeek-V3's routing: sigmoid scores, chosen with a bias, renormalised; groups by their best two."""
+    """Returns the flags of DeepSeek-V3's routing: sigmoid scores, experts chosen with a bias, weights renormalized.
+
+    Groups are chosen by their two best experts.
+    """
     refuse(config, scoring_func="sigmoid", norm_topk_prob=True, topk_method="noaux_tc")
     if config.num_experts_per_tok == 1:
         raise UnsupportedError(
@@ -133,15 +139,15 @@ def sigmoid_routing(config: PretrainedConfig) -> Flags:
 
 
 def group_flags(config: PretrainedConfig) -> Flags:
-    """Flags of group-limited routing."""
+    """Returns the flags of group-limited routing."""
     return {"moe-router-num-groups": config.n_group, "moe-router-group-topk": config.topk_group}
 
 
 def weights(config: PretrainedConfig) -> list[Weight]:
-    """The table."""
+    """Returns the weight table for a config."""
     moe, experts_ffn = moe_layers(config), config.moe_intermediate_size
     dense = [layer for layer in layers_of(config) if layer not in moe]
-    router, gate = OURS + "mlp.router.", THEIRS + "mlp.gate."
+    router, gate = MEGATRON_LAYER + "mlp.router.", HF_LAYER + "mlp.gate."
     bias = per_layer(moe, router + "expert_bias", gate + "e_score_correction_bias")
     return [
         *outer_weights(config),
@@ -155,7 +161,7 @@ def weights(config: PretrainedConfig) -> list[Weight]:
 
 
 def latent_weights(config: PretrainedConfig) -> list[Weight]:
-    """Multi-latent attention: every weight is one of Hugging Face's, heads in the same order."""
+    """Returns the table of multi-latent attention: weights match one to one, with heads in the same order."""
     names = {
         "linear_kv_down_proj": "kv_a_proj_with_mqa",
         "kv_layernorm": "kv_a_layernorm",
@@ -164,7 +170,9 @@ def latent_weights(config: PretrainedConfig) -> list[Weight]:
     }
     queries = {"linear_q_down_proj": "q_a_proj", "q_layernorm": "q_a_layernorm", "linear_q_up_proj": "q_b_proj"}
     names |= {"linear_q_proj": "q_proj"} if config.q_lora_rank is None else queries
-    layers, ours, theirs = layers_of(config), OURS + "self_attention.", THEIRS + "self_attn."
+    layers, megatron, hf = layers_of(config), MEGATRON_LAYER + "self_attention.", HF_LAYER + "self_attn."
     return [
-        row for mine, hf in names.items() for row in per_layer(layers, f"{ours}{mine}.weight", f"{theirs}{hf}.weight")
+        row
+        for name, hf_name in names.items()
+        for row in per_layer(layers, f"{megatron}{name}.weight", f"{hf}{hf_name}.weight")
     ]

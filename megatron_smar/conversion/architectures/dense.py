@@ -17,21 +17,21 @@ from megatron_smar.conversion.weights import Weight
 
 
 def has_qkv_bias(config: PretrainedConfig) -> bool:
-    """Whether queries, keys and values have biases."""
+    """Returns whether queries, keys and values have biases."""
     return config.model_type == "qwen2"
 
 
 def has_qk_norm(config: PretrainedConfig) -> bool:
-    """Whether the heads of queries and keys are normalised."""
+    """Returns whether the heads of queries and keys are normalized."""
     return config.model_type == "qwen3"
 
 
 def flags(config: PretrainedConfig) -> Flags:
-    """The trainer's flags for this model."""
+    """Returns the trainer's flags for a config."""
     return decoder_flags(config) | {"add-qkv-bias": has_qkv_bias(config), "qk-layernorm": has_qk_norm(config)}
 
 
 def weights(config: PretrainedConfig) -> list[Weight]:
-    """The table."""
+    """Returns the weight table for a config."""
     attention = attention_weights(config, bias=has_qkv_bias(config), qk_norm=has_qk_norm(config))
     return outer_weights(config) + attention + dense_weights(layers_of(config), config.intermediate_size)

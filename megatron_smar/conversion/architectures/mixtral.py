@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtral (8x7B, 8x22B): every layer has experts; their weights are the softmax over the chosen ones."""
+"""Mixtral (8x7B, 8x22B): every layer is an MoE layer; expert weights are the softmax over the chosen experts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megatron_smar.conversion.weights import Weight
 
 
 def flags(config: PretrainedConfig) -> Flags:
-    """The trainer's flags for this model."""
+    """Returns the trainer's flags for a config."""
     refuse(config, router_jitter_noise=0.0)
     moe = moe_flags(config, config.num_local_experts, config.intermediate_size, pre_softmax=False)
     return decoder_flags(config) | moe
 
 
 def weights(config: PretrainedConfig) -> list[Weight]:
-    """The table."""
+    """Returns the weight table for a config."""
     experts = expert_weights(
         layers_of(config),
         config.num_local_experts,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OLMoE: every layer has experts; one norm each over the queries and the keys of all heads together."""
+"""OLMoE: every layer is an MoE layer; queries and keys have one norm each over all heads together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_smar.conversion.weights import Weight
 
 
 def flags(config: PretrainedConfig) -> Flags:
-    """The trainer's flags for this model."""
+    """Returns the trainer's flags for a config."""
     refuse(config, clip_qkv=None)
     norms = {"qk-layernorm": True, "qk-norm-scope": "projection"}
     moe = moe_flags(config, config.num_experts, config.intermediate_size, pre_softmax=not config.norm_topk_prob)
@@ -27,6 +27,6 @@ def flags(config: PretrainedConfig) -> Flags:
 
 
 def weights(config: PretrainedConfig) -> list[Weight]:
-    """The table."""
+    """Returns the weight table for a config."""
     experts = expert_weights(layers_of(config), config.num_experts, config.intermediate_size)
     return outer_weights(config) + attention_weights(config, qk_norm=True) + experts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-MoE (30B-A3B): norms on the heads of queries and keys, and some layers may be dense."""
+"""Qwen3-MoE (30B-A3B): the heads of queries and keys are normalized, and some layers may be dense."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megatron_smar.conversion.weights import Weight
 
 
 def moe_layers(config: PretrainedConfig) -> list[int]:
-    """Numbers of the layers that have experts, from 0."""
+    """Returns the numbers of the MoE layers, from 0."""
     step, dense = config.decoder_sparse_step, config.mlp_only_layers or ()
     sparse = layers_of(config) if config.num_experts else ()
     return [layer for layer in sparse if (layer + 1) % step == 0 and layer not in dense]
 
 
 def flags(config: PretrainedConfig) -> Flags:
-    """The trainer's flags for this model."""
+    """Returns the trainer's flags for a config."""
     decoder = decoder_flags(config) | {"qk-layernorm": True}
     moe = moe_layers(config)
     if not moe:
@@ -36,7 +36,7 @@ def flags(config: PretrainedConfig) -> Flags:
 
 
 def weights(config: PretrainedConfig) -> list[Weight]:
-    """The table."""
+    """Returns the weight table for a config."""
     moe = moe_layers(config)
     dense = [layer for layer in layers_of(config) if layer not in moe]
     return [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run cannot continue under its flags is refused, in one sentence, before Megatron loads anything."""
+"""A checkpoint that a run cannot resume with its flags is refused in one sentence, before Megatron loads anything."""
 
 import shutil
 from argparse import Namespace
@@ -10,13 +10,13 @@ import pytest
 from megatron_smar.checkpoint.continuation import MODEL_PARALLEL, check_continuation
 from megatron_smar.checkpoint.fit import CheckpointMismatchError, leave_other_random_state, resumed_state
 
-# As `trained` was: two steps of six samples.
+# The flags with which the checkpoints of `trained` are resumed.
 LOADING = dict(ckpt_step=None, finetune=False, no_load_optim=False, skip_train=False, use_distributed_optimizer=False)
 LOADING |= dict(override_opt_param_scheduler=False, use_checkpoint_opt_param_scheduler=False, save=None)
 
 
 def arguments(folder, **changes):
-    """The arguments that a run was saved with, as far as they are not changed."""
+    """Returns the arguments that a run was saved with, with some changed."""
     args = Namespace(ckpt_step=None, load=str(folder), finetune=False, skip_train=False)
     state = resumed_state(args)
     saved = vars(state["args"]) if state else {}
@@ -33,11 +33,11 @@ def check(folder, **changes):
 REFUSED = {
     "plain": (dict(use_distributed_optimizer=True), ["--use-distributed-optimizer", "leave the flag out"]),
     "sharded": ({}, ["give --use-distributed-optimizer"]),
-    "as it lies": (
+    "as stored": (
         dict(use_distributed_optimizer=True, tensor_model_parallel_size=2, expert_model_parallel_size=4),
         ["--no-dist-ckpt-optim-fully-reshardable under no model parallelism", "does not fit TP 2, EP 4"],
     ),
-    "at one rate": (dict(lr=2e-3), ["--lr was 0.001, not 0.002"]),
+    "another rate": (dict(lr=2e-3), ["--lr was 0.001, not 0.002"]),
     "another floor": (dict(min_lr=1e-5), ["--min-lr was 0.0, not 1e-05"]),
     "another optimizer": (dict(optimizer="sgd"), ["--optimizer was adam, not sgd"]),
     "half precision": (
@@ -51,7 +51,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("form", REFUSED)
-def test_a_state_that_megatron_cannot_take_up_is_refused_with_the_remedy(trained, form):
+def test_an_optimizer_state_that_megatron_cannot_load_is_refused_with_the_fix(trained, form):
     changes, said = REFUSED[form]
     folder = trained.get(form, trained["plain"])
     with pytest.raises(CheckpointMismatchError) as refusal:
@@ -60,7 +60,7 @@ def test_a_state_that_megatron_cannot_take_up_is_refused_with_the_remedy(trained
         assert part in str(refusal.value)
     with pytest.raises(CheckpointMismatchError) as refusal:
         check(folder, save=f"{folder}/", **changes)
-    assert "new run" not in str(refusal.value), "in its own folder a run cannot be started anew"
+    assert "new run" not in str(refusal.value), "a new run cannot be started in the same folder"
     for without in ("finetune", "no_load_optim", "skip_train"):
         check(folder, **changes | {without: True})
 
@@ -71,21 +71,21 @@ def test_a_state_that_megatron_cannot_take_up_is_refused_with_the_remedy(trained
         ("plain", dict(tensor_model_parallel_size=2)),
         ("plain", dict(freeze=["vision", "vision"])),
         ("sharded", dict(use_distributed_optimizer=True, tensor_model_parallel_size=2)),
-        ("as it lies", dict(use_distributed_optimizer=True)),
-        ("as it lies", dict(use_distributed_optimizer=True, ckpt_step=1)),
+        ("as stored", dict(use_distributed_optimizer=True)),
+        ("as stored", dict(use_distributed_optimizer=True, ckpt_step=1)),
     ],
 )
-def test_a_state_that_fits_is_let_through(trained, form, changes):
+def test_an_optimizer_state_that_fits_is_accepted(trained, form, changes):
     check(trained[form], **changes)
 
 
-def test_nothing_to_load_is_nothing_to_refuse(tmp_path):
+def test_a_run_without_a_checkpoint_to_load_is_not_refused(tmp_path):
     check_continuation(Namespace(), None)
     assert resumed_state(Namespace(load=str(tmp_path), ckpt_step=None, finetune=False, skip_train=False)) is None
     assert resumed_state(Namespace(load=None, ckpt_step=None, finetune=False, skip_train=False)) is None
 
 
-# The flags of a schedule: 100 steps of 8 samples, 10 of them warm-up, half of them made.
+# The flags of a schedule: 100 steps of 8 samples, 10 of them warm-up.
 COSINE = dict(
     lr_decay_style="cosine", train_iters=100, global_batch_size=8, lr_warmup_iters=10, lr_warmup_fraction=None
 )
@@ -104,7 +104,7 @@ CONSTANT = COSINE | dict(lr_decay_style="constant")
 
 
 def scheduler(args):
-    """Megatron's own, as its trainer builds it for these flags."""
+    """Builds Megatron's scheduler for these flags, as Megatron's trainer builds it."""
     import megatron.training.training as trainer
 
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
@@ -115,15 +115,15 @@ def scheduler(args):
 
 
 def saved_at(step, **flags):
-    """What a run keeps of its schedule at a step."""
+    """Returns what a run's checkpoint stores of the schedule at a step."""
     args = Namespace(**flags, override_opt_param_scheduler=False, use_checkpoint_opt_param_scheduler=False)
-    its_own, _, args = scheduler(args)
-    its_own.step(step * args.global_batch_size)
-    return {"args": args, "iteration": step, "opt_param_scheduler": its_own.state_dict()}
+    schedule, _, args = scheduler(args)
+    schedule.step(step * args.global_batch_size)
+    return {"args": args, "iteration": step, "opt_param_scheduler": schedule.state_dict()}
 
 
 def resume_schedule(state, **flags):
-    """The schedule that Megatron continues with, and its optimizer."""
+    """Returns the schedule with which Megatron resumes, and its optimizer."""
     from megatron_smar.checkpoint.continuation import check_schedule
 
     defaults = dict(
@@ -140,7 +140,7 @@ ANOTHER_SCHEDULE = {
     "more steps": (dict(train_iters=200), ["--train-iters was 100, not 200"]),
     "another batch": (dict(global_batch_size=16), ["--global-batch-size was 8, not 16"]),
     "another style": (dict(lr_decay_style="linear"), ["--lr-decay-style was cosine, not linear"]),
-    "an end of its own": (dict(lr_decay_iters=50), ["--lr-decay-iters was 100, not 50"]),
+    "another end of the decay": (dict(lr_decay_iters=50), ["--lr-decay-iters was 100, not 50"]),
     "another warm-up": (dict(lr_warmup_iters=20), ["--lr-warmup-iters was 10, not 20"]),
     "warm-up as a share": (
         dict(lr_warmup_iters=0, lr_warmup_fraction=0.2),
@@ -156,7 +156,7 @@ ANOTHER_SCHEDULE = {
 
 
 @pytest.mark.parametrize("change", ANOTHER_SCHEDULE)
-def test_another_schedule_is_refused_with_both_values_unless_a_flag_says_which_holds(change):
+def test_another_schedule_is_refused_with_both_values_unless_a_flag_says_which_applies(change):
     flags, said = ANOTHER_SCHEDULE[change]
     state = saved_at(50, **COSINE)
     with pytest.raises(CheckpointMismatchError) as refusal:
@@ -166,7 +166,7 @@ def test_another_schedule_is_refused_with_both_values_unless_a_flag_says_which_h
     resume_schedule(state, **COSINE | flags, override_opt_param_scheduler=True)
 
 
-def test_override_takes_the_new_schedule_from_the_step_on_and_use_checkpoint_keeps_the_old_one():
+def test_override_uses_the_new_schedule_from_the_resumed_step_and_use_checkpoint_keeps_the_old_one():
     state = saved_at(50, **COSINE)
     undisturbed, longer = (saved_rate(50, **COSINE | dict(train_iters=iters)) for iters in (100, 200))
     assert undisturbed != longer
@@ -179,13 +179,13 @@ def test_override_takes_the_new_schedule_from_the_step_on_and_use_checkpoint_kee
 
 def saved_rate(step, **flags):
     args = Namespace(**flags, override_opt_param_scheduler=False, use_checkpoint_opt_param_scheduler=False)
-    its_own, optimizer, _ = scheduler(args)
-    its_own.step(step * flags["global_batch_size"])
+    schedule, optimizer, _ = scheduler(args)
+    schedule.step(step * flags["global_batch_size"])
     return optimizer.param_groups[0]["lr"]
 
 
 def test_the_checkpoints_schedule_with_another_weight_decay_is_refused():
-    """Megatron makes the first step with the flags' weight decay, and the later ones with the checkpoint's."""
+    """Megatron would use the flags' weight decay in the first step, and the checkpoint's in later ones."""
     changed = dict(weight_decay=0.0, start_weight_decay=0.0, end_weight_decay=0.0)
     with pytest.raises(CheckpointMismatchError, match=r"--weight-decay was 0.1, not 0.0; give the same"):
         resume_schedule(saved_at(50, **COSINE), **COSINE | changed, use_checkpoint_opt_param_scheduler=True)
@@ -201,7 +201,7 @@ def test_the_checkpoints_schedule_with_another_weight_decay_is_refused():
         (COSINE | dict(lr_decay_iters=80), 50, dict(train_iters=200)),
     ],
 )
-def test_a_longer_run_whose_rates_do_not_depend_on_its_length_is_continued_exactly(before, step, changes):
+def test_a_longer_run_whose_learning_rates_do_not_depend_on_its_length_resumes_exactly(before, step, changes):
     resumed, optimizer = resume_schedule(saved_at(step, **before), **before | changes)
     for later in range(step, 100):
         assert optimizer.param_groups[0]["lr"] == saved_rate(later, **before), later
@@ -217,17 +217,17 @@ def test_a_longer_run_whose_rates_do_not_depend_on_its_length_is_continued_exact
         (50, dict(lr_decay_style="cosine")),
     ],
 )
-def test_a_constant_rate_whose_warm_up_or_batch_is_another_is_refused(step, changes):
+def test_a_constant_rate_with_another_warm_up_or_batch_size_is_refused(step, changes):
     with pytest.raises(CheckpointMismatchError, match="another schedule"):
         resume_schedule(saved_at(step, **CONSTANT), **CONSTANT | changes)
 
 
-def test_fewer_steps_than_were_made_are_refused(trained):
+def test_fewer_steps_than_the_checkpoint_has_made_are_refused(trained):
     with pytest.raises(CheckpointMismatchError, match="has made 2 steps already, and --train-iters is 1; give more"):
         check(trained["plain"], train_iters=1)
 
 
-def test_a_damaged_checkpoint_is_refused_in_a_sentence_of_its_own(trained, tmp_path):
+def test_a_damaged_checkpoint_is_refused_as_damaged(trained, tmp_path):
     damaged = shutil.copytree(trained["plain"], tmp_path / "damaged")
     (damaged / "iter_0000002" / ".metadata").write_bytes(b"cut off")
     with pytest.raises(CheckpointMismatchError, match=r"cannot be continued: .*\.metadata cannot be read"):
@@ -235,8 +235,8 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence_of_its_own(trained, tmp_p
 
 
 @pytest.mark.parametrize(("now", "left"), [("cpu", False), ("cuda", True)])
-def test_generators_of_another_kind_of_device_are_left_and_that_is_said(trained, capsys, now, left):
-    """`trained` was saved on the CPU: its generators' states have 5,056 bytes, and CUDA takes 16."""
+def test_random_states_of_another_kind_of_device_are_not_loaded_and_this_is_printed(trained, capsys, now, left):
+    """`trained` was saved on the CPU: its generators' states have 5,056 bytes, and CUDA's have 16."""
     args = arguments(trained["plain"], no_load_rng=False, program={"device": now})
     leave_other_random_state(args, resumed_state(args))
     assert args.no_load_rng == left

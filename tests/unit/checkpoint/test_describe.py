@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `inspect` says of real checkpoints, whole and broken, of one layout and another, of friends and strangers."""
+"""What `inspect` shows of real checkpoints: complete and damaged ones, of several layouts, trusted and untrusted."""
 
 import json
 import math
@@ -17,43 +17,44 @@ from megatron_smar.checkpoint.describe import describe
 from megatron_smar.checkpoint.metadata import DamagedError
 from tests.distributed.cases import LENGTH, ROWS
 from tests.launch import load_weights
-from tests.unit.checkpoint.conftest import STEPS
+from tests.unit.conftest import STEPS
 
 
 @pytest.fixture
 def copy(trained, tmp_path) -> Path:
-    """A checkpoint to break."""
+    """Returns a copy of a checkpoint, to be damaged."""
     return shutil.copytree(trained["sharded"], tmp_path / "copy")
 
 
-def test_the_weights_are_told_whole_and_none_is_left_out(trained):
-    told = describe(trained["sharded"])
+def test_all_weights_are_described_with_their_unsharded_shapes(trained):
+    found = describe(trained["sharded"])
     weights = load_weights(trained["sharded"] / "iter_0000002")
-    assert sum(group.count for group in told.weights) == len(weights)
-    assert told.parameters["altogether"] == sum(weight.numel() for weight in weights.values())
-    assert told.parameters["altogether"] == sum(told.parameters[part] for part in ("vision", "connector", "language"))
+    assert sum(group.count for group in found.weights) == len(weights)
+    assert found.parameters["altogether"] == sum(weight.numel() for weight in weights.values())
+    parts = ("vision", "connector", "language")
+    assert found.parameters["altogether"] == sum(found.parameters[part] for part in parts)
     experts = {name: weight for name, weight in weights.items() if ".experts." in name}
-    assert told.parameters["experts"] == sum(weight.numel() for weight in experts.values()) > 0
-    by_name = {group.name: group for group in told.weights}
+    assert found.parameters["experts"] == sum(weight.numel() for weight in experts.values()) > 0
+    by_name = {group.name: group for group in found.weights}
     for name, weight in experts.items():
         assert by_name[name].shape == tuple(weight.shape) and by_name[name].dtype == "float32"
-    (numbered,) = [group for group in told.weights if group.name.endswith("layer.*.mlp.fc1.weight")]
+    (numbered,) = [group for group in found.weights if group.name.endswith("layer.*.mlp.fc1.weight")]
     assert (numbered.count, numbered.parameters) == (2, 2 * math.prod(numbered.shape))
 
 
-def test_what_the_run_was_is_told(trained):
-    told = describe(trained["sharded"])
-    assert (told.step, told.samples, told.tokens_at_most) == (STEPS, STEPS * ROWS, STEPS * ROWS * LENGTH)
-    assert told.stage == "stage 2, visual instruction tuning (frozen: vision)"
-    assert told.architecture["num_experts"] == 4 and told.architecture["moe_router_topk"] == 2
-    assert told.routing["modality_routing"] == "smar" and told.routing["smar_d_min"] == 3
-    assert told.layout["use_distributed_optimizer"] is True and told.layout["world_size"] == 1
-    assert told.program["megatron_smar"] == megatron_smar.__version__ and "megatron-core" in told.program
-    assert told.is_whole and told.family is None and told.data_states == 0
-    assert told.size == sum(file.stat().st_size for file in told.folder.rglob("*"))
+def test_the_run_that_saved_a_checkpoint_is_described(trained):
+    found = describe(trained["sharded"])
+    assert (found.step, found.samples, found.tokens_at_most) == (STEPS, STEPS * ROWS, STEPS * ROWS * LENGTH)
+    assert found.stage == "stage 2, visual instruction tuning (frozen: vision)"
+    assert found.architecture["num_experts"] == 4 and found.architecture["moe_router_topk"] == 2
+    assert found.routing["modality_routing"] == "smar" and found.routing["smar_d_min"] == 3
+    assert found.layout["use_distributed_optimizer"] is True and found.layout["world_size"] == 1
+    assert found.program["megatron_smar"] == megatron_smar.__version__ and "megatron-core" in found.program
+    assert found.is_whole and found.family is None and found.data_states == 0
+    assert found.size == sum(file.stat().st_size for file in found.folder.rglob("*"))
 
 
-def test_an_earlier_checkpoint_can_be_asked_for(trained):
+def test_an_earlier_checkpoint_can_be_described(trained):
     assert describe(trained["plain"], 1).step == 1
     assert describe(trained["plain"] / "iter_0000001").step == 1
     with pytest.raises(ValueError, match=r"no iter_0000009; there are: iter_0000001, iter_0000002\.$"):
@@ -61,35 +62,35 @@ def test_an_earlier_checkpoint_can_be_asked_for(trained):
 
 
 @pytest.mark.parametrize(
-    ("form", "told"),
+    ("form", "expected"),
     [
         ("plain", "adam, for any layout"),
         ("sharded", "adam, of the distributed optimizer (fully_reshardable: for any layout)"),
-        ("as it lies", "adam, of the distributed optimizer (dp_reshardable: for any number of replicas)"),
+        ("as stored", "adam, of the distributed optimizer (dp_reshardable: for any number of replicas)"),
         ("weights", None),
     ],
 )
-def test_the_optimizers_state_is_told_and_is_no_weight(trained, form, told):
+def test_the_optimizers_state_is_described_and_not_counted_as_weights(trained, form, expected):
     description = describe(trained[form])
-    assert description.optimizer == told
-    assert (description.optimizer_bytes > 0) == (told is not None)
+    assert description.optimizer == expected
+    assert (description.optimizer_bytes > 0) == (expected is not None)
     assert not any("optimizer" in group.name for group in description.weights)
     assert description.parameters == describe(trained["plain"]).parameters
 
 
 def test_json_and_table_hold_the_same(trained):
-    told = describe(trained["sharded"])
-    content = json.loads(json.dumps(told.as_json()))
-    assert content["step"] == STEPS and content["is_whole"] is True and content["folder"] == str(told.folder)
-    assert len(content["weights"]) == len(told.weights)
-    table = told.table()
-    for part in ("stage 2", "smar_d_min 3.0", "num_layers 2", f"{told.parameters['altogether']:,}"):
+    found = describe(trained["sharded"])
+    content = json.loads(json.dumps(found.as_json()))
+    assert content["step"] == STEPS and content["is_whole"] is True and content["folder"] == str(found.folder)
+    assert len(content["weights"]) == len(found.weights)
+    table = found.table()
+    for part in ("stage 2", "smar_d_min 3.0", "num_layers 2", f"{found.parameters['altogether']:,}"):
         assert part in table
-    for group in told.weights:
+    for group in found.weights:
         assert group.name in table and f"{group.parameters:,}" in table
 
 
-def test_loader_states_and_the_family_beside_a_checkpoint_are_found(copy):
+def test_loader_states_and_the_model_type_next_to_a_checkpoint_are_found(copy):
     for rank in range(3):
         name = f"train_dataloader_dprank{rank:03d}.pt"
         file = Path(get_checkpoint_name(str(copy / "dataloader"), 2, False, False, 0, 0, False, 0, basename=name))
@@ -98,19 +99,19 @@ def test_loader_states_and_the_family_beside_a_checkpoint_are_found(copy):
     (copy / "hf").mkdir()
     config = {"model_type": "internvl", "text_config": {"model_type": "mixtral"}}
     (copy / "hf" / "config.json").write_text(json.dumps(config))
-    told = describe(copy)
-    assert told.data_states == 3 and told.family == "internvl with mixtral"
+    found = describe(copy)
+    assert found.data_states == 3 and found.family == "internvl with mixtral"
     assert describe(copy, 1).data_states == 0
 
 
-def test_a_file_that_is_cut_off_or_missing_is_named(copy):
+def test_a_file_that_is_truncated_or_missing_is_named(copy):
     folder = copy / "iter_0000002"
     (file,) = folder.glob("*.distcp")
     content = file.read_bytes()
     file.write_bytes(content[:-100])
-    told = describe(copy)
-    assert told.problems == (f"{file.name} has {len(content) - 100} of {len(content)} bytes",)
-    assert not told.is_whole and f"NO: {told.problems[0]}" in told.table()
+    found = describe(copy)
+    assert found.problems == (f"{file.name} has {len(content) - 100} of {len(content)} bytes",)
+    assert not found.is_whole and f"NO: {found.problems[0]}" in found.table()
     file.unlink()
     with pytest.raises(DamagedError, match=f"is damaged: {file.name} is missing"):
         describe(copy)
@@ -120,7 +121,7 @@ def test_a_file_that_is_cut_off_or_missing_is_named(copy):
         describe(copy)
 
 
-def test_a_table_of_contents_that_is_cut_off_is_damage(copy):
+def test_a_truncated_table_of_contents_is_reported_as_damage(copy):
     contents = copy / "iter_0000002" / ".metadata"
     contents.write_bytes(contents.read_bytes()[:-50])
     with pytest.raises(DamagedError, match=r"\.metadata cannot be read"):
@@ -137,7 +138,7 @@ class Intruder:
         return Path.write_text, (self.mark, "unpickled")
 
 
-def test_code_in_a_strangers_checkpoint_does_not_run(copy, tmp_path):
+def test_code_in_an_untrusted_checkpoint_does_not_run(copy, tmp_path):
     mark = tmp_path / "mark"
     (copy / "iter_0000002" / ".metadata").write_bytes(pickle.dumps(Intruder(mark)))
     with pytest.raises(DamagedError, match="it asks for"):
@@ -149,7 +150,7 @@ def test_code_in_a_strangers_checkpoint_does_not_run(copy, tmp_path):
     assert not mark.exists()
 
 
-def test_what_is_no_checkpoint_is_told_in_a_sentence(copy, tmp_path):
+def test_what_is_not_a_checkpoint_is_refused_in_one_sentence(copy, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere is not a folder; give that of a checkpoint"):
         describe(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -164,7 +165,7 @@ def test_what_is_no_checkpoint_is_told_in_a_sentence(copy, tmp_path):
         describe(copy)
 
 
-def test_the_classes_that_an_offloaded_optimizer_names_do_not_make_a_checkpoint_unreadable(tmp_path):
+def test_a_checkpoint_with_the_classes_of_an_offloaded_optimizer_can_be_read(tmp_path):
     from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
     from torch.distributed.checkpoint.metadata import Metadata
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output folders appear whole or not at all."""
+"""Output folders are written completely or not at all."""
 
 import pytest
 
-from megatron_smar.checkpoint.folders import ConversionError, copy_companions, some, whole_or_nothing
+from megatron_smar.checkpoint.folders import ConversionError, copy_companions, first_few, whole_or_nothing
 
 
-def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     output = tmp_path / "new" / "output"
     with whole_or_nothing(output, 1) as folder:
         (folder / "weights").write_text("x")
@@ -16,14 +16,14 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_what_breaks_on_the_way_leaves_nothing(tmp_path, error):
+def test_an_error_while_writing_leaves_nothing_behind(tmp_path, error):
     with pytest.raises(error), whole_or_nothing(tmp_path / "output", 1) as folder:
         (folder / "weights").write_text("x")
         raise error
     assert not any(tmp_path.iterdir())
 
 
-def test_what_a_killed_conversion_left_is_replaced(tmp_path):
+def test_the_remains_of_a_killed_conversion_are_replaced(tmp_path):
     (tmp_path / "output.partial").mkdir()
     (tmp_path / "output.partial" / "half").write_text("x")
     with whole_or_nothing(tmp_path / "output", 1) as folder:
@@ -31,7 +31,7 @@ def test_what_a_killed_conversion_left_is_replaced(tmp_path):
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["weights"]
 
 
-def test_an_empty_folder_may_be_there_already(tmp_path):
+def test_an_empty_output_folder_may_exist_already(tmp_path):
     (tmp_path / "output").mkdir()
     with whole_or_nothing(tmp_path / "output", 1) as folder:
         (folder / "weights").write_text("x")
@@ -39,14 +39,14 @@ def test_an_empty_folder_may_be_there_already(tmp_path):
 
 
 def refused(output, needed=1) -> str:
-    """The sentence with which an output is refused."""
+    """Returns the message with which an output is refused."""
     with pytest.raises(ConversionError) as refusal, whole_or_nothing(output, needed):
-        raise AssertionError("it was taken")
+        raise AssertionError("the output was accepted")
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
 
 
-def test_what_is_there_already_is_kept(tmp_path):
+def test_existing_files_and_folders_are_kept(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
@@ -55,17 +55,17 @@ def test_what_is_there_already_is_kept(tmp_path):
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "x"
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path):
+def test_a_disk_with_too_little_room_is_reported_before_anything_is_written(tmp_path):
     assert "needs 1e+09 GB, but its disk has" in refused(tmp_path / "new" / "output", 10**18)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     assert f"--output {tmp_path / 'file' / 'output'} cannot be written" in refused(tmp_path / "file" / "output")
 
 
-def test_companions_are_neither_weights_nor_code_nor_config_and_the_first_origin_wins(tmp_path):
+def test_copied_companions_are_neither_weights_nor_code_nor_config_and_the_first_origin_wins(tmp_path):
     for name in ("one", "two", "copy"):
         (tmp_path / name).mkdir()
     for name in ("tokenizer.json", "config.json", "model.safetensors", "model.safetensors.index.json", "code.py"):
@@ -78,6 +78,6 @@ def test_companions_are_neither_weights_nor_code_nor_config_and_the_first_origin
     assert copied == {"tokenizer.json": "one", "preprocessor_config.json": "two"}
 
 
-def test_a_long_list_says_how_much_is_left_out():
-    assert some("abcde") == "a, b, c, d, e"
-    assert some("abcdefg") == "a, b, c, d, e and 2 more"
+def test_a_long_list_says_how_many_names_are_left_out():
+    assert first_few("abcde") == "a, b, c, d, e"
+    assert first_few("abcdefg") == "a, b, c, d, e and 2 more"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint with a pickle that runs a command: refused by name, wherever it is, and the command is never run."""
+"""A checkpoint with a pickle that runs a command is refused by name, wherever the pickle is; the command is not run."""
 
 import pickle
 import shutil
@@ -29,7 +29,7 @@ def read_metadata(path: str):
 
 @pytest.fixture(autouse=True)
 def installed(single_rank) -> None:
-    """Every program adapts torch and Megatron first."""
+    """Installs the adaptations of torch and Megatron, as every program does first."""
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def mark(tmp_path) -> Path:
     return tmp_path / "was_run"
 
 
-def test_the_command_of_these_tests_runs_where_nothing_forbids_it(mark):
+def test_the_command_of_these_tests_runs_when_it_is_unpickled_normally(mark):
     pickle.loads(pickle.dumps(Command(mark)))
     assert mark.exists()
 
@@ -56,8 +56,8 @@ def test_a_table_of_contents_that_runs_a_command_is_refused_by_name(copied, mark
     assert not mark.exists()
 
 
-def test_a_checkpoint_beside_those_of_load_that_runs_a_command_is_refused(copied, mark):
-    """Megatron prefers --load's own non_persistent/ where it is newer."""
+def test_a_non_persistent_checkpoint_in_load_that_runs_a_command_is_refused(copied, mark):
+    """Megatron prefers non_persistent/ in --load where it is newer."""
     shutil.copytree(copied, copied / "non_persistent")
     (copied / "non_persistent" / "iter_0000002" / ".metadata").write_bytes(pickle.dumps(Command(mark)))
     with pytest.raises(ValueError, match=r"non_persistent.*\.metadata cannot be read"):
@@ -79,7 +79,7 @@ def test_megatrons_and_torchs_own_readers_do_not_run_a_table_of_contents(copied,
 
 
 def test_no_object_of_a_checkpoint_runs_a_command_in_any_reader(copied, mark):
-    """Random states and the arguments are objects in the .distcp files: torch reads them with weights_only=False."""
+    """Random states and arguments are objects in the .distcp files, which torch reads with weights_only=False."""
     folder, evil = copied / "iter_0000002", pickle.dumps(Command(mark))
     names = sorted(
         n for n, d in read_contents(folder).state_dict_metadata.items() if isinstance(d, BytesStorageMetadata)
@@ -107,8 +107,8 @@ def test_a_tensor_that_runs_a_command_is_refused_with_its_file(copied, mark):
     assert not mark.exists()
 
 
-def test_a_file_of_another_format_is_not_run_however_it_is_loaded(tmp_path, mark):
-    """--ckpt-format torch, and whatever calls torch.load."""
+def test_code_in_a_file_of_another_format_is_not_run_however_it_is_loaded(tmp_path, mark):
+    """The files of --ckpt-format torch, loaded by any call of torch.load."""
     torch.save({"model": Command(mark)}, tmp_path / "model_optim_rng.pt")
     for options in ({}, {"weights_only": False}):
         with pytest.raises(pickle.UnpicklingError):
@@ -126,7 +126,7 @@ def test_a_file_of_another_format_is_not_run_however_it_is_loaded(tmp_path, mark
         (dict(save="x", non_persistent_ckpt_type="global"), "--non-persistent-ckpt-type global "),
     ],
 )
-def test_formats_that_are_unpickled_as_they_are_are_refused(changes, said):
+def test_formats_that_are_unpickled_unchecked_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         check_loadable(Namespace(**FLAGS | changes))
 
@@ -139,14 +139,14 @@ def test_a_folder_in_another_format_is_refused(tmp_path):
         check_loadable(Namespace(**FLAGS | {"load": str(tmp_path)}))
 
 
-def test_what_the_trainer_saves_passes(trained):
+def test_checkpoints_that_the_trainer_saved_are_accepted(trained):
     for folder in trained.values():
         check_loadable(Namespace(**FLAGS | {"load": str(folder)}))
         check_objects(folder / "iter_0000002", read_contents(folder / "iter_0000002"))
 
 
-def test_the_classes_that_an_offloaded_optimizer_names_are_admitted():
-    """--optimizer-cpu-offload keeps them in its state, and Megatron compares with them on loading."""
+def test_the_classes_in_an_offloaded_optimizers_state_are_admitted():
+    """--optimizer-cpu-offload stores classes in its state, and Megatron compares them on loading."""
     import io
 
     content = io.BytesIO()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a folder holds for --load and --save: a checkpoint, nothing, or something that must not pass for nothing."""
+"""What a folder holds for --load and --save: a checkpoint, nothing, or something that must be refused."""
 
 import os
 import shutil
@@ -14,12 +14,12 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A run's folder with the steps 1 and 2; what it holds may be changed."""
+    """Returns a copy of a run's folder with steps 1 and 2, which a test may change."""
     return Path(shutil.copytree(trained["plain"], tmp_path / "run"))
 
 
 def interrupt(checkpoint: Path) -> None:
-    """Leaves of a checkpoint what a kill leaves while the weights are written."""
+    """Reduces a checkpoint to what is left if the run is killed while the weights are written."""
     for name in (".metadata", "metadata.json"):
         (checkpoint / name).unlink()
 
@@ -34,7 +34,7 @@ def test_the_checkpoint_that_the_tracker_names_is_found_by_any_spelling(run, tmp
     assert not same_place(str(run), str(tmp_path)) and not same_place(None, str(run)) and not same_place(None, None)
 
 
-def test_a_step_is_chosen_and_those_behind_it_are_named(run):
+def test_a_step_can_be_chosen_and_later_steps_are_listed(run):
     found = locate("--load", str(run), 1)
     assert found.step == 1 and found.newer == ("iter_0000002",)
 
@@ -43,10 +43,10 @@ def test_an_imported_model_is_found_and_has_no_steps(imported):
     found = locate("--load", str(imported))
     assert found.is_release and found.step == 0 and found.newer == ()
     with pytest.raises(ValueError, match=r"--ckpt-step 2: .* holds no steps but a converted model"):
-        locate("--load", str(imported), 2)  # Megatron would load the release without a word
+        locate("--load", str(imported), 2)  # Megatron would load the release silently
 
 
-def test_half_written_checkpoints_count_as_nothing_and_are_named(run):
+def test_half_written_checkpoints_are_ignored_and_listed(run):
     (run / TRACKER).unlink()
     shutil.rmtree(run / "iter_0000001")
     interrupt(run / "iter_0000002")
@@ -55,7 +55,7 @@ def test_half_written_checkpoints_count_as_nothing_and_are_named(run):
     assert found.checkpoint is None and found.half_written == ("iter_0000002", "iter_0000003")
 
 
-def test_a_half_written_checkpoint_behind_a_whole_one_is_named_too(run):
+def test_a_half_written_checkpoint_after_a_complete_one_is_listed_too(run):
     (run / TRACKER).write_text("1\n")
     interrupt(run / "iter_0000002")
     found = locate("--load", str(run))
@@ -63,7 +63,7 @@ def test_a_half_written_checkpoint_behind_a_whole_one_is_named_too(run):
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty", "with other things"])
-def test_a_place_without_checkpoints_is_nothing(tmp_path, place):
+def test_a_folder_without_checkpoints_has_none_to_load(tmp_path, place):
     folder = tmp_path / place
     if place != "nowhere":
         folder.mkdir()
@@ -74,7 +74,7 @@ def test_a_place_without_checkpoints_is_nothing(tmp_path, place):
 
 
 def break_it(run: Path, how: str) -> Path:
-    """Does to a run's folder what the name says, and returns the path to load."""
+    """Damages a run's folder in the named way, and returns the path to load."""
     latest, tracker = run / "iter_0000002", run / TRACKER
     contents = {"empty tracker": b"", "blank tracker": b" \n", "garbage": b"iter_0000002", "bytes": b"\xff\xfe\x00"}
     contents |= {"negative": b"-2", "another step": b"7\n"}
@@ -118,14 +118,14 @@ def break_it(run: Path, how: str) -> Path:
 
 REFUSED = {
     "no tracker": ["holds iter_0000001, iter_0000002 but no latest_checkpointed", "echo 2 > "],
-    "empty tracker": ["names no step but ''", "a whole checkpoint beside it there: 1, 2"],
+    "empty tracker": ["names no step but ''", "a complete checkpoint beside it: 1, 2"],
     "blank tracker": ["names no step but ''"],
     "garbage": ["names no step but 'iter_0000002'"],
     "bytes": [f"{TRACKER} cannot be read"],
     "negative": ["names no step but '-2'"],
     "a folder for a tracker": [f"{TRACKER} cannot be read"],
     "another step": ["has no iter_0000007, which its latest_", "iter_0000001, iter_0000002; write 2 into"],
-    "missing": ["has no iter_0000002", "whole ones there: iter_0000001; write 1 into"],
+    "missing": ["has no iter_0000002", "complete ones there: iter_0000001; write 1 into"],
     "half-written": ["has no .metadata: it is half-written", "write 1 into"],
     "truncated": ["is damaged: __0_0.distcp has", "write 1 into"],
     "a file gone": ["is damaged: __0_0.distcp is missing", "write 1 into"],
@@ -140,7 +140,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("how", REFUSED)
-def test_what_cannot_be_loaded_never_passes_for_nothing(run, how):
+def test_a_checkpoint_that_cannot_be_loaded_is_refused_not_ignored(run, how):
     path = break_it(run, how)
     with pytest.raises(ValueError) as refusal:
         locate("--load", str(path))
@@ -152,7 +152,7 @@ def test_what_cannot_be_loaded_never_passes_for_nothing(run, how):
 @pytest.mark.parametrize(
     ("path", "said"), [("", "is empty"), (" ", "is empty"), ("s3://bucket/run", "on a file system")]
 )
-def test_a_path_that_is_none_is_refused(path, said):
+def test_a_path_that_is_not_a_folders_is_refused(path, said):
     with pytest.raises(ValueError, match=said):
         locate("--load", path)
 
@@ -160,6 +160,6 @@ def test_a_path_that_is_none_is_refused(path, said):
 @pytest.mark.parametrize(
     ("step", "said"), [(7, "has no iter_0000007, which --ckpt-step 7 names"), (-1, "count from 1")]
 )
-def test_a_step_that_is_not_there_is_refused(run, step, said):
+def test_a_step_without_a_checkpoint_is_refused(run, step, said):
     with pytest.raises(ValueError, match=said):
         locate("--load", str(run), step)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags that no weight's shape shows are compared with those that a checkpoint was saved or imported with."""
+"""Flags that do not show in any weight's shape are compared with those that a checkpoint was saved with."""
 
 import json
 from argparse import Namespace
@@ -13,7 +13,7 @@ from megatron_smar.checkpoint.torch_dist import CheckpointReader
 
 @pytest.fixture(scope="module")
 def stored(imported) -> Namespace:
-    """What an import stores; with everything that makes other arguments count."""
+    """Returns what an import stores, with the switches set without which other arguments have no effect."""
     args = CheckpointReader(imported).common_state["args"]
     return Namespace(**vars(args) | {"multi_latent_attention": True, "group_query_attention": True})
 
@@ -24,7 +24,7 @@ def given(stored: Namespace, **changes: object) -> Namespace:
 
 
 def another(value: object) -> object:
-    """Some other value of the same kind."""
+    """Returns another value of the same type."""
     match value:
         case bool():
             return not value
@@ -38,14 +38,14 @@ def another(value: object) -> object:
             return [3]
 
 
-def test_the_same_flags_pass(stored):
+def test_the_same_flags_are_accepted(stored):
     check_function(given(stored), stored)
 
 
 @pytest.mark.parametrize("dest", FUNCTION)
-def test_each_argument_of_the_function_is_compared_and_named_with_both_values(stored, dest):
+def test_each_argument_that_changes_what_the_model_computes_is_named_with_both_values(stored, dest):
     if not hasattr(stored, dest):
-        pytest.fail(f"the import does not store {dest}, so that it cannot be compared")
+        pytest.fail(f"the import does not store {dest}, so it cannot be compared")
     changed = given(stored, **{dest: another(getattr(stored, dest))})
     with pytest.raises(CheckpointMismatchError, match=f"--{_names()[dest]} .* there and .* here") as refusal:
         check_function(changed, stored)
@@ -56,45 +56,45 @@ def test_each_argument_of_the_function_is_compared_and_named_with_both_values(st
     check_function(changed, stored)
 
 
-def test_what_was_given_and_what_was_not_is_said_in_words(stored):
+def test_switches_are_shown_as_given_or_not_given(stored):
     with pytest.raises(CheckpointMismatchError, match="--qk-layernorm was given there and was not given here"):
         check_function(given(stored, qk_layernorm=False), Namespace(**vars(stored) | {"qk_layernorm": True}))
     with pytest.raises(CheckpointMismatchError, match="--rotary-base is 10000 there and is 500000 here"):
         check_function(given(stored, rotary_base=500000), Namespace(**vars(stored) | {"rotary_base": 10000}))
 
 
-def test_layers_with_experts_may_be_written_as_a_number_or_a_list(stored):
+def test_moe_layers_may_be_given_as_a_number_or_a_list(stored):
     every_other = Namespace(**vars(stored) | {"num_layers": 4, "moe_layer_freq": 2})
     check_function(given(every_other, moe_layer_freq=[1, 0, 1, 0]), every_other)
     with pytest.raises(CheckpointMismatchError, match="--moe-layer-freq"):
         check_function(given(every_other, moe_layer_freq=[1, 1, 1, 0]), every_other)
 
 
-def test_experts_flags_of_a_model_without_experts_are_no_difference(stored):
+def test_expert_flags_are_not_compared_for_a_model_without_experts(stored):
     dense = Namespace(**vars(stored) | {"num_experts": None})
     check_function(given(dense, moe_router_topk=7), dense)
 
 
 def test_a_vision_encoder_of_the_same_shapes_that_computes_something_else_is_refused(stored):
     tower = json.loads(stored.vision_tower)
-    assert "layer_norm_eps" in tower and "num_attention_heads" in tower, "what shapes do not show"
+    assert "layer_norm_eps" in tower and "num_attention_heads" in tower, "fields that shapes do not show"
     other = json.dumps(tower | {"layer_norm_eps": 0.5})
     with pytest.raises(CheckpointMismatchError, match=r"--vision-model .*layer_norm_eps was .* there and is 0.5 here"):
         check_function(given(stored, vision_tower=other), stored)
     check_function(given(stored, vision_tower=other, allow_model_change=["vision-model"]), stored)
 
 
-def test_a_checkpoint_that_stores_fewer_arguments_is_not_refused_for_it(stored):
+def test_a_checkpoint_that_stores_fewer_arguments_is_accepted(stored):
     check_function(given(stored), Namespace())
 
 
-def test_a_misspelt_name_of_a_flag_that_may_change_is_refused(stored):
+def test_a_misspelled_name_in_allow_model_change_is_refused(stored):
     with pytest.raises(ValueError, match="--allow-model-change rotary_base names no flag of the model"):
         check_function(given(stored, allow_model_change=["rotary_base"]), stored)
 
 
-def test_a_trained_checkpoint_is_compared_with_the_run_that_takes_it_up(trained, single_rank):
-    """As `setup.parse_arguments` does it, with the arguments that the trainer itself stored."""
+def test_a_trained_checkpoint_is_compared_with_the_run_that_loads_it(trained, single_rank):
+    """Uses the arguments that the trainer stored, as `setup.parse_arguments` does."""
     from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 
     saved = CheckpointReader(trained["plain"]).common_state["args"]

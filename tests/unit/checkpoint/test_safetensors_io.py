@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of safetensors: what is written is what the library and transformers read, and the other way round."""
+"""Folders of safetensors: the library and transformers read what is written here, and the other way round."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from megatron_smar.checkpoint.safetensors_io import DTYPES, INDEX, read_folder, 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
-    """Tensors of any type and shape, scalars and empty ones too."""
+    """Draws tensors of any type and shape, including scalars and empty tensors."""
     shapes = st.lists(st.integers(0, 4), max_size=3)
     names = st.lists(st.text("abé.0", min_size=1, max_size=6), unique=True, min_size=1, max_size=5)
     found = {}
@@ -28,11 +28,11 @@ def tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
 
 
 def write(folder, found, max_shard_size="5GB"):
-    """Writes tensors; the bytes of which progress was told."""
-    told = []
+    """Writes tensors; returns the number of bytes reported to `progress`."""
+    reported = []
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}
-    write_folder(folder, layout, found.__getitem__, told.append, max_shard_size)
-    return sum(told)
+    write_folder(folder, layout, found.__getitem__, reported.append, max_shard_size)
+    return sum(reported)
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,9 +57,9 @@ def test_the_library_reads_what_was_written(tmp_path_factory, found, max_shard_s
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 5), st.integers(0, 5))
 def test_any_rows_of_a_tensor_are_read(tmp_path_factory, start, length):
-    folder, whole = tmp_path_factory.mktemp("rows"), torch.arange(20).view(10, 2)
-    save_file({"w": whole}, folder / "model.safetensors")
-    assert torch.equal(read_folder(folder)["w"].read(start, length), whole[start : start + length])
+    folder, tensor = tmp_path_factory.mktemp("rows"), torch.arange(20).view(10, 2)
+    save_file({"w": tensor}, folder / "model.safetensors")
+    assert torch.equal(read_folder(folder)["w"].read(start, length), tensor[start : start + length])
 
 
 def test_no_tensor_is_kept_once_it_is_written(tmp_path):
@@ -67,7 +67,7 @@ def test_no_tensor_is_kept_once_it_is_written(tmp_path):
 
     def read(name):
         assert sum(reference() is not None for reference in alive) <= 1, (
-            "the one before is still held, and so are others"
+            "tensors before the last one are still held in memory"
         )
         tensor = torch.zeros(1000)
         alive.append(weakref.ref(tensor))
@@ -78,7 +78,7 @@ def test_no_tensor_is_kept_once_it_is_written(tmp_path):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two models of one shape, each as one file (`one`, `two`) and as an index with shards (`one_cut`, `two_cut`)."""
+    """Saves two models of one shape, as one file (`one`, `two`) and as shards with an index (`one_shards`, ...)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     root = tmp_path_factory.mktemp("models")
@@ -86,7 +86,7 @@ def models(tmp_path_factory):
     for name in ("one", "two"):
         model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False))
         model.save_pretrained(root / name)
-        model.save_pretrained(root / f"{name}_cut", max_shard_size="6KB")
+        model.save_pretrained(root / f"{name}_shards", max_shard_size="6KB")
     return root
 
 
@@ -105,25 +105,34 @@ def name_the_file(folder, models):
     (folder / "config.json").write_text(json.dumps(content | {"transformers_weights": "other.safetensors"}))
 
 
-SHARDS, CUT = "model-*.safetensors", "model*"
+SHARDS, WITH_INDEX = "model-*.safetensors", "model*"
 BOTH = {
-    "new file beside an old index": lambda f, m: [put(f, m / "two_cut", CUT), put(f, m / "one", "model.safetensors")],
-    "whole file, index without its shards": lambda f, m: [put(f, m / "two_cut", INDEX), put(f, m / "one", "model.s*")],
-    "pickles beside it": lambda f, m: [put(f, m / "one_cut", CUT), (f / "pytorch_model.bin").write_bytes(b"no")],
+    "new file next to an old index": lambda f, m: [
+        put(f, m / "two_shards", WITH_INDEX),
+        put(f, m / "one", "model.safetensors"),
+    ],
+    "full file, index without its shards": lambda f, m: [
+        put(f, m / "two_shards", INDEX),
+        put(f, m / "one", "model.s*"),
+    ],
+    "pickles next to it": lambda f, m: [
+        put(f, m / "one_shards", WITH_INDEX),
+        (f / "pytorch_model.bin").write_bytes(b"no"),
+    ],
     "another variant": lambda f, m: [
         put(f, m / "one", "model.safetensors"),
         shutil.copyfile(m / "two" / "model.safetensors", f / "model.fp16.safetensors"),
     ],
     "an index of another variant": lambda f, m: [
-        put(f, m / "one_cut", CUT),
+        put(f, m / "one_shards", WITH_INDEX),
         (f / "model.fp16.safetensors.index.json").write_text("{}"),
     ],
     "shards that the index does not name": lambda f, m: [
-        put(f, m / "one_cut", CUT),
+        put(f, m / "one_shards", WITH_INDEX),
         shutil.copyfile(m / "two" / "model.safetensors", f / "model-00001-of-00001.safetensors"),
     ],
-    "consolidated weights beside it": lambda f, m: [
-        put(f, m / "one_cut", CUT),
+    "consolidated weights next to it": lambda f, m: [
+        put(f, m / "one_shards", WITH_INDEX),
         shutil.copyfile(m / "two" / "model.safetensors", f / "consolidated.safetensors"),
     ],
     "a file that config.json names": name_the_file,
@@ -131,7 +140,7 @@ BOTH = {
 
 
 @pytest.mark.parametrize("case", BOTH)
-def test_of_several_weights_files_those_are_read_that_transformers_reads(models, tmp_path, case, capsys):
+def test_the_same_weight_files_are_read_as_by_transformers(models, tmp_path, case, capsys):
     from transformers import AutoModelForCausalLM
 
     put(tmp_path, models / "one", "config.json")
@@ -143,19 +152,19 @@ def test_of_several_weights_files_those_are_read_that_transformers_reads(models,
         assert torch.equal(stored.read(), expected[name]), name
     spare = {file.name for file in tmp_path.glob("*.safetensors")} - {stored.file.name for stored in found.values()}
     said = capsys.readouterr().out
-    assert all(name in said for name in spare), "what is left out is named"
+    assert all(name in said for name in spare), "files that are left out are not named"
 
 
-def test_safetensors_of_another_name_are_read_if_they_are_one_set(models, tmp_path):
+def test_safetensors_of_another_name_are_read_if_they_are_one_models(models, tmp_path):
     shutil.copyfile(models / "one" / "model.safetensors", tmp_path / "consolidated.safetensors")
     assert read_folder(tmp_path).keys() == load_file(tmp_path / "consolidated.safetensors").keys()
     (tmp_path / "consolidated.safetensors").unlink()
-    put(tmp_path, models / "one_cut", SHARDS)
+    put(tmp_path, models / "one_shards", SHARDS)
     assert read_folder(tmp_path).keys() == load_file(models / "one" / "model.safetensors").keys()
 
 
 def index(folder, weight_map):
-    """Two files with a tensor each, and an index."""
+    """Makes two files with one tensor each, and an index."""
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     save_file({"v": torch.zeros(1)}, folder / "b.safetensors")
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -171,14 +180,17 @@ BROKEN = {
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "as .*safetensors, but it has",
     ),
-    "cut off": (break_file, "model.safetensors is no whole safetensors file .*fetch it again"),
-    "no index": (lambda f: [index(f, {}), (f / INDEX).write_text("{")], f"{INDEX} is no index of .*fetch it again"),
+    "truncated": (break_file, "model.safetensors is not a complete safetensors file .*fetch it again"),
+    "no index": (lambda f: [index(f, {}), (f / INDEX).write_text("{")], f"{INDEX} is not an index of .*fetch it again"),
     "index without names": (
         lambda f: [index(f, {}), (f / INDEX).write_text("{}")],
-        f"{INDEX} is no index of safetensors files",
+        f"{INDEX} is not an index of safetensors files",
     ),
-    "empty index": (lambda f: index(f, {}), f"{INDEX} is no index of safetensors files .it names no file"),
-    "index of a missing file": (lambda f: index(f, {"w": "c.safetensors"}), f"{INDEX} names c.safetensors, missing"),
+    "empty index": (lambda f: index(f, {}), f"{INDEX} is not an index of safetensors files .it names no file"),
+    "index of a missing file": (
+        lambda f: index(f, {"w": "c.safetensors"}),
+        f"{INDEX} names c.safetensors, which is missing",
+    ),
     "index of a file elsewhere": (lambda f: index(f, {"w": "../a.safetensors"}), "a.safetensors, outside its folder"),
     "index of another file": (
         lambda f: index(f, {"w": "b.safetensors", "v": "b.safetensors"}),
@@ -197,18 +209,18 @@ BROKEN = {
     ),
     "two files and no index": (
         lambda f: [index(f, {}), (f / INDEX).unlink()],
-        f"neither model.safetensors nor {INDEX}, and a.safetensors, b.safetensors are not the whole",
+        f"neither model.safetensors nor {INDEX}, and a.safetensors, b.safetensors are not all the files",
     ),
     "a shard of two": (
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
-        "model-00001-of-00002.safetensors are not the whole of one model",
+        "model-00001-of-00002.safetensors are not all the files of one model",
     ),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "an adapter.*; merge it"),
     "a pickle that config.json names": (
         lambda f: (f / "config.json").write_text('{"transformers_weights": "pytorch_model.bin"}'),
         "names 'pytorch_model.bin' as transformers_weights; only safetensors",
     ),
-    "a type of quantised weights": (
+    "a data type of quantized weights": (
         lambda f: save_file({"w": torch.zeros(2).to(torch.float8_e4m3fn)}, f / "model.safetensors"),
         "holds tensors of the type 'F8_E4M3'",
     ),
@@ -216,7 +228,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_folder_that_cannot_be_read_is_named_with_the_mend(tmp_path, case):
+def test_a_folder_that_cannot_be_read_is_named_with_the_fix(tmp_path, case):
     damage, message = BROKEN[case]
     save_file({"w": torch.zeros(100)}, tmp_path / "model.safetensors")
     damage(tmp_path)

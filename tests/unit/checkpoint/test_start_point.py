@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One command starts a run and, given again, resumes it; what would start over what is there is refused."""
+"""One command starts a run and, given again, resumes it; a start that would overwrite another run is refused."""
 
 import shutil
 from argparse import Namespace
@@ -25,13 +25,13 @@ def start(**flags):
 
 @pytest.fixture
 def runs(trained, tmp_path):
-    """A folder with a run of two steps, made with new weights (`first`)."""
+    """Returns a folder that holds a run of two steps, started with new weights (`first`)."""
     shutil.copytree(trained["plain"], tmp_path / "first")
     return tmp_path
 
 
 def write_origin(folder: Path, origin, **changes) -> None:
-    """Gives the latest checkpoint of a folder the origin that a run of these flags keeps there."""
+    """Stores an origin in the latest checkpoint of a folder, as a run with that start does."""
     import torch
 
     from megatron_smar.checkpoint.metadata import COMMON_STATE, read_common_state, read_contents
@@ -40,12 +40,12 @@ def write_origin(folder: Path, origin, **changes) -> None:
     contents = read_contents(checkpoint)
     state = read_common_state(checkpoint, contents)
     vars(state["args"]).update(changes | {"origin": origin, "load": None, "save": str(folder)})
-    torch.save(state, checkpoint / "common.pt")  # read before the one in the files of weights
+    torch.save(state, checkpoint / "common.pt")  # takes precedence over the state in the weight files
     assert any(index.fqn.startswith(COMMON_STATE) for index in contents.storage_data)
 
 
 def second_run(runs: Path, **flags) -> Path:
-    """The folder of a run that started from `first`, with checkpoints of its own."""
+    """Returns the folder of a second run, which started from `first` and has saved checkpoints."""
     begin = start(load=runs / "first", save=runs / "second", **flags)
     shutil.copytree(runs / "first", runs / "second")
     write_origin(runs / "second", begin.origin)
@@ -53,23 +53,25 @@ def second_run(runs: Path, **flags) -> Path:
 
 
 def resume(folder: Path, **flags):
-    """The run's arguments after the start that flags lead to, as the trainer finds and checks it."""
+    """Returns a run's arguments and start point for flags, found and checked as in the trainer."""
     args = given(**flags)
     point = find_start(args)
     saved = resumed_state(given(load=folder))["args"]
-    state_flags = dict(load=point.load, finetune=point.finetune, ckpt_step=None if point.returns else args.ckpt_step)
+    state_flags = dict(
+        load=point.load, finetune=point.finetune, ckpt_step=None if point.resumes_from_save else args.ckpt_step
+    )
     own = {name: value for name, value in vars(args).items() if name in vars(saved) and name not in FLAGS}
     run = Namespace(**vars(saved) | vars(args) | own | state_flags)
     keep_origin(run, point, resumed_state(run))
     return run, point
 
 
-def test_a_first_start_is_where_the_flags_say(runs, imported):
+def test_a_first_start_uses_the_start_that_the_flags_name(runs, imported):
     begin = start(load=runs / "first", save=runs / "second", finetune=True)
-    assert (begin.load, begin.finetune, begin.returns) == (str(runs / "first"), True, False)
+    assert (begin.load, begin.finetune, begin.resumes_from_save) == (str(runs / "first"), True, False)
     assert begin.origin["checkpoint"] == "iter_0000002" and begin.origin["finetune"]
     assert start(save=runs / "second").load is None
-    assert start(load=imported, save=runs / "second").origin["finetune"], "a converted model has no run to continue"
+    assert start(load=imported, save=runs / "second").origin["finetune"], "a converted model has no run to resume"
     of_megatron = start(pretrained_checkpoint=runs / "first", load=runs / "second", save=runs / "second")
     assert (of_megatron.load, of_megatron.finetune, of_megatron.origin) == (begin.load, True, begin.origin)
 
@@ -81,8 +83,8 @@ def test_the_same_command_again_resumes_from_save(runs, finetune, spelling):
     (runs / "link").symlink_to(second)
     save = runs / "link" if spelling == "link" else spelling.format(second)
     args, point = resume(second, load=runs / "first", save=save, finetune=finetune)
-    assert (point.load, point.finetune, point.returns) == (str(save), False, True)
-    assert args.origin["folder"] == str(runs / "first"), "the run's own checkpoints lose where it started"
+    assert (point.load, point.finetune, point.resumes_from_save) == (str(save), False, True)
+    assert args.origin["folder"] == str(runs / "first"), "the run's own checkpoints have lost its origin"
     assert "resumes there" in point.notes[0] and "step 2" in point.notes[0]
 
 
@@ -92,11 +94,11 @@ def test_a_run_with_new_weights_resumes_without_load_and_with_it(runs):
         assert point.load == str(runs / "first") and not point.finetune
 
 
-def test_the_start_may_have_moved_or_be_gone_once_the_run_is_under_way(runs):
+def test_a_run_resumes_even_if_its_start_was_moved_or_deleted(runs):
     second = second_run(runs, finetune=True)
     (runs / "first").rename(runs / "moved")
     for load in ("first", "moved"):
-        assert resume(second, load=runs / load, save=second, finetune=True)[1].returns
+        assert resume(second, load=runs / load, save=second, finetune=True)[1].resumes_from_save
     with pytest.raises(CheckpointMismatchError, match="holds another run: it started from"):
         resume(second, load=runs / "other", save=second, finetune=True)
 
@@ -113,7 +115,7 @@ def test_a_converted_model_and_its_run_share_a_folder(runs, imported):
         assert point.load == str(both) and not point.finetune
 
 
-def test_the_flags_of_the_first_start_do_not_touch_a_run_that_resumes(runs):
+def test_the_flags_of_the_first_start_do_not_apply_to_a_run_that_resumes(runs):
     first = ["--lr", "1", "--load", "a", "--finetune", "--no-load-optim", "--no-load-rng", "--ckpt-step=3"]
     second = second_run(runs, finetune=True)
     resumed = start(load=runs / "first", save=second, finetune=True)
@@ -142,11 +144,11 @@ ANOTHER = {
 
 
 @pytest.mark.parametrize("difference", ANOTHER)
-def test_a_folder_with_another_run_is_refused_with_what_differs(runs, difference):
+def test_a_folder_with_another_run_is_refused_with_the_difference(runs, difference):
     flags, said = ANOTHER[difference]
     second = second_run(runs, finetune=True)
     shutil.copytree(runs / "first", runs / "other")
-    contents = runs / "other" / "iter_0000002" / ".metadata"  # as another saving of the same shapes has it
+    contents = runs / "other" / "iter_0000002" / ".metadata"  # as if saved again with the same shapes
     contents.write_bytes(contents.read_bytes() + b"another")
     command = dict(load=runs / "first", save=second, finetune=True) | flags
     if flags.get("load"):
@@ -158,7 +160,7 @@ def test_a_folder_with_another_run_is_refused_with_what_differs(runs, difference
     resume(second, **command | dict(load=second, finetune=False))
 
 
-def test_a_start_that_was_trained_on_since_is_another_start(runs):
+def test_a_start_that_was_saved_again_since_is_another_start(runs):
     second = second_run(runs, finetune=True)
     (runs / "first" / TRACKER).write_text("1")
     with pytest.raises(
@@ -167,38 +169,42 @@ def test_a_start_that_was_trained_on_since_is_another_start(runs):
         resume(second, load=runs / "first", save=second, finetune=True)
 
 
-def test_going_back_to_an_earlier_step_is_said(runs):
+def test_going_back_to_an_earlier_step_is_printed(runs):
     point = start(load=runs / "first", save=runs / "first", ckpt_step=1)
     assert point.load == str(runs / "first")
     assert "goes back to this step" in point.notes[0] and "iter_0000002" in point.notes[0]
     assert not start(load=runs / "first", save=runs / "first", ckpt_step=2).notes
 
 
-def test_half_written_checkpoints_of_a_first_save_are_named_and_the_run_starts(runs):
+def test_half_written_checkpoints_in_save_are_named_and_the_run_starts(runs):
     for name in ("iter_0000001", "iter_0000002"):
         (runs / "first" / name / ".metadata").unlink()
     (runs / "first" / TRACKER).unlink()
     point = start(load=runs / "first", save=runs / "first")
     assert point.load is None
-    assert point.notes == (
-        f"--save {runs / 'first'}: iter_0000001, iter_0000002 are half-written and count as nothing.",
-    )
+    assert point.notes == (f"--save {runs / 'first'}: iter_0000001, iter_0000002 are half-written and ignored.",)
     with pytest.raises(ValueError, match="holds no checkpoint but iter_0000001, iter_0000002, which are half-written"):
         start(load=runs / "first", save=runs / "second")
 
 
 REFUSED = {
-    "load of nothing": (dict(load="nowhere"), ["--load", "does not exist", "random weights"]),
-    "load of nothing, saved elsewhere": (dict(load="nowhere", save="second"), ["--load", "does not exist"]),
-    "load of an empty folder": (dict(load="empty", save="second"), ["holds no checkpoint"]),
-    "weights of nothing": (dict(load="nowhere", finetune=True), ["--finetune starts from its weights"]),
-    "weights of one's own nothing": (dict(load="new", save="new", finetune=True), ["--finetune needs a checkpoint"]),
-    "missing on demand": (dict(load="new", save="new", exit_on_missing_checkpoint=True), ["--exit-on-missing-"]),
+    "load from a missing folder": (dict(load="nowhere"), ["--load", "does not exist", "random weights"]),
+    "load from a missing folder, saved elsewhere": (dict(load="nowhere", save="second"), ["--load", "does not exist"]),
+    "load from an empty folder": (dict(load="empty", save="second"), ["holds no checkpoint"]),
+    "finetune from a missing folder": (dict(load="nowhere", finetune=True), ["--finetune starts from its weights"]),
+    "finetune from the run's own empty folder": (
+        dict(load="new", save="new", finetune=True),
+        ["--finetune needs a checkpoint"],
+    ),
+    "missing, with a flag to exit": (
+        dict(load="new", save="new", exit_on_missing_checkpoint=True),
+        ["--exit-on-missing-"],
+    ),
     "nothing to evaluate": (dict(skip_train=True, exit_on_missing_checkpoint=True), ["--load is missing"]),
-    "weights of no folder": (dict(finetune=True), ["--finetune", "--load, which is missing"]),
-    "a step of no folder": (dict(ckpt_step=3), ["--ckpt-step 3", "--load, which is missing"]),
-    "step nought": (dict(ckpt_step=0, load="first"), ["--ckpt-step is 0"]),
-    "anew in its own folder": (
+    "finetune without load": (dict(finetune=True), ["--finetune", "--load, which is missing"]),
+    "a step without load": (dict(ckpt_step=3), ["--ckpt-step 3", "--load, which is missing"]),
+    "step zero": (dict(ckpt_step=0, load="first"), ["--ckpt-step is 0"]),
+    "a new run in its own folder": (
         dict(load="first", save="first", finetune=True),
         ["--save", "it started with new weights, and this one starts from"],
     ),
@@ -211,7 +217,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_a_start_that_is_none_is_refused_in_one_sentence(runs, mistake):
+def test_an_impossible_start_is_refused_in_one_sentence(runs, mistake):
     flags, said = REFUSED[mistake]
     (runs / "empty").mkdir()
     flags = {k: runs / v if k in ("load", "save") and v else v for k, v in flags.items()}
@@ -222,14 +228,14 @@ def test_a_start_that_is_none_is_refused_in_one_sentence(runs, mistake):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_converted_model_in_save_is_not_written_over(runs, imported):
+def test_a_converted_model_in_save_is_not_overwritten(runs, imported):
     with pytest.raises(ValueError, match=r"--save .* holds a converted model"):
         start(load=runs / "first", save=imported)
     with pytest.raises(ValueError, match="or --load with this one"):
         start(save=imported)
 
 
-def test_a_run_that_saves_over_a_tracker_it_cannot_read_is_refused(runs):
+def test_a_run_that_would_overwrite_an_unreadable_tracker_is_refused(runs):
     (runs / "first" / TRACKER).write_text("")
     for load in (runs / "first", None):
         with pytest.raises(ValueError, match="names no step but ''"):
@@ -239,4 +245,4 @@ def test_a_run_that_saves_over_a_tracker_it_cannot_read_is_refused(runs):
 def test_evaluation_loads_and_never_resumes(runs):
     second = second_run(runs, finetune=True)
     point = start(load=runs / "first", save=second, skip_train=True)
-    assert point.load == str(runs / "first") and not point.returns
+    assert point.load == str(runs / "first") and not point.resumes_from_save

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of a checkpoint's model, as its stored arguments give them to programs that run it."""
+"""Programs that run a checkpoint's model get its flags from the stored arguments."""
 
 import sys
 from argparse import Namespace
@@ -14,7 +14,7 @@ from megatron_smar.checkpoint.stored_flags import stored_flags
 
 
 def parsed(monkeypatch, defaults, *flags: str) -> Namespace:
-    """What Megatron's parser and checks make of them."""
+    """Returns the arguments that Megatron's parser and checks make of defaults and flags."""
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_smar.config.flags import add_arguments
@@ -33,12 +33,12 @@ def parsed(monkeypatch, defaults, *flags: str) -> Namespace:
 
 @pytest.fixture(params=["run", "import"])
 def checkpoint(request, trained, imported):
-    """A folder for --load and its stored arguments."""
+    """Returns a folder for --load and its stored arguments."""
     folder = trained["plain"] if request.param == "run" else imported
     return str(folder), run_arguments(folder)
 
 
-def test_every_argument_that_decides_what_the_model_computes_is_the_stored_one(checkpoint, monkeypatch, single_rank):
+def test_every_argument_that_changes_what_the_model_computes_is_the_stored_one(checkpoint, monkeypatch, single_rank):
     folder, saved = checkpoint
     given = ["--load", folder, "--tokenizer-type", "NullTokenizer", "--conversation-template", "mistral"]
     given += ["--vision-model", saved.vision_model, "--skip-train", "--micro-batch-size", "1", "--vocab-size", "128"]
@@ -48,7 +48,7 @@ def test_every_argument_that_decides_what_the_model_computes_is_the_stored_one(c
     check_function(args, saved)
 
 
-def test_flags_that_are_given_win_over_the_stored_ones(trained, monkeypatch, single_rank):
+def test_given_flags_win_over_the_stored_ones(trained, monkeypatch, single_rank):
     given = ["--load", str(trained["plain"]), "--tokenizer-type", "NullTokenizer", "--vision-model", "another"]
     given += ["--conversation-template", "vita", "--seq-length", "8", "--micro-batch-size", "1", "--skip-train"]
     args = parsed(monkeypatch, stored_flags(given), *given)
@@ -57,7 +57,7 @@ def test_flags_that_are_given_win_over_the_stored_ones(trained, monkeypatch, sin
 
 @pytest.fixture
 def stored(monkeypatch, tmp_path):
-    """Sets what a checkpoint has stored beside the arguments of an ordinary run."""
+    """Returns a function that sets what a checkpoint stores, in addition to the arguments of an ordinary run."""
     (tmp_path / "hf").mkdir()
     monkeypatch.setattr(module, "locate", lambda *_: Namespace(checkpoint=tmp_path))
 
@@ -72,7 +72,7 @@ def stored(monkeypatch, tmp_path):
 LOAD = ["--load", "checkpoints/some"]
 
 
-def test_a_fusion_that_a_run_switched_off_stays_off_and_one_that_it_used_is_the_devices_choice(stored):
+def test_fusions_that_a_run_switched_off_stay_off_and_the_others_depend_on_the_device(stored):
     stored(bias_gelu_fusion=False, apply_rope_fusion=True, moe_grouped_gemm=True)
     flags = stored_flags(LOAD)
     assert flags["bias_gelu_fusion"] is False and "apply_rope_fusion" not in flags
@@ -80,7 +80,7 @@ def test_a_fusion_that_a_run_switched_off_stays_off_and_one_that_it_used_is_the_
 
 
 @pytest.mark.parametrize("dest", ["vision_model", "tokenizer_model"])
-def test_a_stored_file_that_is_somewhere_else_now_is_named_with_its_flag(stored, tmp_path, dest):
+def test_a_stored_path_that_no_longer_exists_is_named_with_its_flag(stored, tmp_path, dest):
     stored(**{dest: str(tmp_path / "moved.model")})
     flag = f"--{dest.replace('_', '-')}"
     with pytest.raises(ValueError, match=rf"was saved with {flag} .*moved.model, which is not there; give {flag}\."):
@@ -97,7 +97,7 @@ CHAT_TEMPLATES = {
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 @pytest.mark.parametrize("values", [{"tokenizer_type": "NullTokenizer"}, {"conversation_template": "plain"}])
-def test_an_import_and_stage_1_are_asked_as_the_tokenizers_chat_template_does(stored, tmp_path, name, values):
+def test_an_import_and_a_stage_1_model_get_the_tokenizers_chat_template(stored, tmp_path, name, values):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -110,7 +110,7 @@ def test_an_import_and_stage_1_are_asked_as_the_tokenizers_chat_template_does(st
     assert (flags["tokenizer_type"], flags["tokenizer_model"]) == ("HuggingFaceTokenizer", str(tmp_path / "hf"))
 
 
-def test_questions_are_not_put_to_a_model_that_leaves_them_out_or_in_a_form_that_nobody_named(stored, tmp_path):
+def test_a_model_without_a_usable_conversation_template_or_tokenizer_is_refused(stored, tmp_path):
     stored(conversation_template="plain")
     with pytest.raises(ValueError, match="trained with --conversation-template plain, which leaves questions out"):
         stored_flags(LOAD)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint is trained on with its own tokenizer, whatever the sizes say; its vocabulary keeps its size."""
+"""A checkpoint must be trained with its own tokenizer, even if sizes agree; its vocabulary keeps its size."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.launch import ROOT
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """Tokenizers of 400 pieces, of 400 others, of 420, and the first with the image tokens behind."""
+    """Trains tokenizers of 400 pieces, of 400 others, of 420, and the first with the image tokens appended."""
     folder = tmp_path_factory.mktemp("tokenizers")
     licence = [line.strip() for line in (ROOT / "LICENSE").read_text().splitlines() if line.strip()]
     page = [line.strip() for line in (ROOT / "docs/routing.md").read_text().splitlines() if line.strip()]
@@ -38,13 +38,13 @@ def settle(path: Path | None, saved: Namespace | None, **changes: object) -> Nam
     return args
 
 
-def test_without_a_checkpoint_the_vocabulary_is_the_tokenizers(models):
+def test_without_a_checkpoint_the_vocabulary_has_the_tokenizers_size(models):
     args = settle(models["own"], None)
     assert (args.true_vocab_size, args.padded_vocab_size) == (400, 448)
     assert args.tokenizer_fingerprints[0][0] == 400
 
 
-def test_the_vocabulary_stays_the_checkpoints_under_any_padding(models):
+def test_the_vocabulary_keeps_the_checkpoints_size_under_any_padding(models):
     saved = settle(models["own"], None)
     saved.true_vocab_size = 433  # rows that the tokenizer does not use, as Qwen's models have them
     args = settle(models["own"], saved, tensor_model_parallel_size=4)
@@ -70,7 +70,7 @@ def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(models, case):
     assert args.true_vocab_size == max(*(int(SentencePieceTokenizer(str(models[n])).vocab_size) for n in (before, now)))
 
 
-def test_tokens_behind_the_checkpoints_own_are_its_tokenizer_where_its_vocabulary_has_rows_for_them(models):
+def test_tokens_appended_to_the_checkpoints_tokenizer_are_accepted_if_its_vocabulary_has_rows_for_them(models):
     saved = settle(models["own"], None)
     with pytest.raises(ValueError, match="403 tokens"):
         settle(models["grown"], saved)
@@ -78,8 +78,8 @@ def test_tokens_behind_the_checkpoints_own_are_its_tokenizer_where_its_vocabular
     assert settle(models["grown"], saved).true_vocab_size == 410
 
 
-def test_a_checkpoint_without_a_fingerprint_takes_a_tokenizer_of_its_size_alone(models):
-    """Imports of folders without a tokenizer, and checkpoints of releases that stored none."""
+def test_a_checkpoint_without_a_fingerprint_accepts_only_a_tokenizer_of_its_size(models):
+    """Such are imports of folders without a tokenizer, and checkpoints of releases that stored no fingerprint."""
     imported = Namespace(true_vocab_size=400)
     assert settle(models["own"], imported).true_vocab_size == 400
     with pytest.raises(ValueError, match="420 tokens"):
@@ -88,14 +88,14 @@ def test_a_checkpoint_without_a_fingerprint_takes_a_tokenizer_of_its_size_alone(
         settle(models["own"], Namespace(true_vocab_size=420))
 
 
-def test_a_checkpoint_that_stored_its_padded_size_alone_is_known_by_it(models):
+def test_a_checkpoint_that_stores_only_its_padded_size_is_compared_by_it(models):
     old = Namespace(padded_vocab_size=448, make_vocab_size_divisible_by=64, tensor_model_parallel_size=1)
     assert settle(models["own"], old).true_vocab_size == 400
     with pytest.raises(ValueError, match="has 512"):
         settle(models["own"], Namespace(**vars(old) | {"padded_vocab_size": 512}))
 
 
-def test_the_same_pieces_are_the_same_tokenizer_as_a_hugging_face_folder_and_by_an_import(models, tmp_path):
+def test_a_hugging_face_folder_and_its_import_have_the_same_fingerprint(models, tmp_path):
     from transformers import LlamaTokenizer
 
     LlamaTokenizer(vocab_file=str(models["grown"]), legacy=False).save_pretrained(tmp_path)
@@ -115,7 +115,7 @@ def test_a_folder_without_a_tokenizer_has_no_fingerprint(tmp_path):
     assert fingerprints_of_folder(tmp_path) == []
 
 
-def test_a_run_without_a_tokenizer_is_held_to_the_size_alone(models):
+def test_without_a_tokenizer_only_the_size_is_compared(models):
     saved = settle(models["own"], None)
     settings = dict(tokenizer_type="NullTokenizer", tokenizer_model=None, load="x", allow_model_change=[])
     args = Namespace(**settings, make_vocab_size_divisible_by=64, tensor_model_parallel_size=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch_dist checkpoints: any part of any tensor is read, whatever chunks were written; no stranger's code is run."""
+"""torch_dist checkpoints: any part of any tensor can be read, however it was sharded; no code in a file is run."""
 
 import itertools
 import os
@@ -19,8 +19,8 @@ from megatron_smar.checkpoint.torch_dist import SWEEP_BYTES, CheckpointReader, S
 from tests.launch import load_weights
 
 
-def cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
-    """An axis in consecutive spans; more often than not of single indices, as Megatron cuts layers and experts."""
+def split_axis(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
+    """Draws consecutive spans of an axis; mostly of single indices, as Megatron splits layers and experts."""
     places = set(range(size)) if draw(st.booleans()) else draw(st.sets(st.integers(0, size - 1)))
     edges = sorted({0, *places, size})
     return list(itertools.pairwise(edges))
@@ -28,17 +28,17 @@ def cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
 
 @st.composite
 def chunked(draw: st.DrawFn) -> tuple[torch.Tensor, list[list[tuple[int, int]]], list[tuple[int, int]]]:
-    """A tensor, the grid of chunks it is written in, and a region of it."""
+    """Draws a tensor, the grid of chunks in which it is written, and a region to read."""
     shape = draw(st.lists(st.integers(1, 4), min_size=0, max_size=4))
     tensor = torch.arange(torch.Size(shape).numel()).view(shape)
     region = [
         (start, draw(st.integers(start + 1, size))) for size in shape for start in [draw(st.integers(0, size - 1))]
     ]
-    return tensor, [cuts(draw, size) for size in shape], region
+    return tensor, [split_axis(draw, size) for size in shape], region
 
 
 def shards_of(key: str, tensor: torch.Tensor, grid: list[list[tuple[int, int]]]) -> list[Shard]:
-    """A tensor's chunks."""
+    """Returns a tensor's chunks."""
     shards = []
     for spans in itertools.product(*grid):
         part = tensor[tuple(slice(a, b) for a, b in spans)].clone()
@@ -48,25 +48,25 @@ def shards_of(key: str, tensor: torch.Tensor, grid: list[list[tuple[int, int]]])
 
 
 def write(folder: Path, shards: list[Shard]) -> int:
-    """Writes a checkpoint; the bytes of which progress was told."""
-    told: list[int] = []
-    write_checkpoint(folder, shards, [], Namespace(num_layers=3), told.append)
-    return sum(told)
+    """Writes a checkpoint; returns the number of bytes reported to `progress`."""
+    reported: list[int] = []
+    write_checkpoint(folder, shards, [], Namespace(num_layers=3), reported.append)
+    return sum(reported)
 
 
 @settings(max_examples=60, deadline=None)
 @given(chunked())
-def test_any_region_of_a_tensor_is_read_whatever_chunks_were_written(tmp_path_factory, case):
+def test_any_region_of_a_tensor_is_read_whatever_chunks_it_was_written_in(tmp_path_factory, case):
     tensor, grid, region = case
     folder = tmp_path_factory.mktemp("chunks")
     assert write(folder, shards_of("language_model.w", tensor, grid)) == tensor.nbytes
     offsets, sizes = tuple(a for a, _ in region), tuple(b - a for a, b in region)
     found = CheckpointReader(folder).read("language_model.w", offsets, sizes)
     assert torch.equal(found, tensor[tuple(slice(a, b) for a, b in region)])
-    assert torch.equal(load_weights(folder / "release")["language_model.w"], tensor), "torch reads another tensor"
+    assert torch.equal(load_weights(folder / "release")["language_model.w"], tensor), "torch reads a different tensor"
 
 
-def test_as_little_as_was_promised_is_held_while_it_is_written(tmp_path):
+def test_writing_holds_at_most_two_sweeps_of_tensors_in_memory(tmp_path):
     size = SWEEP_BYTES // 4
     alive: dict[int, weakref.ref] = {}
 
@@ -84,15 +84,15 @@ def test_as_little_as_was_promised_is_held_while_it_is_written(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """One of two tensors."""
-    folder = tmp_path_factory.mktemp("whole") / "checkpoint"
-    whole = {"w": torch.arange(600.0).view(3, 200), "v": torch.ones(5)}
+    """Writes a checkpoint of two tensors."""
+    folder = tmp_path_factory.mktemp("complete") / "checkpoint"
+    tensors = {"w": torch.arange(600.0).view(3, 200), "v": torch.ones(5)}
     grids = {"w": [[(0, 1), (1, 2), (2, 3)], [(0, 200)]], "v": [[(0, 5)]]}
-    write(folder, [shard for key, tensor in whole.items() for shard in shards_of(key, tensor, grids[key])])
+    write(folder, [shard for key, tensor in tensors.items() for shard in shards_of(key, tensor, grids[key])])
     return folder
 
 
-def test_a_part_that_the_table_of_contents_has_lost_is_no_zeros(checkpoint):
+def test_a_chunk_missing_from_the_table_of_contents_is_an_error(checkpoint):
     reader = CheckpointReader(checkpoint)
     reader.tensors["w"].chunks.pop(1)
     with pytest.raises(ValueError, match="has lost a part of w; take another of its checkpoints"):
@@ -129,13 +129,13 @@ def weights(folder: Path) -> Path:
 
 
 DAMAGES = {
-    "cut off": (
+    "truncated": (
         lambda f: os.truncate(weights(f), weights(f).stat().st_size // 2),
         r"release is damaged: .*distcp has \d+",
     ),
     "a file gone": (lambda f: weights(f).unlink(), r"is damaged: .*distcp is missing; take another"),
     "overwritten": (overwrite, r"distcp does not give v .*; the checkpoint is damaged"),
-    "contents cut off": (lambda f: os.truncate(f / "release/.metadata", 50), r"\.metadata cannot be read"),
+    "contents truncated": (lambda f: os.truncate(f / "release/.metadata", 50), r"\.metadata cannot be read"),
     "contents gone": (lambda f: (f / "release/.metadata").unlink(), "its saving was cut off"),
     "no release": (lambda f: shutil.rmtree(f / "release"), "has no release"),
     "no tracker": (
@@ -146,12 +146,12 @@ DAMAGES = {
         lambda f: (f / "latest_checkpointed_iteration.txt").write_text("x y"),
         "names no step but 'x y'",
     ),
-    "nowhere": (shutil.rmtree, "is not a folder"),
+    "no folder": (shutil.rmtree, "is not a folder"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_told_in_one_sentence(checkpoint, tmp_path, damage):
+def test_a_damaged_checkpoint_is_reported_in_one_sentence(checkpoint, tmp_path, damage):
     inflict, message = DAMAGES[damage]
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, folder)
@@ -161,12 +161,12 @@ def test_a_damaged_checkpoint_is_told_in_one_sentence(checkpoint, tmp_path, dama
     assert "\n" not in str(refusal.value) and str(folder) in str(refusal.value)
 
 
-def test_another_step_than_there_is_is_refused(checkpoint):
+def test_a_step_without_a_checkpoint_is_refused(checkpoint):
     with pytest.raises(ValueError, match=r"has no iter_0000007; there are: none"):
         CheckpointReader(checkpoint, 7)
 
 
-def test_what_a_strangers_file_asks_for_is_never_run(checkpoint, tmp_path):
+def test_code_in_an_untrusted_file_is_never_run(checkpoint, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, folder)
     (folder / "release" / ".metadata").write_bytes(pickle.dumps(Malicious(tmp_path / "made")))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint must hold the weights of the model and no others: each optional part, in both directions."""
+"""A checkpoint must hold exactly the model's weights: each optional part is tested in both directions."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.models import save_tower
 
 VOCABULARY = 64
 LATENT = "--multi-latent-attention --rope-type rope --kv-lora-rank 12 --qk-head-dim 8 --qk-pos-emb-head-dim 4"
-# For each part: flags that give it, whether they replace one of SMALL_MODEL, the weight and the flag that are named.
+# For each part: flags that add it, the flag of SMALL_MODEL that they replace, and the weight and flag in the message.
 PARTS = {
     "norms of queries and keys": ("--qk-layernorm", "", "_layernorm", "--qk-layernorm"),
     "an output bias": ("--output-bias", "", "output_layer.bias", "--output-bias"),
@@ -30,7 +30,7 @@ PARTS = {
     "shared experts": ("--moe-shared-expert-intermediate-size 32", "", "shared_experts", "--moe-shared-expert-inter"),
     "biases of linear layers": ("", "--disable-bias-linear", ".bias", "--disable-bias-linear"),
     "biases of norms": ("--normalization LayerNorm", "", "bias", "--normalization"),
-    "an output layer of its own": ("", "TIED", "output_layer.weight", "--untie-embeddings-and-output-weights"),
+    "an untied output layer": ("", "TIED", "output_layer.weight", "--untie-embeddings-and-output-weights"),
     "a norm in the connector": ("--connector internvl", "", "connector.", "--connector"),
     "one more layer": ("--num-layers 3", "", "layers", ""),
     "experts in every layer": ("", "SOME", "", "--moe-layer-freq"),
@@ -49,7 +49,7 @@ def model_and_args(tower: str, more: str, without: str = "") -> tuple[torch.nn.M
 
 
 def save(model: torch.nn.Module, args: Namespace, folder: Path, value: float = 0.0) -> Path:
-    """The model's checkpoint, with one value everywhere."""
+    """Writes the model's checkpoint with the same value everywhere."""
     tensors, objects = sharded_parts(model)
     shards = [
         Shard(
@@ -79,7 +79,7 @@ def plain(tower, single_rank, tmp_path_factory):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_that_only_one_of_them_has_is_refused_with_weight_and_flag(plain, tower, tmp_path, part):
+def test_a_part_that_only_model_or_checkpoint_has_is_refused_with_weight_and_flag(plain, tower, tmp_path, part):
     more, without, weight, flag = PARTS[part]
     model, args, folder = plain
     other, other_args = model_and_args(tower, more, without)
@@ -93,11 +93,11 @@ def test_a_part_that_only_one_of_them_has_is_refused_with_weight_and_flag(plain,
     check_weights(other, other_args)
 
 
-def test_modality_biases_are_left_behind_only_where_they_are_zero_or_that_is_meant(plain, tower, tmp_path):
+def test_modality_biases_are_dropped_only_if_they_are_zero_or_a_flag_allows_it(plain, tower, tmp_path):
     model, args, folder = plain
     without, given = model_and_args(tower, "--no-modality-router-bias")
     given.load = str(folder)
-    check_weights(without, given)  # as an import has them: nothing is lost
+    check_weights(without, given)  # the biases are zero, as in an import: nothing is lost
     given.load = str(save(model, args, tmp_path / "trained", value=0.5))
     with pytest.raises(CheckpointMismatchError, match=r"modality_bias.*no place.*--no-modality-router-bias"):
         check_weights(without, given)
@@ -108,7 +108,7 @@ def test_modality_biases_are_left_behind_only_where_they_are_zero_or_that_is_mea
         check_weights(model, args)
 
 
-def test_another_padding_of_the_vocabulary_is_no_other_shape(plain, tower):
+def test_another_padding_of_the_vocabulary_is_accepted(plain, tower):
     _, args, folder = plain
     args.padded_vocab_size = VOCABULARY + 32
     args.load = str(folder)

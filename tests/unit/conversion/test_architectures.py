@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every architecture's flags and table, against transformers' own model of it."""
+"""Every architecture's flags and weight table are compared with transformers' own model."""
 
 import dataclasses
 import re
@@ -18,20 +18,20 @@ IMAGE = 5
 
 @pytest.fixture(scope="session")
 def tower(tmp_path_factory) -> str:
-    """A vision tower, which every model of the trainer has."""
+    """Saves a vision tower, which every model of the trainer needs."""
     return save_tower(tmp_path_factory.mktemp("tower"))
 
 
 def on_disk(hf: Any, folder: Path) -> dict[str, Tensor]:
-    """A model's weights under the names that `save_pretrained` gives them."""
+    """Returns a model's weights under the names that `save_pretrained` gives them."""
     from safetensors.torch import load_file
 
     hf.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 
 
-def build_ours(config: Any, tower: str, *more: str, **changes: Any) -> Any:
-    """The trainer's model for a language model's config, with further or changed flags, and weights of its own."""
+def build_megatron(config: Any, tower: str, *more: str, **changes: Any) -> Any:
+    """Builds the trainer's model for a language model's config, with added or changed flags."""
     from megatron_smar.config.build import language_config, modality_routing_config, transformer_config, vision_config
     from megatron_smar.conversion.architectures import language_of
     from megatron_smar.conversion.empty_model import as_argv, parse
@@ -53,7 +53,7 @@ def build_ours(config: Any, tower: str, *more: str, **changes: Any) -> Any:
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    """The language model's weights in the trainer, but for the modalities' biases, which Hugging Face's has not."""
+    """Returns the language model's weights in the trainer, without modality biases, which Hugging Face's lacks."""
     return {
         name: value
         for name, value in model.language_model.state_dict().items()
@@ -61,33 +61,33 @@ def weights_of(model: Any) -> dict[str, Tensor]:
     }
 
 
-def imported(table: list[Any], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The trainer's weights that a table makes of Hugging Face's."""
+def imported(table: list[Any], hf_weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the trainer's weights that a table makes of Hugging Face's."""
     from megatron_smar.conversion.weights import pieces_of
 
     made = {}
     for row in table:
-        length = sum(run.length for run in row.runs) or len(theirs[row.hf[0]])
+        length = sum(run.length for run in row.runs) or len(hf_weights[row.hf[0]])
         pieces = pieces_of(row, 0, length)
-        parts = [theirs[p.name][p.start : p.start + p.length] for p in pieces if p.start is not None]
-        made[row.megatron] = torch.cat(parts) if row.runs else theirs[row.hf[0]]
+        parts = [hf_weights[p.name][p.start : p.start + p.length] for p in pieces if p.start is not None]
+        made[row.megatron] = torch.cat(parts) if row.runs else hf_weights[row.hf[0]]
     return made
 
 
-def exported(table: list[Any], ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's weights that a table makes of the trainer's."""
+def exported(table: list[Any], trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns Hugging Face's weights that a table makes of the trainer's."""
     from megatron_smar.conversion.weights import inverted
 
     made = {}
     for name, pieces in inverted(table).items():
         ordered = sorted(pieces, key=lambda piece: piece.target)
-        parts = [ours[p.name] if p.start is None else ours[p.name][p.start : p.start + p.length] for p in ordered]
+        parts = [trained[p.name] if p.start is None else trained[p.name][p.start : p.start + p.length] for p in ordered]
         made[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return made
 
 
 def fill(model: Any, weights: dict[str, Tensor]) -> None:
-    """Copies weights into the trainer's model, every one of them."""
+    """Copies weights into the trainer's model; all of its weights must be given."""
     targets = weights_of(model)
     assert set(weights) == set(targets)
     for name, target in targets.items():
@@ -96,7 +96,7 @@ def fill(model: Any, weights: dict[str, Tensor]) -> None:
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
-    """The trainer's logits of a text."""
+    """Returns the trainer's logits of a text."""
     from tests.models import prepare
 
     inputs = prepare(ids, torch.zeros_like(ids, dtype=torch.bool), torch.zeros(0, 3, 32, 32), IMAGE)
@@ -105,39 +105,40 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def convert(name: str, tower: str, folder: Path) -> tuple[Any, Any, list[Any], dict[str, Tensor], Tensor]:
-    """One of the cases, imported: Hugging Face's model, ours, the table, the weights on disk, and token ids."""
+    """Imports one of `CASES`: Hugging Face's model, the trainer's, the table, the weights on disk, and token ids."""
     from megatron_smar.conversion.architectures import language_of
 
     hf = build_hf(name)
-    theirs = on_disk(hf, folder)
+    hf_weights = on_disk(hf, folder)
     table = language_of(hf.config).weights(hf.config)
-    model = build_ours(hf.config, tower)
-    fill(model, imported(table, theirs))
-    return hf, model, table, theirs, sample_ids().masked_fill(sample_ids() == IMAGE, 0)
+    model = build_megatron(hf.config, tower)
+    fill(model, imported(table, hf_weights))
+    return hf, model, table, hf_weights, sample_ids().masked_fill(sample_ids() == IMAGE, 0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_converted_model_gives_transformers_logits_and_its_weights_back(name, single_rank, tower, tmp_path):
-    hf, model, table, theirs, ids = convert(name, tower, tmp_path)
+def test_a_converted_model_has_transformers_logits_and_converts_back_exactly(name, single_rank, tower, tmp_path):
+    hf, model, table, hf_weights, ids = convert(name, tower, tmp_path)
     with torch.no_grad():
         expected = hf(input_ids=ids).logits
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=0)
     assert expected.std() > 0.3, "logits near zero would agree whatever the model computes"
     back = exported(table, weights_of(model))
-    assert set(back) == set(theirs)
-    assert all(torch.equal(back[key], theirs[key]) and back[key].dtype == theirs[key].dtype for key in theirs)
+    assert set(back) == set(hf_weights)
+    for key, tensor in hf_weights.items():
+        assert torch.equal(back[key], tensor) and back[key].dtype == tensor.dtype, key
 
 
 @pytest.mark.parametrize("name", FIRST.values())
-def test_each_weight_and_the_order_of_each_fusion_decide_the_logits(name, single_rank, tower, tmp_path):
-    _, model, table, theirs, ids = convert(name, tower, tmp_path)
-    right, before = logits(model, ids), imported(table, theirs)
+def test_a_wrong_weight_or_order_of_fused_rows_changes_the_logits(name, single_rank, tower, tmp_path):
+    _, model, table, hf_weights, ids = convert(name, tower, tmp_path)
+    right, before = logits(model, ids), imported(table, hf_weights)
     for row in table:
         target, made = weights_of(model)[row.megatron], before[row.megatron]
         wrong = {"reversed": made.flip(0)}
         if row.runs:
             swapped = dataclasses.replace(row, runs=(row.runs[1], row.runs[0], *row.runs[2:]))
-            wrong["swapped"] = imported([swapped], theirs)[row.megatron]
+            wrong["swapped"] = imported([swapped], hf_weights)[row.megatron]
         for kind, values in wrong.items():
             target.copy_(values)
             assert (logits(model, ids) - right).abs().max() > 1e-3, f"{row.megatron} {kind} changes nothing"
@@ -145,7 +146,7 @@ def test_each_weight_and_the_order_of_each_fusion_decide_the_logits(name, single
     torch.testing.assert_close(logits(model, ids), right)
 
 
-# Flags whose values hang on the config, and another value that fits the same weights.
+# Flags whose values depend on the config, and another value that fits the same weights.
 DECISIVE = [
     ("mixtral", "moe-router-pre-softmax", True),
     ("qwen3_moe, every second layer dense, tied", "moe-router-pre-softmax", None),
@@ -169,11 +170,11 @@ DECISIVE = [
 
 
 @pytest.mark.parametrize(("name", "flag", "value"), DECISIVE)
-def test_each_flag_that_hangs_on_the_config_decides_the_logits(name, flag, value, single_rank, tower, tmp_path):
+def test_each_flag_that_depends_on_the_config_changes_the_logits(name, flag, value, single_rank, tower, tmp_path):
     _, model, _, _, ids = convert(name, tower, tmp_path)
-    other = build_ours(build_config(name), tower, **{flag: value})
+    other = build_megatron(build_config(name), tower, **{flag: value})
     fill(other, weights_of(model))
-    assert (logits(other, ids) - logits(model, ids)).abs().max() > 2e-4, "twice what conversion may be off by"
+    assert (logits(other, ids) - logits(model, ids)).abs().max() > 2e-4, "less than twice the tolerance of a conversion"
 
 
 UNSUPPORTED = [
@@ -200,7 +201,7 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize(("kind", "changes", "message"), UNSUPPORTED)
-def test_what_cannot_be_carried_exactly_is_refused_by_the_name_of_its_field(kind, changes, message):
+def test_a_setting_that_cannot_be_converted_exactly_is_refused_by_the_name_of_its_field(kind, changes, message):
     from megatron_smar.conversion.architectures import UnsupportedError, language_of
 
     with pytest.raises(UnsupportedError, match=message) as refusal:
@@ -209,7 +210,7 @@ def test_what_cannot_be_carried_exactly_is_refused_by_the_name_of_its_field(kind
     assert "\n" not in str(refusal.value)
 
 
-def test_yarn_and_llama_3_settings_without_a_flag_are_refused():
+def test_yarn_and_llama_3_settings_that_have_no_flag_are_refused():
     from megatron_smar.conversion.architectures import UnsupportedError, language_of
 
     for kind, field, value in (
@@ -227,7 +228,7 @@ def test_yarn_and_llama_3_settings_without_a_flag_are_refused():
             language_of(config).flags(config)
 
 
-def test_an_unknown_architecture_is_refused_with_those_that_are_known():
+def test_an_unknown_architecture_is_refused_with_the_list_of_supported_ones():
     from transformers import AutoConfig
 
     from megatron_smar.conversion.architectures import UnsupportedError, language_of
@@ -237,7 +238,7 @@ def test_an_unknown_architecture_is_refused_with_those_that_are_known():
 
 
 def parse_changed(kind: str, tower: str, *more: str) -> Any:
-    """The trainer's arguments for the first case of a model type, with further flags."""
+    """Returns the trainer's arguments for the first case of a model type, with added flags."""
     from megatron_smar.conversion.architectures import language_of
     from megatron_smar.conversion.empty_model import as_argv, parse
 
@@ -255,7 +256,7 @@ def parse_changed(kind: str, tower: str, *more: str) -> Any:
         ("llama", ["--latent-norm-epsilon", "1e-6"], "--latent-norm-epsilon"),
     ],
 )
-def test_flags_of_layers_that_do_not_go_together_are_refused(kind, more, message, single_rank, tower):
+def test_incompatible_flags_of_layers_are_refused(kind, more, message, single_rank, tower):
     with pytest.raises(ValueError, match=message) as refusal:
         parse_changed(kind, tower, *more)
     assert "\n" not in str(refusal.value)
@@ -268,7 +269,7 @@ def test_flags_of_layers_that_do_not_go_together_are_refused(kind, more, message
         ("deepseek_v3", {"tensor_model_parallel_size": 2}, "--multi-latent-attention needs --sequence-parallel"),
     ],
 )
-def test_layouts_under_which_norms_or_gradients_would_be_wrong_are_refused(kind, layout, message, single_rank, tower):
+def test_parallel_layouts_with_wrong_norms_or_gradients_are_refused(kind, layout, message, single_rank, tower):
     from megatron_smar.config.checks import check_shape
 
     args = parse_changed(kind, tower)
@@ -278,19 +279,19 @@ def test_layouts_under_which_norms_or_gradients_would_be_wrong_are_refused(kind,
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "phi"])
-def test_norms_have_the_keys_in_a_checkpoint_that_transformer_engines_layers_give_them(kind, single_rank, tower):
+def test_norms_have_the_checkpoint_keys_of_transformer_engines_layers(kind, single_rank, tower):
     from megatron_smar.conversion.empty_model import sharded_parts
 
-    tensors, _ = sharded_parts(build_ours(build_config(FIRST[kind]), tower))
+    tensors, _ = sharded_parts(build_megatron(build_config(FIRST[kind]), tower))
     layers = "language_model.decoder.layers."
     keys = {part.key.removeprefix(layers) for parts in tensors.values() for part in parts if layers in part.key}
-    inside = ("q_layernorm", "k_layernorm", "kv_layernorm")  # by themselves under both
+    inside = ("q_layernorm", "k_layernorm", "kv_layernorm")  # separate keys in either case
     norms = {key for key in keys if "norm" in key and not any(name in key for name in inside)}
     fused, moe = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
     attention = "self_attention.linear_qkv.layer_norm_weight"
     assert (
         norms
-        == {  # the first layer of the first two is dense, the second has experts
+        == {  # in the first two models, layer 0 is dense and layer 1 is an MoE layer
             "qwen3_moe": {f"0.{attention}", f"1.{attention}", f"0.{fused}", f"1.{moe}"},
             "deepseek_v3": {"0.input_layernorm.weight", "1.input_layernorm.weight", f"0.{fused}", f"1.{moe}"},
             "phi": {"shared_layernorm.weight", "shared_layernorm.bias"},
@@ -298,12 +299,12 @@ def test_norms_have_the_keys_in_a_checkpoint_that_transformer_engines_layers_giv
     )
 
 
-def test_a_parallel_block_with_biases_takes_experts(single_rank, tower):
-    """What upcycling makes of Phi: experts that are all equal give the dense model's logits."""
+def test_a_parallel_block_with_biases_can_have_experts(single_rank, tower):
+    """Phi after upcycling: experts that are all equal give the dense model's logits."""
     config = build_config(FIRST["phi"])
-    dense = build_ours(config, tower)
+    dense = build_megatron(config, tower)
     experts = ["--num-experts", "3", "--moe-router-topk", "2", "--moe-router-load-balancing-type", "none"]
-    model = build_ours(config, tower, *experts, "--moe-layer-freq", "[0,1]")
+    model = build_megatron(config, tower, *experts, "--moe-layer-freq", "[0,1]")
     weights = weights_of(dense)
     for weight in weights.values():
         weight.normal_(0, 0.3)

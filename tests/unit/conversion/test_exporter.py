@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports: the folder that was imported, bit for bit; or one sentence and nothing written."""
+"""An export equals the imported folder bit for bit, or is refused in one sentence with nothing written."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    """Two folders hold the same tensors, to the bit."""
+    """Asserts that two folders hold bitwise identical tensors."""
     found, expected = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -31,7 +31,7 @@ def test_an_export_is_the_imported_model_bit_for_bit(hf, imported, tmp_path):
 
 @pytest.fixture
 def biased(hf, tmp_path, single_rank):
-    """A folder whose gates have modality biases, and the checkpoint that it becomes."""
+    """Returns a folder whose gates have modality biases, and the checkpoint that it is imported to."""
     from megatron_smar.conversion.importer import write_model
     from megatron_smar.conversion.sources import read_composite
     from megatron_smar.huggingface import RemoteFields, write_remote_code
@@ -48,7 +48,7 @@ def biased(hf, tmp_path, single_rank):
     return folder, tmp_path / "checkpoint"
 
 
-def test_biases_go_out_and_in_with_the_modelling_code_and_stay_in_float32(biased, tmp_path):
+def test_modality_biases_are_exported_with_modeling_code_and_stay_in_float32(biased, tmp_path):
     from megatron_smar.conversion.exporter import export_model
 
     folder, checkpoint = biased
@@ -65,7 +65,7 @@ def test_biases_go_out_and_in_with_the_modelling_code_and_stay_in_float32(biased
 
 
 def test_a_run_without_modality_biases_is_exported(hf, imported, tmp_path):
-    """As one with --no-modality-router-bias saves it."""
+    """The checkpoint is what a run with --no-modality-router-bias saves."""
     from megatron_smar.checkpoint.torch_dist import write_checkpoint
     from megatron_smar.conversion.empty_model import describe_model
     from megatron_smar.conversion.exporter import export_model
@@ -80,8 +80,8 @@ def test_a_run_without_modality_biases_is_exported(hf, imported, tmp_path):
     assert_same_weights(tmp_path / "output", hf)
 
 
-def test_rows_that_only_pad_the_vocabulary_are_left_out(hf, imported, tmp_path):
-    """Training under tensor parallelism adds some."""
+def test_padding_rows_of_the_vocabulary_are_left_out(hf, imported, tmp_path):
+    """Training with tensor parallelism pads the vocabulary."""
     from megatron_smar.checkpoint.torch_dist import write_checkpoint
     from megatron_smar.conversion.empty_model import describe_model
     from megatron_smar.conversion.exporter import export_model
@@ -105,8 +105,8 @@ def test_rows_that_only_pad_the_vocabulary_are_left_out(hf, imported, tmp_path):
 ANOTHER = {
     "fewer layers": ({"num_hidden_layers": 2}, "--num-layers was 3, not 2"),
     "another width": ({"hidden_size": 64}, "--hidden-size was 48, not 64"),
-    "the same shapes, computed otherwise": ({"rms_norm_eps": 1e-3}, "--norm-epsilon was 1e-05, not 0.001"),
-    "fewer experts for a token": ({"num_experts_per_tok": 3}, "--moe-router-topk was 2, not 3"),
+    "the same shapes, another function": ({"rms_norm_eps": 1e-3}, "--norm-epsilon was 1e-05, not 0.001"),
+    "more experts per token": ({"num_experts_per_tok": 3}, "--moe-router-topk was 2, not 3"),
     "another vocabulary": (
         {"vocab_size": 200},
         r"embedding.word_embeddings.weight is \[128, 48\] there, not \[200, 48\]",
@@ -115,7 +115,7 @@ ANOTHER = {
 
 
 @pytest.mark.parametrize("case", ANOTHER)
-def test_a_config_of_another_model_than_the_checkpoints_is_refused(imported, tmp_path, case):
+def test_a_config_of_another_model_is_refused(imported, tmp_path, case):
     from megatron_smar.conversion.exporter import export_model
 
     fields, message = ANOTHER[case]
@@ -129,7 +129,7 @@ def test_a_config_of_another_model_than_the_checkpoints_is_refused(imported, tmp
     assert not (tmp_path / "output").exists()
 
 
-def test_a_language_models_folder_is_refused_as_config(imported, tmp_path):
+def test_the_config_of_a_language_model_is_refused(imported, tmp_path):
     from megatron_smar.conversion.exporter import export_model
 
     content = json.loads((imported / "hf" / "config.json").read_text())["text_config"]
@@ -139,8 +139,8 @@ def test_a_language_models_folder_is_refused_as_config(imported, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_exports_config_names_the_data_type_in_which_its_weights_lie(imported, tmp_path, dtype):
-    """transformers loads them in the one that it names, whatever the weights have."""
+def test_an_exports_config_names_the_data_type_of_its_weights(imported, tmp_path, dtype):
+    """transformers loads the weights in the data type that config.json names, whatever they have."""
     from transformers import AutoModelForImageTextToText
 
     from megatron_smar.conversion.exporter import export_model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports: each weight where the trainer looks for it, or one sentence and nothing written."""
+"""An import stores each weight where the trainer loads it from, or is refused with nothing written."""
 
 import json
 import shutil
@@ -16,13 +16,13 @@ from torch import Tensor
 from tests.architectures import FIRST, VOCABULARY, build_hf, composite_source
 from tests.launch import load_weights
 from tests.models import build_hf_model, build_model, copy_weights, save_tower
-from tests.unit.checkpoint.conftest import IMAGE_TOKEN
+from tests.unit.conftest import IMAGE_TOKEN
 
 LANGUAGE, LAYER = "language_model.model.", "language_model.model.layers.1."
 
 
 def variant(hf: Path, folder: Path, change: Any = None, config: Any = None) -> Path:
-    """A copy of a Hugging Face folder, with other weights or another config."""
+    """Copies a Hugging Face folder, with changed weights or a changed config."""
     shutil.copytree(hf, folder)
     if change is not None:
         weights = load_file(folder / "model.safetensors")
@@ -35,12 +35,12 @@ def variant(hf: Path, folder: Path, change: Any = None, config: Any = None) -> P
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vision tower's folder."""
+    """Returns a vision tower's folder."""
     return Path(save_tower(tmp_path_factory.mktemp("tower")))
 
 
 def convert(hf: Path, output: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Imports a folder; the weights that are then in the checkpoint."""
+    """Imports a folder; returns the weights in the checkpoint."""
     from megatron_smar.conversion.importer import write_model
     from megatron_smar.conversion.sources import read_composite
 
@@ -66,7 +66,7 @@ def test_each_weight_is_what_the_trainer_would_save_of_the_same_model(hf, import
     assert compared == {name for name in stored if "_extra_state" not in name}
 
 
-def test_flags_and_arguments_describe_the_model_from_which_they_come(hf, imported):
+def test_the_imports_flags_and_arguments_describe_its_model(hf, imported):
     from megatron_smar.checkpoint.torch_dist import CheckpointReader
     from megatron_smar.config.build import transformer_config, vision_config
     from megatron_smar.conversion.empty_model import parse
@@ -78,10 +78,10 @@ def test_flags_and_arguments_describe_the_model_from_which_they_come(hf, importe
     assert vision_config(args).image_size == 32
     saved = CheckpointReader(imported).common_state["args"]
     assert saved.padded_vocab_size == 128
-    assert saved.vision_model == str(imported / "hf"), "the folder that is gone when the conversion is over"
+    assert saved.vision_model == str(imported / "hf"), "it names the temporary folder of the conversion"
 
 
-def test_beside_the_weights_lies_everything_but_weights(hf, imported):
+def test_the_import_holds_config_flags_and_nothing_else_besides_the_weights(hf, imported):
     assert {path.name for path in imported.iterdir()} == {
         "hf",
         "flags.txt",
@@ -102,11 +102,11 @@ def test_weights_are_converted_and_the_modality_biases_stay_in_float32(hf, tmp_p
     biases = {name for name in found if name.endswith("modality_bias.bias")}
     assert biases and all(found[name].dtype == torch.float32 for name in biases)
     assert {found[name].dtype for name in set(found) - biases} == {dtype or torch.bfloat16}
-    theirs = load_file(source / "model.safetensors")[LANGUAGE + "embed_tokens.weight"]
-    assert torch.equal(found["language_model.embedding.word_embeddings.weight"], theirs.to(dtype or torch.bfloat16))
+    expected = load_file(source / "model.safetensors")[LANGUAGE + "embed_tokens.weight"]
+    assert torch.equal(found["language_model.embedding.word_embeddings.weight"], expected.to(dtype or torch.bfloat16))
 
 
-# What is float32 among weights of bfloat16, and a tensor of the checkpoint that it is a part of.
+# The weights that are wider than bfloat16 among weights of bfloat16, and the checkpoint's tensor that contains them.
 DECODER = "language_model.decoder.layers."
 MIXED = {
     "keys and values": (("k_proj", "v_proj"), f"{DECODER}self_attention.linear_qkv.weight"),
@@ -122,7 +122,7 @@ MIXED = {
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", MIXED)
-def test_no_part_of_a_fused_weight_is_rounded_to_anothers_type(hf, tmp_path, single_rank, case, wide):
+def test_no_part_of_a_fused_weight_is_rounded_to_another_parts_data_type(hf, tmp_path, single_rank, case, wide):
     parts, key = MIXED[case]
     exact = {}
 
@@ -137,28 +137,32 @@ def test_no_part_of_a_fused_weight_is_rounded_to_anothers_type(hf, tmp_path, sin
         variant(hf, tmp_path / "wide", lambda _: {name: tensor.float() for name, tensor in exact.items()}),
         tmp_path / "expected",
     )
-    assert found[key].dtype == torch.float32, "of bfloat16 and float16 too: neither holds the other's numbers"
+    assert found[key].dtype == torch.float32, (
+        "float32 is needed for bfloat16 with float16 too: neither represents the other's numbers"
+    )
     for name, tensor in expected.items():
         assert torch.equal(found[name].float(), tensor.float()), name
 
 
-def grown(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_fewer_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     rows = weights[LANGUAGE + "embed_tokens.weight"]
     return weights | {LANGUAGE + "embed_tokens.weight": rows[:100].clone()}
 
 
-def test_new_tokens_start_as_the_mean_of_the_known_ones(hf, tmp_path):
+def test_rows_for_new_tokens_are_the_mean_of_the_other_rows(hf, tmp_path):
     from megatron_smar.checkpoint.safetensors_io import read_folder
     from megatron_smar.conversion.importer import read_rows
     from megatron_smar.conversion.weights import Weight
 
     folder = variant(hf, tmp_path / "hf", lambda weights: {"w": torch.randn(3000, 4).bfloat16()})
     tensors = read_folder(folder)
-    found = read_rows(Weight("ours", ("w",), rows=3000), tensors, 0, (3003, 4), 3003, torch.bfloat16)
+    found = read_rows(Weight("megatron", ("w",), rows=3000), tensors, 0, (3003, 4), 3003, torch.bfloat16)
     known = tensors["w"].read()
     assert torch.equal(found[:3000], known)
     expected = known.double().mean(dim=0).expand(3, 4)
-    torch.testing.assert_close(found[3000:].double(), expected, atol=1e-6, rtol=2**-8)  # bfloat16 has 8 bits
+    torch.testing.assert_close(
+        found[3000:].double(), expected, atol=1e-6, rtol=2**-8
+    )  # bfloat16 has 8 significant bits
 
 
 def without(*parts: str) -> Any:
@@ -198,16 +202,16 @@ REFUSED = {
     ),
     "too many rows": (replaced(Q, lambda w: torch.cat([w, w])), None, rf"{Q} is \[96, 48\], not \[48, 48\]"),
     "a scalar": (replaced(NORM, lambda w: w[0]), None, rf"{NORM} is \[\], not \[48\]"),
-    "no floating-point number": (replaced(NORM, lambda w: w.long()), None, rf"{NORM} is torch.int64"),
-    "another vocabulary": (grown, None, r"embed_tokens.weight is \[100, 48\], not \[128, 48\]"),
-    "layers that are not there": (None, text(num_hidden_layers=4), "19 missing: .*layers.3"),
+    "integers": (replaced(NORM, lambda w: w.long()), None, rf"{NORM} is torch.int64"),
+    "another vocabulary": (with_fewer_rows, None, r"embed_tokens.weight is \[100, 48\], not \[128, 48\]"),
+    "missing layers": (None, text(num_hidden_layers=4), "19 missing: .*layers.3"),
     "heads that do not fit": (None, text(num_attention_heads=5), r"q_proj.weight is \[48, 48\], not"),
     "tied, but different": (
         None,
         tied,
-        "config.json says tie_word_embeddings, but language_model.lm_head.weight is an",
+        "config.json says tie_word_embeddings, but language_model.lm_head.weight differs from",
     ),
-    "a setting that is none": (None, text(hidden_size="x"), r"'hidden_size': TypeError: .*expected int, got str"),
+    "an invalid setting": (None, text(hidden_size="x"), r"'hidden_size': TypeError: .*expected int, got str"),
     "an unknown part": (None, text(model_type="foo"), r"cannot read it \(.*foo\); supported are internvl with"),
     "an unsupported part": (None, text(model_type="gpt2"), "the language model's type is 'gpt2'; supported are deep"),
     "an unknown model": (None, lambda c: c | {"model_type": "foo"}, "is of the model type 'foo'"),
@@ -215,12 +219,12 @@ REFUSED = {
     "another activation": (None, lambda c: c | {"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
     "features of two layers": (None, lambda c: c | {"vision_feature_layer": [-1, -2]}, r"feature_layer is \[-1, -2\]"),
     "the class token too": (None, lambda c: c | {"vision_feature_select_strategy": "full"}, "strategy is 'full'"),
-    "no object": (None, lambda c: [], "config.json is no JSON object"),
+    "no object": (None, lambda c: [], "config.json is not a JSON object"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_listed_and_nothing_is_written(hf, tmp_path, single_rank, case):
+def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(hf, tmp_path, single_rank, case):
     change, config, message = REFUSED[case]
     source = variant(hf, tmp_path / "hf", change, config)
     with pytest.raises(ValueError, match=message) as refusal:
@@ -248,7 +252,7 @@ def test_a_tied_output_layer_may_be_stored_once_or_twice(hf, tmp_path, single_ra
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_older_files_leave_it_to_the_language_models_part_whether_weights_are_tied(hf, tmp_path, single_rank, is_tied):
+def test_in_older_files_the_language_models_config_says_whether_weights_are_tied(hf, tmp_path, single_rank, is_tied):
     def older(content: dict[str, Any]) -> dict[str, Any]:
         del content["tie_word_embeddings"]
         return text(tie_word_embeddings=is_tied)(content)
@@ -260,7 +264,7 @@ def test_older_files_leave_it_to_the_language_models_part_whether_weights_are_ti
     assert content["tie_word_embeddings"] == is_tied
 
 
-def test_names_of_newer_files_and_computed_tensors_are_understood(hf, imported, tmp_path, single_rank):
+def test_names_of_newer_files_are_translated_and_computed_tensors_ignored(hf, imported, tmp_path, single_rank):
     def newer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         names = {LANGUAGE: "model.language_model.", "language_model.lm_head": "lm_head"}
         names |= {part: f"model.{part}" for part in ("vision_tower.", "multi_modal_projector.")}
@@ -275,20 +279,18 @@ def test_names_of_newer_files_and_computed_tensors_are_understood(hf, imported, 
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_the_disk_must_have_room_for_what_is_written_and_not_only_for_what_is_read(
-    hf, tmp_path, single_rank, monkeypatch
-):
+def test_the_disk_must_have_room_for_the_written_data_type_not_the_stored_one(hf, tmp_path, single_rank, monkeypatch):
     usage = namedtuple("usage", "total used free")
     size = sum(tensor.nbytes for tensor in load_file(hf / "model.safetensors").values())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, size))
     source = variant(hf, tmp_path / "hf", halved)
     with pytest.raises(ValueError, match=r"but its disk has .* GB free"):
-        convert(source, tmp_path / "output", torch.float32)  # and the biases, which the folder does not have
+        convert(source, tmp_path / "output", torch.float32)  # plus the biases, which the folder lacks
     assert not (tmp_path / "output").exists()
     convert(source, tmp_path / "output")
 
 
-# transformers' own lists of these two; the other types' models have all their weights in half precision.
+# Weights that transformers keeps in float32 for these two types; models of other types have none.
 FLOAT32 = {
     "deepseek_v2": ("mlp.gate.weight",),
     "deepseek_v3": ("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
@@ -296,7 +298,7 @@ FLOAT32 = {
 
 
 @pytest.mark.parametrize("kind", FIRST)
-def test_what_transformers_keeps_in_float32_stays_so_in_and_out(tower, tmp_path, single_rank, kind):
+def test_weights_that_transformers_keeps_in_float32_stay_so_in_import_and_export(tower, tmp_path, single_rank, kind):
     from transformers import AutoModelForCausalLM
 
     from megatron_smar.conversion.exporter import export_model
@@ -305,9 +307,9 @@ def test_what_transformers_keeps_in_float32_stays_so_in_and_out(tower, tmp_path,
     source = composite_source(build_hf(FIRST[kind]), tower, tmp_path / "language")
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "language", dtype=torch.bfloat16).state_dict()
     wide = {name for name, tensor in reference.items() if tensor.dtype == torch.float32}
-    for place, dtype in (("as it is", None), ("half", torch.bfloat16)):
+    for place, dtype in (("unchanged", None), ("half", torch.bfloat16)):
         write_model(source, tmp_path / place, dtype)
-    export_model(tmp_path / "as it is", tmp_path / "half" / "hf", tmp_path / "out", dtype=torch.bfloat16)
+    export_model(tmp_path / "unchanged", tmp_path / "half" / "hf", tmp_path / "out", dtype=torch.bfloat16)
     export_model(tmp_path / "half", tmp_path / "half" / "hf", tmp_path / "out of half")
     stored = load_file(tmp_path / "language" / "model.safetensors")
     for folder in ("out", "out of half"):
@@ -319,21 +321,21 @@ def test_what_transformers_keeps_in_float32_stays_so_in_and_out(tower, tmp_path,
             assert torch.equal(found[name], stored[name.removeprefix("language_model.")]), name
 
 
-def test_a_fresh_connector_is_the_same_for_the_same_seed_and_another_for_another(tower, tmp_path, single_rank):
+def test_a_new_connector_depends_on_the_seed_only(tower, tmp_path, single_rank):
     from megatron_smar.conversion import composite
     from megatron_smar.conversion.importer import write_model
 
     source = composite_source(build_hf(FIRST["mixtral"]), tower, tmp_path / "language")
-    drawn = []
+    initialized = []
     for number, seed in enumerate((7, 7, 8)):
         table = composite.weights(source.config, biases=False, connector_seed=seed)
         torch.manual_seed(number)
         write_model(replace(source, table=table), tmp_path / str(number))
         found = load_weights(tmp_path / str(number) / "release")
-        drawn.append([found[f"connector.linear_{layer}.weight"] for layer in (1, 2)])
-    for one, again, other in zip(*drawn, strict=True):
+        initialized.append([found[f"connector.linear_{layer}.weight"] for layer in (1, 2)])
+    for one, again, other in zip(*initialized, strict=True):
         assert torch.equal(one, again) and not torch.equal(one, other)
-        bound = 1 / one.shape[1] ** 0.5  # of torch.nn.Linear's own weights
+        bound = 1 / one.shape[1] ** 0.5  # the bound of torch.nn.Linear's initialization
         assert 0.9 * bound < one.max() <= bound and -bound <= one.min() < -0.9 * bound
 
 
@@ -360,10 +362,10 @@ COMMON = {
     "untie_embeddings_and_output_weights": True,
     "true_vocab_size": VOCABULARY,
 }
-# Megatron's checks take these away; none describes a model.
+# Megatron's checks remove these arguments; none describes a model.
 DEPRECATED = "batch_size warmup model_parallel_size checkpoint_activations recompute_activations".split()
 DEPRECATED += ["cuda_graph_scope_deprecated"]
-# What no shape of a weight shows, for each of `FIRST`: as transformers' code of the type computes.
+# For each of `FIRST`: arguments that show in no weight's shape, as transformers' code for the type computes.
 STORED = {
     "mixtral": {"num_experts": 4, "moe_router_topk": 2, "layernorm_epsilon": 1e-5, "rotary_base": 1000000},
     "qwen3_moe": {"qk_layernorm": True, "qk_norm_scope": "head", "moe_router_topk": 2, "moe_layer_freq": [0, 1]},
@@ -415,7 +417,9 @@ STORED = {
 
 
 @pytest.mark.parametrize("kind", FIRST)
-def test_an_import_stores_every_flag_of_its_model_for_later_runs_to_compare(tower, tmp_path, single_rank, kind):
+def test_an_import_stores_every_flag_of_its_model_so_that_later_runs_can_compare_them(
+    tower, tmp_path, single_rank, kind
+):
     from argparse import ArgumentParser
 
     from megatron.training.arguments import add_megatron_arguments

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VITA's layout and OpenGVLab's of InternVL and InternViT, against a forward pass written after their description.
+"""The original layouts of VITA, InternVL and InternViT, compared with a forward pass written from their descriptions.
 
-The originals are folders as they are published: their config.json, and random weights under their names. `Tower` and
-`Original` below compute what the published code does, with no class of transformers' InternVL.
+The test folders look like the published ones, with their config.json, and random weights under their names. `Tower`
+and `Original` below compute what the published code computes, without any class of transformers' InternVL.
 """
 
 import json
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 SIDE, PATCH, HIDDEN, TOWER_LAYERS, TOWER_HEADS, LANGUAGE_HIDDEN = 32, 8, 32, 3, 4, 48
-VOCABULARY = 70  # the tokenizer has 64 tokens, so that the three image tokens take rows that are there
-# As InternViT-300M-448px describes itself, but for its sizes.
+VOCABULARY = 70  # the tokenizer has 64 tokens, so the three image tokens use existing rows
+# The config of InternViT-300M-448px with smaller sizes.
 TOWER: dict[str, Any] = {
     "auto_map": {"AutoConfig": "configuration_intern_vit.InternVisionConfig"},
     "drop_path_rate": 0.1,
@@ -91,7 +91,7 @@ INTERNVL: dict[str, Any] = {
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), scaled."""
+    """Computes x / sqrt(mean(x^2) + eps) times a weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of InternViT: pre-norm, one matrix for queries, keys and values, a scale on either branch."""
+    """One layer of InternViT: pre-norm, one matrix for queries, keys and values, a layer scale on both branches."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """InternViT under its original names; no norm behind the last layer."""
+    """InternViT under its original names; no norm after the last layer."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -148,7 +148,11 @@ class Tower(nn.Module):
         self.encoder.layers = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """[n, 3, side, side] -> the hidden states [n, 1 + patches, size], before the first layer and behind each."""
+        """Returns the hidden states [n, 1 + patches, size] before the first layer and after each one.
+
+        Args:
+            pixels: Tiles [n, 3, side, side].
+        """
         patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
         first = self.embeddings.class_embedding.expand(len(pixels), -1, -1)
         hidden = [torch.cat([first, patches], dim=1) + self.embeddings.position_embedding]
@@ -158,7 +162,7 @@ class Tower(nn.Module):
 
 
 def shuffled(features: Tensor) -> Tensor:
-    """[n, patches, c] -> [n, patches / 4, 4 c], as both codes do it: two views and two transpositions."""
+    """Pixel shuffle from [n, patches, c] to [n, patches / 4, 4 c], as both published codes do it."""
     n, patches, c = features.shape
     side = int(patches**0.5)
     x = features.view(n, side, side // 2, 2 * c).transpose(1, 2).contiguous()
@@ -166,7 +170,7 @@ def shuffled(features: Tensor) -> Tensor:
 
 
 class Original(nn.Module):
-    """Tower, projection and language model: logits of embeddings whose image placeholders are filled in order."""
+    """Tower, projection and language model; the image placeholders' embeddings are filled with features in order."""
 
     def __init__(self, tower: dict[str, Any], text: dict[str, Any], norm: bool, scale: float, layer: int = -1) -> None:
         from transformers import AutoModelForCausalLM
@@ -189,7 +193,7 @@ class Original(nn.Module):
 
 
 def randomise(module: nn.Module) -> None:
-    """Weights that each matter: norms and scales around one, biases away from zero."""
+    """Sets random weights that all affect the output: norms and scales around one, biases away from zero."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, tensor in module.named_parameters():
@@ -198,7 +202,7 @@ def randomise(module: nn.Module) -> None:
 
 
 def language_weights(language: Any, folder: Path) -> dict[str, Tensor]:
-    """A language model's weights by their names on disk."""
+    """Returns a language model's weights by their names on disk."""
     from safetensors.torch import load_file
 
     language.save_pretrained(folder)
@@ -206,7 +210,7 @@ def language_weights(language: Any, folder: Path) -> dict[str, Tensor]:
 
 
 def write(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], tokenizer: bool = True) -> Path:
-    """A published folder, with code that must not run."""
+    """Writes a folder like a published one, with code that must not run."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -231,7 +235,7 @@ def prefixed(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def write_vita(root: Path, tower_inside: bool = True, text: dict[str, Any] = MIXTRAL, **changes: Any) -> Original:
-    """VITA as it is published, in root / "vita", and the vision tower in root / "vit"."""
+    """Writes a VITA model in its published layout to root / "vita", and its vision tower to root / "vit"."""
     torch.manual_seed(0)
     original = Original(TOWER, text, norm=False, scale=0.5)
     randomise(original)
@@ -242,14 +246,14 @@ def write_vita(root: Path, tower_inside: bool = True, text: dict[str, Any] = MIX
     weights["model.audio_encoder.encoder.enc.1.after_norm.weight"] = torch.ones(4)
     if tower_inside:
         weights |= prefixed(tower, "model.vision_tower.vision_tower.")
-        tower = {name: torch.zeros_like(tensor) for name, tensor in tower.items()}  # not to be taken
+        tower = {name: torch.zeros_like(tensor) for name, tensor in tower.items()}  # must not be used
     write(root / "vita", VITA | text | {"model_type": "vita-mixtral"} | changes, weights)
     write(root / "vit", TOWER, tower, tokenizer=False)
     return original
 
 
 def write_internvl(root: Path, tower: dict[str, Any] = TOWER, **changes: Any) -> Original:
-    """InternVL as OpenGVLab publishes it, in root / "internvl"."""
+    """Writes an InternVL model in OpenGVLab's layout to root / "internvl"."""
     torch.manual_seed(0)
     config = INTERNVL | {"vision_config": tower} | changes
     original = Original(tower, config["llm_config"], norm=True, scale=1.0, layer=config["select_layer"])
@@ -271,7 +275,7 @@ def read(root: Path, name: str, vision: str | None = None) -> Any:
 
 
 def trained(source: Any, output: Path) -> Any:
-    """The trainer's model with the weights of a checkpoint that was written of the source."""
+    """Imports a source, and returns the trainer's model with the checkpoint's weights."""
     from megatron.core import dist_checkpointing
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -294,12 +298,12 @@ def trained(source: Any, output: Path) -> Any:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     state = model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
     loaded = dist_checkpointing.load(dict(state), str(output / "release"))
-    model.load_state_dict({name: loaded[name] for name in state})  # without its arguments
+    model.load_state_dict({name: loaded[name] for name in state})  # without the run's arguments
     return model
 
 
 def inputs(image_token_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids [2, s], two tiles' placeholders in the second row, and the tiles."""
+    """Returns token ids [2, s] with two tiles' placeholders in the second row, and the tiles."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 62, (2, 16), generator=generator)
     ids[1, 3:7] = ids[1, 9:13] = image_token_id
@@ -308,7 +312,7 @@ def inputs(image_token_id: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def compare(source: Any, original: Original, output: Path) -> Any:
-    """Features and logits of the trainer's model and of the original."""
+    """Compares features and logits of the trainer's model and the original; returns the trainer's model."""
     from tests.models import prepare
 
     model = trained(source, output)
@@ -318,12 +322,12 @@ def compare(source: Any, original: Original, output: Path) -> Any:
     prepared = prepare(ids, torch.zeros_like(ids, dtype=torch.bool), pixels, source.config.image_token_id)
     logits = original(ids, pixels, source.config.image_token_id)
     torch.testing.assert_close(model(**prepared), logits, atol=1e-5, rtol=0)
-    assert expected.std() > 0.1 and logits.std() > 0.3, "numbers near zero would agree whatever is computed"
+    assert expected.std() > 0.1 and logits.std() > 0.3, "values near zero would agree whatever is computed"
     return model
 
 
 @pytest.mark.parametrize("tower_inside", [True, False])
-def test_vitas_checkpoint_computes_what_vita_does(tower_inside, single_rank, tmp_path, capsys):
+def test_an_imported_vita_computes_what_vita_computes(tower_inside, single_rank, tmp_path, capsys):
     original = write_vita(tmp_path, tower_inside)
     source = read(tmp_path, "vita", "vit")
     compare(source, original, tmp_path / "out")
@@ -335,32 +339,34 @@ def test_vitas_checkpoint_computes_what_vita_does(tower_inside, single_rank, tmp
     assert saved["image_mean"] == [0.4] * 3
 
 
-def test_vita_with_qwen2_computes_what_vita_does(single_rank, tmp_path):
+def test_an_imported_vita_with_qwen2_computes_what_vita_computes(single_rank, tmp_path):
     original = write_vita(tmp_path, text=SHAPE | {"model_type": "qwen2"}, model_type="vita-Qwen2")
     compare(read(tmp_path, "vita", "vit"), original, tmp_path / "out")
 
 
-def test_vitas_vocabulary_grows_where_it_has_no_room_for_the_image_tokens(single_rank, tmp_path):
+def test_vitas_vocabulary_grows_if_it_has_no_rows_for_the_image_tokens(single_rank, tmp_path):
     original = write_vita(tmp_path, text=MIXTRAL | {"vocab_size": 64})
     source = read(tmp_path, "vita", "vit")
     assert source.config.text_config.vocab_size == 67 and source.config.image_token_id == 66
     model = trained(source, tmp_path / "out")
     embedding = original.language.get_input_embeddings().weight
-    ours = model.language_model.embedding.word_embeddings.weight
-    torch.testing.assert_close(ours, torch.cat([embedding, embedding.mean(dim=0).expand(3, -1)]))
+    found = model.language_model.embedding.word_embeddings.weight
+    torch.testing.assert_close(found, torch.cat([embedding, embedding.mean(dim=0).expand(3, -1)]))
 
 
 @pytest.mark.parametrize(("tower", "select_layer"), [(TOWER, -1), (TOWER, -2), (TOWER | SIX_BILLION, -1)])
-def test_the_original_internvl_computes_what_its_code_does(tower, select_layer, single_rank, tmp_path, capsys):
+def test_an_imported_original_internvl_computes_what_its_code_computes(
+    tower, select_layer, single_rank, tmp_path, capsys
+):
     original = write_internvl(tmp_path, tower, select_layer=select_layer)
     source = read(tmp_path, "internvl")
     assert "custom code" not in capsys.readouterr().out, "transformers offered to run code of the folder"
     compare(source, original, tmp_path / "out")
     assert {"--max-tiles 6", "--use-thumbnail"} <= set((tmp_path / "out" / "flags.txt").read_text().splitlines())
-    assert source.config.model_type == "internvl", "transformers' own class computes it"
+    assert source.config.model_type == "internvl", "a plain transformers class should be sufficient"
 
 
-def test_an_export_of_vita_is_an_internvl_that_computes_the_same(single_rank, tmp_path):
+def test_an_export_of_vita_computes_the_same_in_internvls_layout(single_rank, tmp_path):
     from transformers import AutoModelForImageTextToText
 
     from megatron_smar import huggingface
@@ -388,7 +394,7 @@ def test_a_dense_internvl_is_upcycled_from_its_original_layout(single_rank, tmp_
 
 
 @pytest.mark.parametrize("folder", ["vit", "internvl"])
-def test_an_original_internvit_beside_a_language_model_gives_its_features(folder, single_rank, tmp_path):
+def test_an_original_internvit_combined_with_a_language_model_has_its_features(folder, single_rank, tmp_path):
     from megatron_smar.conversion.composite import Connection
     from megatron_smar.conversion.sources import read_parts
 
@@ -406,7 +412,7 @@ def test_an_original_internvit_beside_a_language_model_gives_its_features(folder
 
 
 @pytest.mark.parametrize(("stored", "tied"), [(True, False), (False, True)])
-def test_an_output_layer_that_is_stored_is_a_weight_of_its_own_whatever_config_json_says(stored, tied, tmp_path):
+def test_a_stored_output_layer_is_untied_whatever_config_json_says(stored, tied, tmp_path):
     write_internvl(tmp_path, llm_config=QWEN3_MOE | {"tie_word_embeddings": True})
     rewrite(tmp_path / "internvl", lambda weights: keep_output_layer(weights, stored))
     source = read(tmp_path, "internvl")
@@ -421,7 +427,7 @@ def keep_output_layer(weights: dict[str, Tensor], stored: bool) -> None:
 
 
 def rewrite(folder: Path, change: Any) -> None:
-    """Changes the weights of a folder."""
+    """Applies a change to the weights of a folder."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
@@ -435,7 +441,7 @@ def damage(weights: dict[str, Tensor]) -> None:
     del weights[prefix + "encoder.layers.1.attn.qkv.bias"], weights["model.mm_projector.2.bias"]
 
 
-def test_missing_and_unexpected_weights_are_listed_by_their_own_names(tmp_path):
+def test_missing_and_unexpected_weights_are_listed_by_their_original_names(tmp_path):
     from megatron_smar.conversion.importer import write_model
 
     write_vita(tmp_path)
@@ -447,7 +453,7 @@ def test_missing_and_unexpected_weights_are_listed_by_their_own_names(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_queries_keys_and_values_of_another_size_are_named(single_rank, tmp_path):
+def test_a_fused_qkv_tensor_of_another_size_is_named(single_rank, tmp_path):
     from megatron_smar.conversion.importer import write_model
 
     rows = 2 * HIDDEN
@@ -463,7 +469,7 @@ UNSUPPORTED = [
     ("vita", "vit", {"mm_projector_type": "ldp"}, "mm_projector_type is 'ldp'"),
     ("vita", "vit", {"mm_vision_tower": "siglip-so400m"}, "mm_vision_tower is 'siglip-so400m'"),
     ("vita", "vit", {"hidden_size": "many"}, "transformers cannot read the config of this model's language model"),
-    ("internvl", "vit", {}, "has its vision tower in it; give no --vision"),
+    ("internvl", "vit", {}, "has its vision tower in it; leave --vision out"),
     ("internvl", None, {"ps_version": "v1"}, "ps_version is 'v1'"),
     ("internvl", None, {"force_image_size": 2 * SIDE}, "force_image_size is 64"),
     ("internvl", None, {"llm_config": {"model_type": "internlm2"}}, "the language model's type is 'internlm2'"),
@@ -478,7 +484,7 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize(("name", "vision", "changes", "sentence"), UNSUPPORTED)
-def test_what_has_no_counterpart_is_refused_in_one_sentence(name, vision, changes, sentence, tmp_path):
+def test_a_setting_without_a_counterpart_is_refused_in_one_sentence(name, vision, changes, sentence, tmp_path):
     for folder, config in (("vita", VITA), ("internvl", INTERNVL), ("vit", TOWER)):
         write(tmp_path / folder, config | (changes if folder == name else {}), {"a": torch.ones(1)}, tokenizer=False)
     with pytest.raises(ValueError) as error:
@@ -486,7 +492,7 @@ def test_what_has_no_counterpart_is_refused_in_one_sentence(name, vision, change
     assert sentence in str(error.value) and str(error.value).count(". ") == 0
 
 
-def test_where_only_import_reads_a_layout_the_sentence_says_what_to_give(tmp_path):
+def test_the_message_for_an_original_layout_says_what_to_give_instead(tmp_path):
     from megatron_smar.conversion import original_layouts
     from megatron_smar.conversion.composite import ORIGINAL_TYPES, load_config
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An export's processor gives the tokens and tiles that the trainer does, whatever tokenizer, template and tiling."""
+"""An export's processor produces the trainer's tokens and tiles, for any tokenizer, template and tiling."""
 
 import functools
 import json
@@ -70,7 +70,7 @@ TOKENIZERS: dict[str, Any] = {
 
 
 def write(folder: Path, tokenizer: Any, template: str, tower: Any = None, **args: Any) -> dict[str, Any]:
-    """Makes a folder's config.json and processor; the latter's settings."""
+    """Writes a folder's config.json and processor; returns the processor's settings."""
     vision = tower or {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}
     context = TextEncoder(tokenizer).image_tokens.context_id
     kind = ModalityAwareInternVLConfig if tower else InternVLConfig
@@ -90,7 +90,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
     return build
 
 
-# Every template with a tokenizer of each family, every tokenizer with one template.
+# Every template with a tokenizer of each family, and every other tokenizer with one template.
 PAIRS = [(kind, template) for kind in ("SentencePiece", "byte level", "Llama-like") for template in TEMPLATES]
 PAIRS += [(kind, "mistral") for kind in ("SentencePiece with symbols", "Mixtral", "Mistral v3", "Mistral v7, folder")]
 PAIRS += [(kind, "vicuna_v1") for kind in ("unigram", "no space in front", "Metaspace")]
@@ -99,7 +99,7 @@ turns = st.tuples(texts, texts.map(str.lstrip))
 
 
 @pytest.mark.parametrize(("kind", "template"), PAIRS)
-def test_transformers_gives_the_trainers_tokens(
+def test_transformers_produces_the_trainers_tokens(
     kind: str, template: str, make: Callable[[str], tuple[Path, Any]], tmp_path: Path
 ) -> None:
     folder, tokenizer = make(kind)
@@ -109,7 +109,7 @@ def test_transformers_gives_the_trainers_tokens(
     processor = AutoProcessor.from_pretrained(tmp_path)
     resolved = template_for(template, tokenizer)
     encoder = TextEncoder(tokenizer, resolved.special_tokens)
-    assert len(processor.tokenizer) == tokenizer.vocab_size, "a token without a row of the embedding"
+    assert len(processor.tokenizer) == tokenizer.vocab_size, "a token has no row in the embedding"
     picture = Image.new("RGB", (SIDE, SIDE))
 
     @given(
@@ -121,7 +121,8 @@ def test_transformers_gives_the_trainers_tokens(
         said = [("system", system)] if system is not None else []
         for number, (question, answer) in enumerate(turns):
             said += [("user", question if number else f"<image>\n{question}"), ("assistant", answer)]
-        # These have no words: a piece may join the end of a question and its answer, which the trainer keeps apart.
+        # These do not split text into words: a piece may join the end of a question and its answer, which the trainer
+        # keeps separate.
         answered = kind not in ("Llama-like", "Metaspace")
         said = said if answered else said[: len(said) - 2 * len(turns) + 2]
         messages = [{"role": role, "content": text} for role, text in (said if answered else said[:-1])]
@@ -134,7 +135,7 @@ def test_transformers_gives_the_trainers_tokens(
     check()
 
 
-def test_parts_of_a_message_are_written_as_llavas_records_have_them(
+def test_the_parts_of_a_message_are_joined_as_in_llavas_records(
     make: Callable[[str], tuple[Path, Any]], tmp_path: Path
 ) -> None:
     folder, tokenizer = make("SentencePiece")
@@ -161,7 +162,7 @@ TILINGS = [(1, 1, False), (1, 12, True), (2, 6, True), (1, 6, False), (3, 3, Fal
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize(("least", "most", "thumbnail"), TILINGS)
-def test_transformers_gives_the_trainers_tiles(
+def test_transformers_produces_the_trainers_tiles(
     tower: str, least: int, most: int, thumbnail: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -172,21 +173,21 @@ def test_transformers_gives_the_trainers_tiles(
     written = write(folder, tokenizer, "chatml", TOWERS[tower], **tiling)
     assert written["image_seq_length"] == 4
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    ours = ImageProcessor(ImageConfig(image_size=SIDE, **tiling))
+    trainers = ImageProcessor(ImageConfig(image_size=SIDE, **tiling))
     mean, std = normalisation(VisionConfig(str(folder), SIDE))
     assert len({*mean}) == (1 if tower == "SigLIP" else 3)
     for size in ((512, 600), (90, 31), (31, 200), (32, 32), (64, 64)):
         picture = Image.open(PHOTOGRAPH).convert("RGB").resize(size)
         picture.save(tmp_path / "picture.png")
-        expected = normalise(ours((tmp_path / "picture.png").read_bytes()), mean, std)
+        expected = normalise(trainers((tmp_path / "picture.png").read_bytes()), mean, std)
         found = processor(images=[picture], text=["<IMG_CONTEXT>"], return_tensors="pt")
         torch.testing.assert_close(found["pixel_values"], expected, atol=1e-5, rtol=1e-5)
         assert int((found["input_ids"] == TextEncoder(tokenizer).image_tokens.context_id).sum()) == 4 * len(expected)
         numbers = processor._get_num_multimodal_tokens(image_sizes=[(size[1], size[0])])
-        assert numbers["num_image_patches"] == [len(expected)], "what vLLM reserves"
+        assert numbers["num_image_patches"] == [len(expected)], "vLLM reserves this number of tiles"
 
 
-def test_generation_ends_at_the_templates_end_of_turn_and_at_end_of_sentence(tmp_path: Path) -> None:
+def test_generation_stops_at_the_templates_end_of_turn_and_at_eos(tmp_path: Path) -> None:
     tokenizer = hugging_face(train_byte_level(tmp_path))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "top_k": 3}))
     write(tmp_path, tokenizer, "chatml")

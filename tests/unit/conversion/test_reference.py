@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model and a tower from their own folders compute what the checkpoint computes that they were made into."""
+"""A language model and a tower from their own folders compute what the checkpoint made of them computes."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ SIZES: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """As many words as the language models have rows, so that the image tokens need new ones."""
+    """Writes a tokenizer with as many words as the language models have rows, so that image tokens need new rows."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -29,7 +29,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def write_tower(kind: str, folder: Path) -> Path:
-    """A vision tower, or a model that has one, with weights that each matter."""
+    """Writes a vision tower, or a model with a vision tower, with random weights that all affect the output."""
     from transformers import AutoModel, CLIPConfig, CLIPModel, InternVLVisionConfig, SiglipVisionConfig
 
     from tests.unit.conversion.test_original_layouts import Tower, randomise
@@ -70,7 +70,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "tower"), CASES)
-def test_the_parts_give_their_imports_logits_and_others_parts_do_not(tmp_path, single_rank, monkeypatch, kind, tower):
+def test_the_parts_have_the_logits_of_their_import_and_changed_parts_do_not(
+    tmp_path, single_rank, monkeypatch, kind, tower
+):
     from megatron.core.enums import ModelType
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
@@ -79,7 +81,7 @@ def test_the_parts_give_their_imports_logits_and_others_parts_do_not(tmp_path, s
     from megatron_smar.conversion.sources import read_parts
     from megatron_smar.evaluation.verify import build_inputs, checkpoint_logits, compare
 
-    # Another test's backward pass may have left a scale of another shape, which the schedule would write to.
+    # Another test's backward pass may have left a scale of another shape, to which the pipeline schedule would write.
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
     language, vision, output = tmp_path / "language", write_tower(tower, tmp_path / "vision"), tmp_path / "out"
     build_hf(FIRST[kind]).save_pretrained(language)
@@ -87,14 +89,14 @@ def test_the_parts_give_their_imports_logits_and_others_parts_do_not(tmp_path, s
     model = trained(read_parts(language, vision, Connection(), tokenizer, tmp_path / "scratch"), output)
     model.model_type = ModelType.encoder_or_decoder  # as Megatron's get_model sets it
 
-    whole, hf = load_parts(output, language, vision, torch.float32), output / "hf"
-    image, text = whole.config.image_token_id, [" ".join(f"w{number}" for number in range(20))]
-    ids, tiles = build_inputs(hf, whole.config, text, [], multiple_of=1)
-    ours = checkpoint_logits([model], ids, tiles, image, int((ids == image).sum()) // len(tiles))
-    found = compare(reference_logits(whole, hf, ids, tiles, "cpu"), ours)
+    combined, hf = load_parts(output, language, vision, torch.float32), output / "hf"
+    image, text = combined.config.image_token_id, [" ".join(f"w{number}" for number in range(20))]
+    ids, tiles = build_inputs(hf, combined.config, text, [], multiple_of=1)
+    logits = checkpoint_logits([model], ids, tiles, image, int((ids == image).sum()) // len(tiles))
+    found = compare(reference_logits(combined, hf, ids, tiles, "cpu"), logits)
     assert found.within(1e-4), found.table(1e-4)
-    assert found.largest > 0.1 and ours.shape[-1] == VOCABULARY + 3, "the new rows are compared too"
+    assert found.largest > 0.1 and logits.shape[-1] == VOCABULARY + 3, "the new rows must be compared too"
     for folder, part in ((language, "input_layernorm"), (vision, "fc1")):
         change_one_weight(folder, part)
         other = load_parts(output, language, vision, torch.float32)
-        assert not compare(reference_logits(other, hf, ids, tiles, "cpu"), ours).within(1e-4), folder.name
+        assert not compare(reference_logits(other, hf, ids, tiles, "cpu"), logits).within(1e-4), folder.name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Upcycling: the mixture starts as the dense model, whatever its router says."""
+"""Upcycling: the mixture at first computes what the dense model computes, whatever its router chooses."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ IMAGE = VOCABULARY - 1
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory) -> Path:
-    """A vision tower's folder."""
+    """Returns a vision tower's folder."""
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
     folder = tmp_path_factory.mktemp("tower")
@@ -29,12 +29,12 @@ def tower(tmp_path_factory) -> Path:
 
 
 def source_of(name: str, tower: Path, folder: Path) -> Any:
-    """One of the dense models with a tower and a fresh connector."""
+    """Returns one of the dense models with a tower and a new connector."""
     return composite_source(build_hf(name), tower, folder)
 
 
 def build(source: Any, tower: Path) -> Any:
-    """The trainer's model with all that the source says."""
+    """Builds the trainer's model with a source's flags and weights."""
     from megatron_smar.config.build import language_config, modality_routing_config, transformer_config, vision_config
     from megatron_smar.conversion.empty_model import as_argv, parse
     from megatron_smar.conversion.importer import read_rows
@@ -52,7 +52,7 @@ def build(source: Any, tower: Path) -> Any:
 
 
 def logits(model: Any) -> Tensor:
-    """Of a text and of one with a picture."""
+    """Returns the logits of a text, and of a text with an image."""
     from tests.models import prepare
 
     generator = torch.Generator().manual_seed(3)
@@ -78,7 +78,7 @@ MIXTURES = [
 
 
 @pytest.mark.parametrize(("name", "settings"), MIXTURES)
-def test_the_mixture_starts_as_the_dense_model(single_rank, tower, tmp_path, name, settings):
+def test_the_mixture_at_first_computes_what_the_dense_model_computes(single_rank, tower, tmp_path, name, settings):
     from megatron_smar.conversion.upcycle import UpcyclingConfig, upcycled
 
     dense = source_of(name, tower, tmp_path)
@@ -91,7 +91,7 @@ def test_the_mixture_starts_as_the_dense_model(single_rank, tower, tmp_path, nam
     assert found.std() > 0.1
 
 
-def test_noise_parts_the_experts_and_a_seed_brings_the_same_again(single_rank, tower, tmp_path):
+def test_noise_makes_the_experts_differ_and_the_same_seed_reproduces_it(single_rank, tower, tmp_path):
     from megatron_smar.conversion.upcycle import UpcyclingConfig, upcycled
 
     def experts(noise: float, seed: int) -> list[Tensor]:
@@ -108,7 +108,7 @@ def test_noise_parts_the_experts_and_a_seed_brings_the_same_again(single_rank, t
     assert not any(map(torch.equal, noisy, other))
 
 
-def test_routers_differ_between_layers_and_have_the_deviation_that_was_asked_for(single_rank, tower, tmp_path):
+def test_routers_differ_between_layers_and_have_the_given_standard_deviation(single_rank, tower, tmp_path):
     from megatron_smar.conversion.upcycle import UpcyclingConfig, upcycled
 
     dense = source_of("llama, version 3", tower, tmp_path)
@@ -119,25 +119,27 @@ def test_routers_differ_between_layers_and_have_the_deviation_that_was_asked_for
 
 
 @pytest.mark.parametrize(("name", "every", "kind"), [("llama, version 3", 1, "mixtral"), ("qwen3", 2, "qwen3_moe")])
-def test_where_transformers_has_such_a_class_the_mixture_is_one(single_rank, tower, tmp_path, name, every, kind):
-    """Its table and flags are those of the class, so it is exported as any other."""
+def test_the_mixture_has_transformers_class_for_it_if_there_is_one(single_rank, tower, tmp_path, name, every, kind):
+    """The mixture's table and flags are those of the class, so it is exported like any model."""
     from megatron_smar.conversion import composite
     from megatron_smar.conversion.empty_model import as_argv, parse
     from megatron_smar.conversion.upcycle import UpcyclingConfig, upcycled
 
     mixture = upcycled(source_of(name, tower, tmp_path), UpcyclingConfig(every=every))
     assert mixture.config.text_config.model_type == kind
-    own = {row.megatron for row in composite.weights(mixture.config, biases=False)}
-    assert own == {row.megatron for row in mixture.table}
-    ours, theirs = (
+    names = {row.megatron for row in composite.weights(mixture.config, biases=False)}
+    assert names == {row.megatron for row in mixture.table}
+    upcycled_flags, class_flags = (
         vars(parse([*as_argv(flags), "--vision-model", str(tower)], VOCABULARY))
         for flags in (mixture.flags, composite.flags(mixture.config))
     )
-    assert ours == theirs
+    assert upcycled_flags == class_flags
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_a_dense_checkpoint_is_upcycled_as_the_folder_it_came_from(single_rank, tower, tmp_path, name):
+def test_upcycling_a_dense_checkpoint_equals_upcycling_the_folder_it_was_imported_from(
+    single_rank, tower, tmp_path, name
+):
     from megatron_smar.conversion.exporter import read_checkpoint
     from megatron_smar.conversion.importer import read_rows, write_model
     from megatron_smar.conversion.upcycle import UpcyclingConfig, upcycled
@@ -151,7 +153,7 @@ def test_a_dense_checkpoint_is_upcycled_as_the_folder_it_came_from(single_rank, 
     compared = 0
     for key, row in rows[0].items():
         if "connector" in key:
-            continue  # a fresh one, drawn anew
+            continue  # newly initialized in each
         if not row.hf:
             assert not rows[1][key].hf
             continue
@@ -166,7 +168,7 @@ def test_a_dense_checkpoint_is_upcycled_as_the_folder_it_came_from(single_rank, 
     assert compared > 20
 
 
-def test_what_has_experts_already_is_refused(single_rank, tower, tmp_path):
+def test_a_model_that_has_experts_already_is_refused(single_rank, tower, tmp_path):
     from megatron_smar.conversion.upcycle import UpcyclingConfig, upcycled
 
     with pytest.raises(ValueError, match="this mixtral model has experts already; upcycling takes a dense model"):
@@ -184,15 +186,15 @@ def test_what_has_experts_already_is_refused(single_rank, tower, tmp_path):
         ({"noise": -1.0}, "--noise -1.0"),
     ],
 )
-def test_settings_that_make_no_mixture_are_refused_by_their_flag(settings, message):
+def test_invalid_settings_are_refused_by_their_flag(settings, message):
     from megatron_smar.conversion.upcycle import UpcyclingConfig
 
     with pytest.raises(ValueError, match=message):
         UpcyclingConfig(**settings)
 
 
-def test_room_on_the_disk_is_asked_for_all_experts(single_rank, tower, tmp_path, monkeypatch):
-    """Which are read many times and written as often."""
+def test_the_disk_must_have_room_for_all_experts(single_rank, tower, tmp_path, monkeypatch):
+    """Each dense weight is read and written once per expert."""
     from megatron_smar.conversion.importer import write_model
     from megatron_smar.conversion.upcycle import UpcyclingConfig, upcycled
 
@@ -203,7 +205,7 @@ def test_room_on_the_disk_is_asked_for_all_experts(single_rank, tower, tmp_path,
         write_model(mixture, tmp_path / "output")
 
 
-def test_a_table_that_leaves_out_a_weight_is_noticed(single_rank, tower, tmp_path):
+def test_a_table_without_one_of_the_weights_is_noticed(single_rank, tower, tmp_path):
     from megatron_smar.conversion.empty_model import describe_model
     from megatron_smar.conversion.importer import shards_of
 

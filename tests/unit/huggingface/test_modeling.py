@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modelling code beside an exported model computes what the trainer computes, in transformers alone."""
+"""The modeling code of an export computes what the trainer computes, using transformers only."""
 
 import ast
 import json
@@ -56,7 +56,7 @@ LATENT = dict(
     EXPERT_SIZES, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=EXPERTS, first_k_dense_replace=1,
     kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
 )  # fmt: skip
-# Text model, and how Megatron routes for it: what --moe-router-* flags say for this architecture.
+# Each text model, with the arguments of Megatron's top-k routing for it (its --moe-router-* flags).
 GATES: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
     "mixtral": (MixtralConfig(**GROUPED, num_local_experts=EXPERTS, num_experts_per_tok=2), {}),
     "qwen3_moe": (
@@ -79,7 +79,7 @@ GATES: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def own_module_cache(tmp_path_factory):
-    """Transformers copies modelling code to its cache before it imports it: not to the user's here."""
+    """Sets another module cache than the user's, to which transformers copies modeling code before it imports it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
@@ -87,7 +87,7 @@ def own_module_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_registered(monkeypatch):
-    """Transformers keeps the configuration class of code it has loaded, and would take it for the next folder."""
+    """Clears transformers' registry, which would use the config class of loaded code for the next folder too."""
     monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
 
 
@@ -101,7 +101,7 @@ def composite(text: PretrainedConfig, **changes: Any) -> InternVLForConditionalG
 def export(
     plain: InternVLForConditionalGeneration, folder: Path, fields: RemoteFields, **config: Any
 ) -> dict[str, Tensor]:
-    """Saves a plain model with modelling code and random biases beside its gates, and returns the tensors on disk."""
+    """Saves a plain model with modeling code and random modality biases, and returns the tensors on disk."""
     plain.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(write_remote_code(folder, written, fields)))
@@ -126,7 +126,7 @@ def load(folder: Path, **settings: Any) -> Any:
 
 
 def samples() -> tuple[Tensor, Tensor]:
-    """Two images in one sample, one at the last place of another, and text alone."""
+    """Returns three samples: two images, one image at the end, and text only."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(6, 128, (3, 20), generator=generator)
     ids[0, :TOKENS_PER_TILE] = ids[0, 9 : 9 + TOKENS_PER_TILE] = ids[1, -TOKENS_PER_TILE:] = IMAGE
@@ -134,7 +134,7 @@ def samples() -> tuple[Tensor, Tensor]:
 
 
 class Trainer:
-    """The trainer's model with the weights and biases of an export whose text model is tests.models' Mixtral."""
+    """The trainer's model with the weights and biases of an export of `build_hf_model`, whose text model is Mixtral."""
 
     def __init__(self, folder: Path) -> None:
         plain = build_hf_model(image_token_id=IMAGE)
@@ -153,7 +153,7 @@ class Trainer:
             return self.model(**prepare(ids, torch.zeros_like(ids, dtype=torch.bool), pixels, IMAGE))
 
     def continuation(self, ids: Tensor, pixels: Tensor, steps: int) -> Tensor:
-        """[b, steps]: the most likely next token, step by step, each from the whole text so far."""
+        """Returns the greedy continuation [b, steps], each token computed from the full text so far."""
         for _ in range(steps):
             ids = torch.cat([ids, self.logits(ids, pixels)[:, -1:].argmax(-1)], dim=1)
         return ids[:, -steps:]
@@ -174,18 +174,18 @@ def test_logits_of_text_and_images_equal_the_trainers(trainer, exported):
     ids, pixels = samples()
     expected, plain = trainer.logits(ids, pixels), trainer.plain(input_ids=ids, pixel_values=pixels).logits
     torch.testing.assert_close(exported(input_ids=ids, pixel_values=pixels).logits, expected, atol=1e-5, rtol=1e-4)
-    assert (expected - plain).abs().amax((1, 2)).min() > 0.01, "the biases do nothing, so nothing was compared"
+    assert (expected - plain).abs().amax((1, 2)).min() > 0.01, "the biases have no effect, so they were not compared"
 
 
 @torch.no_grad()
-def test_text_alone_gets_the_bias_of_text(trainer, exported):
+def test_text_without_images_gets_the_text_bias(trainer, exported):
     ids, _ = samples()
     none = torch.zeros(0, 3, SIDE, SIDE)
     torch.testing.assert_close(exported(input_ids=ids[2:]).logits, trainer.logits(ids[2:], none), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_biases_of_zero_give_the_plain_classs_logits_bit_for_bit(trainer, exported):
+def test_zero_biases_give_exactly_the_plain_models_logits(trainer, exported):
     ids, pixels = samples()
     kept = {name: parameter for name, parameter in exported.named_parameters() if "modality_bias" in name}
     values = {name: parameter.clone() for name, parameter in kept.items()}
@@ -208,7 +208,7 @@ def test_greedy_generation_equals_the_trainers_argmax(trainer, exported):
     assert read[:, ids.shape[1] :].tolist() == trainer.continuation(ids[2:], pixels[:0], 6).tolist()
 
 
-def test_left_padding_changes_no_answer(trainer, exported):
+def test_left_padding_does_not_change_answers(trainer, exported):
     ids, pixels = samples()
     short = ids[1:2, 7:]
     batch = torch.cat([ids[:1], torch.nn.functional.pad(short, (7, 0), value=0)])
@@ -216,12 +216,12 @@ def test_left_padding_changes_no_answer(trainer, exported):
     tokens = exported.generate(
         input_ids=batch, attention_mask=mask, pixel_values=pixels, max_new_tokens=6, do_sample=False
     )
-    alone = [trainer.continuation(ids[:1], pixels[:2], 6), trainer.continuation(short, pixels[2:], 6)]
-    assert tokens[:, ids.shape[1] :].tolist() == torch.cat(alone).tolist()
+    unpadded = [trainer.continuation(ids[:1], pixels[:2], 6), trainer.continuation(short, pixels[2:], 6)]
+    assert tokens[:, ids.shape[1] :].tolist() == torch.cat(unpadded).tolist()
 
 
 @torch.no_grad()
-def test_embeddings_need_the_modalities_beside_them_and_then_give_the_same(exported):
+def test_embeddings_need_modality_ids_and_then_give_the_same_result(exported):
     ids, pixels = samples()
     ids, embeddings = ids[:2], exported.get_input_embeddings()(ids[:2])
     modalities = (ids == IMAGE).long()
@@ -235,13 +235,13 @@ def test_embeddings_need_the_modalities_beside_them_and_then_give_the_same(expor
 
 
 @torch.no_grad()
-def test_compiled_without_a_graph_break_it_gives_the_same(exported):
-    ids, _ = samples()  # the placeholders route as vision, whatever stands in them: that spares compiling the tower
+def test_the_model_compiles_without_graph_breaks_and_gives_the_same_result(exported):
+    ids, _ = samples()  # placeholders route as vision even without images, which avoids compiling the tower
     compiled = torch.compile(exported, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(input_ids=ids).logits, exported(input_ids=ids).logits)
 
 
-def test_a_recomputed_layer_sees_its_own_batchs_modalities(trainer):
+def test_a_recomputed_layer_gets_the_modalities_of_its_own_batch(trainer):
     ids, pixels = samples()
     gradients = []
     for recompute in (False, True):
@@ -251,7 +251,7 @@ def test_a_recomputed_layer_sees_its_own_batchs_modalities(trainer):
         loss = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits.square().mean()
         model(
             input_ids=ids[[1, 2, 0]], pixel_values=pixels[[2, 0, 1]], use_cache=False
-        )  # before the first one's backward
+        )  # a second forward pass before the first one's backward pass
         loss.backward()
         gradients.append([gate.grad for name, gate in model.named_parameters() if "modality_bias" in name])
     assert all(gradient.abs().max() > 0 for gradient in gradients[0])
@@ -260,7 +260,7 @@ def test_a_recomputed_layer_sees_its_own_batchs_modalities(trainer):
 
 @pytest.mark.parametrize("kind", GATES)
 @torch.no_grad()
-def test_each_kind_of_gate_routes_as_megatron_with_the_biases_and_keeps_its_names(kind, tmp_path):
+def test_each_kind_of_gate_routes_like_megatron_with_the_biases_and_keeps_its_names(kind, tmp_path):
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
     text, flags = GATES[kind]
@@ -297,7 +297,7 @@ def test_each_kind_of_gate_routes_as_megatron_with_the_biases_and_keeps_its_name
 
 
 def test_a_model_built_in_memory_is_saved_under_the_plain_names_with_its_code(trainer, tmp_path):
-    """One that was loaded is saved by the renaming it was loaded with; this one has none yet, and no auto_map."""
+    """A loaded model is saved with the renaming it was loaded with; a new model has none yet, and no auto_map."""
     config = modeling_modality_aware.ModalityAwareInternVLConfig.from_pretrained(trainer.folder)
     del config.auto_map
     modeling_modality_aware.ModalityAwareInternVLForConditionalGeneration(config).save_pretrained(tmp_path)
@@ -307,7 +307,7 @@ def test_a_model_built_in_memory_is_saved_under_the_plain_names_with_its_code(tr
     load(tmp_path)
 
 
-def test_the_biases_stand_beside_the_gates_on_disk(trainer):
+def test_the_biases_are_stored_under_the_gates_names(trainer):
     names = {name for name in trainer.tensors if "bias" in name and "layers.1." in name}
     assert names == {"language_model.model.layers.1.block_sparse_moe.gate.modality_bias"}
 
@@ -337,16 +337,16 @@ def test_image_features_equal_the_trainers(tower, connector, shuffle, scale, lay
 
     plain.model.vision_tower.save_pretrained(tmp_path / "tower")
     encoder = VisionEncoder(VisionConfig(str(tmp_path / "tower"), SIDE, shuffle, layer, scale), torch.float32)
-    ours = Connector(connector, encoder.output_size, 48, torch.float32)
+    projector = Connector(connector, encoder.output_size, 48, torch.float32)
     prefix = "multi_modal_projector."
     renamed = {
         name.removeprefix(prefix).replace("layer_norm", "norm"): tensor
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-    ours.load_state_dict(renamed)
+    projector.load_state_dict(renamed)
     pixels = torch.randn(2, 3, SIDE, SIDE)
-    expected = ours(encoder(pixels))
+    expected = projector(encoder(pixels))
     torch.testing.assert_close(model.get_image_features(pixels).pooler_output, expected, atol=1e-5, rtol=1e-4)
     assert expected.std() > 0.001
 
@@ -377,18 +377,18 @@ def test_biases_that_a_checkpoint_lacks_are_zero_and_reported(tmp_path):
     assert all((model.get_parameter(name) == 0).all() for name in missing)
 
 
-def test_a_text_model_without_known_gates_is_refused(tmp_path):
+def test_a_text_model_with_unsupported_gates_is_refused(tmp_path):
     export(composite(LlamaConfig(**GROUPED)), tmp_path, BIASED)
     with pytest.raises(ValueError, match="the text model is 'llama'; the gates known here are those of mixtral"):
         load(tmp_path)
 
 
-def test_the_export_does_not_load_as_a_plain_model_by_mistake(trainer):
+def test_the_export_does_not_load_without_trust_remote_code(trainer):
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         AutoModelForImageTextToText.from_pretrained(trainer.folder, trust_remote_code=False)
 
 
-def test_the_code_needs_torch_and_transformers_alone():
+def test_the_modeling_code_imports_only_torch_and_transformers():
     tree = ast.parse(huggingface.CODE.read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -396,14 +396,14 @@ def test_the_code_needs_torch_and_transformers_alone():
 
 
 @torch.no_grad()
-def test_tools_for_text_alone_get_the_same_model_as_a_causal_language_model(trainer, exported):
+def test_text_only_tools_can_load_the_same_model_as_a_causal_language_model(trainer, exported):
     model = AutoModelForCausalLM.from_pretrained(trainer.folder, trust_remote_code=True)
     ids, _ = samples()
     assert torch.equal(model(input_ids=ids[2:]).logits, exported(input_ids=ids[2:]).logits)
 
 
 @torch.no_grad()
-def test_the_base_model_finds_its_weights_too(trainer, exported):
+def test_the_base_model_loads_its_weights_too(trainer, exported):
     model, report = AutoModel.from_pretrained(trainer.folder, trust_remote_code=True, output_loading_info=True)
     assert not report["missing_keys"]
     assert report["unexpected_keys"] <= {"lm_head.weight", "language_model.lm_head.weight"}
@@ -412,7 +412,7 @@ def test_the_base_model_finds_its_weights_too(trainer, exported):
     assert torch.equal(exported.lm_head(hidden), exported(input_ids=ids, pixel_values=pixels).logits)
 
 
-def test_tokenizer_and_processor_load_from_an_export_without_trust(trainer, tmp_path):
+def test_tokenizer_and_processor_load_without_trust_remote_code(trainer, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerFast
 
@@ -430,7 +430,7 @@ def test_tokenizer_and_processor_load_from_an_export_without_trust(trainer, tmp_
     assert type(AutoProcessor.from_pretrained(tmp_path)) is InternVLProcessor
 
 
-def test_plain_models_need_no_code_and_get_their_own_config_back(tmp_path):
+def test_plain_models_need_no_code_and_keep_their_config(tmp_path):
     config = json.loads(composite(GATES["mixtral"][0]).config.to_json_string(use_diff=False))
     assert not needs_remote_code(config, RemoteFields())
     assert needs_remote_code(config, BIASED)
@@ -442,7 +442,7 @@ def test_plain_models_need_no_code_and_get_their_own_config_back(tmp_path):
         write_remote_code(tmp_path, config | {"model_type": "llava"}, BIASED)
 
 
-def test_this_package_loads_an_export_with_its_own_code_and_not_the_folders(trainer):
+def test_this_package_loads_an_export_with_its_own_code_instead_of_the_folders(trainer):
     huggingface.register()
     model = AutoModelForImageTextToText.from_pretrained(trainer.folder)
     assert type(model).__module__ == "megatron_smar.huggingface.modeling_modality_aware"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that the trainer saved, with each form of the optimizer's state."""
+"""Fixtures: checkpoints that the trainer saved, one for each form of the optimizer's state, and an import."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ STEPS = 2
 FORMS = {
     "plain": [],
     "sharded": ["--use-distributed-optimizer"],
-    "as it lies": ["--use-distributed-optimizer", "--no-dist-ckpt-optim-fully-reshardable"],
+    "as stored": ["--use-distributed-optimizer", "--no-dist-ckpt-optim-fully-reshardable"],
     "weights": ["--no-save-optim"],
 }
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> dict[str, Path]:
-    """A folder of checkpoints, as --save names it, for each of `FORMS`; two steps of one process."""
+    """Returns a --save folder with the checkpoints of two steps, made by one process, for each of `FORMS`."""
     import torch
 
     from tests.distributed.cases import COMMON, IMAGE, ROWS, SMAR, make_batch
@@ -50,7 +50,7 @@ IMAGE_TOKEN = 127
 
 @pytest.fixture(scope="session")
 def hf(tmp_path_factory) -> Path:
-    """A composite model's folder, as transformers saves it: InternVL with Mixtral."""
+    """Returns a composite model's folder (InternVL with Mixtral) as transformers saves it."""
     from tests.models import build_hf_model
 
     folder = tmp_path_factory.mktemp("composite") / "hf"
@@ -60,7 +60,7 @@ def hf(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory, hf, single_rank) -> Path:
-    """The checkpoint that it becomes."""
+    """Returns the checkpoint that the composite model `hf` is imported to."""
     from megatron_smar.conversion.importer import write_model
     from megatron_smar.conversion.sources import read_composite
 
