@@ -166,8 +166,8 @@ def normalise(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
     """
     values = pixels.float()
     for colour in range(3):
-        # Computed as pixels / (255 std) - mean / std, in one pass over the memory of many pixels. The shift stays on the
-        # host: a kernel takes it as a plain number.
+        # Computed as pixels / (255 std) - mean / std, in one pass over the memory of many pixels. The shift stays on
+        # the host: a kernel takes it as a plain number.
         plane, shift = values[:, colour], torch.tensor(-mean[colour] / std[colour])
         torch.add(shift, plane, alpha=1 / (255 * std[colour]), out=plane)
     return values
@@ -222,8 +222,8 @@ class VisionEncoder(nn.Module):
         """Computes the features of tiles like `forward`, dividing the work between ranks that hold the same tiles.
 
         Tensor- and context-parallel ranks hold the same tiles. A frozen encoder runs on an equal share of them on each
-        rank, and the features are gathered. A trainable encoder runs on all of them on every rank, so that each rank has
-        the complete gradient.
+        rank, and the features are gathered. A trainable encoder runs on all of them on every rank, so that each rank
+        has the complete gradient.
 
         Args:
             pixel_values: See `forward`; the same on all ranks.

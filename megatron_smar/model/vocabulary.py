@@ -25,7 +25,7 @@ class _WithoutPadding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Passes the gradient on: in masked columns cross-entropy's gradient is their probability, already exactly 0."""
+        """Passes the gradient on: in masked columns cross-entropy's gradient is their probability, exactly 0 anyway."""
         return gradients[0], None
 
 

@@ -72,9 +72,9 @@ def _weight_gradient(weight: Any, gradient: Tensor, tokens: Tensor) -> Tensor:
 class LocalExperts(SequentialMLP):
     """Megatron's experts with one activation for all experts, and initialized independently of the parallel layout.
 
-    With CPU initialization Megatron 0.19.2 initializes the experts of every expert-parallel rank from the same generator
+    With CPU initialization Megatron 0.19.2 initializes the experts of all expert-parallel ranks from the same generator
     state, so that expert 0 of each rank gets the same weights, and a different number of ranks gives a different model.
-    Here each expert has its own seed, derived from one draw of the generator per layer.
+    Here each expert has its own seed, derived from one random number per layer.
     """
 
     def __init__(

@@ -39,9 +39,9 @@ def build_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
 class ProjectionNorm(nn.Module):
     """RMSNorm over the queries (or keys) of all heads together, as in OLMoE; Megatron's own norm is per head.
 
-    Each tensor-parallel rank holds some of the heads, so the squares are summed over the ranks. The weight is replicated
-    on all of them: Megatron sums the gradients of parameters named q_layernorm or k_layernorm over the tensor-parallel
-    ranks.
+    Each tensor-parallel rank holds some of the heads, so the squares are summed over the ranks. The weight is
+    replicated on all of them: Megatron sums the gradients of parameters named q_layernorm or k_layernorm over the
+    tensor-parallel ranks.
 
     Args:
         config: Megatron's TransformerConfig.
