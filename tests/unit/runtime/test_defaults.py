@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which defaults an environment gets, and which flags it refuses."""
+"""Tests of the defaults of each environment, and of the flags that it refuses."""
 
 from argparse import Namespace
 
@@ -16,7 +16,7 @@ WITH_BOTH = Environment("cuda", transformer_engine=True, apex=True, fused_weight
 
 
 def flags(environment: Environment, **given: object) -> Namespace:
-    """What Megatron's parser returns: its own defaults, the environment's, then the user's flags."""
+    """Returns what Megatron's parser returns: Megatron's defaults, then the environment's, then the user's flags."""
     megatron = {
         "transformer_impl": "transformer_engine",
         "apply_rope_fusion": True,
@@ -34,7 +34,7 @@ def flags(environment: Environment, **given: object) -> Namespace:
 
 
 @pytest.mark.parametrize("environment", [CPU, TORCH_ALONE, WITH_ENGINE, WITH_APEX, WITH_BOTH], ids=description)
-def test_every_environment_serves_its_own_defaults(environment):
+def test_every_environment_accepts_its_own_defaults(environment):
     check_flags(flags(environment), environment)
 
 
@@ -48,7 +48,7 @@ def test_every_environment_serves_its_own_defaults(environment):
     ],
     ids=["torch alone", "Transformer Engine", "apex", "both"],
 )
-def test_only_what_is_missing_changes_a_default(environment, changed):
+def test_only_missing_packages_change_a_default(environment, changed):
     assert set(defaults_of(environment)) == changed
 
 
@@ -76,14 +76,14 @@ def test_the_start_line_names_device_layers_and_optimizer(environment):
         (WITH_ENGINE, {"fp8": "hybrid", "fp8_recipe": "bogus"}, "it must be one of delayed, tensorwise"),
     ],
 )
-def test_a_flag_that_the_environment_cannot_serve_gets_one_sentence(environment, given, said):
+def test_a_flag_that_the_environment_does_not_support_is_refused_in_one_sentence(environment, given, said):
     with pytest.raises(ValueError) as refused:
         check_flags(flags(environment, **given), environment)
     message = str(refused.value)
     assert said in message and message.endswith(".") and "\n" not in message
 
 
-def test_offload_with_its_precision_aware_optimizer_needs_no_transformer_engine():
+def test_the_precision_aware_optimizer_with_cpu_offload_does_not_need_transformer_engine():
     given = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
     check_flags(flags(TORCH_ALONE, **given), TORCH_ALONE)
 
@@ -96,7 +96,7 @@ def test_offload_with_its_precision_aware_optimizer_needs_no_transformer_engine(
         ((8, 0), "delayed", None),
     ],
 )
-def test_a_recipe_that_the_card_has_no_units_for_is_refused_at_the_start(monkeypatch, capability, recipe, able):
+def test_an_fp8_recipe_that_the_gpu_does_not_support_is_refused_at_the_start(monkeypatch, capability, recipe, able):
     import torch
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
