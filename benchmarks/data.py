@@ -362,8 +362,8 @@ def print_tables(result: dict[str, Any]) -> None:
     for name, stage in result["stages"].items():
         speeds = "".join(f"{stage[unit]:12,.0f}" for unit in UNITS)
         print(f"{name:34}{speeds}{100 * stage['share']:10.1f}")
-    print(f"the limit is {result['limit']}; normalising runs beside the workers, in the training process")
-    print(f"{'whole':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'busy %':>10}{'ratio':>8}  quartiles")
+    print(f"the limit is {result['limit']}; normalising runs in the training process, in parallel to the workers")
+    print(f"{'full pipeline':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'busy %':>10}{'ratio':>8}  quartiles")
     for workers, row in result["workers"].items():
         ratio, (low, high) = row["ratio_samples"]["median"], row["ratio_samples"]["quartiles"]
         for name, end in (("ours", f"{ratio:8.2f}  {low:.2f}..{high:.2f}"), ("torch", "")):

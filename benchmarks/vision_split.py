@@ -87,8 +87,8 @@ def main() -> None:
     tiles = torch.randn(options.tiles, 3, options.image_size, options.image_size).cuda()
     group = dist.group.WORLD
     assert group is not None
-    whole, shared = (lambda: encoder(tiles)), (lambda: encoder.encode(tiles, group))
-    difference = float((whole() - shared()).abs().max())
+    full, shared = (lambda: encoder(tiles)), (lambda: encoder.encode(tiles, group))
+    difference = float((full() - shared()).abs().max())
 
     def timed(work: Callable[[], object]) -> float:
         dist.barrier()
@@ -101,9 +101,9 @@ def main() -> None:
 
     ratios = []
     for pair in range(options.pairs):
-        first, second = (whole, shared) if pair % 2 == 0 else (shared, whole)
+        first, second = (full, shared) if pair % 2 == 0 else (shared, full)
         times = {first: timed(first), second: timed(second)}
-        ratios.append(times[whole] / times[shared])
+        ratios.append(times[full] / times[shared])
     if dist.get_rank() == 0:
         lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         ideal = options.tiles / -(-options.tiles // options.ranks)

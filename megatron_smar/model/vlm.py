@@ -71,10 +71,10 @@ class VisionLanguageModel(MegatronModule):
         connector: Type of the connector.
         modality_routing: Settings of the routers.
         freeze: Parts that are not trained: any of `megatron_smar.model.parts.PARTS`.
-        pre_process: Whether this is the first stage.
-        post_process: Whether this is the last stage.
-        pg_collection: Process groups.
-        vp_stage: Virtual pipeline stage.
+        pre_process: Whether this is the first pipeline stage.
+        post_process: Whether this is the last pipeline stage.
+        pg_collection: Megatron's process groups; None for the global ones.
+        vp_stage: Index of the virtual pipeline stage, or None.
     """
 
     def __init__(

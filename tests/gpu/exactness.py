@@ -104,8 +104,8 @@ def layouts(context: Context, findings: Findings) -> None:
     runs = {f"{name} 2": (flags, 2, replicas) for name, (flags, replicas) in LAYOUTS.items()}
     if ROWS % ranks == 0 and ranks > 2:
         runs[f"data parallel {ranks}"] = ("", ranks, ranks)
-    reference = Job("alone", context.device, LOCAL, start=True)
-    (alone,) = run_jobs(context, [reference])
+    reference = Job("one-gpu", context.device, LOCAL, start=True)
+    (expected,) = run_jobs(context, [reference])
     # All start from one checkpoint: every pipeline stage would initialize its own weights.
     load = ["--load", start_of(context, reference), "--finetune"]
     for name, (flags, size, replicas) in runs.items():
@@ -113,7 +113,7 @@ def layouts(context: Context, findings: Findings) -> None:
         (found,) = run_jobs(
             context, [Job(name.replace(" ", "-"), context.device, own, rows=ROWS // replicas, ranks=size)]
         )
-        compare_values(findings, name, found["values"], alone["values"], FIRST_VALUES, LATER_VALUES)
+        compare_values(findings, name, found["values"], expected["values"], FIRST_VALUES, LATER_VALUES)
 
 
 def _against_the_cpu(

@@ -88,7 +88,7 @@ def _backends(q: Tensor, k: Tensor, v: Tensor) -> str:
         except RuntimeError:  # torch's "No available kernel"
             continue
         able.append(backend.name.lower())
-    return ", ".join(able) or "math alone"
+    return ", ".join(able) or "math only"
 
 
 def _peak_bytes(context: Context, function: Any) -> float | str:

@@ -23,13 +23,16 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, splits: list[int], *weights: Tensor) -> Tensor:
-        """Applies to tokens [n, in], sorted by expert, their expert's weight [out, in]; returns [n, out].
+        """Multiplies each token by the weight of its expert.
 
         Args:
-            ctx: The context of autograd.
-            tokens: [n, in].
+            ctx: Autograd's context.
+            tokens: [n, in], sorted by expert.
             splits: Number of tokens of each expert.
             *weights: One weight [out, in] per expert.
+
+        Returns:
+            [n, out].
         """
         ctx.save_for_backward(tokens, *weights)
         ctx.splits = splits

@@ -21,8 +21,8 @@ def test_a_rank_holds_its_chunk_and_the_chunk_at_the_same_distance_from_the_end(
 def test_each_sequence_of_a_pack_is_split_separately(chunks, ranks):
     lengths = torch.tensor(chunks) * 2 * ranks
     starts = (lengths.cumsum(0) - lengths).tolist()
-    alone = [zigzag_positions(length, ranks) + start for start, length in zip(starts, lengths.tolist(), strict=True)]
-    assert torch.equal(zigzag_positions(lengths.tolist(), ranks), torch.cat(alone, dim=1))
+    separate = [zigzag_positions(length, ranks) + start for start, length in zip(starts, lengths.tolist(), strict=True)]
+    assert torch.equal(zigzag_positions(lengths.tolist(), ranks), torch.cat(separate, dim=1))
 
 
 class _Place:
