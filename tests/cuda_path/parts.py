@@ -161,7 +161,7 @@ def parts(models: list[Any], device: torch.device) -> Iterator[tuple[str, Any, P
     yield (
         "embedding merge",
         (language.embedding, model.connector),
-        lambda: model._embed(plain.input_ids, plain.position_ids, plain.modality_ids, tiles, plain.vision_index),
+        lambda: model._embed(plain.input_ids, plain.position_ids, tiles, plain.vision_index),
     )
     yield "norm", layer.input_layernorm, lambda: layer.input_layernorm(values(*hidden))
     for name, groups in (("attention", 4), ("attention, grouped queries", 2)):

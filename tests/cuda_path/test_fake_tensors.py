@@ -52,7 +52,7 @@ WAITS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "model, parallel blocks and biases, packed": (STEP, {}),
     "model, norms of projections, packed": (STEP, {}),
     "gradient norm and clipping": ({}, {}),  # Megatron then reads the norm, once
-    "evaluation, a batch": (EVERY_LAYER | {"read evaluation:_loss_and_hit": 1}, {}),
+    "evaluation, a batch": (EVERY_LAYER | {"read evaluator:_loss_and_hit": 1}, {}),
 }
 NO_BACKWARD = ("batch", "gradient norm and clipping", "evaluation, a batch")
 BFLOAT16 = {"connector", "embedding merge", "norm", "experts", "MoE layer"}
@@ -128,7 +128,7 @@ def test_every_parameter_gets_a_gradient_with_and_without_images(results):
 @pytest.mark.parametrize("device", DEVICES)
 def test_metrics_are_read_only_at_steps_that_log_them(results, device):
     """Scalars are due every 5 steps, console lines every 10 and at step 1; Megatron writes `smar loss` itself."""
-    own = {"read monitor:_reduced_sums": 1}
+    own = {"read tracker:_reduced_sums": 1}
     megatrons = {"read moe_logging:_log_scalars": 1}
     assert results[device]["metrics"] == {"1": own, "2": {}, "5": own | megatrons, "10": own | megatrons}
 
