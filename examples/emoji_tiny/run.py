@@ -42,12 +42,12 @@ TRAINING_CODE = [
     *(f"megatron_smar/{name}/**/*.py" for name in TRAINING_PACKAGES),
 ]
 
-# The paper's recipe (its Table 7) with a small model's batch sizes and learning rates.
+# The paper's recipe (its Table 7) with batch sizes and learning rates for a small model.
 STAGES = ("stage0", "stage1", "stage2")
 
 
 def settings(name: str) -> dict[str, Any]:
-    """The flags of one of the demo's run files, by name."""
+    """Returns the flags of one of the demo's run files, by name."""
     (group,) = yaml.safe_load((ROOT / SCRIPTS / f"{name}.yaml").read_text(encoding="utf-8")).values()
     return group
 
@@ -122,11 +122,11 @@ class Demo:
         )
 
     def model_files(self) -> list[str | Path]:
-        """Flags of the model's parts that the demo makes."""
+        """Returns the flags for the parts of the model that the demo makes."""
         return ["--vision-model", self.output / "vision", "--tokenizer-model", self.output / "corpus/tokenizer.model"]
 
     def train(self, name: str, data: str, before: Step | None, **changes: Any) -> Step:
-        """One stage: `pretrain_vlm.py` from the checkpoint of the step before."""
+        """Runs one stage: `pretrain_vlm.py` from the checkpoint of the previous step."""
         files = ["model", "optimizer", name.split("_")[0]]
         changed = [word for key, value in changes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         flags = ["--config", *(SCRIPTS / f"{file}.yaml" for file in files), *self.model_files(), *changed]

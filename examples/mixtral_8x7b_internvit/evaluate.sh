@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The trained model goes back to Hugging Face's format, is compared with the checkpoint, and is measured; the report of
-# its run shows the rest.
+# Exports the trained model to Hugging Face's format, verifies the export against the checkpoint, evaluates, and writes
+# the run's report.
 #
 #   TEXT=held_out.jsonl QUESTIONS=vqa.json IMAGES=images examples/mixtral_8x7b_internvit/evaluate.sh [--gpus 8|64]
 #   examples/mixtral_8x7b_internvit/evaluate.sh --tiny

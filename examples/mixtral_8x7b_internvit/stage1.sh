@@ -14,7 +14,7 @@ use_model
 start_from "$START" stage1
 
 [[ $LAYOUT != tiny ]] || DATA=$INPUT/stage1
-need DATA "shards of LLaVA-1.5-558k: a folder made by tools/data/prepare.py, or data_stage1.yaml beside it"
+need DATA "shards of LLaVA-1.5-558k: a folder made by tools/data/prepare.py, or data_stage1.yaml next to it"
 
 launch stage1 pretrain_vlm.py --config "$ROOT/examples/$RECIPE/stage1.yaml" --layout "$LAYOUT" \
   "${MODEL[@]}" "${RUN[@]}" --data-path "$DATA" ${MORE[@]+"${MORE[@]}"}

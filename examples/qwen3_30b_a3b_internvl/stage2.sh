@@ -16,7 +16,7 @@ use_model
 start_from "$OUTPUT/stage1" stage2
 
 [[ $LAYOUT != tiny ]] || DATA=$INPUT/stage2
-need DATA "the blend of shards for stage 2: data_stage2.yaml beside the folders that it names"
+need DATA "the blend of shards for stage 2: data_stage2.yaml next to the folders that it names"
 
 launch stage2 pretrain_vlm.py --config "$ROOT/examples/$RECIPE/stage2.yaml" --layout "$LAYOUT" \
   "${MODEL[@]}" "${RUN[@]}" --data-path "$DATA" ${MORE[@]+"${MORE[@]}"}
