@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build script: the sequence packer in C++. Everything declarative stands in pyproject.toml."""
+"""Build script for the sequence packer in C++. All other settings are in pyproject.toml."""
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
@@ -7,7 +7,7 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 
 class BuildPacker(build_ext):
-    """Says in one sentence what is missing where the packer cannot be built; the compiler's own words stand above."""
+    """Ends with one sentence on what is missing if the packer cannot be built, after the compiler's own output."""
 
     def build_extensions(self) -> None:
         try:

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast and in how much memory checkpoints are converted, beside a plain copy of the same bytes and transformers.
+"""Speed and memory of checkpoint conversion, compared with a plain copy of the same bytes and with transformers.
 
     python benchmarks/convert.py [--layers 3] [--folder DIR] [--quick] [--json]
 
-A model of Mixtral 8x7B's shape with as many layers as asked for (3: 8.9 GB in bfloat16, random weights, a small vision
-tower) is written once. Each job then runs in a process of its own, from files that are not in the page cache, and ends
-when its bytes are on the disk:
+A model of Mixtral 8x7B's shape with the given number of layers (3: 8.9 GB in bfloat16, random weights, a small vision
+tower) is written once. Each job then runs in its own process, reads files that are not in the page cache, and ends when
+its bytes are on the disk:
 
-    copy          the model's files, copied
-    import        Hugging Face to torch_dist
-    export        torch_dist to Hugging Face; the files come out bit by bit as they went in, which is checked here
+    copy          copies the model's files
+    import        converts Hugging Face to torch_dist
+    export        converts torch_dist to Hugging Face; the result must equal the original files bit by bit (checked)
     transformers  from_pretrained and save_pretrained, which hold the model in memory
 
-A job's memory is its peak resident set less what the process had before it began (the imports), and is told in
+A job's memory is its peak resident set minus that of the process before the job (the imports). It is reported in
 multiples of the largest fused tensor: an expert's gate and up projection, or the embedding if that is larger.
-`ratio_copy` is the speed of the slower of import and export over that of the copies around them, `ratio_transformers`
-over that of transformers.
+`ratio_copy` is the speed of the slower of import and export divided by that of the copies around them;
+`ratio_transformers` is the same divided by the speed of transformers.
 """
 
 from __future__ import annotations
@@ -61,10 +61,15 @@ ORDER = ("copy", "import", "copy", "export", "copy", "transformers")
 
 
 def make_model(folder: Path, layers: int, **smaller: Any) -> tuple[int, int]:
-    """Writes the synthetic model; `smaller` are sizes other than Mixtral's.
+    """Writes the synthetic model.
+
+    Args:
+        folder: Folder to write to.
+        layers: Number of layers.
+        **smaller: Sizes of MixtralConfig that differ from Mixtral 8x7B's.
 
     Returns:
-        Bytes of its weights, and of its largest fused tensor.
+        Bytes of all weights, and bytes of the largest fused tensor.
     """
     text = MixtralConfig(num_hidden_layers=layers, tie_word_embeddings=False, **smaller)
     vision = InternVLVisionConfig(num_hidden_layers=1)
@@ -93,7 +98,7 @@ def make_model(folder: Path, layers: int, **smaller: Any) -> tuple[int, int]:
 
 
 def forget(folder: Path) -> None:
-    """Puts a folder's files out of the page cache."""
+    """Drops a folder's files from the page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -102,11 +107,11 @@ def forget(folder: Path) -> None:
 
 
 def run_job(job: str, model: Path, checkpoint: Path, output: Path) -> dict[str, float]:
-    """One job, in this process: its seconds, and its memory in bytes."""
+    """Runs one job in this process and returns its seconds and its memory in bytes."""
 
     def with_transformers() -> None:
-        whole = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16, trust_remote_code=False)
-        whole.save_pretrained(output, max_shard_size="5GB")
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16, trust_remote_code=False)
+        loaded.save_pretrained(output, max_shard_size="5GB")
 
     jobs: dict[str, Callable[[], object]] = {
         "copy": lambda: shutil.copytree(model, output),
@@ -114,13 +119,13 @@ def run_job(job: str, model: Path, checkpoint: Path, output: Path) -> dict[str, 
         "export": lambda: export_model(checkpoint, model, output),
         "transformers": with_transformers,
     }
-    if job in ("import", "export"):  # once in small: modules that are imported only when needed are no part of it
+    if job in ("import", "export"):  # warm up on a small model, so that lazy imports are not measured
         small, made, back = (model.parent / name for name in ("small", "small checkpoint", "small output"))
         write_model(read_composite(small), made)
         export_model(made, small, back)
         shutil.rmtree(made)
         shutil.rmtree(back)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, began = peak_memory(), time.perf_counter()
     jobs[job]()
     os.sync()
@@ -128,19 +133,19 @@ def run_job(job: str, model: Path, checkpoint: Path, output: Path) -> dict[str, 
 
 
 def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes; getrusage's would begin with the parent's."""
+    """Returns the peak resident set of this process in bytes; getrusage's value would start at the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same tensors, bit by bit."""
+    """Returns whether two folders hold the same tensors, bit by bit."""
     mine, theirs = read_folder(one), read_folder(other)
     return set(mine) == set(theirs) and all(torch.equal(mine[name].read(), theirs[name].read()) for name in mine)
 
 
 def measure(work: Path, layers: int, jobs: tuple[str, ...]) -> tuple[dict[str, list[dict[str, float]]], int, int]:
-    """Runs the jobs one after the other; the results of each, and the model's bytes and largest tensor's."""
+    """Runs the jobs one after another; returns their results, the model's bytes and those of its largest tensor."""
     model, checkpoint = work / "model", work / "checkpoint"
     total, largest = make_model(model, layers)
     make_model(work / "small", 1, hidden_size=64, intermediate_size=64, vocab_size=64, num_attention_heads=8)
@@ -165,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
-        "--folder", type=Path, help="where the files go (four times the model). Default: a temporary one"
+        "--folder", type=Path, help="folder for the files (four times the model's size). Default: a temporary one"
     )
     parser.add_argument("--quick", action="store_true", help="one layer: a third of the size")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast data becomes micro-batches, stage by stage and as a whole, beside a plain torch.utils.data pipeline.
+"""Speed of the data pipeline, per stage and end to end, compared with a plain torch.utils.data pipeline.
 
     python benchmarks/data.py [--image-size 448] [--max-tiles 6] [--seq-length 4096] [--quick] [--json]
     python benchmarks/data.py --long [--samples 100000] [--quick] [--json]
 
-With --long, whether loading stays as fast and as small as it begins: long_run.py, beside this file, says how.
+With --long it measures whether speed and memory of loading stay constant over many samples; see long_run.py.
 
-The data is made at the start, in a temporary folder (mixture.py): records as in LLaVA-1.5's mixture (packing.py says
-where its numbers come from; 6% have no image), their text cut from Python's own documentation, their pictures from one
-photograph (cropped, mirrored, recoloured, with grain) in the sizes of the mixture's sources, one in 25 as PNG, the
-others as JPEG. A SentencePiece model is trained on the text. tools/data/prepare.py makes the shards.
+The data is generated at the start, in a temporary folder (mixture.py): records as in LLaVA-1.5's mixture (packing.py
+lists the sources of its numbers; 6% have no image), with text from Python's own documentation and variants of one
+photograph (cropped, mirrored, recolored, with grain) in the image sizes of the mixture's sources, one in 25 as PNG, the
+others as JPEG. A SentencePiece model is trained on the text. tools/data/prepare.py writes the shards.
 
-Compared are two pipelines that read the same records and pictures, with as many workers:
+Two pipelines are compared, which read the same records and images with the same number of workers:
 
-    ours    what training runs: energon, the task encoder with packing, uint8 tiles to the training process
-    torch   torch.utils.data.DataLoader and Pillow, as one would write it (below in this file): JSON and image files,
+    ours    the pipeline of training: energon, the task encoder with packing, uint8 tiles to the training process
+    torch   torch.utils.data.DataLoader and Pillow, as usually written (below in this file): JSON and image files,
             InternVL's dynamic_preprocess and collator, float tiles, padded batches of as many samples as a pack holds
 
-Both end with normalised float32 tiles in the training process; normalising there is part of our time. Before anything
-is timed, every sample is sent through both, and must give the same tokens, mask and tiles. Pixels may be two grey
-levels apart, since torch and Pillow round differently, and one in a thousand more: they resize across and down in
-another order, and cut off in between what overshoots white or black.
+Both end with normalized float32 tiles in the training process; the time of "ours" includes the normalization there.
+Before the measurement every sample goes through both pipelines, which must give the same tokens, mask and tiles. Pixels
+may differ by two gray levels, since torch and Pillow round differently, and one pixel in a thousand by more: the two
+libraries resize the axes in a different order, and clip values beyond white or black after the first axis.
 
-The stages are measured in one process, in CPU time. The whole is measured in wall-clock time, the two pipelines by
-turns; their workers are warm, what they had prefetched is used up before the clock starts, and the other pipeline's
-workers stand still. `ratio_torch` is the median over rounds of our samples per second over theirs, with one worker. How
-far a second worker helps depends on the cores: the training process, which here normalises without a GPU, wants one
-for itself (busy is the share of the time that it computes).
+The stages are measured in one process, in CPU time. The full pipelines are measured in wall-clock time, in turns; their
+workers are warmed up, prefetched batches are consumed before the clock starts, and the workers of the other pipeline
+are idle. `ratio_torch` is the median over rounds of the samples per second of "ours" divided by those of "torch", with
+one worker. The gain from a second worker depends on the number of cores: the training process, which here normalizes
+without a GPU, needs a core for itself ("busy" is the share of the time in which it computes).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ STAGES = ("raw reading", "tokenising", "packing", "decoding", "tiling", "batchin
 
 
 def load_encoder(folder: Path) -> tuple[Any, TextEncoder]:
-    """The tokenizer as Megatron loads it for --tokenizer-type SentencePieceTokenizer, and ours around it."""
+    """Loads the tokenizer like Megatron for --tokenizer-type SentencePieceTokenizer; returns it and a TextEncoder."""
     tokenizer = MegatronTokenizer.from_pretrained(
         tokenizer_path=str(folder / "tokenizer.model"),
         metadata_path={"library": "sentencepiece"},
@@ -96,11 +96,11 @@ def load_encoder(folder: Path) -> tuple[Any, TextEncoder]:
     return tokenizer, TextEncoder(tokenizer)
 
 
-# ---- a plain pipeline, of what every torch program has
+# ---- a plain pipeline, from parts that most torch programs use
 
 
 def dynamic_preprocess(image: Image.Image, side: int, max_tiles: int) -> list[Image.Image]:
-    """InternVL's tiling with a thumbnail, as its model card publishes it."""
+    """Splits an image into tiles and a thumbnail, with InternVL's algorithm as published in its model card."""
     wide, high = image.size
     grids = sorted(
         {(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles},
@@ -123,7 +123,7 @@ def dynamic_preprocess(image: Image.Image, side: int, max_tiles: int) -> list[Im
 
 
 class PlainDataset(Dataset[dict[str, torch.Tensor]]):
-    """A JSON file and a folder of images; template, tokens and mask are made by the functions that ours uses."""
+    """A JSON file and a folder of images; template, tokens and mask come from the same functions as in "ours"."""
 
     def __init__(self, folder: Path, config: DataConfig, encoder: TextEncoder) -> None:
         self.folder = folder
@@ -158,7 +158,7 @@ class PlainDataset(Dataset[dict[str, torch.Tensor]]):
         }
 
     def transform(self, tile: Image.Image) -> torch.Tensor:
-        """[3, H, W] float, normalised; what torchvision's ToTensor and Normalize do."""
+        """Returns a normalized float tile [3, H, W], like torchvision's ToTensor and Normalize."""
         return (
             torch.from_numpy(np.array(tile))
             .permute(2, 0, 1)
@@ -170,7 +170,7 @@ class PlainDataset(Dataset[dict[str, torch.Tensor]]):
         )
 
     def collate(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Pad to the longest."""
+        """Pads the samples to the longest."""
         pad = torch.nn.utils.rnn.pad_sequence
         padding = {"input_ids": self.encoder.pad_id, "labels": self.encoder.pad_id, "loss_mask": 0}
         batch = {
@@ -186,7 +186,7 @@ class PlainDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def our_batches(config: DataConfig, tokenizer: Any, workers: int) -> Iterator[Counter[str]]:
-    """Micro-batches without end, normalised: what each holds."""
+    """Loads and normalizes micro-batches of "ours" endlessly; yields the counts of each."""
     config = dataclasses.replace(config, num_workers=workers)
     loader = EnergonIterator(build_train_loader(config, tokenizer, 0, 1), config)
     try:
@@ -198,7 +198,7 @@ def our_batches(config: DataConfig, tokenizer: Any, workers: int) -> Iterator[Co
 
 
 def plain_batches(dataset: PlainDataset, batch_size: int, workers: int) -> Iterator[Counter[str]]:
-    """Batches without end, in epochs that do not show: what each holds."""
+    """Loads batches of "torch" endlessly, without a pause between epochs; yields the counts of each."""
     order = RandomSampler(dataset, num_samples=1_000_000, generator=torch.Generator().manual_seed(1))
     loader = DataLoader(
         dataset, batch_size, sampler=order, num_workers=workers, collate_fn=dataset.collate, prefetch_factor=PREFETCH
@@ -209,7 +209,7 @@ def plain_batches(dataset: PlainDataset, batch_size: int, workers: int) -> Itera
 
 
 def measure(batches: Iterator[Counter[str]], workers: int, samples: int) -> dict[str, float]:
-    """Samples, tokens and tiles per second, over at least so many samples, and how busy this process is meanwhile."""
+    """Returns samples, tokens and tiles per second over at least `samples` samples, and this process's busy share."""
     for _ in range((PREFETCH + 1) * workers):
         next(batches)
     done: Counter[str] = Counter()
@@ -223,7 +223,7 @@ def measure(batches: Iterator[Counter[str]], workers: int, samples: int) -> dict
 def compare(
     pipelines: dict[str, Iterator[Counter[str]]], workers: int, options: argparse.Namespace, bar: tqdm
 ) -> dict[str, Any]:
-    """Speeds of both, measured by turns."""
+    """Measures both pipelines in turns and returns their speeds."""
     speeds: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
     for batches in pipelines.values():
         for _ in range(4 * workers):
@@ -238,7 +238,7 @@ def compare(
 
 
 def summarise(speeds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians over rounds, and the ratio's quartiles."""
+    """Returns the medians over rounds, and the quartiles of the ratio."""
     summary: dict[str, Any] = {
         name: {unit: statistics.median(speed[unit] for speed in turns) for unit in turns[0]}
         for name, turns in speeds.items()
@@ -262,12 +262,12 @@ class RawEncoder(TaskEncoder):
 
 
 class Stages:
-    """CPU seconds of each stage over the whole data, each sample once, and the samples' agreement with the other way.
+    """Measures CPU seconds of each stage over all samples, and checks that both pipelines give equal samples.
 
     Args:
         config: Data configuration.
-        encoder: Text to ids.
-        dataset: The plain pipeline's.
+        encoder: Encoder of text to ids.
+        dataset: Dataset of the plain pipeline.
     """
 
     def __init__(self, config: DataConfig, encoder: TextEncoder, dataset: PlainDataset) -> None:
@@ -280,17 +280,17 @@ class Stages:
         self.far_pixels = 0
 
     def run(self) -> None:
-        """Goes through all stages, pack by pack.
+        """Runs all stages, pack by pack.
 
         Raises:
-            SystemExit: The two pipelines do different work.
+            SystemExit: The two pipelines give different samples.
         """
         workers = WorkerConfig(rank=0, world_size=1, num_workers=0)
         shards = get_val_dataset(
             self.config.data_path, split_part="train", worker_config=workers, batch_size=None, task_encoder=RawEncoder()
         )
         reader = iter(get_loader(shards))
-        raw: list[RawSample] = [next(reader)]  # starting takes longer than reading
+        raw: list[RawSample] = [next(reader)]  # not timed: starting the reader takes longer than reading
         raw += self._timed("raw reading", list, reader)
         self.seconds["raw reading"] *= len(raw) / (len(raw) - 1)
         records = {sample.__key__: json.loads(sample.parts["json"]) for sample in raw}
@@ -311,7 +311,7 @@ class Stages:
             sys.exit(f"{self.counts['samples']} samples came out of the shards, but {len(self.dataset)} went in.")
 
     def rates(self) -> dict[str, dict[str, float]]:
-        """Stage -> samples, tokens and tiles per second, and its share of a worker's time."""
+        """Returns for each stage samples, tokens and tiles per second, and its share of a worker's time."""
         total = sum(self.seconds[name] for name in STAGES)
         seconds = {name: self.seconds[name] for name in STAGES}
         seconds |= {"a worker's stages": total, "normalising": self.seconds["normalising"]}
@@ -325,7 +325,7 @@ class Stages:
         for file in sample.files:
             self._timed("decoding", read_image, file)
         encoded = self._timed("tiling", self.encoder.postencode_sample, sample)
-        self.seconds["tiling"] -= self.seconds["decoding"] - before  # it decoded once more
+        self.seconds["tiling"] -= self.seconds["decoding"] - before  # postencode_sample decoded the image again
         return encoded
 
     def _timed(self, stage: str, run: Callable[..., Any], *given: Any) -> Any:
@@ -353,7 +353,7 @@ class Stages:
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    """Prints what was measured."""
+    """Prints the results."""
     counts, far = result["counts"], 1e6 * result["far_pixels_share"]
     print("the same in both pipelines: " + ", ".join(f"{counts[unit]:,} {unit}" for unit in UNITS), end="; ")
     print(f"{far:.1f} of a million pixels more than 2 grey levels apart")
@@ -362,8 +362,8 @@ def print_tables(result: dict[str, Any]) -> None:
     for name, stage in result["stages"].items():
         speeds = "".join(f"{stage[unit]:12,.0f}" for unit in UNITS)
         print(f"{name:34}{speeds}{100 * stage['share']:10.1f}")
-    print(f"the limit is {result['limit']}; normalising runs beside the workers, in the training process")
-    print(f"{'whole':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'busy %':>10}{'ratio':>8}  quartiles")
+    print(f"the limit is {result['limit']}; normalising runs in the training process, in parallel to the workers")
+    print(f"{'full pipeline':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'busy %':>10}{'ratio':>8}  quartiles")
     for workers, row in result["workers"].items():
         ratio, (low, high) = row["ratio_samples"]["median"], row["ratio_samples"]["quartiles"]
         for name, end in (("ours", f"{ratio:8.2f}  {low:.2f}..{high:.2f}"), ("torch", "")):
@@ -378,12 +378,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--image-size", type=int, default=448, help="Side of a tile. Default: %(default)s.")
-    add("--max-tiles", type=int, default=6, help="Of an image, without its thumbnail. Default: %(default)s.")
-    add("--seq-length", type=int, default=4096, help="Of a pack. Default: %(default)s.")
-    add("--packing-buffer-size", type=int, default=100, help="Default: %(default)s.")
+    add("--max-tiles", type=int, default=6, help="Most tiles per image, without its thumbnail. Default: %(default)s.")
+    add("--seq-length", type=int, default=4096, help="Length of a pack in tokens. Default: %(default)s.")
+    add("--packing-buffer-size", type=int, default=100, help="Samples per packing buffer. Default: %(default)s.")
     add("--long", action="store_true", help="Read --samples samples, and compare the end with the beginning.")
-    add("--samples", type=int, help="In the data. Default: 300; 60 with --quick. --long: 100,000; 10,000 with --quick.")
-    add("--samples-per-turn", type=int, help="At least so many in a timed turn. Default: 150; 40 with --quick.")
+    add("--samples", type=int, help="Size of the data. Default: 300, --quick 60; --long: 100,000, --quick 10,000.")
+    add("--samples-per-turn", type=int, help="Fewest samples in a timed turn. Default: 150; 40 with --quick.")
     add("--rounds", type=int, help="Pairs of turns for each number of workers. Default: 8; 2 with --quick.")
     add("--quick", action="store_true", help="Fewer samples and turns, within a minute.")
     add("--json", action="store_true", help="One JSON object as the last line.")
@@ -397,7 +397,7 @@ def parse() -> argparse.Namespace:
         if getattr(options, name) < value:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} is too small: give {value} or more.")
     if options.image_size < 28 or options.image_size % 28:
-        parser.error(f"--image-size {options.image_size} is no multiple of 28, the side of a vision token: give 448.")
+        parser.error(f"--image-size {options.image_size} is not a multiple of 28, a vision token's side: give 448.")
     longest = LONGEST_TEXT + (options.max_tiles + 1) * tokens_per_tile(options.image_size)
     if options.seq_length < longest:
         parser.error(f"--seq-length {options.seq_length} is too short for the longest sample: give {longest} or more.")
@@ -405,12 +405,12 @@ def parse() -> argparse.Namespace:
 
 
 def tokens_per_tile(image_size: int) -> int:
-    """InternViT's: patches of 14 pixels, four of which become one token."""
+    """Returns InternViT's tokens per tile: patches of 14 x 14 pixels, four of which become one token."""
     return (image_size // 28) ** 2
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Makes the data and measures."""
+    """Generates the data and runs the measurements."""
     make_data(folder, options.samples)
     tokenizer, encoder = load_encoder(folder)
     config = DataConfig(
@@ -446,7 +446,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints its results."""
     options = parse()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="smar-data-benchmark-") as name:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an image file to tiles: how fast each library is on one core, and how far its pixels are from Pillow's.
+"""Speed of image libraries on one core, from an image file to tiles, and the difference of their pixels from Pillow's.
 
     python benchmarks/images.py [--quick] [--json]
 
-Three parts: decoding to RGB bytes, bicubic resizing of decoded pixels, and the whole way from a file to uint8 tiles.
-`ours` is what the data workers run, `pillow` the usual way (decode, resize, crop, to a tensor). Libraries that are not
-installed are named and left out; to measure those that the project does not use as well:
+Three parts are measured: decoding to RGB bytes, bicubic resizing of decoded pixels, and all steps from a file to uint8
+tiles. `ours` is the code of the data workers, `pillow` the usual code (decode, resize, crop, convert to a tensor).
+Libraries that are not installed are listed and skipped; to include those that the project does not use:
 
     pip install opencv-python-headless 'pyvips[binary]' imagecodecs torchvision
 
-The methods take turns, in an order that alternates, with one thread each. Counted is CPU time, so that other programs
-on the machine matter little; a ratio is the median, over turns, of Pillow's time by the method's. Differences are in
-grey levels of 255, the largest over all pixels. Resizing that is far from Pillow's does not filter before it shrinks
-(OpenCV's bicubic), or filters otherwise (libvips). The pictures are one photograph (matplotlib's sample, with grain) at
-sizes that LLaVA's data has.
+The methods run in turns, in alternating order, with one thread each. CPU time is measured, so that other programs on
+the machine have little effect; a ratio is the median over turns of Pillow's time divided by the method's. Differences
+are the largest over all pixels, in gray levels of 255. Resizing differs much from Pillow's if it does not filter before
+shrinking (OpenCV's bicubic), or filters differently (libvips). The images are one photograph (matplotlib's sample, with
+grain) at sizes that occur in LLaVA's data.
 """
 
 from __future__ import annotations
@@ -66,10 +66,13 @@ class Row:
     """One line of the table.
 
     Attributes:
-        images_per_second: On one core, at the median time.
-        tiles_per_second: The same in tiles; None but in the part `tiles`.
-        ratio: How many times as fast as Pillow; the median over turns.
-        max_difference: From Pillow's pixels.
+        part: What is measured: `decode`, `resize` or `tiles`.
+        picture: Image file, and its size or tiling after the step.
+        method: Library, or `ours`.
+        images_per_second: Images per second on one core, from the median time.
+        tiles_per_second: The same in tiles; None except in the part `tiles`.
+        ratio: Speed relative to Pillow; the median over turns.
+        max_difference: Largest difference from Pillow's pixels, in gray levels.
     """
 
     part: str
@@ -95,7 +98,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_pictures() -> dict[str, bytes]:
-    """The picture files."""
+    """Returns the contents of the image files by name."""
     from matplotlib import cbook
 
     files, random = {}, np.random.default_rng(0)
@@ -109,7 +112,7 @@ def make_pictures() -> dict[str, bytes]:
 
 
 def installed() -> set[str]:
-    """Those of LIBRARIES that are there, told to use one thread."""
+    """Returns the libraries of LIBRARIES that are installed, after limiting them to one thread."""
     found = {name for name, module in LIBRARIES.items() if importlib.util.find_spec(module)}
     torch.set_num_threads(1)
     if "opencv" in found:
@@ -119,11 +122,11 @@ def installed() -> set[str]:
     return found
 
 
-# ---- methods: Pillow's first, which the others are compared with
+# ---- methods: Pillow's first, as the reference for the others
 
 
 def decoders(name: str, found: set[str]) -> dict[str, Method]:
-    """File -> [h, w, 3] uint8."""
+    """Returns methods that decode a file to [h, w, 3] uint8."""
     methods: dict[str, Method] = {
         "pillow": lambda data: np.array(Image.open(io.BytesIO(data)).convert("RGB")),
         "ours": read_image,
@@ -150,7 +153,7 @@ def decoders(name: str, found: set[str]) -> dict[str, Method]:
 
 
 def resizers(size: tuple[int, int], found: set[str]) -> dict[str, Method]:
-    """[h, w, 3] uint8 -> the same at `size` (width, height), however the library lays it out."""
+    """Returns methods that resize [h, w, 3] uint8 to `size` (width, height), in the library's own memory layout."""
     methods: dict[str, Method] = {
         "pillow": lambda pixels: np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)),
         "ours (torch)": lambda pixels: torch.nn.functional.interpolate(
@@ -173,13 +176,13 @@ def resizers(size: tuple[int, int], found: set[str]) -> dict[str, Method]:
 
 
 def tilers(config: ImageConfig) -> dict[str, Method]:
-    """File -> [tiles, 3, SIDE, SIDE] uint8."""
+    """Returns methods that turn a file into tiles [tiles, 3, SIDE, SIDE] uint8."""
     processor = ImageProcessor(config)
     return {"pillow": functools.partial(pillow_tiles, processor), "ours": processor}
 
 
 def pillow_tiles(processor: ImageProcessor, data: bytes) -> torch.Tensor:
-    """The usual way, as InternVL's own code takes it."""
+    """Makes tiles in the usual way, like InternVL's own code."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     columns, rows = processor.grid(*image.size)
     canvas = image.resize((columns * SIDE, rows * SIDE), Image.Resampling.BICUBIC)
@@ -194,8 +197,8 @@ def pillow_tiles(processor: ImageProcessor, data: bytes) -> torch.Tensor:
 
 
 def measure(part: str, picture: str, methods: dict[str, Method], given: Any, rounds: int) -> list[Row]:
-    """Times methods in turns, and compares what they give with what Pillow gives."""
-    results = {name: torch.as_tensor(method(given)).int() for name, method in methods.items()}  # and warms up
+    """Times the methods in turns, and compares their results with Pillow's."""
+    results = {name: torch.as_tensor(method(given)).int() for name, method in methods.items()}  # also warms up
     seconds: dict[str, list[float]] = defaultdict(list)
     for turn in range(rounds):
         for name in methods if turn % 2 == 0 else reversed(methods):
@@ -213,7 +216,7 @@ def measure(part: str, picture: str, methods: dict[str, Method], given: Any, rou
 
 
 def measure_all(files: dict[str, bytes], found: set[str], rounds: int) -> list[Row]:
-    """All three parts."""
+    """Measures all three parts."""
     rows: list[Row] = []
     jobs: list[tuple[str, str, dict[str, Method], Any]] = []
     for name, data in files.items():
@@ -232,7 +235,7 @@ def measure_all(files: dict[str, bytes], found: set[str], rounds: int) -> list[R
 
 
 def differences_from_transformers(files: dict[str, bytes], found: set[str]) -> dict[str, float]:
-    """Largest difference of our tiles from those of transformers' image processors, by what these resize with."""
+    """Returns the largest difference of "ours" from transformers' image processors, by their resizing library."""
     from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -250,7 +253,7 @@ def differences_from_transformers(files: dict[str, bytes], found: set[str]) -> d
 
 
 def print_table(rows: list[Row]) -> None:
-    """Prints what was measured."""
+    """Prints the table of results."""
     print(f"{'part':8}{'picture':28}{'method':14}{'images/s':>10}{'tiles/s':>10}{'x pillow':>10}{'difference':>12}")
     for row in rows:
         tiles = f"{row.tiles_per_second:10.0f}" if row.tiles_per_second else " " * 10
@@ -259,7 +262,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints its results."""
     options = parse()
     found, files = installed(), make_pictures()
     absent = [name for name in LIBRARIES if name not in found]

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether loading stays as fast and as small as it begins, over many samples: benchmarks/data.py --long.
+"""Measures whether speed and memory of loading stay constant over many samples: benchmarks/data.py --long.
 
-The data is small, so that what is measured is what a run keeps of each sample and not its pixels: two sources of
-records with pictures of 32 pixels or none, blended 0.7 to 0.3, read again and again; one sample in 50 is too long and
-rejected, each sample is recorded as --record-samples does, and the loader's state is saved once in 2,000 samples. Three
-loaders, one after the other: in the training process, with a worker, and packed with a worker.
+The samples are small, so that memory growth shows what a run retains of each sample rather than its pixels. Two sources
+of records, with images of 32 pixels or none, are blended 0.7 to 0.3 and read repeatedly; one sample in 50 is too long
+and is rejected, each sample is recorded as by --record-samples, and the loader's state is saved every 2,000 samples.
+Three loaders are measured one after another: in the training process, with a worker, and packed with a worker.
 
-Time is CPU time of the training process and the worker, so that other programs on the machine count less; memory is
-what they hold together. `slowdown` is the time of the last tenth of the samples over that of the first;
-`megabytes_per_million` the slope of a line through the memory behind each tenth from the third on, when buffers are
-full. The worst of the three is reported.
+Time is the CPU time of the training process and the worker, so that other programs on the machine matter less; memory
+is the sum of both. `slowdown` is the time of the last tenth of the samples divided by that of the first.
+`megabytes_per_million` is the slope of a line fitted to the memory after each tenth, from the third on, when buffers
+are full. The worst of the three loaders is reported.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def make_long_data(folder: Path, samples: int = 1000) -> Path:
-    """Write the two sources' shards, tokenizer.model and the blend, whose path is returned."""
+    """Writes the shards of the two sources, tokenizer.model and the blend; returns the blend's path."""
     text = read_text()
     train_tokenizer(text, folder / "tokenizer.model")
     words = text.split()
@@ -84,8 +84,8 @@ def make_long_data(folder: Path, samples: int = 1000) -> Path:
 
 
 def run_long(folder: Path, tokenizer: Any, data: Path, samples: int) -> dict[str, Any]:
-    """Reads so many samples with each loader, and returns the worst figures with all that was measured."""
-    forget_members_that_were_read(detect_environment("cpu"))  # as every program does at its start
+    """Reads `samples` samples with each loader; returns the worst figures, and the results of each loader."""
+    forget_members_that_were_read(detect_environment("cpu"))  # as every program does when it starts
     modes = {}
     for number, (name, settings) in enumerate(MODES.items()):
         config = DataConfig(
@@ -108,12 +108,12 @@ def run_long(folder: Path, tokenizer: Any, data: Path, samples: int) -> dict[str
 
 
 def measure_mode(config: DataConfig, tokenizer: Any, recorded: Path, samples: int, bar: Any) -> dict[str, Any]:
-    """Reads so many samples, tenth by tenth: samples per second of CPU time, and megabytes behind each."""
+    """Reads `samples` samples; returns samples per second of CPU time, and megabytes after each tenth of them."""
     loader = EnergonIterator(build_train_loader(config, tokenizer, 0, 1), config)
     step = 0
     iterator = RecordedSamples(loader, recorded, 0, 1, 0, lambda: step)
     done = saved = 0
-    for _ in range(100):  # the worker starts, buffers fill
+    for _ in range(100):  # until the worker has started and buffers are full
         next(iterator)
     tenths: list[dict[str, float]] = []
     begin_wall = time.perf_counter()
@@ -141,27 +141,27 @@ def measure_mode(config: DataConfig, tokenizer: Any, recorded: Path, samples: in
 
 
 def processes() -> list[int]:
-    """This process and its data workers."""
+    """Returns the ids of this process and its data workers."""
     return [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)]
 
 
 def processor_seconds() -> float:
-    """CPU time of all of them."""
+    """Returns the CPU time of this process and its data workers."""
     ticks = 0
     for process in processes():
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])  # in user and in system mode
+        ticks += int(fields[11]) + int(fields[12])  # user time and system time
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def megabytes() -> float:
-    """Memory of all of them, what they share counted for each."""
+    """Returns the memory of this process and its data workers; shared pages are counted for each."""
     pages = sum(int(Path(f"/proc/{process}/statm").read_text().split()[1]) for process in processes())
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def print_long(result: dict[str, Any]) -> None:
-    """Prints a line for each tenth of the samples, and the figures below."""
+    """Prints a line for each tenth of the samples, then a line of figures for each loader."""
     modes = result["modes"]
     print(f"{'samples':>10}" + "".join(f"{name:>28}" for name in modes))
     print(f"{'':10}" + f"{'samples/s (CPU)':>18}{'MB':>10}" * len(modes))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data like LLaVA-1.5's mixture to measure with: real text, a real photograph, and the mixture's lengths and sizes.
+"""Synthetic data for benchmarks, with real text, a real photograph, and the lengths and sizes of LLaVA-1.5's mixture.
 
 benchmarks/packing.py says where the numbers of the mixture's sources come from.
 """
@@ -22,11 +22,11 @@ from megatron_smar.data.conversations import IMAGE_TAG
 from megatron_smar.data.tokens import IMAGE_TOKENS
 
 PREPARE = Path(__file__).resolve().parents[1] / "tools" / "data" / "prepare.py"
-WORDS_PER_TOKEN = 0.65  # of the text below with its tokenizer
+WORDS_PER_TOKEN = 0.65  # of the text of `read_text` with the tokenizer trained on it
 
 
 def make_data(folder: Path, samples: int, seed: int = 1) -> None:
-    """Write train.json, images/, tokenizer.model, and shards/ of them all; always the same."""
+    """Writes train.json, images/, tokenizer.model and the shards/ made from them; the same for equal arguments."""
     random = np.random.default_rng(seed)
     text = read_text()
     train_tokenizer(text, folder / "tokenizer.model")
@@ -43,7 +43,7 @@ def make_data(folder: Path, samples: int, seed: int = 1) -> None:
             is_png = random.random() < 0.04
             record["image"] = f"images/{number}.{'png' if is_png else 'jpg'}"
             picture = make_picture(photo, grain, source.size, random)
-            picture.save(folder / record["image"], quality=90)  # of which PNG takes no notice
+            picture.save(folder / record["image"], quality=90)  # PNG ignores the quality
         records.append(record)
     (folder / "train.json").write_text(json.dumps(records))
     prepare: list[str | Path] = [sys.executable, PREPARE, "--train", folder / "train.json", "--image-root", folder]
@@ -58,14 +58,14 @@ def make_data(folder: Path, samples: int, seed: int = 1) -> None:
 
 
 def read_text() -> str:
-    """Real English: the topics of Python's own documentation."""
+    """Returns real English text: the topics of Python's own documentation."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 def train_tokenizer(text: str, path: Path) -> None:
-    """A SentencePiece model with Mixtral's settings and the image tokens."""
+    """Trains a SentencePiece model with Mixtral's settings and the image tokens."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
@@ -83,7 +83,7 @@ def train_tokenizer(text: str, path: Path) -> None:
 
 
 def make_turns(source: Source, words: list[str], random: np.random.Generator) -> list[dict[str, str]]:
-    """Questions and answers with as many tokens as this source has; two thirds of them are the answer's."""
+    """Returns questions and answers with this source's distribution of lengths; answers have two thirds of them."""
     turns = random.geometric(1 / source.turns) if source.size is None else 1 + random.poisson(source.turns - 1)
     lengths = random.lognormal(np.log(source.tokens) - source.spread**2 / 2, source.spread, turns)
     within = lengths[lengths.cumsum() <= LONGEST_TEXT - 500]
@@ -97,7 +97,7 @@ def make_turns(source: Source, words: list[str], random: np.random.Generator) ->
 
 
 def read_photo() -> Image.Image:
-    """A photograph that comes with matplotlib."""
+    """Returns the sample photograph of matplotlib."""
     from matplotlib import cbook
 
     return Image.open(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).convert("RGB")
@@ -106,7 +106,7 @@ def read_photo() -> Image.Image:
 def make_picture(
     photo: Image.Image, grain: np.ndarray, size: tuple[int, int], random: np.random.Generator
 ) -> Image.Image:
-    """A part of the photograph, mirrored or not, in other colours and with grain; a quarter of them turned."""
+    """Returns a crop of the photograph, randomly mirrored and recolored, with grain; a quarter of them is rotated."""
     shapes = (size, size[::-1], (336, 336))
     width, height = shapes[random.choice(3, p=[0.65, 0.25, 0.1])]
     scale = random.uniform(0.6, 1) * min(photo.width / width, photo.height / height)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How full and how fast sequence packing is, beside good plain Python and beside Megatron-LM's knapsack.
+"""Fill and speed of sequence packing, compared with the same algorithm in Python and with Megatron-LM's knapsack.
 
     python benchmarks/packing.py [--image llava tile tiles] [--max-tokens 16384] [--window 4000]
                                       [--megatron PATH] [--quick] [--json]
@@ -7,24 +7,25 @@
 The lengths are those of LLaVA-1.5's instruction mixture (llava_v1_5_mix665k), RECONSTRUCTED, not read from the data:
 
 - published: the conversations per source (arXiv 2310.03744, table 7) and the rules by which they were made (questions
-  of one image are merged, at most 10 annotations of an image, ShareGPT cut at 2048 tokens); questions per image from
-  the sizes of VQAv2, GQA, OK-VQA and OCR-VQA; tokens of LLaVA-Instruct from its file sizes (LLaVA's docs/Data.md) less
-  the JSON around the text, 4.4 characters a token; tokens of ShareGPT's turns from arXiv 2309.06180 (161 + 338);
-- estimated here: what a turn of the other sources takes, from their templates; the turns of ShareGPT, Visual Genome and
-  RefCOCO; all spreads (log-normal tokens, Poisson turns, geometric ones for ShareGPT); the pictures' sizes.
+  about one image are merged, at most 10 annotations per image, ShareGPT truncated at 2048 tokens); questions per image
+  from the sizes of VQAv2, GQA, OK-VQA and OCR-VQA; tokens of LLaVA-Instruct from its file sizes (LLaVA's docs/Data.md)
+  without the JSON around the text, at 4.4 characters per token; tokens of ShareGPT's turns from arXiv 2309.06180
+  (161 + 338);
+- estimated here: the tokens per turn of the other sources, from their templates; the turns of ShareGPT, Visual Genome
+  and RefCOCO; all spreads (log-normal tokens, Poisson turns, geometric turns for ShareGPT); the image sizes.
 
 An image takes 576 tokens (`--image llava`, LLaVA-1.5), 256 (`tile`, one of InternVL's) or 256 for each of InternVL's
-1 to 12 tiles and thumbnail (`tiles`). What is longer than a pack is left out, as the loader does.
+1 to 12 tiles and thumbnail (`tiles`). Samples longer than a pack are left out, as in the loader.
 
-Compared are, one after the other on the same lists, buffer by buffer of `--window` samples as a loader packs:
+Three packers are compared, one after another on the same lists, in buffers of `--window` samples as in a loader:
 
-    ours      megatron_smar.data.packing.pack as users call it
-    Python    the same algorithm with bisect, in this file; it gives the same packs, which is checked here
-    Megatron  greedy_knapsack of Megatron-LM's examples/multimodal: the largest sample left that still fits, found by
-              bisect and popped. Those examples are in no package: by default it is that algorithm in our words, in this
-              file; with --megatron PATH it is the function of a Megatron-LM checkout. It knows no tiles.
+    ours      megatron_smar.data.packing.pack, as users call it
+    Python    the same algorithm with bisect, in this file; it must give the same packs (checked)
+    Megatron  greedy_knapsack of Megatron-LM's examples/multimodal: repeatedly takes the largest remaining sample that
+              fits, found by bisect. Those examples are in no package: by default a reimplementation in this file is
+              used, with --megatron PATH the function of a Megatron-LM checkout. It does not limit tiles.
 
-Ratios are the median over rounds of their seconds over ours.
+Ratios are the median over rounds of the other packer's seconds divided by those of "ours".
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ import numpy as np
 
 CAPACITIES = (2048, 4096, 8192, 16384, 32768)
 WINDOWS = (500, 1000, 2000, 4000, 10000, None)
-LONGEST_TEXT = 2048  # where LLaVA-1.5 cuts
+LONGEST_TEXT = 2048  # tokens at which LLaVA-1.5 truncates
 PROMPT = 35  # Vicuna's system prompt, once per conversation
 Packs = list[list[int]]
 
@@ -55,11 +56,11 @@ class Source:
     """One source of the mixture.
 
     Attributes:
-        thousands: Conversations.
-        turns: Mean questions per conversation.
-        tokens: Mean tokens of a question with its answer and the template around them.
-        spread: Standard deviation of their logarithm.
-        size: A usual picture's width and height; None for text alone.
+        thousands: Conversations, in thousands.
+        turns: Mean number of questions per conversation.
+        tokens: Mean number of tokens of a question with its answer and the template around them.
+        spread: Standard deviation of the logarithm of that number.
+        size: Width and height of a typical image; None for text only.
     """
 
     thousands: float
@@ -86,7 +87,7 @@ SOURCES = {
 
 
 def draw_texts(source: Source, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Tokens of `count` conversations without their pictures, [count]."""
+    """Samples the tokens of `count` conversations without their images, [count]."""
     if source.size is None:
         turns = generator.geometric(1 / source.turns, count)
     else:
@@ -98,7 +99,7 @@ def draw_texts(source: Source, count: int, generator: np.random.Generator) -> np
 
 
 def draw_tiles(source: Source, count: int, image: str, generator: np.random.Generator) -> np.ndarray:
-    """Tiles of `count` samples, [count]."""
+    """Samples the number of tiles of `count` conversations, [count]."""
     if source.size is None:
         return np.zeros(count, dtype=np.int64)
     if image != "tiles":
@@ -107,14 +108,14 @@ def draw_tiles(source: Source, count: int, image: str, generator: np.random.Gene
 
     count_tiles = ImageProcessor(ImageConfig(max_tiles=12, use_thumbnail=True)).count_tiles
     width, height = source.size
-    # Most pictures have the usual shape, a quarter is turned; the rest was cropped to anything.
+    # Most images have the typical shape, a quarter is rotated, and the rest is cropped to other shapes.
     shapes = [(width, height), (height, width), (width, width * 2 // 3), (width, width), (width, height // 2)]
     tiles = np.array([count_tiles(*shape) for shape in shapes])
     return tiles[generator.choice(len(shapes), count, p=[0.6, 0.25, 0.08, 0.04, 0.03])]
 
 
 def draw(samples: int, image: str, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [samples] and tiles [samples] of the mixture, in random order; always the same."""
+    """Samples tokens [samples] and tiles [samples] of the mixture, in random order; deterministic for a seed."""
     generator = np.random.default_rng(seed)
     shares = np.array([source.thousands for source in SOURCES.values()])
     source_of = generator.choice(len(SOURCES), samples, p=shares / shares.sum())
@@ -135,7 +136,7 @@ def pack_python(
     max_tiles: int | None = None,
     window: int | None = None,
 ) -> Packs:
-    """`megatron_smar.data.packing.pack` in plain Python: the same packs."""
+    """Packs like `megatron_smar.data.packing.pack`, in plain Python; gives the same packs."""
     packs: Packs = []
     window = window or max(1, len(tokens))
     for begin in range(0, len(tokens), window):
@@ -148,8 +149,8 @@ def _pack_window(
     samples: range, tokens: Sequence[int], tiles: Sequence[int], max_tokens: int, max_tiles: int | None
 ) -> Packs:
     packs: Packs = []
-    rooms: list[int] = []  # token rooms that open packs have, ascending
-    levels: dict[int, list[int]] = {}  # token room -> tile rooms, ascending
+    rooms: list[int] = []  # remaining tokens of the open packs, ascending
+    levels: dict[int, list[int]] = {}  # remaining tokens -> remaining tiles, ascending
     stacks: dict[tuple[int, int], list[int]] = {}  # both -> packs, the last changed on top
     for sample in sorted(samples, key=lambda sample: -tokens[sample]):
         need, need_tiles = tokens[sample], 0 if max_tiles is None else tiles[sample]
@@ -184,7 +185,7 @@ def _pack_window(
 
 
 def greedy_knapsack(item_sizes: list[int], samples: list[Any], max_capacity: int) -> list[list[Any]]:
-    """What Megatron-LM's function of that name does, in our words."""
+    """Reimplements Megatron-LM's function of the same name."""
     by_size = sorted(zip(item_sizes, samples, strict=True), key=lambda pair: pair[0])
     sizes, left = [size for size, _ in by_size], [sample for _, sample in by_size]
     packs = []
@@ -198,7 +199,7 @@ def greedy_knapsack(item_sizes: list[int], samples: list[Any], max_capacity: int
 
 
 def load_knapsack(checkout: Path) -> Callable[..., list[list[Any]]]:
-    """The function of a Megatron-LM checkout, without the imports of the file around it.
+    """Loads greedy_knapsack from a Megatron-LM checkout, without the imports of its file.
 
     Raises:
         ValueError: The checkout has no such function.
@@ -208,7 +209,9 @@ def load_knapsack(checkout: Path) -> Callable[..., list[list[Any]]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"--megatron {checkout} is no Megatron-LM checkout ({error}): give its top folder.") from error
+        raise ValueError(
+            f"--megatron {checkout} is not a Megatron-LM checkout ({error}): give its top folder."
+        ) from error
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
     if {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} != wanted:
         raise ValueError(f"--megatron {checkout}: {path} has no greedy_knapsack with search_for_fit; leave it out.")
@@ -220,7 +223,7 @@ def load_knapsack(checkout: Path) -> Callable[..., list[list[Any]]]:
 
 
 def pack_knapsack(knapsack: Callable[..., Packs], tokens: list[int], max_tokens: int, window: int) -> Packs:
-    """A knapsack function, buffer by buffer."""
+    """Packs with a knapsack function, buffer by buffer."""
     packs: Packs = []
     for begin in range(0, len(tokens), window):
         end = min(begin + window, len(tokens))
@@ -229,12 +232,12 @@ def pack_knapsack(knapsack: Callable[..., Packs], tokens: list[int], max_tokens:
 
 
 def fill_of(tokens: np.ndarray, packs: int, max_tokens: int) -> float:
-    """Share of the packs' positions that hold tokens."""
+    """Returns the share of the packs' positions that hold tokens."""
     return float(tokens.sum() / (packs * max_tokens))
 
 
 def fill_table(options: argparse.Namespace, image: str, knapsack: Callable[..., Packs]) -> list[dict[str, Any]]:
-    """Fill by buffer and pack size, for ours and the knapsack; the knapsack has no row for all samples at once."""
+    """Returns the fill of "ours" and the knapsack by buffer and pack size; the knapsack has no unlimited buffer."""
     from tqdm import tqdm
 
     from megatron_smar.data.packing import pack_flat
@@ -255,14 +258,14 @@ def fill_table(options: argparse.Namespace, image: str, knapsack: Callable[..., 
 
 
 def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall-clock time of a call, and what it returns."""
+    """Returns the wall-clock time of a call, and its result."""
     begin = time.perf_counter()
     result = function()
     return time.perf_counter() - begin, result
 
 
 def measure(options: argparse.Namespace, knapsack: Callable[..., Packs]) -> dict[str, Any]:
-    """Speed and fill of all three on the same lists."""
+    """Measures speed and fill of all three packers on the same lists."""
     from tqdm import tqdm
 
     from megatron_smar.data.packing import pack
@@ -311,14 +314,14 @@ def measure(options: argparse.Namespace, knapsack: Callable[..., Packs]) -> dict
 
 
 def median_ratio(theirs: list[float], ours: list[float]) -> float:
-    """Median over rounds of how much longer theirs took."""
+    """Returns the median over rounds of the ratio of their time to ours."""
     return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
 
 
 def print_tables(options: argparse.Namespace, result: dict[str, Any], fills: list[dict[str, Any]]) -> None:
-    """The results for people."""
-    source = f"the function in {options.megatron}" if options.megatron else "its algorithm in our words"
-    print("LLaVA-1.5's mixture, reconstructed from published numbers (--help tells which)")
+    """Prints the results as tables."""
+    source = f"the function in {options.megatron}" if options.megatron else "its algorithm, reimplemented"
+    print("LLaVA-1.5's mixture, reconstructed from published numbers (listed in --help)")
     print(f"{result['samples']} samples, image {options.image[0]}, mean {result['mean_tokens']:.0f} tokens", end="; ")
     print(f"packs of {options.max_tokens}, buffers of {options.window}, {options.rounds} rounds; Megatron is {source}")
     print(f"  {'':38} {'fill %':>8} {'samples/s':>12} {'seconds':>9} {'x ours':>7}")
@@ -346,14 +349,14 @@ def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", nargs="+", choices=("llava", "tile", "tiles"), default=["llava", "tile", "tiles"])
-    parser.add_argument("--max-tokens", type=int, default=16384, help="Of a pack. Default: %(default)s.")
+    parser.add_argument("--max-tokens", type=int, default=16384, help="Length of a pack. Default: %(default)s.")
     parser.add_argument(
-        "--max-tiles", type=int, default=16, help="In the row with limited tiles. Default: %(default)s."
+        "--max-tiles", type=int, default=16, help="Tiles per pack in the row with limited tiles. Default: %(default)s."
     )
-    parser.add_argument("--window", type=int, default=4000, help="Samples of a buffer. Default: %(default)s.")
-    parser.add_argument("--samples", type=int, help="Default: 1,000,000; 200,000 with --quick.")
+    parser.add_argument("--window", type=int, default=4000, help="Samples per buffer. Default: %(default)s.")
+    parser.add_argument("--samples", type=int, help="Number of samples. Default: 1,000,000; 200,000 with --quick.")
     parser.add_argument("--rounds", type=int, help="Timed rounds. Default: 5; 3 with --quick.")
-    parser.add_argument("--megatron", type=Path, metavar="PATH", help="A Megatron-LM checkout whose function to run.")
+    parser.add_argument("--megatron", type=Path, metavar="PATH", help="Megatron-LM checkout whose function to run.")
     parser.add_argument("--quick", action="store_true", help="Fewer samples, within a minute.")
     parser.add_argument("--json", action="store_true", help="One JSON object as the last line.")
     options = parser.parse_args()
@@ -368,7 +371,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints its results."""
     options = parse()
     try:
         knapsack = load_knapsack(options.megatron) if options.megatron else greedy_knapsack

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SMAR costs in a training step, beside Megatron's own global load balancing.
+"""Cost of SMAR in a training step, compared with Megatron's own global load balancing.
 
     python benchmarks/smar_overhead.py [--shape demo mixtral] [--ranks 2] [--quick] [--json]
 
-One model per shape, with expert parallelism over all ranks (the program starts itself under torchrun), trained by
-Megatron's `train_step` on one batch in three settings, which take turns step by step:
+One model per shape, with expert parallelism over all ranks (the program starts itself under torchrun), is trained by
+Megatron's `train_step` on one batch in three settings, which alternate step by step:
 
-    none             Megatron's router and nothing of ours: an attribute `routing` on each live router goes straight to
-                     `TopKRouter.routing`. No bias, no statistics, no loss; `finish` then hands its input through.
-    smar             that attribute is removed: the router's own path, as `--modality-routing smar` trains, statistics
-                     over all ranks.
-    global_aux_loss  as none, with the router's `routing_type` set from `none` to `global_aux_loss`: Megatron reads it
-                     in each forward pass, and the model is built with that loss, so its buffers exist.
+    none             Megatron's router without this project's code: an attribute `routing` on each live router calls
+                     `TopKRouter.routing` directly. No bias, no statistics, no loss; `finish` then returns its input.
+    smar             that attribute is removed: the router's own code, as in training with `--modality-routing smar`,
+                     with statistics over all ranks.
+    global_aux_loss  like none, but the router's `routing_type` is `global_aux_loss` instead of `none`: Megatron reads
+                     it in each forward pass, and the model is built with that loss, so its buffers exist.
 
 All three run in the same process on the same weights, optimizer and process groups. The order alternates (ABC, CBA), so
-that drift cancels; reported is the median over triples of the ratio to `none`, with quartiles. The step is
-`train_step`: forward, backward, reductions, optimizer; not the loader, and not what is logged once per step.
+that drift cancels. The result is the median over triples of the ratio to `none`, with quartiles. A step is one
+`train_step`: forward, backward, reductions and optimizer, without the loader and without what is logged once per step.
 
-Single steps vary by more than SMAR costs, so its parts are measured too, in steps of their own: events around the real
-functions (`torch.cuda.Event`: on CUDA the device's time; on the CPU the runtime makes it the host's clock). The extra
-backward pass is timed apart, on the routers' tensors of a real step. `global_aux_loss` waits for the other ranks inside
-the router, so its sum holds their lag too, which the others meet in the dispatch. Collectives and operations are
-counted where torch dispatches them. What is written for CUDA has not been run on a GPU yet.
+Single steps vary by more than SMAR costs, so SMAR's parts are also measured in separate steps, by events around the
+real functions (`torch.cuda.Event`: the device's time on CUDA; on the CPU the runtime replaces it by the host's clock).
+The extra backward pass is timed separately, on the routers' tensors of a real step. `global_aux_loss` waits for the
+other ranks inside the router, so its sum includes their lag, for which the other settings wait in the dispatch.
+Collectives and operations are counted in torch's dispatcher. The CUDA code has not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from unittest.mock import patch
 IMAGE_TOKEN, IMAGE_SIZE, PATCH = 5, 64, 8
 TOKENS_PER_TILE = (IMAGE_SIZE // PATCH // 2) ** 2
 SETTINGS = ("none", "smar", "global_aux_loss")
-LIMIT_SECONDS = 150.0  # a shape's triples end then, on a slow or busy machine
+LIMIT_SECONDS = 150.0  # time limit for a shape's triples, on a slow or busy machine
 QUICK_LIMIT_SECONDS = 8.0
 
 
@@ -54,7 +54,7 @@ class Shape:
 
     Attributes:
         micro_batch_size: Samples per rank and step.
-        triples: Triples of steps that are timed, if LIMIT_SECONDS are enough.
+        triples: Number of timed triples of steps, if they take no more than LIMIT_SECONDS.
         quick_triples: The same with --quick.
     """
 
@@ -74,7 +74,7 @@ class Shape:
 
 SHAPES = {
     "demo": Shape(128, 320, 4, 128, 8, 2048, triples=80, quick_triples=6, heads=4, groups=2),
-    # A layer of Mixtral 8x7B, an eighth of its width; the vocabulary is small, so that the layer is what a step costs.
+    # A layer of Mixtral 8x7B at an eighth of its width. The vocabulary is small, so that the layer dominates the step.
     "mixtral": Shape(512, 1792, 1, 512, 2, 512, triples=60, quick_triples=4),
 }
 
@@ -107,7 +107,7 @@ def relaunch(ranks: int) -> None:
 
 
 def flags(shape: Shape, ranks: int, vision_path: str, bf16: bool) -> list[str]:
-    """The model in Megatron's flags. The learning rate is tiny: routing stays the same for all settings."""
+    """Returns Megatron's flags for the model; the tiny learning rate keeps routing the same in all settings."""
     return f"""
         --vision-model {vision_path} --image-size {IMAGE_SIZE} --connector mlp2x_gelu --modality-routing smar
         --num-layers {shape.layers} --hidden-size {shape.hidden} --ffn-hidden-size {shape.ffn}
@@ -125,7 +125,7 @@ def flags(shape: Shape, ranks: int, vision_path: str, bf16: bool) -> list[str]:
 
 
 def save_vision_model(folder: str) -> None:
-    """A small vision encoder; it is frozen, and the same in every setting."""
+    """Saves a small vision encoder, which is frozen and the same in every setting."""
     import torch
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
@@ -141,7 +141,7 @@ def save_vision_model(folder: str) -> None:
 
 
 def make_batch(shape: Shape, seed: int) -> Any:
-    """One micro-batch, different on each rank: an image at the front of every sequence, random text behind it."""
+    """Returns one micro-batch, different on each rank: each sequence is an image followed by random text."""
     import torch
 
     from megatron_smar.data.batch import VisionLanguageBatch
@@ -163,7 +163,7 @@ def make_batch(shape: Shape, seed: int) -> Any:
 
 
 def megatron_routing(router: Any, logits: Any, padding_mask: Any) -> Any:
-    """Megatron's router on our model: nothing of ours but the padding that the modality mask [s, b, M] holds."""
+    """Runs Megatron's router on this project's model, with the padding that the modality mask [s, b, M] implies."""
     from megatron.core.transformer.moe.router import TopKRouter
 
     return TopKRouter.routing(router, logits, padding_mask=~padding_mask.any(dim=-1))
@@ -173,7 +173,8 @@ class Training:
     """A model with its optimizer on this rank, trained on one batch in a setting that can be changed between steps.
 
     Attributes:
-        routers: The routers of all MoE layers.
+        step: Runs one training step.
+        routers: Routers of all MoE layers.
     """
 
     def __init__(self, shape: Shape, ranks: int, vision_path: str, bf16: bool) -> None:
@@ -204,7 +205,7 @@ class Training:
         self.routers: list[Any] = [module for module in modules if isinstance(module, ModalityAwareRouter)]
 
     def use(self, setting: str) -> None:
-        """Changes the live routers to one of SETTINGS; see the program's docstring."""
+        """Switches the live routers to one of SETTINGS; see the program's docstring."""
         for router in self.routers:
             router.__dict__.pop("routing", None)
             if setting != "smar":
@@ -212,7 +213,7 @@ class Training:
             router.routing_type = "global_aux_loss" if setting == "global_aux_loss" else "none"
 
     def seconds(self, setting: str) -> float:
-        """Wall-clock time of one step on this rank, all ranks having begun together."""
+        """Returns the wall-clock time of one step on this rank; all ranks begin together."""
         import torch
 
         self.use(setting)
@@ -225,13 +226,13 @@ class Training:
 
 
 class Stopwatch:
-    """Adds up the device's time in functions, by name."""
+    """Accumulates the device's time in functions, by name."""
 
     def __init__(self) -> None:
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def measured(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function with an event before and after it."""
+        """Returns the function with an event recorded before and after each call."""
         import torch
 
         @functools.wraps(function)
@@ -247,14 +248,18 @@ class Stopwatch:
 
     @contextmanager
     def watching(self, functions: dict[str, tuple[Any, str]]) -> Iterator[None]:
-        """Measures methods, (class, name) by the name to be added to, while the context lasts."""
+        """Measures methods within the context.
+
+        Args:
+            functions: Class and name of each method, by the name under which its time is accumulated.
+        """
         with ExitStack() as stack:
             for name, (owner, attribute) in functions.items():
                 stack.enter_context(patch.object(owner, attribute, self.measured(name, getattr(owner, attribute))))
             yield
 
     def take(self) -> dict[str, float]:
-        """Seconds by name since the last call; 0 for what did not run."""
+        """Returns the seconds by name since the last call; 0 for functions that did not run."""
         import torch
 
         torch.cuda.synchronize()
@@ -264,7 +269,7 @@ class Stopwatch:
 
 
 def slowest(values: list[float]) -> list[float]:
-    """Each value's largest over the ranks."""
+    """Returns the largest of each value over the ranks."""
     import torch
 
     tensor = torch.tensor(values, dtype=torch.float64, device="cuda")
@@ -273,24 +278,24 @@ def slowest(values: list[float]) -> list[float]:
 
 
 def time_triples(training: Training, name: str, triples: int, limit: float) -> dict[str, list[float]]:
-    """Seconds of every timed step by setting, of the slowest rank; ends early after `limit` seconds."""
+    """Returns the slowest rank's seconds of every timed step, by setting; ends early after `limit` seconds."""
     import torch
     from tqdm import tqdm
 
     times: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
-    for setting in SETTINGS:  # every buffer exists and the optimizer has its state
+    for setting in SETTINGS:  # warm up, so that every buffer and the optimizer's state exist
         training.seconds(setting)
     for triple in tqdm(range(triples), desc=f"{name}: triples", disable=torch.distributed.get_rank() > 0):
         for setting in SETTINGS if triple % 2 == 0 else reversed(SETTINGS):
             times[setting].append(training.seconds(setting))
         spent = sum(map(sum, times.values()))
-        if triple > 0 and slowest([spent])[0] > limit:  # agreed on: no rank may go on alone
+        if triple > 0 and slowest([spent])[0] > limit:  # the same value on all ranks, so that they stop together
             break
     return {setting: slowest(values) for setting, values in times.items()}
 
 
 def time_parts(training: Training, rounds: int) -> dict[str, float]:
-    """Seconds per step in the parts of SMAR's forward pass and in `global_aux_loss`; median, slowest rank."""
+    """Returns seconds per step in the parts of SMAR's forward pass and in `global_aux_loss`; median, slowest rank."""
     from megatron.core.transformer.moe.router import TopKRouter
 
     from megatron_smar.routing.modality_bias import ModalityBias
@@ -323,9 +328,9 @@ def time_parts(training: Training, rounds: int) -> dict[str, float]:
 
 
 def time_backward(training: Training, rounds: int) -> dict[str, float]:
-    """Seconds that a setting adds to the backward pass of all routers, by setting; median, slowest rank.
+    """Returns the seconds that each setting adds to the backward pass of all routers; median, slowest rank.
 
-    From the router's probabilities to its logits and its bias, on the tensors of a real step.
+    Measured from the router's probabilities to its logits and its bias, on the tensors of a real step.
     """
     import torch
 
@@ -357,11 +362,11 @@ def time_backward(training: Training, rounds: int) -> dict[str, float]:
 
 
 def count(training: Training) -> dict[str, dict[str, float]]:
-    """What one step dispatches per MoE layer, by setting, above the setting `none`.
+    """Counts what one step dispatches per MoE layer in excess of the setting `none`, by setting.
 
     Returns:
-        `collectives`; `floats`, the numbers that they reduce; `operations`, forward and backward, without views: on a
-        GPU about as many kernels.
+        `collectives`; `floats`, the number of floats that they reduce; `operations`, in forward and backward without
+        views, which is about the number of kernels on a GPU.
     """
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -393,14 +398,14 @@ def count(training: Training) -> dict[str, dict[str, float]]:
 
 
 def percent_over(times: list[float], base: list[float]) -> tuple[float, list[float]]:
-    """Median and quartiles, in percent, of how much longer the steps took than their partners."""
+    """Returns median and quartiles, in percent, of how much longer steps took than the base steps of their triples."""
     overheads = [100 * (time / of - 1) for time, of in zip(times, base, strict=True)]
     lower, median, upper = statistics.quantiles(overheads, n=4, method="inclusive")
     return median, [lower, upper]
 
 
 def measure(name: str, options: argparse.Namespace, vision_path: str) -> dict[str, Any]:
-    """Everything about one shape; the same on all ranks."""
+    """Measures one shape; the results are the same on all ranks."""
     shape = SHAPES[name]
     training = Training(shape, options.ranks, vision_path, options.bf16)
     triples = options.triples or (shape.quick_triples if options.quick else shape.triples)
@@ -436,7 +441,7 @@ def measure(name: str, options: argparse.Namespace, vision_path: str) -> dict[st
 
 
 def forget_megatron() -> None:
-    """Lets Megatron start again in this process, with another model."""
+    """Resets Megatron's global state, so that this process can initialize another model."""
     from megatron.core import parallel_state
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
     from megatron.training.global_vars import unset_global_variables
@@ -447,7 +452,7 @@ def forget_megatron() -> None:
 
 
 def print_table(name: str, result: dict[str, Any], ranks: int) -> None:
-    """One shape's results."""
+    """Prints the results of one shape."""
     step, layers = result["step_seconds"], result["shape"]["layers"]
     print(f"\n{name}: {ranks} ranks, {result['tokens_per_rank']} tokens each, MoE layers: {layers}; step {step:.3f} s")
     print(f"{'over no auxiliary loss, median of ' + str(result['triples']) + ' triples':44}      %   quartiles")
@@ -478,7 +483,7 @@ def main() -> None:
 
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        save_vision_model(folder)  # by each rank for itself, before there are process groups
+        save_vision_model(folder)  # by each rank separately, before there are process groups
         for name in options.shape:
             results[name] = measure(name, options, folder)
             forget_megatron()

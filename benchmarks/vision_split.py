@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sharing the frozen vision encoder's work between tensor- or context-parallel ranks gains.
+"""Speed-up from dividing the frozen vision encoder's work between tensor- or context-parallel ranks.
 
     python benchmarks/vision_split.py [--ranks 2] [--tiles 7] [--quick] [--json]
 
 The ranks (the program starts itself under torchrun, one thread each) hold the same tiles, as tensor- and
-context-parallel ranks do. They take turns: each encodes all of them, as without the sharing, then each its share, with
-the features gathered (`VisionEncoder.encode`, as the model calls it). Reported are the median and the quartiles of the
-ratio of the two times, pair by pair, and the largest difference of a feature. Not run on a GPU yet.
+context-parallel ranks do. Two passes alternate: in one each rank encodes all tiles, in the other each rank encodes its
+share and the features are gathered (`VisionEncoder.encode`, as the model calls it). The results are the median and the
+quartiles over pairs of the ratio of the two times, and the largest difference of a feature. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Runs the benchmark and prints its results."""
     options = parse()
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")  # ranks that wait must not spin
@@ -78,7 +78,7 @@ def main() -> None:
         intermediate_size=4 * options.hidden,
         **sizes,
     )
-    with tempfile.TemporaryDirectory() as folder:  # before there are process groups, or only one rank would save
+    with tempfile.TemporaryDirectory() as folder:  # before there are process groups: with them only one rank would save
         InternVLVisionModel(config).save_pretrained(folder)
         encoder = VisionEncoder(VisionConfig(folder, options.image_size), torch.float32)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -87,8 +87,8 @@ def main() -> None:
     tiles = torch.randn(options.tiles, 3, options.image_size, options.image_size).cuda()
     group = dist.group.WORLD
     assert group is not None
-    whole, shared = (lambda: encoder(tiles)), (lambda: encoder.encode(tiles, group))
-    difference = float((whole() - shared()).abs().max())
+    full, shared = (lambda: encoder(tiles)), (lambda: encoder.encode(tiles, group))
+    difference = float((full() - shared()).abs().max())
 
     def timed(work: Callable[[], object]) -> float:
         dist.barrier()
@@ -101,9 +101,9 @@ def main() -> None:
 
     ratios = []
     for pair in range(options.pairs):
-        first, second = (whole, shared) if pair % 2 == 0 else (shared, whole)
+        first, second = (full, shared) if pair % 2 == 0 else (shared, full)
         times = {first: timed(first), second: timed(second)}
-        ratios.append(times[whole] / times[shared])
+        ratios.append(times[full] / times[shared])
     if dist.get_rank() == 0:
         lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         ideal = options.tiles / -(-options.tiles // options.ranks)

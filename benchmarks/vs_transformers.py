@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training speed beside Hugging Face's: the same model, the same batch, the same threads, in one process, in turns.
+"""Training speed compared with Hugging Face's: same model, batch and threads, in one process, in alternating steps.
 
-Theirs: `InternVLForConditionalGeneration` with a Mixtral text config in a plain PyTorch loop with AdamW and gradient
-clipping. Ours: Megatron's `train_step` with DDP, its optimizer, SMAR on, as `pretrain_vlm.py` runs it. Reported is the
-ratio of tokens per second, the median over pairs of steps taken one after the other.
+"theirs": `InternVLForConditionalGeneration` with a Mixtral text config in a plain PyTorch loop with AdamW and gradient
+clipping. "ours": Megatron's `train_step` with DDP, Megatron's optimizer and SMAR, as in `pretrain_vlm.py`. The result
+is the ratio of tokens per second, the median over pairs of consecutive steps.
 
     python benchmarks/vs_transformers.py [--quick] [--json]
 """
@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
 
 
 def hugging_face_model(options: argparse.Namespace) -> Any:
-    """Their model, randomly initialised."""
+    """Returns Hugging Face's model, randomly initialized."""
     import torch
     from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, MixtralConfig
 
@@ -78,7 +78,7 @@ def hugging_face_model(options: argparse.Namespace) -> Any:
 
 
 def our_flags(options: argparse.Namespace, vision_path: str) -> list[str]:
-    """The same model in Megatron's flags."""
+    """Returns Megatron's flags for the same model."""
     flags = f"""
         --vision-model {vision_path} --image-size {IMAGE_SIZE} --connector internvl --modality-routing smar
         --num-layers {options.num_layers} --hidden-size {options.hidden_size}
@@ -96,7 +96,7 @@ def our_flags(options: argparse.Namespace, vision_path: str) -> list[str]:
 
 
 def make_batch(options: argparse.Namespace) -> dict[str, Any]:
-    """One micro-batch: an image at the front of every sequence, random text behind it."""
+    """Returns one micro-batch: each sequence is an image followed by random text."""
     import torch
 
     generator = torch.Generator().manual_seed(2)
@@ -111,7 +111,7 @@ def make_batch(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def their_step(model: Any, batch: dict[str, Any]) -> Callable[[], float]:
-    """A plain PyTorch training step on Hugging Face's model, its vision tower frozen as ours."""
+    """Returns a plain PyTorch training step on Hugging Face's model, with its vision tower frozen as in "ours"."""
     import torch
 
     model.model.vision_tower.requires_grad_(False)
@@ -132,7 +132,7 @@ def their_step(model: Any, batch: dict[str, Any]) -> Callable[[], float]:
 
 
 def our_step(flags: list[str], batch: dict[str, Any]) -> Callable[[], float]:
-    """Megatron's `train_step` on our model."""
+    """Returns Megatron's `train_step` on this project's model."""
     import torch
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -177,7 +177,7 @@ def our_step(flags: list[str], batch: dict[str, Any]) -> Callable[[], float]:
 
 
 def seconds(step: Callable[[], float]) -> float:
-    """Wall-clock time of one step."""
+    """Returns the wall-clock time of one step."""
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin
@@ -202,7 +202,7 @@ def main() -> None:
         hf.model.vision_tower.save_pretrained(folder)
         ours = our_step(our_flags(options, folder), batch)
     theirs = their_step(hf, batch)
-    for step in (ours, theirs, ours, theirs):  # both optimizers have their state and every buffer exists
+    for step in (ours, theirs, ours, theirs):  # warm up, so that all buffers and both optimizers' states exist
         step()
     rows = []
     for pair in range(pairs):

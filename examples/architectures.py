@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes' models: their published sizes, and the same architecture small enough for a CPU."""
+"""The recipes' models, in their published sizes and in a size small enough for a CPU."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ class Architecture:
     Attributes:
         language: Config of the language model.
         vision: Config of the vision tower.
-        tiny_language: Fields of `language` that the small model has otherwise.
-        tiny_vision: Fields of `vision` that the small tower has otherwise.
-        upcycled: (experts, chosen ones, every n-th layer) of a dense language model that is to get experts.
-        tokens_per_tile: Vision tokens that a tile becomes.
+        tiny_language: Fields of `language` with other values in the small model.
+        tiny_vision: Fields of `vision` with other values in the small tower.
+        upcycled: For a dense language model that is upcycled: number of experts, top-k, and n to upcycle every n-th
+            layer.
+        tokens_per_tile: Number of vision tokens per tile.
     """
 
     language: PretrainedConfig
@@ -51,14 +52,14 @@ class Architecture:
     upcycled: tuple[int, int, int] | None = None
 
     def tiny(self, vocab_size: int) -> tuple[PretrainedConfig, PretrainedConfig]:
-        """Configs of the small language model, with the vocabulary of its tokenizer, and of the small tower."""
+        """Returns the configs of the small language model, with its tokenizer's vocabulary, and of the small tower."""
         language, vision = copy.deepcopy(self.language), copy.deepcopy(self.vision)
         language.update(TINY_LANGUAGE | self.tiny_language | {"vocab_size": vocab_size})
         vision.update(TINY_TOWER | self.tiny_vision)
         return language, vision
 
 
-# OpenGVLab/InternViT-300M-448px, as transformers has it.
+# OpenGVLab/InternViT-300M-448px in transformers' format.
 _INTERNVIT_300M = InternVLVisionConfig(
     hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=[448, 448]
 )
@@ -89,7 +90,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             tie_word_embeddings=False,
         ),
         vision=_INTERNVIT_300M,
-        # As wide heads and as many chosen experts as there is room for: head size x heads is not the hidden size.
+        # As in Qwen3, head size x heads differs from the hidden size, and more than two experts are chosen.
         tiny_language={
             "intermediate_size": 128,
             "num_key_value_heads": 2,

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-# What the recipes' scripts share. Each sets RECIPE, sources this file and calls read_options "$@".
+# Functions shared by the recipes' scripts. Each script sets RECIPE, sources this file and calls read_options "$@".
 #
-# Options of every script; further ones go to the program behind the recipe's own flags, so that they win:
-#   --gpus 8|64      the layout (default: 8)
+# Options of every script; all others are passed to the program after the recipe's flags, so that they override them:
+#   --gpus 8|64      number of GPUs, which selects the parallel layout (default: 8)
 #   --tiny           the same on the CPU: a small random model of the same architecture, 2 processes, a few steps
-# Environment:
+# Environment variables:
 #   OUTPUT           folder of the recipe's checkpoints and logs (default: runs/RECIPE, with --tiny runs/tiny/RECIPE)
-#   GPUS_PER_NODE    default: 8
-#   OMP_NUM_THREADS  host threads of each process; on GPUs the cores divided by GPUS_PER_NODE, for an optimizer on the host
-#   NODE_RANK, MASTER_ADDR, MASTER_PORT    torchrun's, for several nodes without SLURM
+#   GPUS_PER_NODE    GPUs per node (default: 8)
+#   OMP_NUM_THREADS  host threads of each process (default on GPUs: cores / GPUS_PER_NODE, for an optimizer on the host)
+#   NODE_RANK, MASTER_ADDR, MASTER_PORT    as for torchrun, for several nodes without SLURM
 #   PYTHON           the interpreter (default: python)
 # Within a SLURM allocation of several nodes (sbatch, salloc) srun starts one torchrun on each of them.
 
@@ -23,7 +23,7 @@ die() {
   exit 1
 }
 
-# Sets LAYOUT (8, 64 or tiny), where things are (OUTPUT, START, INPUT), and MORE: the options that are not ours.
+# Sets LAYOUT (8, 64 or tiny), the folders OUTPUT, START and INPUT, and MORE, the options to pass to the program.
 read_options() {
   LAYOUT=8 MORE=()
   while (($#)); do
@@ -53,35 +53,35 @@ read_options() {
   mkdir -p "$OUTPUT/logs"
 }
 
-# need NAME WHAT: a variable of the environment that must be set.
+# need NAME WHAT: requires an environment variable.
 need() {
   [[ -n ${!1:-} ]] || die "$1 is not set; set it to $2."
 }
 
-# need_folder NAME WHAT: one that must name a folder.
+# need_folder NAME WHAT: requires an environment variable that names a folder.
 need_folder() {
   need "$1" "$2"
-  [[ -d ${!1} ]] || die "$1 is ${!1}, which is no folder; set it to $2."
+  [[ -d ${!1} ]] || die "$1 is ${!1}, which is not a folder; set it to $2."
 }
 
-# Sets MODEL: the converted model's flags, its vision tower and its tokenizer.
+# Sets MODEL, the flags of the converted model with its vision tower and tokenizer.
 use_model() {
   [[ -f $START/flags.txt ]] || die "$START holds no converted model; run convert.sh first, with the same OUTPUT."
   read -r -d '' -a MODEL <"$START/flags.txt" || true
   MODEL+=(--vision-model "$START/hf" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$START/hf")
 }
 
-# start_from BEFORE STAGE: sets RUN, the flags of a stage's files. A stage that was interrupted resumes by the same flags.
+# start_from BEFORE STAGE: sets RUN, the flags of a stage's files. An interrupted stage resumes with the same flags.
 start_from() {
   local save=$OUTPUT/$2 tracker=latest_checkpointed_iteration.txt
   [[ -f $save/$tracker || -f $1/$tracker ]] || die "$1 holds no checkpoint; run the script before this one first."
   RUN=(--load "$1" --finetune --save "$save" --tensorboard-dir "$save/tensorboard" --rejects-dir "$save/rejects")
 }
 
-# launch NAME PROGRAM FLAGS...: runs a program of the project on all GPUs; its output goes to logs/NAME.log too.
+# launch NAME PROGRAM FLAGS...: runs a program of the project on all GPUs; its output is also written to logs/NAME.log.
 launch() {
   if [[ $LAYOUT != tiny ]]; then
-    # GPUs that cannot be used end the run with a sentence; torchrun would give each process one host thread.
+    # With cuda, unusable GPUs end the run with a sentence. By default torchrun gives each process one host thread.
     export MEGATRON_SMAR_DEVICE=${MEGATRON_SMAR_DEVICE:-cuda}
     local threads=$(($(nproc) / GPUS_PER_NODE))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recipes' layouts need of a GPU's memory, by counting; nothing here has been measured on a GPU.
+"""Estimates the GPU memory of the recipes' parallel layouts by counting; nothing here has been measured on a GPU.
 
     python examples/memory.py
 
-Weights are bf16 (2 bytes), Megatron's gradients fp32 (4), AdamW's main weights and moments fp32 (12). Experts are cut
-over the expert-parallel ranks and copied to the others; everything else is copied to all ranks; the distributed
-optimizer cuts 12 bytes a parameter over its copies. In the host's memory (--optimizer-cpu-offload) they are 16, with a
-copy of the gradients. What saving takes for a while is left out. Layers are recomputed. A rank is taken to get twice
-the tokens of an even share, which is what SMAR's specialised experts may do to it.
+Weights take 2 bytes (bf16), Megatron's gradients 4 (fp32), AdamW's main weights and moments 12 (fp32). Experts are
+sharded over the expert-parallel ranks and replicated on the others; everything else is replicated on all ranks. The
+distributed optimizer shards its 12 bytes per parameter over the replicas. In the host's memory
+(--optimizer-cpu-offload) they are 16 bytes, with a copy of the gradients. Temporary memory for saving is left out.
+Layers are recomputed. A rank is assumed to receive twice the tokens of an even share, since SMAR's specialized experts
+may unbalance the load that much.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from architectures import ARCHITECTURES, Architecture
 from transformers import AutoModel, AutoModelForCausalLM
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
-OFFLOADED = OPTIMIZER + GRADIENT  # Megatron keeps a pinned copy of the gradients beside the state
+OFFLOADED = OPTIMIZER + GRADIENT  # Megatron keeps a pinned copy of the gradients next to the state
 IMBALANCE = 2
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a recipe's stage runs.
+    """Parallel layout and batch of a recipe's stage.
 
     Attributes:
         gpus: Number of GPUs.
-        experts: --expert-model-parallel-size.
-        offload: Whether the optimizer's state lies in the host's memory (--optimizer-cpu-offload).
-        sequence: --seq-length.
-        micro_batch: --micro-batch-size.
+        experts: Value of --expert-model-parallel-size.
+        offload: Whether the optimizer's state is in the host's memory (--optimizer-cpu-offload).
+        sequence: Value of --seq-length.
+        micro_batch: Value of --micro-batch-size.
     """
 
     gpus: int
@@ -48,10 +49,10 @@ class Parameters:
     """Numbers of parameters.
 
     Attributes:
-        experts: Of all experts.
-        rest: Of the rest of the language model.
-        vision: Of the vision tower.
-        trained_rest: How many of `rest` learn.
+        experts: Parameters of all experts.
+        rest: Parameters of the rest of the language model.
+        vision: Parameters of the vision tower.
+        trained_rest: Number of the parameters in `rest` that are trained.
     """
 
     experts: int
@@ -83,21 +84,21 @@ def _layer(name: str) -> int:
 
 
 def activations(architecture: Architecture, layout: Layout) -> float:
-    """Bytes of each layer's input, and of what one layer and the logits take for a moment."""
+    """Returns the bytes of all layers' inputs plus the temporary memory of one layer and of the logits."""
     config, tokens = architecture.language, layout.sequence * layout.micro_batch
     hidden, layers = config.hidden_size, config.num_hidden_layers
     top_k = architecture.upcycled[1] if architecture.upcycled else config.num_experts_per_tok
     ffn = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    gated = 1 if architecture.upcycled else 2  # Phi has no gate beside its first linear layer
+    gated = 1 if architecture.upcycled else 2  # Phi's feed-forward layer has no gate
     heads = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
     attention = tokens * (4 * hidden + 4 * heads) * WEIGHT  # norms, residuals, queries, keys, values, output
     experts = tokens * top_k * IMBALANCE * (2 * hidden + (gated + 1) * ffn) * WEIGHT
-    logits = tokens * config.vocab_size * (2 + 4 + 4)  # bf16, fp32, and their gradient
+    logits = tokens * config.vocab_size * (2 + 4 + 4)  # in bf16, in fp32, and their gradient
     return layers * tokens * hidden * WEIGHT + attention + experts + logits
 
 
 def estimate(architecture: Architecture, layout: Layout) -> dict[str, float]:
-    """Bytes of one GPU, and of the host's memory per GPU."""
+    """Returns the bytes on one GPU by kind, and the bytes of the host's memory per GPU."""
     parameters = count(architecture)
     experts = parameters.experts / layout.experts
     own = (parameters.experts + parameters.trained_rest) / layout.gpus
@@ -110,7 +111,7 @@ def estimate(architecture: Architecture, layout: Layout) -> dict[str, float]:
     }
 
 
-# Of the last stage of each recipe, as its script has it.
+# Layouts of the last stage of each recipe, as in its script.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "mixtral_8x7b_internvit": (Layout(8, 8, True), Layout(64, 8, False)),
     "qwen3_30b_a3b_internvl": (Layout(8, 8, True), Layout(64, 8, False)),

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe's `--tiny` starts from: a small random model of the recipe's architecture, pictures, texts, shards.
+"""Makes the inputs of a recipe's `--tiny`: a small random model of the recipe's architecture, images, texts and shards.
 
     python examples/tiny.py RECIPE --output FOLDER
 
-Written into the folder, all as a user's own would be:
+It writes to the folder, in the same formats as a user's own data:
 
     language/, vision/      Hugging Face folders with random weights; language/ with a tokenizer
     llava/                  moe_llava_phi: language/ and a connector under MoE-LLaVA's names
     stage1/, stage2/        shards made by tools/data/prepare.py
-    text.jsonl, vqa.json, images/    what tools/evaluate.py measures
+    text.jsonl, vqa.json, images/    inputs of tools/evaluate.py
 
-The pictures are parts of those that come with matplotlib, the texts are this project's licence. Mixtral gets its own
-tokenizer (package mistral-common), the others a byte-level one trained on the licence.
+The images are parts of matplotlib's sample images, the texts are paragraphs of this project's licence. Mixtral gets its
+own tokenizer (package mistral-common), the others a byte-level tokenizer trained on the licence.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PICTURES = {  # of matplotlib's sample data
     "the logo": "logo2.png",
 }
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-# Special tokens of the published tokenizers: what ends a text, and the tokens of the conversation template.
+# Special tokens of the published tokenizers: the end-of-text token first, then those of the conversation template.
 BYTE_LEVEL_TOKENS = {
     "qwen3_30b_a3b_internvl": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "moe_llava_phi": ["<|endoftext|>"],
@@ -52,7 +52,7 @@ BYTE_LEVEL_TOKENS = {
 
 
 def make_tokenizer(recipe: str, output: Path) -> None:
-    """Writes the language model's tokenizer, without image tokens, as its folder would have it.
+    """Writes the language model's tokenizer, without image tokens, in the form of the published folder.
 
     Raises:
         SystemExit: The package with Mixtral's tokenizer is not installed.
@@ -79,10 +79,10 @@ def _train_byte_level(special: list[str], output: Path) -> None:
 
 
 def make_model(recipe: str, output: Path) -> None:
-    """Writes the small language model and the small vision tower, with random weights, biases and norms too."""
+    """Writes the small language model and the small vision tower, with random weights, biases and norms."""
     torch.manual_seed(0)
     vocab_size = len(AutoTokenizer.from_pretrained(output / "language", trust_remote_code=False))
-    # Qwen's and Phi's vocabularies have more rows than tokens, Mixtral's has not.
+    # The vocabularies of Qwen and Phi have more rows than tokens, Mixtral's does not.
     language, vision = ARCHITECTURES[recipe].tiny(-(-vocab_size // 128) * 128)
     for name, model in (
         ("language", AutoModelForCausalLM.from_config(language)),
@@ -95,13 +95,13 @@ def make_model(recipe: str, output: Path) -> None:
 
 
 def make_llava(output: Path) -> None:
-    """Writes the small Phi and a random connector as MoE-LLaVA's code saves its second stage."""
+    """Writes the small Phi and a random connector in the format in which MoE-LLaVA's code saves its second stage."""
     language, vision = output / "language", json.loads((output / "vision" / "config.json").read_text())
     (output / "llava").mkdir(exist_ok=True)
     for path in language.glob("tokenizer*"):
         shutil.copyfile(path, output / "llava" / path.name)
     config = json.loads((language / "config.json").read_text())
-    config |= config.pop("rope_parameters")  # as transformers 4.37 had it
+    config |= config.pop("rope_parameters")  # as in transformers 4.37
     more = {"model_type": "llava_phi", "image_projector_type": "mlp2x_gelu", "mm_hidden_size": vision["hidden_size"]}
     (output / "llava" / "config.json").write_text(json.dumps(config | more))
     weights = load_file(language / "model.safetensors")
@@ -117,13 +117,13 @@ def make_llava(output: Path) -> None:
 
 
 def passages() -> list[str]:
-    """The licence's paragraphs, each on one line."""
+    """Returns the licence's paragraphs, each on one line."""
     paragraphs = (ROOT / "LICENSE").read_text(encoding="utf-8").split("\n\n")
     return [" ".join(paragraph.split()) for paragraph in paragraphs if len(paragraph) > 100]
 
 
 def parts(output: Path) -> Iterator[tuple[str, str, str]]:
-    """Cuts the pictures in nine; yields each part's file, relative to `output`, its picture and its place there."""
+    """Crops each image into nine parts; yields each part's file relative to `output`, its image and its position."""
     (output / "images").mkdir(parents=True, exist_ok=True)
     for number, (picture, file) in enumerate(PICTURES.items()):
         with cbook.get_sample_data(file) as opened:
@@ -138,7 +138,7 @@ def parts(output: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def conversation(key: str, image: str | None, question: str, answer: str) -> dict[str, Any]:
-    """A record in LLaVA's format."""
+    """Returns a record in LLaVA's format."""
     human = f"<image>\n{question}" if image else question
     turns = [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
     return {"id": key, **({"image": image} if image else {}), "conversations": turns}
@@ -165,7 +165,7 @@ def make_data(output: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=ARCHITECTURES)
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")

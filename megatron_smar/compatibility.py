@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses, in one sentence, an environment in which Megatron would fail later and further away.
+"""Refuses, with one sentence, an environment in which Megatron would fail later and less clearly.
 
 Runs whenever `megatron_smar` is imported, so it only looks at package metadata and files and imports neither torch nor
 Megatron nor Transformer Engine.
@@ -27,15 +27,16 @@ _APEX_EXTENSIONS = ("amp_C", "fused_layer_norm_cuda")
 
 
 def check_environment() -> None:
-    """Check that the installed packages are ones this project can run with.
+    """Checks that this project can run with the installed packages.
 
-    A healthy Transformer Engine without a GPU passes: which kernels to use is `megatron_smar.runtime`'s business.
+    A complete Transformer Engine on a machine without a GPU passes: `megatron_smar.runtime` decides which kernels to
+    use.
 
     Raises:
         ImportError: torch or megatron-core is missing or outside the tested range, another copy of Megatron comes first
             on the path, an importable `apex` is not a complete NVIDIA apex, or Transformer Engine is half installed.
-            The message is one sentence that says what to do. With MEGATRON_SMAR_ALLOW_UNTESTED=1 a version outside the
-            tested range is a warning.
+            The message is one sentence with the fix. With MEGATRON_SMAR_ALLOW_UNTESTED=1 a version outside the tested
+            range is only a warning.
     """
     for package in ("torch", "megatron-core"):
         _check_tested_version(package)
@@ -51,12 +52,12 @@ def _check_tested_version(package: str) -> None:
             f"{package} is not installed for this Python, but megatron_smar needs it: run `make env` in the checkout, "
             "or install megatron_smar with pip."
         )
-    # Not at the top: it comes with the packages whose absence is reported above.
+    # Not imported at the top: `packaging` is installed with the packages whose absence is reported above.
     from packaging.requirements import Requirement
     from packaging.version import Version
 
     wanted = _declared_requirement(package)
-    # NVIDIA's containers carry builds such as 2.13.0a0+1234abcd.nv26.08, which count as their release.
+    # NVIDIA's containers have builds such as 2.13.0a0+1234abcd.nv26.08, which count as that release.
     if Version(version).base_version in Requirement(wanted).specifier:
         return
     message = f"{package} {version} is installed, but megatron_smar is tested with {wanted} only"
@@ -64,11 +65,11 @@ def _check_tested_version(package: str) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"WARNING: {message} ({ALLOW_UNTESTED} is set).", file=sys.stderr)
         return
-    raise ImportError(f"{message}: run `pip install '{wanted}'`, or set {ALLOW_UNTESTED}=1 to go on with a warning.")
+    raise ImportError(f"{message}: run `pip install '{wanted}'`, or set {ALLOW_UNTESTED}=1 to continue with a warning.")
 
 
 def _check_single_megatron() -> None:
-    """A Megatron-LM checkout on PYTHONPATH hides the installed megatron-core, whatever the metadata says."""
+    """Refuses a Megatron-LM checkout on PYTHONPATH: it hides the installed megatron-core, unseen by the metadata."""
     version = _installed_version("megatron-core")
     installed = Path(str(metadata.distribution("megatron-core").locate_file("megatron/core/__init__.py")))
     spec = util.find_spec("megatron") and util.find_spec("megatron.core")
@@ -77,7 +78,7 @@ def _check_single_megatron() -> None:
             f"megatron-core {version} is registered as installed, but `megatron.core` cannot be found: "
             f"run `pip install --force-reinstall --no-deps megatron-core=={version}`."
         )
-    # An editable installation has no file of its own there, and nothing to be hidden.
+    # An editable installation has no file there that could be hidden.
     if installed.is_file() and not installed.samefile(spec.origin):
         raise ImportError(
             f"`megatron.core` would be imported from {Path(spec.origin).parent}, which hides the installed "
@@ -86,7 +87,7 @@ def _check_single_megatron() -> None:
 
 
 def _check_apex() -> None:
-    """Megatron takes any importable `apex` for NVIDIA's, and dies in its layer norm or optimizer if it is not."""
+    """Refuses an incomplete or foreign `apex`: Megatron assumes NVIDIA's, and fails in its layer norm or optimizer."""
     spec = util.find_spec("apex")
     if spec is None:
         return
@@ -106,7 +107,7 @@ def _check_apex() -> None:
 
 
 def _check_transformer_engine() -> None:
-    """A half-installed Transformer Engine breaks `import megatron.core` with errors other than ImportError."""
+    """Refuses a half-installed Transformer Engine: `import megatron.core` fails with errors other than ImportError."""
     spec = util.find_spec("transformer_engine")
     if spec is None:
         return
@@ -122,7 +123,7 @@ def _check_transformer_engine() -> None:
 
 
 def _transformer_engine_problem(spec: ModuleSpec, versions: dict[str, str]) -> str | None:
-    """What is wrong, by the rules of Transformer Engine's own loader (transformer_engine/common/__init__.py)."""
+    """Returns what is wrong by the rules of Transformer Engine's own loader (transformer_engine/common/__init__.py)."""
     if "transformer-engine" not in versions:
         return "the package transformer-engine is not installed"
     if len(set(versions.values())) > 1:
@@ -138,7 +139,7 @@ def _transformer_engine_problem(spec: ModuleSpec, versions: dict[str, str]) -> s
 
 
 def _location(spec: ModuleSpec) -> Path:
-    """A package's directory, or a module's file."""
+    """Returns the directory of a package or the file of a module."""
     return Path(next(iter(spec.submodule_search_locations or [str(spec.origin)])))
 
 
@@ -150,7 +151,7 @@ def _installed_version(package: str) -> str | None:
 
 
 def _declared_requirement(package: str) -> str:
-    """This project's own requirement on a package, as pyproject.toml has it: the one place for the tested ranges."""
+    """Returns this project's requirement on a package from pyproject.toml, the only place that has tested ranges."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -159,11 +160,11 @@ def _declared_requirement(package: str) -> str:
 
 
 def _declared_requirements() -> list[str]:
-    """All requirements, extras too: from the checkout's pyproject.toml, else from the installed package's metadata."""
+    """Returns all requirements with extras: from the checkout's pyproject.toml, else from the package's metadata."""
     pyproject = Path(__file__).resolve().parents[1] / "pyproject.toml"
     if pyproject.is_file():
         project = tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {})
-        # Beside an installed package, a file of that name is some other project's.
+        # Next to an installed package, a file of that name belongs to another project.
         if project.get("name") == "megatron_smar":
             return sum(project["optional-dependencies"].values(), project["dependencies"])
     if _installed_version("megatron_smar") is None:

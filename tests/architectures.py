@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small random models of every language architecture that can be converted, in several shapes.
+"""Small random models of every language architecture that can be converted, in several variants.
 
-Vocabularies are odd, so that no tensor-parallel layout divides them; norms lie away from one and biases from zero, so
-that one which is lost or misplaced shows.
+Vocabulary sizes are odd, so that no tensor-parallel size divides them. Norms differ from one and biases from zero, so
+that a missing or misplaced parameter is noticed.
 """
 
 from pathlib import Path
@@ -56,7 +56,7 @@ LLAMA_3 = {
     "original_max_position_embeddings": 8192,
 }
 
-# By name: the model type, and what of `SHAPE` is otherwise. The first of each type also runs in every layout.
+# Name -> model type, and changes to `SHAPE`. The first case of each type also runs in every parallel layout.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "mixtral, tied, one group per head": (
@@ -122,7 +122,7 @@ FIRST = {kind: name for name, (kind, _) in reversed(CASES.items())}
 
 
 def build_config(name: str, **changes: Any) -> Any:
-    """The config of one of `CASES`."""
+    """Returns the config of one of `CASES`."""
     from transformers import AutoConfig
 
     kind, settings = CASES[name]
@@ -130,7 +130,7 @@ def build_config(name: str, **changes: Any) -> Any:
 
 
 def build_hf(name: str) -> Any:
-    """A random model of one of `CASES`."""
+    """Builds a random model of one of `CASES`."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -145,13 +145,13 @@ def build_hf(name: str) -> Any:
 
 
 def composite_source(hf: Any, tower: Path, folder: Path, image_token: int = VOCABULARY - 1) -> Any:
-    """A language model with a vision tower and a fresh connector, to be imported.
+    """Returns the source of an import: a language model, a vision tower and a newly initialized connector.
 
     Args:
-        hf: The language model; its vocabulary has the image tokens already.
-        tower: The tower's folder.
-        folder: Where the language model is saved.
-        image_token: The placeholder of one vision token.
+        hf: The language model; its vocabulary already has the image tokens.
+        tower: Folder of the vision tower.
+        folder: Folder to save the language model to.
+        image_token: Id of the placeholder for one vision token.
     """
     from megatron_smar.checkpoint.safetensors_io import read_folder
     from megatron_smar.conversion import composite
@@ -167,5 +167,5 @@ def composite_source(hf: Any, tower: Path, folder: Path, image_token: int = VOCA
 
 
 def sample_ids() -> Tensor:
-    """Token ids [2, s]."""
+    """Returns random token ids [2, s]."""
     return torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))

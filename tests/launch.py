@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running the project's programs as a user would, and reading what they leave."""
+"""Runs the project's programs like a user, and reads their results."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A model of the same shape as Mixtral's in everything but size; every flag is Megatron's.
+# A model like Mixtral in everything but size; every flag is Megatron's.
 SMALL_MODEL = """
     --image-size 32 --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4
     --group-query-attention --num-query-groups 2 --num-experts 4 --moe-router-topk 2
@@ -30,7 +30,7 @@ TWO_STEPS = ["--micro-batch-size", "4", "--global-batch-size", "8", "--train-ite
 
 
 def users_environment() -> dict[str, str]:
-    """The environment without what the tests' own process group has set in it, which a program would join."""
+    """Returns the environment without the variables of the tests' own process group, which a program would join."""
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in launched}
 
@@ -44,11 +44,19 @@ def run(
     rank: Mapping[str, str] | None = None,
     answers: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program of the project, on one process or on several under torchrun; a hang is a failure.
+    """Runs a program of the project, in one process or in several under torchrun.
 
-    The output is both streams together. The program is killed, all its ranks with it, when it takes longer than
-    `timeout` or, where `idle` is given instead, when it writes nothing for that many seconds. `rank` holds the
-    environment of one rank of several, for `run_each_rank`, and `answers` what the program finds on its input.
+    Args:
+        *command: The program and its arguments.
+        ranks: Number of processes under torchrun; 0 for one process without torchrun.
+        timeout: Seconds after which the program is killed with all its ranks, and fails.
+        idle: If given, the program is killed after this many seconds without output, instead of after `timeout`.
+        check: Whether a failure raises AssertionError.
+        rank: Environment of one rank of several, for `run_each_rank`.
+        answers: The program's standard input.
+
+    Returns:
+        The finished process; its output has standard output and standard error together.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     environment = (
@@ -79,7 +87,7 @@ def run(
     events = select.poll()  # select.select would take none of the thousands of descriptors that unit tests leave open
     events.register(process.stdout, select.POLLIN | select.POLLHUP)
     while True:
-        left = idle or end - time.monotonic()  # no time left is a hang too, however much is written
+        left = idle or end - time.monotonic()  # beyond the timeout it is a hang, even if output is still written
         readable = left > 0 and events.poll(1000 * left)
         chunk = os.read(process.stdout.fileno(), 1 << 16) if readable else b""
         output += chunk
@@ -87,7 +95,7 @@ def run(
             break
     hung = not readable
     if hung:
-        os.killpg(process.pid, signal.SIGKILL)  # the ranks too, or they would wait on for each other
+        os.killpg(process.pid, signal.SIGKILL)  # also the ranks, which would otherwise keep waiting for each other
     process.stdout.close()
     done = subprocess.CompletedProcess(process.args, process.wait(), output.decode(errors="replace"))
     if check and (hung or done.returncode):
@@ -96,9 +104,9 @@ def run(
 
 
 def run_each_rank(*command: Any, ranks: int, **options: Any) -> list[subprocess.CompletedProcess[str]]:
-    """Runs a program on several processes as srun starts them, each to its own end, and returns what each one wrote.
+    """Runs a program in several processes as srun starts them, each until it ends, and returns each process's output.
 
-    torchrun kills the other ranks as soon as one has failed, so what each rank has to say can only be heard this way.
+    torchrun kills the other ranks as soon as one rank fails, so only this way shows what each rank writes.
     """
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
 
@@ -110,7 +118,7 @@ def run_each_rank(*command: Any, ranks: int, **options: Any) -> list[subprocess.
 
 
 def on_two_ranks(function: Callable[..., None], folder: Path) -> dict[Any, Any]:
-    """What two spawned processes leave in a dictionary: `function(rank, store, results)` joins them by a file store."""
+    """Returns the results of two spawned processes that run `function(rank, store, results)` with a file store."""
     import torch
 
     with torch.multiprocessing.get_context("spawn").Manager() as manager:
@@ -120,7 +128,7 @@ def on_two_ranks(function: Callable[..., None], folder: Path) -> dict[Any, Any]:
 
 
 def load_weights(directory: Path) -> dict[str, Any]:
-    """The model's weights in a torch_dist checkpoint, whole, whatever layout wrote them."""
+    """Returns the model's complete weights from a torch_dist checkpoint, whatever parallel layout wrote it."""
     import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small real models that the tests share."""
+"""Small real models shared by the tests."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What every small mixture here has; any TransformerConfig takes it.
+# Arguments of TransformerConfig that all small mixtures share.
 MIXTURE: dict[str, Any] = dict(
     num_moe_experts=4,
     moe_token_dispatcher_type="alltoall",
@@ -25,7 +25,7 @@ MIXTURE: dict[str, Any] = dict(
 
 
 def transformer_config(**changes: Any) -> Any:
-    """A Mixtral-shaped TransformerConfig: 3 layers, 4 experts, top-2, grouped queries."""
+    """Returns a Mixtral-like TransformerConfig: 3 layers, 4 experts, top-2, grouped queries."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     settings = MIXTURE | dict(
@@ -49,7 +49,7 @@ def build_model(
     freeze: frozenset[str] = frozenset({"vision"}),
     **config: Any,
 ) -> Any:
-    """A VisionLanguageModel with a vocabulary of 128 and 32 px tiles; needs initialised parallel state."""
+    """Builds a VisionLanguageModel with a vocabulary of 128 and 32 px tiles; needs initialized parallel state."""
     from megatron_smar.model.vision import VisionConfig
     from megatron_smar.model.vlm import LanguageConfig, VisionLanguageModel
     from megatron_smar.routing.config import ModalityRoutingConfig
@@ -68,7 +68,7 @@ def build_model(
 
 
 def router_of(strategy: Any, **config: Any) -> Any:
-    """A router in float64, of a strategy's config or None; needs initialised parallel state."""
+    """Builds a router in float64 with a strategy's config, or None for none; needs initialized parallel state."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_smar.routing.config import ModalityRoutingConfig
@@ -84,13 +84,13 @@ def router_of(strategy: Any, **config: Any) -> Any:
 
 
 def route(router: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """probs and map, [s, b, E] each, and the statistics that were launched."""
+    """Runs a router; returns its probabilities and routing map, [s, b, E] each, and the reduced statistics."""
     probs, chosen = router(inputs, mask)
     return probs.view(*mask.shape[:2], -1), chosen.view(*mask.shape[:2], -1), router._pending.wait()[0]
 
 
 def smar_of_layer(statistics: Any, top_k: int, eps: float, d_min: float, d_max: float) -> tuple[Any, Any, Any]:
-    """One layer's MRD distance, its SMAR loss, and whether they mean anything, as the router forms them."""
+    """Returns a layer's MRD distance, its SMAR loss, and whether they are defined, computed as in the router."""
     from megatron_smar.routing import layer_distance
     from megatron_smar.routing.strategies import RoutedLayer
     from megatron_smar.routing.strategies.base import LayerRouting
@@ -104,7 +104,7 @@ def smar_of_layer(statistics: Any, top_k: int, eps: float, d_min: float, d_max: 
 
 
 def save_tower(folder: Path) -> str:
-    """A vision tower's folder: an InternViT of one layer, for tiles of 32 px."""
+    """Saves a vision tower, an InternViT with one layer for tiles of 32 px, and returns its folder."""
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
@@ -113,7 +113,7 @@ def save_tower(folder: Path) -> str:
 
 
 def build_hf_model(image_token_id: int) -> Any:
-    """Hugging Face's model of the same shape, randomly initialised, its norms and scales away from one."""
+    """Builds Hugging Face's model of the same sizes, randomly initialized, with norms and scales different from 1."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, MixtralConfig
 
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def build_hf_model(image_token_id: int) -> Any:
 
 
 def copy_weights(hf: Any, model: Any) -> None:
-    """Copies the connector's and the language model's weights of a Hugging Face model into ours (one rank)."""
+    """Copies connector and language model weights of a Hugging Face model to this project's model (one rank)."""
     theirs = dict(hf.named_parameters())
     used = {name for name in theirs if "vision_tower" in name}
 
@@ -177,7 +177,7 @@ def copy_weights(hf: Any, model: Any) -> None:
         prefix = f"{language}.layers.{index}"
         copy(layer.input_layernorm.weight, take(f"{prefix}.input_layernorm.weight"))
         copy(layer.pre_mlp_layernorm.weight, take(f"{prefix}.post_attention_layernorm.weight"))
-        # Megatron keeps each group's queries, key and value together.
+        # Megatron stores each group's queries, key and value together.
         qkv = [take(f"{prefix}.self_attn.{x}_proj.weight").unflatten(0, (groups, -1)) for x in "qkv"]
         copy(layer.self_attention.linear_qkv.weight, torch.cat(qkv, dim=1).flatten(0, 1))
         copy(layer.self_attention.linear_proj.weight, take(f"{prefix}.self_attn.o_proj.weight"))
@@ -186,11 +186,11 @@ def copy_weights(hf: Any, model: Any) -> None:
         for number, expert in enumerate(layer.mlp.experts.local_experts):
             copy(expert.linear_fc1.weight, gate_up[number])
             copy(expert.linear_fc2.weight, down[number])
-    assert used == set(theirs), f"weights left behind: {sorted(set(theirs) - used)}"
+    assert used == set(theirs), f"weights that were not copied: {sorted(set(theirs) - used)}"
 
 
 def prepare(ids: Tensor, padding: Tensor, pixels: Tensor, image_token_id: int) -> dict[str, Tensor]:
-    """The model's inputs for token ids [b, s], as the trainer makes them."""
+    """Returns the model's inputs for token ids [b, s], prepared as in training."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_smar.data.batch import VisionLanguageBatch
@@ -208,5 +208,5 @@ def prepare(ids: Tensor, padding: Tensor, pixels: Tensor, image_token_id: int) -
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tokens = 4 if len(pixels) else 0
     inputs = vars(prepare_batch(batch, [image_token_id], tokens, True, groups))
-    of_the_loss = ("labels", "loss_mask", "shares", "step_tokens", "context_tokens")
-    return {name: value for name, value in inputs.items() if name not in of_the_loss}
+    loss_inputs = ("labels", "loss_mask", "shares", "step_tokens", "context_tokens")
+    return {name: value for name, value in inputs.items() if name not in loss_inputs}

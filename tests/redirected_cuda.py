@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA as far as it can be had without a GPU: this process claims eight H100, and every tensor is on the CPU.
+"""Runs a program's CUDA path without a GPU: the process claims to have eight H100, and every tensor is on the CPU.
 
     python tests/redirected_cuda.py PROGRAM ARGUMENTS...
 
-The program then takes the product's CUDA path: CUDA's defaults and flags, and of the adaptations only those that act on
-CUDA. What stands for the device itself is taken from the CPU runtime: calls of torch.cuda, and the three repairs of
-Megatron that a missing device needs. NCCL's place is taken by Gloo. Kernels, streams and memory are not tested by this.
+The program then uses CUDA's defaults and flags, and only those adaptations that apply to CUDA. In place of the device,
+the CPU runtime provides the calls of torch.cuda and the adaptations of Megatron that a missing device needs; Gloo
+replaces NCCL. Kernels, streams and memory are not tested.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ ON_HOST = "_was_moved_to_the_host"  # marks a tensor
 
 
 def claim_cuda(gpus: int = 8, capability: tuple[int, int] = (9, 0)) -> None:
-    """Makes torch claim GPUs, before anything of Megatron is imported."""
+    """Makes torch claim to have GPUs; call it before any part of Megatron is imported."""
     cuda: Any = torch.cuda
     for stand_in in STANDS_FOR_THE_DEVICE:
-        stand_in.__wrapped__()  # past the check of where it acts
+        stand_in.__wrapped__()  # without the check of where the adaptation applies
     cuda.is_available, cuda.is_initialized, cuda.device_count = (lambda: True), (lambda: True), (lambda: gpus)
     properties = types.SimpleNamespace(
         major=capability[0], minor=capability[1], total_memory=80 << 30, name="claimed H100", multi_processor_count=132
@@ -63,13 +63,13 @@ def claim_cuda(gpus: int = 8, capability: tuple[int, int] = (9, 0)) -> None:
 
 
 def stand_for_the_device_in_megatron() -> None:
-    """The part that imports Megatron, to be called after the product's `runtime.install()`."""
+    """Replaces the device in Megatron; call it after `runtime.install()`, since it imports Megatron."""
     for stand_in in STANDS_FOR_THE_DEVICE_IN_MEGATRON:
         stand_in.__wrapped__()
 
 
 def _claim_tensors() -> None:
-    """`is_cuda` is true, but for tensors moved to the host and what is made of them (by the offloaded optimizer)."""
+    """Makes `is_cuda` true, except for tensors moved to the host and tensors made from them (offloaded optimizer)."""
     tensor: Any = torch.Tensor
     tensor.is_cuda = property(lambda self: not hasattr(self, ON_HOST))
     to_cpu = tensor.cpu

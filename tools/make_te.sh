@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Usage: tools/make_te.sh VENV
-# Builds Transformer Engine, in the version that pyproject.toml names, into VENV (made by `make env VENV=...`), once: it
-# compiles against the torch there. Needs a C++ compiler and no GPU; the CUDA headers come as packages. MAX_JOBS= sets how
-# many files are compiled at a time.
+# Builds Transformer Engine, in the version that pyproject.toml names, into VENV (made by `make env VENV=...`), once. It
+# is compiled against the torch in VENV and needs a C++ compiler but no GPU; the CUDA headers are installed as packages.
+# MAX_JOBS= sets the number of files compiled at a time.
 set -euo pipefail
 
 venv=$1

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Usage: tools/make_venv.sh VENV [PYTHON]
-# Makes sure that VENV is a virtual environment of Python >= 3.12: creates it with PYTHON, or with an interpreter found by
-# running the candidates, since a name on PATH may be a shim that fails.
+# Ensures that VENV is a virtual environment with Python >= 3.12: creates it with PYTHON, or with the first candidate
+# that actually runs, since a name on PATH may be a shim that fails.
 set -euo pipefail
 
 venv=$1

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How SMAR's communication grows with ranks, experts, layers and tokens: arithmetic, the tables of docs/scaling.md.
+"""Calculates how SMAR's communication grows with ranks, experts, layers and tokens; prints docs/scaling.md's tables.
 
     python tools/scaling_table.py [--tokens 4096] [--expert-parallel 8] [--tflops 400]
 
-Beside the routing statistics stands what they are to hide behind: the token all-to-all and the experts' work. Nothing
-here is measured. `benchmarks/smar_overhead.py` counts collectives and floats per layer in a real step.
+The communication of the routing statistics is compared with what it overlaps with: the token all-to-all and the
+experts' computation. Nothing here is measured. `benchmarks/smar_overhead.py` counts collectives and floats per layer in
+a real step.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-STATISTICS_BYTES = 4  # float32, whatever the model's type
+STATISTICS_BYTES = 4  # float32, whatever the model's dtype
 ACTIVATION_BYTES = 2  # bfloat16
 
 
 @dataclass(frozen=True)
 class Model:
-    """An MoE language model, as far as the volumes depend on it.
+    """Sizes of an MoE language model that the volumes depend on.
 
     Attributes:
-        name: Heading of its rows.
-        layers: MoE layers.
-        hidden: h.
-        ffn: Inner width of one expert, whose three matrices are [h, ffn].
-        experts: E.
-        top_k: K.
-        modalities: M.
+        name: Label of the model's rows.
+        layers: Number of MoE layers.
+        hidden: Hidden size, h.
+        ffn: Intermediate size of one expert, whose three matrices are [h, ffn].
+        experts: Number of experts, E.
+        top_k: Experts chosen per token, K.
+        modalities: Number of modalities, M.
     """
 
     name: str
@@ -47,15 +48,15 @@ QWEN3 = Model("Qwen3-30B-A3B", layers=48, hidden=2048, ffn=768, experts=128, top
 
 @dataclass(frozen=True)
 class Setup:
-    """What the tables assume beside the model.
+    """The tables' assumptions other than the model's sizes.
 
     Attributes:
         tokens: Tokens per rank and micro-batch.
-        expert_parallel: Ranks that share one layer's experts out.
+        expert_parallel: Number of ranks over which one layer's experts are sharded.
         micro_batches: Micro-batches per step.
-        tflops: Assumed speed of one rank in the experts, for the time that there is to hide behind; no measurement.
-        models: Rows' models.
-        ranks: Sizes of the reduction.
+        tflops: Assumed, not measured, speed of one rank in the experts, which gives the time available for overlap.
+        models: Models of the rows.
+        ranks: Numbers of ranks in the reduction.
         token_counts: Tokens per rank in the second table.
     """
 
@@ -80,25 +81,28 @@ class Setup:
 
 
 def floats_per_layer(model: Model) -> int:
-    """M (2E + 1): counts and weights per modality and expert, and tokens; for any number of tokens or ranks."""
+    """Returns M (2E + 1): counts and weights per modality and expert, and tokens per modality.
+
+    The number does not depend on the number of tokens or ranks.
+    """
     return model.modalities * (2 * model.experts + 1)
 
 
 def ring_share(ranks: int) -> float:
-    """2 (n - 1) / n: how often a rank sends what a ring all-reduce over n ranks reduces; less than 2 for any n."""
+    """Returns 2 (n - 1) / n: what a rank sends in a ring all-reduce over n ranks, relative to the reduced tensor."""
     return 2 * (ranks - 1) / ranks
 
 
 def statistics_bytes(model: Model, setup: Setup, ranks: int) -> float:
-    """Bytes that a rank sends per step for the statistics: forward only, the backward pass needs no communication."""
+    """Returns the bytes that a rank sends per step for the statistics, in forward; backward needs no communication."""
     return floats_per_layer(model) * STATISTICS_BYTES * ring_share(ranks) * model.layers * setup.micro_batches
 
 
 def all_to_all_bytes(model: Model, setup: Setup) -> float:
-    """Bytes that a rank sends per step for the tokens.
+    """Returns the bytes that a rank sends per step for the tokens.
 
-    Dispatch and combine, forward and backward: four times K copies of each token's h numbers, of which a share of
-    (ep - 1) / ep leaves the rank when experts are chosen evenly.
+    Dispatch and combine, in forward and backward, send K copies of each token's h numbers four times; a share of
+    (ep - 1) / ep of them leaves the rank if experts are chosen evenly.
     """
     leaving = (setup.expert_parallel - 1) / setup.expert_parallel
     copies = setup.tokens * model.top_k * leaving
@@ -106,34 +110,34 @@ def all_to_all_bytes(model: Model, setup: Setup) -> float:
 
 
 def share(model: Model, setup: Setup, ranks: int) -> float:
-    """The statistics' bytes over the all-to-all's. Layers and micro-batches cancel out."""
+    """Returns the ratio of the statistics' bytes to the all-to-all's; layers and micro-batches cancel out."""
     return statistics_bytes(model, setup, ranks) / all_to_all_bytes(model, setup)
 
 
 def ring_steps(ranks: int) -> int:
-    """Messages one after the other in a ring all-reduce: reduce-scatter and all-gather, n - 1 each."""
+    """Returns the number of sequential messages in a ring all-reduce: n - 1 each for reduce-scatter and all-gather."""
     return 2 * (ranks - 1)
 
 
 def tree_steps(ranks: int) -> int:
-    """Messages one after the other in a tree all-reduce: up and down."""
+    """Returns the number of sequential messages in a tree all-reduce: up and down the tree."""
     return 2 * math.ceil(math.log2(ranks))
 
 
 def expert_seconds(model: Model, setup: Setup) -> float:
-    """Time of one layer's experts, forward, on one rank at the assumed speed: 2 operations per weight and token."""
+    """Returns the forward time of one layer's experts on one rank: 2 operations per weight and token."""
     return setup.tokens * model.top_k * 2 * 3 * model.hidden * model.ffn / (setup.tflops * 1e12)
 
 
 def table(header: str, rows: Iterable[Iterable[object]]) -> str:
-    """A markdown table; columns after the first are numbers."""
+    """Returns a Markdown table; all columns but the first are numbers."""
     columns = header.count("|") + 1
     lines = [f"| {header} |", "|---|" + "--:|" * (columns - 1)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
 def size(number: float) -> str:
-    """Bytes in the unit that leaves few digits; decimal units."""
+    """Formats bytes in a decimal unit with few digits."""
     for unit in ("B", "kB", "MB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
@@ -142,17 +146,17 @@ def size(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as milliseconds or microseconds."""
+    """Formats seconds as milliseconds or microseconds."""
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
 def per_million(fraction: float) -> str:
-    """A small share, to two digits, in parts per million: 10 000 are one percent."""
+    """Formats a small share in parts per million with two digits; 10,000 ppm are one percent."""
     return f"{1e6 * fraction:.2g} ppm"
 
 
 def volume_table(setup: Setup) -> str:
-    """Volume per rank and step, for models and ranks."""
+    """Returns the table of volume per rank and step, by model and number of ranks."""
     header = "model | ranks | floats per layer | statistics sent per rank | tokens sent per rank | share"
     return table(
         header,
@@ -172,7 +176,7 @@ def volume_table(setup: Setup) -> str:
 
 
 def tokens_table(setup: Setup) -> str:
-    """The share by tokens per rank, on the most ranks."""
+    """Returns the table of the share by tokens per rank, on the largest number of ranks."""
     ranks = max(setup.ranks)
     header = " | ".join(["model", *(f"{tokens} tokens" for tokens in setup.token_counts)])
     settings = [Setup(tokens, setup.expert_parallel, models=setup.models) for tokens in setup.token_counts]
@@ -182,7 +186,7 @@ def tokens_table(setup: Setup) -> str:
 
 
 def latency_table(setup: Setup) -> str:
-    """Steps of the all-reduce, and how long one may take if all are to pass while the experts run."""
+    """Returns the table of all-reduce steps, and how long each may take to overlap fully with the experts."""
     header = "model | ranks | experts' forward | ring steps | time per ring step | tree steps | time per tree step"
     return table(
         header,
@@ -203,7 +207,7 @@ def latency_table(setup: Setup) -> str:
 
 
 def markdown(setup: Setup) -> str:
-    """All tables, as docs/scaling.md has them."""
+    """Returns all tables, in the form of docs/scaling.md."""
     many = max(setup.ranks)
     return "\n\n".join(
         [
@@ -223,11 +227,18 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--tokens", type=int, default=Setup.tokens, help="Per rank and micro-batch. Default: %(default)s."
+        "--tokens", type=int, default=Setup.tokens, help="Tokens per rank and micro-batch. Default: %(default)s."
     )
-    parser.add_argument("--expert-parallel", type=int, default=Setup.expert_parallel, help="Default: %(default)s.")
-    parser.add_argument("--micro-batches", type=int, default=Setup.micro_batches, help="Default: %(default)s.")
-    parser.add_argument("--tflops", type=float, default=Setup.tflops, help="One rank's assumed speed in the experts.")
+    parser.add_argument(
+        "--expert-parallel",
+        type=int,
+        default=Setup.expert_parallel,
+        help="Ranks over which a layer's experts are sharded. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--micro-batches", type=int, default=Setup.micro_batches, help="Micro-batches per step. Default: %(default)s."
+    )
+    parser.add_argument("--tflops", type=float, default=Setup.tflops, help="Assumed speed of one rank in the experts.")
     try:
         setup = Setup(**vars(parser.parse_args()))
     except ValueError as error:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's language data: real English documents as passages, a tokenizer, and measures of reading.
+"""The demo's language data: real English documents split into passages, a tokenizer, and a perplexity baseline.
 
-Encyclopaedic text (Wikipedia summaries, BoolQ and QuAC passages) is cut at sentence ends into passages. Whole
-documents are held out, so that no held-out passage continues one that was read in training. Written into the output:
+Encyclopedic text (Wikipedia summaries, BoolQ and QuAC passages) is split at sentence ends into passages. Entire
+documents are held out, so that no held-out passage continues a training passage. Files in the output folder:
 
-    train.jsonl, held_out.jsonl     {"id", "text"}, one passage a line
+    train.jsonl, held_out.jsonl     {"id", "text"}, one passage per line
     tokenizer.model                 sentencepiece BPE with Mixtral's settings
     text_instructions.json          conversations made from training passages, for the pure text of stage 2
     summary.json                    `CorpusSummary`
@@ -40,7 +40,7 @@ _SENTENCE_END = re.compile(rf"(?<=[.!?]){_NO_ABBREVIATION}[\"')\]]*\s+(?=[\"'(\[
 
 @dataclass(frozen=True)
 class Document:
-    """One source text. Texts with the same key (a title) are held out, or not, together."""
+    """One source text. Texts with the same key (a title) are all held out, or all used for training."""
 
     key: str
     text: str
@@ -48,7 +48,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Passage:
-    """A run of whole sentences from one document."""
+    """Consecutive complete sentences from one document."""
 
     id: str
     text: str
@@ -56,17 +56,17 @@ class Passage:
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """How the corpus is cut and tokenised.
+    """Settings for splitting and tokenizing the corpus.
 
     Attributes:
-        max_chars: Length that a passage may reach, in characters.
-        min_chars: Shorter passages are left out.
-        max_tokens: Length that a passage may reach in tokens, with `<s>` and `</s>`.
-        held_out_percent: Share of the documents that is held out.
-        vocab_size: Pieces of the tokenizer, with bytes and special symbols.
-        tokenizer_passages: Training passages that the tokenizer is trained on.
-        instructions: Conversations to make from training passages.
-        seed: Of every choice made at random.
+        max_chars: Maximum length of a passage in characters.
+        min_chars: Minimum length of a passage in characters; shorter passages are left out.
+        max_tokens: Maximum length of a passage in tokens, with `<s>` and `</s>`.
+        held_out_percent: Percentage of the documents that is held out.
+        vocab_size: Number of the tokenizer's pieces, with bytes and special symbols.
+        tokenizer_passages: Number of training passages that the tokenizer is trained on.
+        instructions: Number of conversations to make from training passages.
+        seed: Seed of all random choices.
     """
 
     max_chars: int = 700
@@ -79,7 +79,7 @@ class CorpusConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+        """Refuses invalid values."""
         if self.vocab_size < 400:
             raise ValueError(f"vocab_size is {self.vocab_size}: at least 400, since bytes alone take 256 pieces.")
         if not 0 < self.min_chars < self.max_chars:
@@ -89,15 +89,15 @@ class CorpusConfig:
                 f"max_tokens is {self.max_tokens}: must be over {INSTRUCTION_MARGIN}, room for an instruction."
             )
         if not 0 < self.held_out_percent < 100:
-            raise ValueError(f"held_out_percent is {self.held_out_percent}: must lie between 1 and 99.")
+            raise ValueError(f"held_out_percent is {self.held_out_percent}: must be between 1 and 99.")
 
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """Measured sizes, and what no reading at all would score.
+    """Measured sizes, and the perplexity of a model that ignores the context.
 
     Attributes:
-        unigram_perplexity: Held-out perplexity a token under the token frequencies of the training text.
+        unigram_perplexity: Held-out perplexity per token under the token frequencies of the training text.
     """
 
     documents: int
@@ -113,13 +113,13 @@ class CorpusSummary:
 
 
 def read_documents(cache: Path) -> list[Document]:
-    """Read the texts of the fetched sources; the same text is read once."""
+    """Reads the texts of the fetched sources, without duplicates."""
     wikipedia = json.loads(members(WIKIPEDIA, cache)[0].read_text(encoding="utf-8"))
     pairs = [(article["title"], article["extract"]) for article in wikipedia.values()]
     *boolq, quac = members(READING, cache)
     for record in (json.loads(line) for path in boolq for line in path.open(encoding="utf-8")):
         passage = record["passage"].replace("``", '"').replace("''", '"')
-        title, _, body = passage.partition(" -- ")  # one of the files has the title in a field of its own
+        title, _, body = passage.partition(" -- ")  # one of the files has the title in a separate field
         pairs.append((record["title"], passage) if "title" in record else (title, body or passage))
     for line in quac.open(encoding="utf-8"):
         passage = json.loads(line)["passage"].removesuffix("CANNOTANSWER")
@@ -133,7 +133,7 @@ def read_documents(cache: Path) -> list[Document]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text; an initial or a common abbreviation does not end one, a line does."""
+    """Splits a text into sentences: at line ends, but not after an initial or a common abbreviation."""
     sentences, start = [], 0
     for match in _SENTENCE_END.finditer(text):
         end = match.start() + len(match.group().rstrip())  # a closing quote belongs to the sentence it closes
@@ -143,9 +143,9 @@ def split_sentences(text: str) -> list[str]:
 
 
 def split_passages(text: str, max_chars: int) -> list[str]:
-    """Cut a text into passages of whole sentences, of about equal length, each at most `max_chars` long.
+    """Splits a text into passages of complete sentences, of about equal length, each at most `max_chars` long.
 
-    A sentence that is longer is cut between words; a longer word stays whole.
+    A longer sentence is split between words; a longer word is not split.
     """
     pieces: list[str] = []
     for sentence in split_sentences(text):
@@ -168,14 +168,14 @@ def split_passages(text: str, max_chars: int) -> list[str]:
 
 
 def is_held_out(key: str, percent: int) -> bool:
-    """Whether a document is held out; a matter of its key alone, so that it never depends on the order or the rest."""
+    """Returns whether a document is held out, which depends only on its key, not on order or other documents."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 100 < percent
 
 
 def split_documents(documents: Iterable[Document], percent: int) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents, which share no key and no sentence of 40 characters or more.
+    """Splits documents into training and held-out ones, which share no key and no sentence of 40 characters or more.
 
-    Articles quote each other: a key chosen for holding out goes to training if a sentence of its documents is there.
+    Articles quote each other: a key chosen to be held out moves to training if a sentence of its documents is there.
     """
     train: list[Document] = []
     candidates: list[Document] = []
@@ -195,7 +195,7 @@ def split_documents(documents: Iterable[Document], percent: int) -> tuple[list[D
 
 
 def make_passages(documents: Iterable[Document], config: CorpusConfig) -> list[Passage]:
-    """Passages of the documents, each text once, with its hash as id and in the order of ids, which mixes them."""
+    """Makes the passages of the documents, without duplicates; ids are hashes, and sorting by id shuffles them."""
     passages: dict[str, Passage] = {}
     for document in documents:
         for text in split_passages(document.text, config.max_chars):
@@ -207,11 +207,10 @@ def make_passages(documents: Iterable[Document], config: CorpusConfig) -> list[P
 def train_tokenizer(
     passages: Sequence[Passage], config: CorpusConfig, output: Path
 ) -> sentencepiece.SentencePieceProcessor:
-    """Train a BPE tokenizer with Mixtral's settings and write it.
+    """Trains a BPE tokenizer with Mixtral's settings and writes it.
 
-    Symbols for images and instructions are pieces of their own; ids are `<unk>` 0, `<s>` 1, `</s>` 2, `<pad>` 3. BPE
-    has no random part and the first passages are taken, in the order of their hashes, so the same text gives the same
-    model.
+    Symbols for images and instructions are separate pieces; ids are `<unk>` 0, `<s>` 1, `</s>` 2, `<pad>` 3. BPE is
+    deterministic and the first passages in the order of their hashes are used, so the same text gives the same model.
     """
     sample = passages[: config.tokenizer_passages]
     model = io.BytesIO()
@@ -247,7 +246,7 @@ def train_tokenizer(
 def fit_passages(
     passages: Sequence[Passage], tokenizer: sentencepiece.SentencePieceProcessor, max_tokens: int
 ) -> tuple[list[Passage], list[int]]:
-    """Cut passages that have too many tokens; returns passages and the length of each, `<s>` and `</s>` included."""
+    """Splits passages that have too many tokens; returns passages and their lengths with `<s>` and `</s>`."""
     fitting: list[Passage] = []
     lengths: list[int] = []
     queue = list(passages)
@@ -266,7 +265,7 @@ def fit_passages(
 
 
 def text_conversations(passages: Sequence[Passage], count: int, seed: int) -> list[dict[str, object]]:
-    """Conversations made from passages of two sentences or more, without images, in LLaVA's format."""
+    """Makes conversations from passages of two sentences or more, without images, in LLaVA's format."""
     rng = random.Random(seed)
     records: list[dict[str, object]] = []
     for passage in rng.sample(passages, len(passages)):
@@ -289,9 +288,9 @@ def text_conversations(passages: Sequence[Passage], count: int, seed: int) -> li
 def unigram_perplexity(
     tokenizer: sentencepiece.SentencePieceProcessor, train: Sequence[str], held_out: Sequence[str]
 ) -> float:
-    """Perplexity a token of held-out text if each token is drawn by its frequency in training, plus one.
+    """Returns the perplexity per token of held-out text under a unigram model: training frequencies, plus one.
 
-    Counts every piece and the `</s>` that ends a text; `<s>` is given, not predicted.
+    Every piece and the `</s>` at the end of a text are counted; `<s>` is given, not predicted.
     """
 
     def count(texts: Sequence[str]) -> Counter[int]:
@@ -307,15 +306,15 @@ def unigram_perplexity(
 
 
 def prepare(cache: Path, output: Path, config: CorpusConfig | None = None) -> CorpusSummary:
-    """Make all language data (see the module's head) from the fetched sources.
+    """Makes all language data (see the module's docstring) from the fetched sources.
 
     Args:
-        cache: Where `sources.fetch` put the sources.
-        output: Folder to write into.
-        config: How; defaults if None.
+        cache: Folder where `sources.fetch` stored the sources.
+        output: Folder to write to.
+        config: Settings of the corpus; the defaults if None.
 
     Returns:
-        The summary, which is also written.
+        The summary, which is also written to the folder.
 
     Raises:
         SourceError: The sources have not been fetched.
@@ -359,15 +358,17 @@ def _write_lines(path: Path, passages: Sequence[Passage]) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     defaults = CorpusConfig()
     parser = argparse.ArgumentParser(description="Make the demo's language data from the fetched sources.")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="fetched sources (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo/corpus"), help="(default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=defaults.vocab_size, help="(default: %(default)s)")
-    parser.add_argument("--max-chars", type=int, default=defaults.max_chars, help="of a passage (default: %(default)s)")
     parser.add_argument(
-        "--max-tokens", type=int, default=defaults.max_tokens, help="of a passage (default: %(default)s)"
+        "--max-chars", type=int, default=defaults.max_chars, help="characters per passage (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=defaults.max_tokens, help="tokens per passage (default: %(default)s)"
     )
     arguments = parser.parse_args()
     started = time.monotonic()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's headline numbers: the table that the terminal and the page share."""
+"""The demo's headline numbers: the table shown on the terminal and on the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ QUESTIONS = "Picture questions"
 
 
 def headline_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Measure, before, after, baseline: the rows of the headline table, on the terminal and on the page."""
+    """Returns the rows of the headline table: measure, before, after, baseline."""
     before, after = report["mrd_distance_by_layer_before"], report["mrd_distance_by_layer"]
     d_min, d_max = report["band"]
 
@@ -32,7 +32,7 @@ def headline_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def format_table(report: Mapping[str, Any]) -> str:
-    """The headline table of a checked report as aligned plain text."""
+    """Returns the headline table of a checked report as aligned plain text."""
     rows = [("", "before", "after", "baseline"), *headline_rows(report)]
     kinds = [row[0] for row in rows].index(QUESTIONS) + 1
     rows[kinds:kinds] = [
@@ -47,7 +47,7 @@ def format_table(report: Mapping[str, Any]) -> str:
 
 
 def comparison_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The same measures after stage 2 by --modality-routing, a header first, of a report with a `comparison`."""
+    """Returns the measures after stage 2 by --modality-routing, with a header, of a report with a `comparison`."""
     header = ("Routing", "Retention", "Text perplexity", QUESTIONS, "MRD distance")
     return [
         header,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's page: what every run's page has (`megatron_smar.report.sections`), and the demo's before and after."""
+"""The demo's page: the sections of every run's page (`megatron_smar.report.sections`), and before against after."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ DEFINITIONS = {
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The page of a checked report. Raises ValueError where an example's picture cannot be read."""
+    """Returns the page of a checked report.
+
+    Raises:
+        ValueError: An example's image cannot be read.
+    """
     before, after = report["expert_share"]["before"], report["expert_share"]["after"]
     return document(
         report["title"],

@@ -13,7 +13,7 @@ from demo_page import render
 
 from megatron_smar.report.numbers import is_finite, is_number, plain
 
-# Every key of a report and what it holds; the text is what a user reads when it is missing.
+# Every key of a report with its meaning, which the error message shows if the key is missing.
 REQUIRED: dict[str, str] = {
     "title": "the name of the run",
     "retention": "word accuracy after divided by before",
@@ -42,7 +42,7 @@ _NUMBERS = [
     for key in REQUIRED
     if key.startswith(("retention", "text_", "unigram_", "word_", "vqa_")) and key != "vqa_by_kind"
 ]
-# Keys of the mappings inside; "*" stands for each entry.
+# Required keys of nested mappings; "*" stands for every entry.
 _INNER: dict[str, tuple[str, ...]] = {
     "vqa_by_kind.*": ("accuracy", "chance", "count"),
     "seconds": ("total",),
@@ -56,18 +56,18 @@ _INNER: dict[str, tuple[str, ...]] = {
 
 
 def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path, Path]:
-    """Writes report.json (everything but the pictures; null for what is not a finite number) and report.html.
+    """Writes report.json (without the images; null for values that are not finite) and report.html.
 
     Args:
         report: The keys of `REQUIRED`. Optional: `comparison`, a list of {routing, retention, vqa_accuracy,
             text_perplexity_after, mrd_distance}; `definitions`, {term: text}, which adds to those of the page.
-        directory: Made if need be.
+        directory: Folder to write to, created if it does not exist.
 
     Returns:
         The paths of report.json and report.html.
 
     Raises:
-        ValueError: A key is missing, a value has the wrong form, or a picture cannot be read.
+        ValueError: A key is missing, a value has the wrong form, or an image cannot be read.
     """
     check_report(report)
     page = render(report)
@@ -84,13 +84,21 @@ def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path
 
 
 def print_table(report: Mapping[str, Any]) -> None:
-    """Prints the headline numbers as aligned plain text. Raises ValueError as `write_report` does."""
+    """Prints the headline numbers as aligned plain text.
+
+    Raises:
+        ValueError: See `write_report`.
+    """
     check_report(report)
     print(format_table(report))
 
 
 def check_report(report: Mapping[str, Any]) -> None:
-    """Raises ValueError, in one sentence, where a report lacks a key or a value has the wrong form."""
+    """Checks a report.
+
+    Raises:
+        ValueError: A key is missing, or a value has the wrong form; the message is one sentence.
+    """
     for key, meaning in REQUIRED.items():
         if key not in report:
             raise ValueError(f"The report lacks the key '{key}': add {meaning}.")
@@ -106,7 +114,7 @@ def check_report(report: Mapping[str, Any]) -> None:
 
 
 def _numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Everything that must be a number, with its name."""
+    """Yields all values that must be numbers, with their names."""
     yield from ((key, report[key]) for key in _NUMBERS)
     for key in ("mrd_distance_by_layer", "mrd_distance_by_layer_before"):
         yield from ((f"{key}.{layer}", distance) for layer, distance in enumerate(report[key], start=1))
@@ -139,7 +147,7 @@ def _check_shapes(report: Mapping[str, Any]) -> None:
 
 
 def _entries(report: Mapping[str, Any], path: Sequence[str], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything that a path such as history.*.* leads to, with its name."""
+    """Yields all values at a path such as history.*.*, with their names."""
     if not path:
         yield place, report
         return

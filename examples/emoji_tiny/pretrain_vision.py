@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's vision encoder: a small InternViT that learns to see training scenes, as InternViT's own pretraining did.
+"""Pretrains the demo's vision encoder, a small InternViT, on training scenes, in place of InternViT's pretraining.
 
-From each pixel-shuffled patch feature (what the connector will get) linear heads name the corner it lies in and the
-object there and, from their mean, the background. The heads are thrown away; the encoder is saved in Hugging Face's
-format. Held-out scenes are never seen here.
+From each pixel-shuffled patch feature (the connector's input) linear heads predict the corner where the patch is and
+the object in that corner and, from the mean of the features, the background. The heads are discarded; the encoder is
+saved in Hugging Face's format. Held-out scenes are never used for training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Read when torch is imported: on cores that others use too, threads that spin while they wait are several times slower.
+# Read when torch is imported: on shared cores, threads that spin while they wait are several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -40,14 +40,15 @@ COLOURS = {name: number for number, name in enumerate(BACKGROUNDS)}
 
 @dataclass(frozen=True)
 class VisionPretrainingConfig:
-    """Size of the encoder and how it is trained.
+    """Size of the encoder and settings of its training.
 
     Attributes:
-        steps: Optimizer steps.
-        batch_size: Scenes a step, each drawn anew.
-        learning_rate: Its peak, after `warmup_fraction` of the steps; a cosine rises to it and one falls to 0.
-        threads: CPU threads.
-        held_out_scenes: Scenes that measure the accuracy at the end.
+        steps: Number of optimizer steps.
+        batch_size: Newly sampled scenes per step.
+        learning_rate: Peak learning rate, to which a cosine rises in `warmup_fraction` of the steps; another cosine
+            then decays to 0.
+        threads: Number of CPU threads.
+        held_out_scenes: Number of scenes for the accuracy at the end.
     """
 
     hidden_size: int = 128
@@ -64,19 +65,19 @@ class VisionPretrainingConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+        """Refuses invalid values."""
         for name in ("steps", "batch_size", "threads", "held_out_scenes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be 1 or more.")
         if not 0 < self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction is {self.warmup_fraction}: must lie between 0 and 1.")
+            raise ValueError(f"warmup_fraction is {self.warmup_fraction}: must be between 0 and 1.")
         if self.hidden_size % self.heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of heads {self.heads}.")
 
 
 @dataclass(frozen=True)
 class VisionReport:
-    """What was reached, on held-out scenes."""
+    """Size and time of the training, and accuracies on held-out scenes."""
 
     parameters: int
     steps: int
@@ -87,7 +88,7 @@ class VisionReport:
 
 
 class SceneReader(nn.Module):
-    """The encoder and its throw-away heads."""
+    """The encoder and the heads that are discarded after pretraining."""
 
     def __init__(self, config: VisionPretrainingConfig) -> None:
         super().__init__()
@@ -99,20 +100,22 @@ class SceneReader(nn.Module):
             image_size=IMAGE_SIZE,
             patch_size=PATCH_SIZE,
             use_absolute_position_embeddings=True,
-            use_mean_pooling=False,  # with the final norm, since the mlp2x_gelu connector has none of its own
+            use_mean_pooling=False,  # keeps the final norm, since the mlp2x_gelu connector has no norm
         )
         self.encoder = InternVLVisionModel(vision)
-        nn.init.trunc_normal_(self.encoder.embeddings.position_embeddings, std=0.02)  # zeros leave patches alike
+        nn.init.trunc_normal_(
+            self.encoder.embeddings.position_embeddings, std=0.02
+        )  # zeros would not tell patches apart
         features = config.hidden_size * SHUFFLE_STEP**2
         self.objects = nn.Linear(features, len(CLASSES))
         self.corners = nn.Linear(features, len(CORNERS))
         self.backgrounds = nn.Linear(features, len(COLOURS))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of what each token shows and where it lies, [n, tokens, ...], and of the background, [n, colours].
+        """Returns logits of each token's object and corner, [n, tokens, ...], and of the background, [n, colours].
 
         Args:
-            pixel_values: [n, 3, IMAGE_SIZE, IMAGE_SIZE], normalised.
+            pixel_values: Normalized pixels [n, 3, IMAGE_SIZE, IMAGE_SIZE].
         """
         patches = self.encoder(pixel_values).last_hidden_state[:, 1:]  # without the class token
         tokens = pixel_shuffle(patches.unflatten(1, (GRID, GRID)), SHUFFLE_STEP)
@@ -120,27 +123,27 @@ class SceneReader(nn.Module):
 
 
 def token_corners() -> Tensor:
-    """Which of `CORNERS` each vision token lies in, [tokens]."""
+    """Returns the index in `CORNERS` of each vision token's corner, [tokens]."""
     side = GRID // SHUFFLE_STEP
     half = torch.arange(side) // (side // 2)
     return (half[:, None] * 2 + half[None, :]).flatten()
 
 
 def collate(scenes: list[Scene], sprites: Sprites) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixel values [n, 3, H, W], object of each corner [n, 4], background [n]."""
-    drawn = torch.from_numpy(np.stack([render(scene, sprites) for scene in scenes])).permute(0, 3, 1, 2)
-    pixels = normalise(drawn, *NORMALISATION["internvl_vision"]).contiguous()
+    """Returns pixel values [n, 3, H, W], the object in each corner [n, 4] and the background [n]."""
+    rendered = torch.from_numpy(np.stack([render(scene, sprites) for scene in scenes])).permute(0, 3, 1, 2)
+    pixels = normalise(rendered, *NORMALISATION["internvl_vision"]).contiguous()
     objects = torch.tensor([[CLASSES[name] for name in scene.cells] for scene in scenes])
     return pixels, objects, torch.tensor([COLOURS[scene.background] for scene in scenes])
 
 
 def take(source: Iterator[Scene], count: int) -> list[Scene]:
-    """The next scenes."""
+    """Returns the next `count` scenes."""
     return [next(source) for _ in range(count)]
 
 
 def loss_of(model: SceneReader, batch: tuple[Tensor, Tensor, Tensor], corners: Tensor) -> Tensor:
-    """Mean cross entropy of every token naming its corner and the object in it, plus that of the background."""
+    """Returns the mean cross-entropy of the tokens' corners and objects, plus that of the background."""
     pixel_values, objects, backgrounds = batch
     object_logits, corner_logits, background_logits = model(pixel_values)
     object_loss = cross_entropy(object_logits.flatten(0, 1), objects[:, corners].flatten())
@@ -150,7 +153,10 @@ def loss_of(model: SceneReader, batch: tuple[Tensor, Tensor, Tensor], corners: T
 
 @torch.inference_mode()
 def evaluate(model: SceneReader, scenes: list[Scene], sprites: Sprites) -> tuple[float, float, float]:
-    """Accuracy on corners (the mean of a corner's tokens decides), on corners that hold an object, on backgrounds."""
+    """Returns the accuracies on all corners, on corners that have an object, and on backgrounds.
+
+    The mean logits of a corner's tokens decide the prediction for the corner.
+    """
     model.eval()
     corners = token_corners()
     right, full, colours = [], [], []
@@ -170,15 +176,15 @@ def evaluate(model: SceneReader, scenes: list[Scene], sprites: Sprites) -> tuple
 
 
 def train(cache: Path, output: Path, config: VisionPretrainingConfig | None = None) -> VisionReport:
-    """Train the encoder and save it as a folder that `AutoModel.from_pretrained` loads.
+    """Trains the encoder and saves it as a folder that `AutoModel.from_pretrained` loads.
 
     Args:
-        cache: Where `sources.fetch` put the sources.
+        cache: Folder where `sources.fetch` stored the sources.
         output: Folder for config and safetensors.
-        config: How; defaults if None.
+        config: Settings of the training; the defaults if None.
 
     Returns:
-        Accuracy on held-out scenes, and time.
+        Size, time, and accuracies on held-out scenes.
 
     Raises:
         SourceError: The sources have not been fetched.
@@ -213,7 +219,7 @@ def train(cache: Path, output: Path, config: VisionPretrainingConfig | None = No
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     defaults = VisionPretrainingConfig()
     parser = argparse.ArgumentParser(description="Train the demo's small vision encoder on training scenes.")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="fetched sources (default: %(default)s)")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: a small vision-language MoE learns to read, then to see, and is measured before and after.
+"""The demo: trains a small vision-language MoE on text, then on images, and evaluates it before and after stage 2.
 
     python examples/emoji_tiny/run.py [--output runs/demo] [--compare]
 
-Every step trains or measures with the same programs as a large run (`pretrain_vlm.py`, `tools/evaluate.py`,
-`tools/data/prepare.py`). Steps that are still valid are not done again; a stage that was interrupted goes on where its
-last checkpoint stands.
+Every step trains or evaluates with the same programs as a large run (`pretrain_vlm.py`, `tools/evaluate.py`,
+`tools/data/prepare.py`). Steps whose results are still valid are skipped; an interrupted stage resumes from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from megatron_smar.report.scalars import read_scalars
 
 SCRIPTS = Path("examples/emoji_tiny")
 RANKS = 2
-TEXT_ONLY = 0.025  # share of pure text in stage 2, the paper's
-# Whose change makes results invalid: what makes the data, and what trains.
+TEXT_ONLY = 0.025  # share of pure text in stage 2, as in the paper
+# Files whose change invalidates results: those that make the data, and those that train.
 DATA_CODE = [f"examples/emoji_tiny/{name}.py" for name in ("sources", "corpus", "scenes", "pretrain_vision")]
 TRAINING_PACKAGES = ("runtime", "routing", "model", "monitoring", "config", "training", "data")
 TRAINING_CODE = [
@@ -42,12 +42,12 @@ TRAINING_CODE = [
     *(f"megatron_smar/{name}/**/*.py" for name in TRAINING_PACKAGES),
 ]
 
-# The paper's recipe (its Table 7) with a small model's batch sizes and learning rates.
+# The paper's recipe (its Table 7) with batch sizes and learning rates for a small model.
 STAGES = ("stage0", "stage1", "stage2")
 
 
 def settings(name: str) -> dict[str, Any]:
-    """The flags of one of the demo's run files, by name."""
+    """Returns the flags of one of the demo's run files, by name."""
     (group,) = yaml.safe_load((ROOT / SCRIPTS / f"{name}.yaml").read_text(encoding="utf-8")).values()
     return group
 
@@ -57,8 +57,8 @@ class Demo:
     """The demo's folders, programs and steps.
 
     Attributes:
-        output: Folder of all results, relative to the project's where it lies in it.
-        cache: Where downloaded sources are kept.
+        output: Folder of all results, relative to the project's folder if it is inside it.
+        cache: Folder of the downloaded sources.
     """
 
     output: Path
@@ -70,7 +70,7 @@ class Demo:
         self.training_code = source_hash(ROOT, TRAINING_CODE)
 
     def program(self, step: str, *command: object, ranks: int = 0) -> None:
-        """Runs one of the project's programs, on one process or under torchrun, and notes the command."""
+        """Runs one of the project's programs, in one process or under torchrun, and records the command."""
         words = [str(word) for word in command]
         launch = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks else ["python"]
         note = self.output / "logs" / f"{step}.command"
@@ -81,12 +81,12 @@ class Demo:
         run_program([*python, *words], self.output / "logs" / f"{step}.log", ROOT, threads)
 
     def step(self, name: str, folder: str, *key: Any) -> Step:
-        """A step by its name; its seconds end in the report."""
+        """Creates a step and registers it by its name, so that its seconds are in the report."""
         self.steps[name] = Step(name, self.output / folder, *key)
         return self.steps[name]
 
     def prepare_data(self) -> None:
-        """Sources, language data, pictures, and the shards of all of them."""
+        """Makes sources, language data, images, and shards of all of them."""
         self.step("corpus", "corpus", self.data_code).run(self._make_corpus)
         self.step("scenes", "scenes", self.data_code).run(
             lambda: self.program("scenes", SCRIPTS / "scenes.py", *self._places("scenes"))
@@ -116,17 +116,17 @@ class Demo:
         (shards / "stage2.yaml").write_text(header + entries)
 
     def pretrain_vision(self) -> None:
-        """The vision encoder, which stands for InternViT."""
+        """Trains the vision encoder, the demo's replacement for InternViT."""
         self.step("vision", "vision", self.steps["scenes"].key).run(
             lambda: self.program("vision", SCRIPTS / "pretrain_vision.py", *self._places("vision"))
         )
 
     def model_files(self) -> list[str | Path]:
-        """Flags of the model's parts that the demo makes."""
+        """Returns the flags for the parts of the model that the demo makes."""
         return ["--vision-model", self.output / "vision", "--tokenizer-model", self.output / "corpus/tokenizer.model"]
 
     def train(self, name: str, data: str, before: Step | None, **changes: Any) -> Step:
-        """One stage: `pretrain_vlm.py` from the checkpoint of the step before."""
+        """Runs one stage: `pretrain_vlm.py` from the checkpoint of the previous step."""
         files = ["model", "optimizer", name.split("_")[0]]
         changed = [word for key, value in changes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         flags = ["--config", *(SCRIPTS / f"{file}.yaml" for file in files), *self.model_files(), *changed]
@@ -135,7 +135,7 @@ class Demo:
         step = self.step(name, name, self.training_code, key, flags, [part.key for part in inputs])
 
         def work() -> None:
-            start = ["--load", before.folder, "--finetune"] if before else []  # interrupted, it resumes from --save
+            start = ["--load", before.folder, "--finetune"] if before else []  # if interrupted, resumes from --save
             paths = ["--data-path", self.output / "shards" / data, "--save", step.folder]
             logs = ["--tensorboard-dir", step.folder / "tensorboard", "--rejects-dir", step.folder / "rejects"]
             self.program(name, "pretrain_vlm.py", *flags, *paths, *logs, *start, ranks=RANKS)
@@ -143,7 +143,7 @@ class Demo:
         return step.run(work)
 
     def evaluate(self, trained: Step) -> dict[str, Any]:
-        """Measures a checkpoint on the held-out texts and pictures."""
+        """Evaluates a checkpoint on the held-out texts and images."""
         corpus, scenes, name = self.output / "corpus", self.output / "scenes", f"evaluation_{trained.name}"
         evaluator = source_hash(ROOT, ["megatron_smar/commands/evaluate.py", "megatron_smar/evaluation/*.py"])
         step = self.step(name, name, trained.key, evaluator)
@@ -151,7 +151,7 @@ class Demo:
             lambda: self.program(
                 name,
                 *["tools/evaluate.py", "--load", trained.folder, "--output", step.folder / "results.json"],
-                *["--conversation-template", "mistral"],  # stage 1 was trained with `plain`, which asks nothing
+                *["--conversation-template", "mistral"],  # stage 1 was trained with `plain`, which has no questions
                 *["--text", corpus / "held_out.jsonl"],
                 *["--vqa", scenes / "vqa_held_out.json", "--image-root", scenes],
                 ranks=RANKS,
@@ -160,7 +160,7 @@ class Demo:
         return json.loads((step.folder / "results.json").read_text())
 
     def run(self, compare: bool) -> dict[str, Any]:
-        """All of it; returns the report."""
+        """Runs all steps and returns the report."""
         begin = time.monotonic()
         self.prepare_data()
         self.pretrain_vision()
@@ -175,7 +175,7 @@ class Demo:
         return self.report(before, after, other)
 
     def report(self, before: dict[str, Any], after: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
-        """Everything that the page shows."""
+        """Returns the content of the report page."""
         corpus = json.loads((self.output / "corpus" / "summary.json").read_text())
         items = json.loads((self.output / "scenes" / "vqa_held_out.json").read_text())
         chance = {item["kind"]: item["chance"] for item in items}
@@ -226,7 +226,7 @@ class Demo:
         }
 
     def _commands(self) -> list[str]:
-        """The command of every program, in the order of their last runs."""
+        """Returns the command of every program, in the order of their last runs."""
         notes = sorted((self.output / "logs").glob("*.command"), key=lambda path: path.stat().st_mtime)
         return [path.read_text() for path in notes]
 
@@ -256,7 +256,7 @@ def named(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="results (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path("runs/sources"), help="sources (default: %(default)s)")

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's pictures: scenes composed of OpenMoji artwork, with captions, and questions with exactly known answers.
+"""The demo's images: scenes composed of OpenMoji artwork, with captions, and questions with exactly known answers.
 
-A scene is a 2 x 2 grid on a coloured background; each corner holds one of 24 objects or nothing. What a scene shows
-decides by its hash whether it is held out, so that training never sees a held-out combination, however it is placed.
-Written into the output folder, in LLaVA's format, with images relative to it:
+A scene is a 2 x 2 grid on a coloured background; each corner has one of 24 objects or nothing. A hash of a scene's
+content decides whether it is held out, so that training never sees a held-out combination, whatever the exact positions
+of its objects. Files in the output folder, in LLaVA's format, with image paths relative to it:
 
     images/train/*.png, images/held_out/*.png
-    captions.json           stage 1: one caption a scene
-    instructions.json       stage 2: question-answer turns, some about two pictures
+    captions.json           stage 1: one caption per scene
+    instructions.json       stage 2: question-answer turns, some about two images
     vqa_held_out.json       {"id", "image", "question", "answer", "kind", "chance"}: `image` is a list, `question` the
-                            whole human turn with its `<image>` tags, `chance` what the best constant answer scores
+                            full human turn with its `<image>` tags, `chance` the score of the best constant answer
     summary.json            `ScenesSummary`
 """
 
@@ -40,7 +40,7 @@ CORNERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four")
 NOTHING = "nothing"
 
-# What we call an object, and the Unicode name of its emoji. Chosen by eye at 28 px: no two look alike there.
+# Name of each object in the demo, and Unicode name of its emoji. Chosen by eye: no two look alike at 28 px.
 OBJECTS = {
     "cat": "CAT FACE",
     "dog": "DOG FACE",
@@ -75,7 +75,7 @@ BACKGROUNDS = {
     "yellow": (245, 222, 110),
     "purple": (178, 130, 205),
 }
-# How many of each kind a scene holds, and how often; "how many" questions then have no overwhelming answer.
+# Number of objects of each kind in a scene -> relative frequency, such that no answer to "how many" dominates.
 PATTERNS: dict[tuple[int, ...], int] = {
     (1,): 10,
     (1, 1): 6,
@@ -95,12 +95,12 @@ Sprites = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """Content of an image.
 
     Attributes:
-        background: Name of its colour.
+        background: Name of the background's colour.
         cells: Object, or None, in each of `CORNERS`.
-        offsets: Where the object lies in its cell, (x, y) from 0 to `CELL - SPRITE`.
+        offsets: Position of each object in its cell, (x, y) from 0 to `CELL - SPRITE`.
     """
 
     background: str
@@ -109,24 +109,24 @@ class Scene:
 
     @property
     def objects(self) -> list[str]:
-        """The objects, in reading order, repeated as often as they are seen."""
+        """The objects in reading order, each as often as it occurs."""
         return [name for name in self.cells if name]
 
     @property
     def has_one_kind(self) -> bool:
-        """Whether all objects are alike."""
+        """Whether all objects are of the same kind."""
         return len(set(self.objects)) == 1
 
     @property
     def held_out(self) -> bool:
-        """Whether the scene belongs to the held-out tenth; offsets do not count."""
+        """Whether the scene belongs to the held-out tenth; offsets have no influence."""
         content = "|".join([self.background, *(name or "" for name in self.cells)])
         return hashlib.sha256(content.encode()).digest()[0] < 26
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question of one kind and its one right answer, a single word."""
+    """A question of a given kind and its only correct answer, a single word."""
 
     kind: str
     text: str
@@ -135,13 +135,13 @@ class Question:
 
 @dataclass(frozen=True)
 class ScenesConfig:
-    """How much to make.
+    """Amounts of data to make.
 
     Attributes:
-        train_scenes: Pictures for training; each gives a caption and an instruction record.
-        held_out_items: Questions on held-out scenes, the kinds in turn.
-        two_image_percent: Share of the instruction records that ask about two pictures.
-        seed: Of everything made at random.
+        train_scenes: Number of training images; each gives a caption and an instruction record.
+        held_out_items: Number of questions on held-out scenes; the kinds alternate.
+        two_image_percent: Percentage of the instruction records that ask about two images.
+        seed: Seed of all random choices.
     """
 
     train_scenes: int = 6000
@@ -150,17 +150,17 @@ class ScenesConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+        """Refuses invalid values."""
         for name in ("train_scenes", "held_out_items"):
             if getattr(self, name) < 20:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 20 are needed, so that every kind occurs.")
         if not 1 <= self.two_image_percent <= 100:
-            raise ValueError(f"two_image_percent is {self.two_image_percent}: must lie between 1 and 100.")
+            raise ValueError(f"two_image_percent is {self.two_image_percent}: must be between 1 and 100.")
 
 
 @dataclass(frozen=True)
 class ScenesSummary:
-    """Measured sizes; `chance` is the share of the commonest answer among training's questions of a kind."""
+    """Measured sizes; `chance` is the share of the most common answer to training questions of each kind."""
 
     train_images: int
     held_out_images: int
@@ -174,10 +174,13 @@ class ScenesSummary:
 
 
 def load_sprites(font: Path, size: int = SPRITE) -> Sprites:
-    """Draw every object once: name -> [size, size, 4] float32 in 0..255, colours times opacity, and opacity in 0..1.
+    """Renders every object once.
+
+    Returns:
+        Name -> [size, size, 4] float32: colours in 0..255 multiplied by the opacity, and the opacity in 0..1.
 
     Raises:
-        SourceError: The font has no picture of an object.
+        SourceError: The font has no glyph for an object.
     """
     drawer = ImageFont.truetype(str(font), 128, layout_engine=ImageFont.Layout.BASIC)
     sprites = {}
@@ -198,7 +201,7 @@ def load_sprites(font: Path, size: int = SPRITE) -> Sprites:
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """Draw a scene: how many of how many kinds, which, where, on which colour."""
+    """Samples a scene: numbers of objects per kind, the kinds, their positions and the background."""
     pattern = rng.choices(list(PATTERNS), weights=list(PATTERNS.values()))[0]
     kinds = rng.sample(list(OBJECTS), len(pattern))
     cells: list[str | None] = [kind for kind, number in zip(kinds, pattern, strict=True) for _ in range(number)]
@@ -210,7 +213,7 @@ def sample_scene(rng: random.Random) -> Scene:
 
 
 def sample_scenes(rng: random.Random, held_out: bool) -> Iterator[Scene]:
-    """Scenes without end, all of them held out or none."""
+    """Samples scenes endlessly: only held-out scenes, or only others."""
     while True:
         scene = sample_scene(rng)
         if scene.held_out == held_out:
@@ -218,7 +221,7 @@ def sample_scenes(rng: random.Random, held_out: bool) -> Iterator[Scene]:
 
 
 def render(scene: Scene, sprites: Sprites) -> NDArray[np.uint8]:
-    """Draw a scene, [IMAGE_SIZE, IMAGE_SIZE, 3]."""
+    """Renders a scene, [IMAGE_SIZE, IMAGE_SIZE, 3]."""
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     for cell, (name, (x, y)) in enumerate(zip(scene.cells, scene.offsets, strict=True)):
@@ -232,12 +235,12 @@ def render(scene: Scene, sprites: Sprites) -> NDArray[np.uint8]:
 
 
 def with_article(noun: str) -> str:
-    """'a cat', 'an owl'."""
+    """Returns the noun with its article: 'a cat', 'an owl'."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def plural(noun: str) -> str:
-    """Plural of a regular noun (and of 'fish')."""
+    """Returns the plural of a regular noun (and of 'fish')."""
     if noun == "fish":
         return noun
     if noun.endswith("y") and noun[-2] not in "aeiou":
@@ -246,7 +249,7 @@ def plural(noun: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """One sentence that says everything: the objects in reading order, where they are, and the background."""
+    """Returns one sentence with the objects in reading order, their positions and the background."""
     pairs = zip(CORNERS, scene.cells, strict=True)
     places = [f"{with_article(name)} at the {corner}" for corner, name in pairs if name]
     listed = places[0] if len(places) == 1 else f"{', '.join(places[:-1])} and {places[-1]}"
@@ -254,7 +257,7 @@ def caption(scene: Scene) -> str:
 
 
 def ask_corner(scene: Scene, rng: random.Random) -> Question:
-    """What is in a corner; one time in ten an empty one, if there is any."""
+    """Asks what is in a corner; in one of ten cases about an empty corner, if there is one."""
     empty = [corner for corner, name in enumerate(scene.cells) if not name]
     full = [corner for corner, name in enumerate(scene.cells) if name]
     corner = rng.choice(empty if empty and rng.random() < 0.1 else full)
@@ -262,18 +265,18 @@ def ask_corner(scene: Scene, rng: random.Random) -> Question:
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Question:
-    """How many there are of the kind of an object of the scene."""
+    """Asks for the number of objects of a kind that is in the scene."""
     name = rng.choice(scene.objects)
     return Question("count", f"How many {plural(name)} are there?", NUMBERS[scene.objects.count(name)])
 
 
 def ask_colour(scene: Scene, rng: random.Random) -> Question:
-    """Which colour the background has."""
+    """Asks for the background's colour."""
     return Question("colour", "Which colour is the background?", scene.background)
 
 
 def ask_presence(scene: Scene, rng: random.Random) -> Question:
-    """Whether an object is there; as often as not it is."""
+    """Asks whether an object is in the scene; the answer is yes in half of the cases."""
     if rng.random() < 0.5:
         return Question("presence", f"Is there {with_article(rng.choice(scene.objects))}?", "yes")
     absent = rng.choice([name for name in OBJECTS if name not in scene.cells])
@@ -281,7 +284,7 @@ def ask_presence(scene: Scene, rng: random.Random) -> Question:
 
 
 def ask_pair(first: Scene, second: Scene, rng: random.Random) -> Question | None:
-    """In which of two pictures an object is; None if they show the same objects."""
+    """Asks which of two images has an object; None if both have the same objects."""
     answer = rng.choice(("first", "second"))
     shown, other = (first, second) if answer == "first" else (second, first)
     names = [name for name in shown.objects if name not in other.cells]
@@ -289,7 +292,7 @@ def ask_pair(first: Scene, second: Scene, rng: random.Random) -> Question | None
 
 
 def ask_object(scene: Scene, rng: random.Random) -> Question | None:
-    """What is to be seen, where all objects are of one kind; None where they are not."""
+    """Asks what is in the image, if all objects are of the same kind; None otherwise."""
     return Question("object", "What is in the picture?", scene.objects[0]) if scene.has_one_kind else None
 
 
@@ -303,17 +306,17 @@ ASK: dict[str, Callable[[Scene, random.Random], Question | None]] = {
 
 
 def human_turn(text: str, images: int) -> str:
-    """The human's first turn: one `<image>` tag a line, then the text."""
+    """Returns the human's first turn: one `<image>` tag per line, then the text."""
     return "<image>\n" * images + text
 
 
 def caption_question(scene: Scene) -> Question:
-    """What stage 1 asks of every picture."""
+    """Returns stage 1's question about an image, with its caption as the answer."""
     return Question("caption", "Describe the picture.", caption(scene))
 
 
 def scene_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """Different questions on a scene in any order, every kind that fits it; half the time also its description."""
+    """Returns different questions about a scene: all kinds that apply, shuffled; half of the time also its caption."""
     kinds = rng.sample([*ASK, "corner"], len(ASK) + 1)
     questions = [question for kind in kinds if (question := ASK[kind](scene, rng))]
     if rng.random() < 0.5:
@@ -322,13 +325,13 @@ def scene_questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def pair_questions(first: Scene, second: Scene, rng: random.Random) -> list[Question]:
-    """Up to three different questions on two pictures; none if they show the same objects."""
+    """Returns up to three different questions about two images; none if both have the same objects."""
     questions = (ask_pair(first, second, rng) for _ in range(rng.randint(1, 3)))
     return list({question.text: question for question in questions if question}.values())
 
 
 def record(key: str, images: Sequence[str], questions: Sequence[Question]) -> dict[str, object]:
-    """A conversation about images, in LLaVA's format."""
+    """Returns a conversation about images, in LLaVA's format."""
     turns: list[dict[str, str]] = []
     for number, question in enumerate(questions):
         text = question.text if number else human_turn(question.text, len(images))
@@ -337,15 +340,15 @@ def record(key: str, images: Sequence[str], questions: Sequence[Question]) -> di
 
 
 def prepare(cache: Path, output: Path, config: ScenesConfig | None = None) -> ScenesSummary:
-    """Make all pictures and records (see the module's head).
+    """Makes all images and records (see the module's docstring).
 
     Args:
-        cache: Where `sources.fetch` put the sources.
-        output: Folder to write into.
-        config: How much; defaults if None.
+        cache: Folder where `sources.fetch` stored the sources.
+        output: Folder to write to.
+        config: Amounts of data; the defaults if None.
 
     Returns:
-        The summary, which is also written.
+        The summary, which is also written to the folder.
 
     Raises:
         SourceError: The sources have not been fetched.
@@ -353,7 +356,7 @@ def prepare(cache: Path, output: Path, config: ScenesConfig | None = None) -> Sc
     config = config or ScenesConfig()
     rng = random.Random(config.seed)
     sprites = load_sprites(members(OPENMOJI, cache)[0])
-    train = _draw(sample_scenes(rng, held_out=False), config.train_scenes, sprites, output, "train")
+    train = _write_images(sample_scenes(rng, held_out=False), config.train_scenes, sprites, output, "train")
     asked = Counter[tuple[str, str]]()
     captions = [record(f"caption-{Path(path).stem}", [path], [caption_question(scene)]) for path, scene in train]
     instructions = []
@@ -367,7 +370,7 @@ def prepare(cache: Path, output: Path, config: ScenesConfig | None = None) -> Sc
         instructions.append(record(f"scene-{number:06d}", images, questions))
     chance = chance_by_kind(asked)
     held_out = sample_scenes(rng, held_out=True)
-    held_images = _draw(held_out, config.held_out_items, sprites, output, "held_out")
+    held_images = _write_images(held_out, config.held_out_items, sprites, output, "held_out")
     items = held_out_items(held_images, chance, rng)
     pictures = [*train, *held_images]
     summary = ScenesSummary(
@@ -387,20 +390,22 @@ def prepare(cache: Path, output: Path, config: ScenesConfig | None = None) -> Sc
     return summary
 
 
-def _draw(source: Iterator[Scene], count: int, sprites: Sprites, output: Path, name: str) -> list[tuple[str, Scene]]:
-    """Write scenes as PNG; returns (path relative to the output, scene)."""
+def _write_images(
+    source: Iterator[Scene], count: int, sprites: Sprites, output: Path, name: str
+) -> list[tuple[str, Scene]]:
+    """Writes scenes as PNG files; returns (path relative to the output, scene) of each."""
     (output / "images" / name).mkdir(parents=True, exist_ok=True)
-    drawn = []
+    written = []
     for number in tqdm(range(count), desc=f"{name} pictures", unit="picture", mininterval=2):
         scene = next(source)
         path = f"images/{name}/{number:06d}.png"
         Image.fromarray(render(scene, sprites)).save(output / path, compress_level=6)
-        drawn.append((path, scene))
-    return drawn
+        written.append((path, scene))
+    return written
 
 
 def chance_by_kind(asked: Counter[tuple[str, str]]) -> dict[str, float]:
-    """For each kind of question, the share of its commonest answer among (kind, answer) counts."""
+    """Returns the share of the most common answer of each kind of question, from (kind, answer) counts."""
     shares: dict[str, float] = {}
     for kind in sorted({kind for kind, _ in asked}):
         numbers = [number for (other, _), number in asked.items() if other == kind]
@@ -411,7 +416,10 @@ def chance_by_kind(asked: Counter[tuple[str, str]]) -> dict[str, float]:
 def held_out_items(
     pictures: Sequence[tuple[str, Scene]], chance: dict[str, float], rng: random.Random
 ) -> list[dict[str, object]]:
-    """One question a picture, the kinds in turn, so that the first n are balanced; a pair adds the next picture."""
+    """Makes one question per image; a pair also uses the next image.
+
+    The kinds alternate, so that the first n questions are balanced.
+    """
     kinds = [kind for kind in (*ASK, "pair") if kind in chance]
     one_kind = [(path, scene) for path, scene in pictures if scene.has_one_kind]
     items: list[dict[str, object]] = []
@@ -431,7 +439,7 @@ def held_out_items(
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     defaults = ScenesConfig()
     parser = argparse.ArgumentParser(description="Compose the demo's pictures, captions and questions.")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="fetched sources (default: %(default)s)")

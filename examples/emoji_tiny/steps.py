@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of a long run: each has a fingerprint, shows progress and ETA, keeps its log, and is not done twice."""
+"""Steps of a long run, each with a fingerprint, progress with ETA and a log; steps that are done are skipped."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ class StepError(RuntimeError):
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short hash of anything that JSON can write."""
+    """Returns a short hash of values that JSON can represent."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def source_hash(root: Path, patterns: Iterable[str]) -> str:
-    """A hash of the contents of all files that match."""
+    """Returns a hash of the contents of all files that match the patterns."""
     files = sorted({path for pattern in patterns for path in root.glob(pattern)})
     return fingerprint([(str(path.relative_to(root)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
 
 
 class Step:
-    """One step and the folder that holds its result.
+    """One step and the folder with its result.
 
     Args:
-        name: Shown to the user.
-        folder: Removed when the step must be done again, unless it says that it can go on.
-        key: What the result depends on, the keys of the steps before it included.
+        name: Name of the step, shown to the user.
+        folder: Folder of the result. It is removed before the step runs, unless the same step was interrupted in it.
+        *key: Values that the result depends on, including the keys of the previous steps.
     """
 
     def __init__(self, name: str, folder: Path, *key: Any) -> None:
@@ -54,15 +54,15 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """How long the step took when it was done."""
+        """Duration of the step in seconds, from when it was done."""
         return float(json.loads(self._done.read_text())["seconds"])
 
     def is_done(self) -> bool:
-        """Whether the folder holds the result of just this step."""
+        """Returns whether the folder has the result of this step with this key."""
         return self._done.exists() and json.loads(self._done.read_text())["key"] == self.key
 
     def run(self, work: Callable[[], None]) -> Step:
-        """Does the work unless it is done; what a step of another key left behind is removed first."""
+        """Does the work unless it is done; the files of a step with another key are removed first."""
         if self.is_done():
             print(f"{self.name}: done before, in {self.seconds:.0f} s", flush=True)
             return self
@@ -78,15 +78,15 @@ class Step:
 
 
 def run_program(command: Sequence[str], log: Path, root: Path, threads: int) -> None:
-    """Runs a program with its output in a log; training steps show as a progress bar with losses and ETA.
+    """Runs a program and logs its output; training steps are shown as a progress bar with losses and ETA.
 
     Raises:
-        StepError: It failed.
+        StepError: The program failed.
     """
     environment = os.environ | {
         "MEGATRON_SMAR_DEVICE": os.environ.get("MEGATRON_SMAR_DEVICE", "cpu"),  # two ranks do not share one GPU
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # ranks and data workers share the cores: waiting must not spin
+        "OMP_WAIT_POLICY": "PASSIVE",  # ranks and data workers share the cores, so waiting threads must not spin
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")])),
         "PYTHONUNBUFFERED": "1",
     }
@@ -98,7 +98,7 @@ def run_program(command: Sequence[str], log: Path, root: Path, threads: int) -> 
         )
         assert process.stdout is not None
         progress = _Progress()
-        for line in process.stdout:  # a bar's carriage returns arrive as line ends
+        for line in process.stdout:  # text mode turns a progress bar's carriage returns into line ends
             if progress.show(line):
                 continue
             file.write(line)
@@ -113,15 +113,15 @@ def run_program(command: Sequence[str], log: Path, root: Path, threads: int) -> 
 
 
 class _Progress:
-    """One bar of our own for whatever a program shows: its bars, or Megatron's line per interval."""
+    """A single progress bar for a program's own progress bars or Megatron's line per log interval."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
 
     def show(self, line: str) -> bool:
-        """Follows a line; returns whether it was a bar, which a log need not keep."""
+        """Updates the bar from a line of output; returns whether the line was a progress bar, not needed in the log."""
         bar = _BAR.match(line)
-        if bar and "Loading weights" in line:  # transformers' own, a second long
+        if bar and "Loading weights" in line:  # transformers' bar, which lasts a second
             return True
         if bar:
             self._advance(bar[1].rsplit("]: ", 1)[-1], int(bar[2]), int(bar[3]))
@@ -140,7 +140,7 @@ class _Progress:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
         self._bar = None

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Stage 1, visual alignment: the connector alone learns, on LLaVA-1.5-558k (the paper's Table 7).
+# Stage 1, visual alignment: trains only the connector, on LLaVA-1.5-558k (the paper's Table 7).
 #
 #   DATA=shards/data_stage1.yaml examples/mixtral_8x7b_internvit/stage1.sh [--gpus 8|64] [further flags]
 #   examples/mixtral_8x7b_internvit/stage1.sh --tiny
 #
-# Comes after convert.sh; examples/common.sh has the options that all scripts take.
+# Run it after convert.sh; examples/common.sh lists the options of all scripts.
 set -euo pipefail
 RECIPE=mixtral_8x7b_internvit
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -14,7 +14,7 @@ use_model
 start_from "$START" stage1
 
 [[ $LAYOUT != tiny ]] || DATA=$INPUT/stage1
-need DATA "shards of LLaVA-1.5-558k: a folder made by tools/data/prepare.py, or data_stage1.yaml beside it"
+need DATA "shards of LLaVA-1.5-558k: a folder made by tools/data/prepare.py, or data_stage1.yaml next to it"
 
 launch stage1 pretrain_vlm.py --config "$ROOT/examples/$RECIPE/stage1.yaml" --layout "$LAYOUT" \
   "${MODEL[@]}" "${RUN[@]}" --data-path "$DATA" ${MORE[@]+"${MORE[@]}"}

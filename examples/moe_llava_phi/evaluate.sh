@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The trained model is measured. transformers has no class for a Phi with experts, so that it is not exported.
+# Evaluates the trained model. It is not exported: transformers has no class for a Phi with experts.
 #
 #   TEXT=held_out.jsonl QUESTIONS=vqa.json IMAGES=images examples/moe_llava_phi/evaluate.sh [--gpus 8|64]
 #   examples/moe_llava_phi/evaluate.sh --tiny
 #
-# Comes after stage3.sh; CHECKPOINT names another checkpoint, OUTPUT/start to measure the upcycled model.
-# tools/evaluate.py says what the files hold; examples/common.sh has the options that all scripts take.
+# Run it after stage3.sh. CHECKPOINT selects another checkpoint, such as OUTPUT/start to evaluate the upcycled model.
+# tools/evaluate.py describes the files; examples/common.sh lists the options of all scripts.
 set -euo pipefail
 RECIPE=moe_llava_phi
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -25,7 +25,7 @@ need TEXT "held-out texts (JSON lines with text)"
 need QUESTIONS "questions with answers (a JSON list of image, question, answer)"
 need_folder IMAGES "the folder that their images' paths start from"
 
-# The model's flags are in the checkpoint; template and length are stage 3's, and the upcycled model's are none.
+# The model's flags are in the checkpoint. Template and length are stage 3's; the upcycled model has none of its own.
 launch evaluate tools/evaluate.py --load "$CHECKPOINT" --conversation-template vicuna_v1 --seq-length 2048 \
   --text "$TEXT" --vqa "$QUESTIONS" --image-root "$IMAGES" --output "$OUTPUT/results.json" \
   "${PLACE[@]}" ${MORE[@]+"${MORE[@]}"}

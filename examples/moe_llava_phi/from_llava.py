@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LLaVA with Phi-2, as MoE-LLaVA's code saves it, in the layout that tools/checkpoint/convert.py reads.
+"""Converts a LLaVA with Phi-2, as saved by MoE-LLaVA's code, to the format that tools/checkpoint/convert.py reads.
 
     python examples/moe_llava_phi/from_llava.py --llava FOLDER --vision FOLDER --output FOLDER
 
-Language model and connector come from --llava, the vision encoder, which MoE-LLaVA never trains, from --vision. LLaVA's
-output layer has no bias, which Phi's has; it becomes zero. The image tokens take ids behind the tokenizer's last, where
-Phi's vocabulary has room.
+Language model and connector come from --llava, the vision encoder, which MoE-LLaVA never trains, from --vision. Phi's
+output layer has a bias and LLaVA's does not: the bias becomes zero. The image tokens get the ids after the tokenizer's
+last, for which Phi's vocabulary has room.
 
-The names are those of MoE-LLaVA's code (moellava/model); no published weights have been at hand to try them.
+The names are those of MoE-LLaVA's code (moellava/model); they have not been tried with published weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_smar.checkpoint.safetensors_io import Stored, read_folder, write_f
 from megatron_smar.conversion import composite
 from megatron_smar.data.tokens import IMAGE_CONTEXT, add_tokens
 
-# What MoE-LLaVA's names begin with, and what that becomes; None: not taken.
+# Prefix of MoE-LLaVA's names -> prefix in the output; None if the weights are not converted.
 PREFIXES = {
     "model.mm_projector.image_spatial_proj.0.": f"{composite.PROJECTOR}linear_1.",
     "model.mm_projector.image_spatial_proj.2.": f"{composite.PROJECTOR}linear_2.",
@@ -42,34 +42,34 @@ CONNECTION = composite.Connection(connector="mlp2x_gelu", pixel_shuffle=1.0, fea
 
 
 def renamed(name: str) -> str | None:
-    """A weight's new name, None for one that is not taken.
+    """Returns a weight's new name, or None if the weight is not converted.
 
     Raises:
-        ValueError: The name is none of MoE-LLaVA's.
+        ValueError: MoE-LLaVA has no weight of this name.
     """
     for prefix, replacement in PREFIXES.items():
         if name.startswith(prefix):
             return None if replacement is None else replacement + name.removeprefix(prefix)
-    raise ValueError(f"{name} is no weight of a LLaVA with Phi-2 as MoE-LLaVA saves it.")
+    raise ValueError(f"{name} is not a weight of a LLaVA with Phi-2 as MoE-LLaVA saves it.")
 
 
 def read_weights(llava: Path, vision: Path, config: object) -> dict[str, Stored]:
-    """The weights that there are, by their new names."""
+    """Returns the stored weights by their new names."""
     tower = read_folder(vision)
     names = composite.part_of(tower, composite.VISION, config.vision_config)  # type: ignore[attr-defined]
-    weights = {ours: tower[name] for name, ours in names.items()}
+    weights = {new: tower[name] for name, new in names.items()}
     for name, stored in read_folder(llava).items():
-        ours = renamed(name)
-        if ours is not None:
-            weights[ours] = stored
+        new = renamed(name)
+        if new is not None:
+            weights[new] = stored
     return weights
 
 
 def read_language_config(llava: Path) -> PhiConfig:
-    """Phi's part of the config.
+    """Reads Phi's part of the config.
 
     Raises:
-        ValueError: It is another model's.
+        ValueError: The config is of another model.
     """
     content = json.loads((llava / "config.json").read_text(encoding="utf-8"))
     if content.get("model_type") != "llava_phi" or content.get("image_projector_type") != "mlp2x_gelu":
@@ -83,10 +83,10 @@ def read_language_config(llava: Path) -> PhiConfig:
 
 
 def convert(llava: Path, vision: Path, output: Path) -> None:
-    """Writes the folder: config, tokenizer with image tokens, weights.
+    """Writes the output folder: config, tokenizer with image tokens, and weights.
 
     Raises:
-        ValueError: A folder holds something else, or `output` exists.
+        ValueError: An input folder does not have the expected content, or `output` exists.
     """
     if output.exists():
         raise ValueError(f"--output {output} exists already; give a new folder.")
@@ -115,11 +115,11 @@ def convert(llava: Path, vision: Path, output: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llava", type=Path, required=True, help="folder of MoE-LLaVA's second stage, as safetensors")
     parser.add_argument("--vision", type=Path, required=True, help="folder of its vision encoder")
-    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder to create")
     args = parser.parse_args()
     try:
         convert(args.llava, args.vision, args.output)

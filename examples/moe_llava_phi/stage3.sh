@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# MoE-LLaVA's third stage with SMAR: experts and router alone learn, on LLaVA-mix-665k (the paper's Table 3).
+# MoE-LLaVA's third stage with SMAR: trains only experts and router, on LLaVA-mix-665k (the paper's Table 3).
 #
 #   DATA=shards/llava_mix_665k examples/moe_llava_phi/stage3.sh [--gpus 8|64] [further flags]
 #   examples/moe_llava_phi/stage3.sh --tiny
 #
-# Comes after convert.sh; examples/common.sh has the options that all scripts take. MoE-LLaVA itself is the same with
+# Run it after convert.sh; examples/common.sh lists the options of all scripts. For MoE-LLaVA itself add
 # `--modality-routing none`.
 set -euo pipefail
 RECIPE=moe_llava_phi

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The trained model goes back to Hugging Face's format, is compared with the checkpoint, and is measured; the report of
-# its run shows the rest.
+# Exports the trained model to Hugging Face's format, verifies the export against the checkpoint, evaluates, and writes
+# the run's report.
 #
 #   TEXT=held_out.jsonl QUESTIONS=vqa.json IMAGES=images examples/qwen3_30b_a3b_internvl/evaluate.sh [--gpus 8|64]
 #   examples/qwen3_30b_a3b_internvl/evaluate.sh --tiny
 #
-# Comes after stage2.sh; CHECKPOINT names another checkpoint, OUTPUT/stage1 to measure before stage 2.
-# tools/evaluate.py says what the files hold; examples/common.sh has the options that all scripts take.
+# Run it after stage2.sh. CHECKPOINT selects another checkpoint, such as OUTPUT/stage1 to evaluate before stage 2.
+# tools/evaluate.py describes the files; examples/common.sh lists the options of all scripts.
 set -euo pipefail
 RECIPE=qwen3_30b_a3b_internvl
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -19,7 +19,7 @@ BIASES=() VERIFY=()
 case $LAYOUT in
   8 | 64)
     PLACE=(--expert-model-parallel-size 8 --batch-size 2)
-    # As stage2.sh trains; and a model of this depth adds up more rounding than a small one.
+    # Biases as in stage2.sh. A larger tolerance, since rounding errors accumulate over the layers of a deep model.
     [[ $LAYOUT == 64 ]] || BIASES=(--no-modality-router-bias)
     VERIFY=(--tolerance 1e-2)
     ;;
@@ -35,11 +35,11 @@ need_folder IMAGES "the folder that their images' paths start from"
 EXPORT=$OUTPUT/export/${CHECKPOINT##*/}_$(cat "$CHECKPOINT/latest_checkpointed_iteration.txt")
 if [[ ${NODE_RANK:-0} == 0 ]]; then
   [[ -d $EXPORT ]] || "${CONVERT[@]}" export --load "$CHECKPOINT" --hf "$START/hf" --output "$EXPORT"
-  # Both models whole, in float32: more than a GPU holds.
+  # On the CPU: both complete models in float32 do not fit on a GPU.
   MEGATRON_SMAR_DEVICE=cpu "${CONVERT[@]}" verify --hf "$EXPORT" --load "$CHECKPOINT" \
     ${VERIFY[@]+"${VERIFY[@]}"} ${BIASES[@]+"${BIASES[@]}"}
 fi
-# The model's flags are in the checkpoint; these are stage 2's, whichever checkpoint is measured.
+# The model's flags are in the checkpoint; these are stage 2's, whichever checkpoint is evaluated.
 launch evaluate tools/evaluate.py --load "$CHECKPOINT" --conversation-template chatml \
   --max-tiles 12 --use-thumbnail --seq-length 4096 \
   --text "$TEXT" --vqa "$QUESTIONS" --image-root "$IMAGES" --output "$OUTPUT/results.json" \

@@ -14,7 +14,13 @@ ConnectorType = Literal["mlp2x_gelu", "internvl"]
 class Connector(nn.Module):
     """Projects vision features into the language model's embedding space.
 
-    `mlp2x_gelu`: Linear, GELU, Linear (LLaVA-1.5, VITA and the paper). `internvl`: a LayerNorm before them.
+    `mlp2x_gelu`: Linear, GELU, Linear (LLaVA-1.5, VITA and the paper). `internvl`: a LayerNorm before these.
+
+    Args:
+        kind: Type of the connector.
+        input_size: Size of the vision features.
+        hidden_size: Hidden size of the language model.
+        dtype: The dtype of the weights.
     """
 
     def __init__(self, kind: ConnectorType, input_size: int, hidden_size: int, dtype: torch.dtype) -> None:
@@ -27,6 +33,6 @@ class Connector(nn.Module):
         self.linear_2 = nn.Linear(hidden_size, hidden_size, dtype=dtype)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[..., input_size] -> [..., hidden_size]."""
+        """Maps features [..., input_size] to [..., hidden_size]."""
         features = features.to(self.linear_1.weight.dtype)
         return self.linear_2(self.act(self.linear_1(self.norm(features))))

@@ -12,16 +12,16 @@ from torch import Tensor
 def zigzag_positions(
     lengths: Sequence[int] | int, context_parallel_size: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """Positions that each context-parallel rank holds, [cp, s / cp], in its order.
+    """Returns the positions that each context-parallel rank holds, [cp, s / cp], in the order it holds them.
 
-    Megatron cuts a sequence into 2 cp chunks and gives rank r chunks r and 2 cp - 1 - r, so that all have as much to do
-    under a causal mask (`megatron.core.utils.get_batch_on_this_cp_rank`); each sequence of a pack is cut by itself, as
-    Transformer Engine expects.
+    Megatron splits a sequence into 2 cp chunks and gives rank r the chunks r and 2 cp - 1 - r, which balances the work
+    under a causal mask (`megatron.core.utils.get_batch_on_this_cp_rank`). Each sequence of a pack is split separately,
+    as Transformer Engine expects.
 
     Args:
         lengths: Length of the sequence, or of each sequence of a pack; multiples of 2 cp.
-        context_parallel_size: cp.
-        device: Where the result lies.
+        context_parallel_size: Number of context-parallel ranks, cp.
+        device: Device of the result.
     """
     parts, first = [], 0
     for length in [lengths] if isinstance(lengths, int) else lengths:

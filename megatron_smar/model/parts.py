@@ -11,8 +11,8 @@ from torch import nn
 LANGUAGE_PARTS = ("embeddings", "attention", "norms", "dense", "experts", "router")
 PARTS = ("vision", "connector", "language", *LANGUAGE_PARTS)
 
-# The first pattern found in a parameter's name decides. Transformer Engine keeps a norm in the linear layer behind it
-# (`linear_qkv.layer_norm_weight`), so norms come before what they lie in.
+# The first pattern that matches a parameter's name decides. Transformer Engine stores a norm in the linear layer that
+# follows it (`linear_qkv.layer_norm_weight`), so `norms` comes before the parts that contain such layers.
 _PATTERNS = {
     "vision": r"^vision_model\.",
     "connector": r"^connector\.",
@@ -26,13 +26,13 @@ _PATTERNS = {
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter of `VisionLanguageModel` belongs to: vision, connector or one of LANGUAGE_PARTS.
+    """Returns the part that a parameter of `VisionLanguageModel` belongs to: vision, connector or a language part.
 
     Args:
-        name: As `named_parameters` gives it, without wrappers.
+        name: Name of the parameter from `named_parameters`, without the prefixes of wrappers.
 
     Raises:
-        ValueError: The parameter belongs to none, so that no `--freeze` could name it.
+        ValueError: The parameter belongs to no part, so no `--freeze` could name it.
     """
     for part, pattern in _PATTERNS.items():
         if re.search(pattern, name):
@@ -41,16 +41,16 @@ def part_of(name: str) -> str:
 
 
 def frozen_parts(freeze: Collection[str]) -> frozenset[str]:
-    """What `--freeze` says, with `language` spelled out."""
+    """Returns the parts that `--freeze` names, with `language` replaced by LANGUAGE_PARTS."""
     return frozenset(freeze) - {"language"} | frozenset(LANGUAGE_PARTS if "language" in freeze else ())
 
 
 def freeze_parameters(model: nn.Module, frozen: Collection[str]) -> None:
-    """Takes the gradient of every parameter of these parts away; a parameter that has none already stays as it is.
+    """Disables the gradient of every parameter of these parts; other parameters are left unchanged.
 
     Args:
-        model: A pipeline stage.
-        frozen: Parts, as `frozen_parts` gives them.
+        model: Model of a pipeline stage.
+        frozen: Parts to freeze, as `frozen_parts` returns them.
     """
     for name, parameter in model.named_parameters():
         if part_of(name) in frozen:
@@ -58,5 +58,5 @@ def freeze_parameters(model: nn.Module, frozen: Collection[str]) -> None:
     if "router" in frozen:
         for module in model.modules():
             if getattr(module, "expert_bias", None) is not None:
-                # DeepSeek-V3's bias learns without a gradient, unless Megatron finds this.
+                # DeepSeek-V3's expert bias is updated without a gradient, unless Megatron finds this attribute.
                 module.frozen_expert_bias = True  # type: ignore[assignment]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision encoder: any Hugging Face vision transformer, taken whole, and pixel shuffle behind it."""
+"""The vision encoder: a complete Hugging Face vision transformer, followed by pixel shuffle."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _rgb(values: Sequence[float]) -> Channels:
     return red, green, blue
 
 
-# Vision towers by the model type of their own config (composite models carry one as vision_config), and what each kind
-# is trained with: mean and standard deviation per colour.
+# Mean and standard deviation per color channel that each kind of vision tower is trained with, by the model type in the
+# tower's own config (a composite model has it as vision_config).
 NORMALISATION: dict[str, tuple[Channels, Channels]] = {
     "internvl_vision": (_rgb(image_utils.IMAGENET_DEFAULT_MEAN), _rgb(image_utils.IMAGENET_DEFAULT_STD)),
     "clip_vision_model": (_rgb(image_utils.OPENAI_CLIP_MEAN), _rgb(image_utils.OPENAI_CLIP_STD)),
@@ -39,16 +39,16 @@ NORMALISATION: dict[str, tuple[Channels, Channels]] = {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Which vision encoder, and how its features become tokens.
+    """Which vision encoder to use, and how its features become tokens.
 
     Attributes:
-        model: Folder of a Hugging Face model, or its name on the hub. A composite model (InternVL, CLIP, SigLIP) gives
-            its vision tower.
+        model: Folder of a Hugging Face model, or its name on the hub. Of a composite model (InternVL, CLIP, SigLIP) the
+            vision tower is used.
         image_size: Side of a tile, in pixels.
-        pixel_shuffle: Factor of the pixel shuffle; 0.5 makes one token of 2 x 2 patches.
-        feature_layer: Whose hidden state to take, -1 the last.
-        feature_scale: Multiplies the features before the shuffle; VITA's checkpoints use 0.5.
-        has_weights: Whether to read the encoder's weights from `model`; not where a checkpoint will bring them.
+        pixel_shuffle: Factor of the pixel shuffle; 0.5 turns 2 x 2 patches into one token.
+        feature_layer: Layer whose hidden state is used; -1 for the last.
+        feature_scale: Factor of the features before the shuffle; VITA's checkpoints use 0.5.
+        has_weights: Whether to read the encoder's weights from `model`; False if a checkpoint provides them.
     """
 
     model: str
@@ -67,17 +67,17 @@ class VisionConfig:
 
     @property
     def shuffle_step(self) -> int:
-        """Patches per side that become one token."""
+        """Number of patches per side that become one token."""
         return round(1 / self.pixel_shuffle)
 
 
 def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
-    """The Hugging Face config of the vision tower, checked against the tiles.
+    """Loads the Hugging Face config of the vision tower and checks it against the tile size and the pixel shuffle.
 
     Raises:
-        ValueError: The model is unknown, is no supported vision tower, or does not fit the tile size.
+        ValueError: The model is unknown, is not a supported vision tower, or does not fit the tile size.
     """
-    huggingface.register()  # the folder may be an export of ours
+    huggingface.register()  # the folder may be an export of this project
     try:
         config = AutoConfig.from_pretrained(vision.model, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -112,15 +112,15 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
 
 
 def tokens_per_tile(vision: VisionConfig) -> int:
-    """Vision tokens that one tile becomes (256 for InternViT-300M at 448 px)."""
+    """Returns the number of vision tokens per tile (256 for InternViT-300M at 448 px)."""
     tower = load_vision_config(vision)
     return (side_in_pixels(tower.image_size) // side_in_pixels(tower.patch_size) // vision.shuffle_step) ** 2
 
 
 def normalisation(vision: VisionConfig) -> tuple[Channels, Channels]:
-    """Mean and standard deviation per colour that the encoder was trained with.
+    """Returns mean and standard deviation per color channel that the encoder was trained with.
 
-    From the model's own preprocessor_config.json; a folder without one gets what its kind of tower uses.
+    They are read from the model's preprocessor_config.json; without that file those of its kind of tower are used.
     """
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(vision.model)
@@ -130,16 +130,16 @@ def normalisation(vision: VisionConfig) -> tuple[Channels, Channels]:
 
 
 def side_in_pixels(size: Any) -> int:
-    """A side of a picture or patch: Hugging Face stores 448 or [448, 448]."""
+    """Returns the side of an image or patch in pixels: Hugging Face stores it as 448 or [448, 448]."""
     return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
 def pixel_shuffle(features: Tensor, step: int) -> Tensor:
-    """Folds step x step neighbouring patches into the channels, in InternVL's order.
+    """Folds step x step neighboring patches into the channels, in InternVL's order.
 
     Args:
         features: [n, grid, grid, c].
-        step: Patches per side that become one.
+        step: Number of patches per side that become one token.
 
     Returns:
         [n, (grid / step)^2, c * step^2].
@@ -151,23 +151,23 @@ def pixel_shuffle(features: Tensor, step: int) -> Tensor:
 
 
 def normalise(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """(pixels / 255 - mean) / std, in fp32.
+    """Computes (pixels / 255 - mean) / std in float32.
 
     The constants are plain numbers: Megatron's Float16Module would cast buffers to bf16, and the pixels would be off by
-    a fraction of a grey level.
+    a fraction of a gray level.
 
     Args:
         pixels: [n, 3, H, W] uint8.
-        mean: Of each colour, of values 0..1.
-        std: Of each colour.
+        mean: Mean of each color channel, of values in 0..1.
+        std: Standard deviation of each color channel, of values in 0..1.
 
     Returns:
         [n, 3, H, W] float32.
     """
     values = pixels.float()
     for colour in range(3):
-        # In one pass, as pixels / (255 std) - mean / std: there are many, and each pass is through memory. The shift
-        # stays on the host, from where a kernel takes it as a number.
+        # Computed as pixels / (255 std) - mean / std, in one pass over the memory of many pixels. The shift stays on
+        # the host: a kernel takes it as a plain number.
         plane, shift = values[:, colour], torch.tensor(-mean[colour] / std[colour])
         torch.add(shift, plane, alpha=1 / (255 * std[colour]), out=plane)
     return values
@@ -176,7 +176,7 @@ def normalise(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
 class VisionEncoder(nn.Module):
     """A Hugging Face vision tower and the pixel shuffle.
 
-    Frozen in both stages of the paper: it then stays in evaluation mode and keeps no activations.
+    The paper freezes it in both stages; a frozen encoder stays in evaluation mode and keeps no activations.
     """
 
     def __init__(self, vision: VisionConfig, dtype: torch.dtype, trainable: bool = False) -> None:
@@ -193,15 +193,15 @@ class VisionEncoder(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> VisionEncoder:
-        """A frozen encoder has no dropout and no stochastic depth, whatever the rest of the model does."""
+        """Sets the mode; a frozen encoder stays in evaluation mode, without dropout and stochastic depth."""
         return super().train(mode and self.trainable)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Features of tiles.
+        """Computes the features of tiles.
 
         Args:
-            pixel_values: [n, 3, image_size, image_size]; uint8 is pixels, which are normalised here as the encoder was
-                trained; floats are taken as normalised already.
+            pixel_values: [n, 3, image_size, image_size]. uint8 values are pixels and are normalized here as in the
+                encoder's training; float values are assumed to be normalized already.
 
         Returns:
             [n, tokens_per_tile, output_size].
@@ -213,20 +213,24 @@ class VisionEncoder(nn.Module):
             hidden = output.last_hidden_state
             if self.vision.feature_layer != -1:
                 hidden = output.hidden_states[self.vision.feature_layer]
-            patches = hidden[:, -self.num_patches :]  # InternViT and CLIP put a class token in front
+            patches = hidden[:, -self.num_patches :]  # InternViT and CLIP prepend a class token
             grid = math.isqrt(self.num_patches)
             patches = patches.unflatten(1, (grid, grid)) * self.vision.feature_scale
             return pixel_shuffle(patches, self.vision.shuffle_step)
 
     def encode(self, pixel_values: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """As `forward`, with the work shared between the ranks of a group that all hold the same tiles.
+        """Computes the features of tiles like `forward`, dividing the work between ranks that hold the same tiles.
 
-        Tensor- and context-parallel ranks do. A frozen encoder runs over an even share of the tiles on each, and the
-        features are gathered; one that learns runs over all of them on every rank, so that its gradient is whole there.
+        Tensor- and context-parallel ranks hold the same tiles. A frozen encoder runs on an equal share of them on each
+        rank, and the features are gathered. A trainable encoder runs on all of them on every rank, so that each rank
+        has the complete gradient.
 
         Args:
-            pixel_values: As for `forward`, the same on all ranks.
-            group: These ranks.
+            pixel_values: See `forward`; the same on all ranks.
+            group: The ranks that hold the same tiles.
+
+        Returns:
+            [n, tokens_per_tile, output_size].
         """
         if self.trainable or group.size() == 1:
             return self(pixel_values)
@@ -240,15 +244,15 @@ class VisionEncoder(nn.Module):
 
 
 def load_tower(vision: VisionConfig, tower: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A vision tower, with its weights unless a checkpoint will bring them.
+    """Loads a vision tower, with its weights unless a checkpoint will provide them.
 
     Args:
-        vision: Where it is.
-        tower: Its config.
-        dtype: Of its weights.
+        vision: The settings of the vision encoder, with the tower's folder.
+        tower: The tower's Hugging Face config.
+        dtype: The dtype of the weights.
 
     Raises:
-        ValueError: They are missing, in part or all, or cannot be read.
+        ValueError: Some or all weights are missing, or they cannot be read.
     """
     if not vision.has_weights:
         return AutoModel.from_config(tower, dtype=dtype)
@@ -269,7 +273,7 @@ def load_tower(vision: VisionConfig, tower: PretrainedConfig, dtype: torch.dtype
         ) from error
     parts = ("vision_tower.", "vision_model.") if composite else ("",)
     if missing := sorted(name for name in info["missing_keys"] if name.startswith(parts)):
-        raise ValueError(  # transformers would draw them at random
+        raise ValueError(  # transformers would initialize them randomly
             f"--vision-model {vision.model!r} lacks {len(missing)} of the tower's weights, such as {missing[0]}; give "
             "a folder that holds it whole."
         )

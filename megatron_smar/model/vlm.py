@@ -28,13 +28,13 @@ from megatron_smar.routing.step import TrainingStep
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """What GPTModel takes beside its TransformerConfig, names as Megatron's, and what it does not know.
+    """GPTModel's arguments other than its TransformerConfig, under Megatron's names, and settings it does not have.
 
     Attributes:
-        vocab_size: Rows of the embedding, padded for the layout.
-        true_vocab_size: How many of them are tokens; None where all are.
+        vocab_size: Number of rows of the embedding, padded for the parallel layout.
+        true_vocab_size: Number of those rows that are tokens; None if all are.
         output_bias: Whether the output layer has a bias (Phi).
-        layers: What the decoder's layers are beyond Megatron's.
+        layers: Settings of the decoder's layers that Megatron's TransformerConfig does not have.
     """
 
     vocab_size: int
@@ -53,7 +53,7 @@ class LanguageConfig:
     layers: LayerConfig = field(default_factory=LayerConfig)
 
     def of_gpt_model(self) -> dict[str, Any]:
-        """GPTModel's own arguments."""
+        """Returns the settings that are GPTModel's own arguments."""
         own = ("true_vocab_size", "output_bias", "layers")
         return {name: value for name, value in vars(self).items() if name not in own}
 
@@ -61,20 +61,20 @@ class LanguageConfig:
 class VisionLanguageModel(MegatronModule):
     """One pipeline stage of the model.
 
-    The first stage encodes the tiles and puts their features where the batch has placeholder tokens. Every stage knows
-    the modality of each position and hands it to its routers with the activations.
+    The first stage encodes the tiles and puts their features at the positions of the batch's placeholder tokens. Every
+    stage receives the modality of each position and passes it to its routers with the activations.
 
     Args:
-        config: Megatron's transformer config of the language model.
-        language: The rest of the language model's settings.
-        vision: The vision encoder's.
+        config: Megatron's TransformerConfig of the language model.
+        language: The other settings of the language model.
+        vision: Settings of the vision encoder.
         connector: Type of the connector.
-        modality_routing: The routers'.
-        freeze: Parts that do not learn: any of `megatron_smar.model.parts.PARTS`.
-        pre_process: Whether this is the first stage.
-        post_process: Whether this is the last stage.
-        pg_collection: Process groups.
-        vp_stage: Virtual pipeline stage.
+        modality_routing: Settings of the routers.
+        freeze: Parts that are not trained: any of `megatron_smar.model.parts.PARTS`.
+        pre_process: Whether this is the first pipeline stage.
+        post_process: Whether this is the last pipeline stage.
+        pg_collection: Megatron's process groups; None for the global ones.
+        vp_stage: Index of the virtual pipeline stage, or None.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class VisionLanguageModel(MegatronModule):
             transformer_layer_spec=decoder_block_spec(config, modality_routing, vp_stage, language.layers, self.step),
             pre_process=pre_process,
             post_process=post_process,
-            # The whole sequence of embeddings is needed to put the features in; it is scattered afterwards.
+            # Inserting the features needs the embeddings of the full sequence; they are scattered afterwards.
             scatter_embedding_sequence_parallel=False,
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
@@ -123,11 +123,11 @@ class VisionLanguageModel(MegatronModule):
         self.trains = any(parameter.requires_grad for parameter in self.parameters())
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Takes the previous stage's activations [s, b, h] (Megatron's schedules call it)."""
+        """Sets the previous stage's activations [s, b, h]; called by Megatron's schedules."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied embedding, for Megatron's reduction of its gradient between the first and the last stage."""
+        """Returns the tied embedding, whose gradient Megatron reduces between the first and the last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def forward(
@@ -141,23 +141,22 @@ class VisionLanguageModel(MegatronModule):
         attention_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """One micro-batch through this stage.
+        """Runs one micro-batch through this stage.
 
         Args:
-            input_ids: [b, s], with placeholders where vision tokens go.
+            input_ids: [b, s], with placeholders at the positions of vision tokens.
             position_ids: [b, s].
             modality_ids: [b, s]: rows of the table of modalities (0 text, 1 vision, ...), -1 padding.
             pixel_values: [tiles, 3, H, W], in the order of the placeholders; used on the first stage only.
-            vision_index: [b, s], for a position that a feature fills its row among the features of all tiles; -1
-                elsewhere.
+            vision_index: [b, s], at positions filled by a vision feature its row in the features of all tiles, else -1.
             labels: [b, s], or None.
             attention_mask: None for causal.
-            packed_seq_params: Where the sequences of a pack begin and end, on the host, for b = 1; each attends to
-                itself alone.
+            packed_seq_params: Boundaries of the sequences of a pack, on the host, for b = 1; each sequence attends only
+                to itself.
 
         Returns:
             On the last stage the loss per token [b, s], or without labels the logits [b, s, vocabulary / tp]; on the
-            others activations [s, b, h].
+            other stages the activations [s, b, h].
         """
         decoder_input = None
         if self.pre_process:
@@ -173,10 +172,10 @@ class VisionLanguageModel(MegatronModule):
         )
 
     def _place_ends(self, packed: PackedSeqParams | None) -> PackedSeqParams | None:
-        """The ends of a pack's sequences where the layers want them.
+        """Returns the boundaries of a pack's sequences on the device where the layers need them.
 
-        Local layers and Megatron's unfused rotary embedding cut by numbers: from the device they would be read again in
-        every layer and pass. The kernels of Transformer Engine take them on the device.
+        Local layers and Megatron's unfused rotary embedding split by numbers on the host: from the device these would
+        be copied again in every layer and pass. Transformer Engine's kernels need the boundaries on the GPU.
         """
         local = self.config.transformer_impl == "local" and not self.config.apply_rope_fusion
         if packed is None or local:
@@ -185,7 +184,7 @@ class VisionLanguageModel(MegatronModule):
         return replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
 
     def _modality_mask(self, modality_ids: Tensor) -> Tensor:
-        """This rank's shard of the modality mask, [b, s / tp, M] under sequence parallelism, else [b, s, M]."""
+        """Returns this rank's shard of the modality mask: [b, s / tp, M] with sequence parallelism, else [b, s, M]."""
         if self.config.sequence_parallel:
             group = self.pg_collection.tp
             modality_ids = modality_ids.chunk(group.size(), dim=1)[group.rank()]
@@ -198,7 +197,7 @@ class VisionLanguageModel(MegatronModule):
         pixel_values: Tensor | None,
         vision_index: Tensor | None,
     ) -> Tensor:
-        """Embeddings with the vision features in their places, [s, b, h], scattered under sequence parallelism."""
+        """Returns embeddings with the vision features inserted, [s, b, h]; sharded under sequence parallelism."""
         assert self.vision_model is not None and self.connector is not None
         embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=position_ids)
         if pixel_values is None or pixel_values.shape[0] == 0:
@@ -208,20 +207,20 @@ class VisionLanguageModel(MegatronModule):
                 raise ValueError("pixel_values were given without vision_index; see megatron_smar.training.batch.")
             features = self.connector(self.vision_model.encode(pixel_values, self.pg_collection.tp_cp)).flatten(0, 1)
             placed = features[_spread(vision_index, len(features))].transpose(0, 1).to(embeddings.dtype)
-            # Contiguous, or its strides would last to the end of the stage, whose output is sent on.
+            # Contiguous: otherwise the strides persist to the stage's output, which is sent to the next stage.
             embeddings = torch.where((vision_index >= 0).t().unsqueeze(-1), placed, embeddings).contiguous()
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         if self.trains and torch.is_grad_enabled() and not embeddings.requires_grad:
-            # Recomputed layers get no gradient at all, unless their input takes one.
+            # Recomputed layers get no gradients unless their input requires a gradient.
             embeddings.requires_grad_()
         return embeddings
 
     def _unused_vision(self, like: Tensor) -> Tensor:
-        """Zero, through encoder and connector: a batch without images keeps every parameter in the graph.
+        """Returns zero, computed by encoder and connector, to keep their parameters in the graph without images.
 
-        With the language model frozen the loss would otherwise have no gradient, the rank would skip its backward pass
-        and with it the collectives that the other ranks wait in.
+        If the language model is frozen, the loss would otherwise have no gradient, and the rank would skip its backward
+        pass and with it the collectives in which the other ranks wait.
         """
         assert self.vision_model is not None and self.connector is not None
         side = self.vision_model.vision.image_size
@@ -234,9 +233,10 @@ class VisionLanguageModel(MegatronModule):
 
 
 def _spread(index: Tensor, rows: int) -> Tensor:
-    """Rows to read at each position [b, s]: those of `index`, and any where it is -1, each position another.
+    """Returns the row to read at each position, [b, s]: `index`, or where it is -1 an arbitrary row.
 
-    What is read there is not used, but its gradient, zeros, is added up: on CUDA one by one if they shared a row.
+    What is read at -1 is not used, but its gradient (zeros) is accumulated. The arbitrary rows differ from position to
+    position, because CUDA accumulates the gradients of a shared row one after another.
     """
     positions = torch.arange(index.numel(), device=index.device).view_as(index)
     return torch.where(index < 0, positions % rows, index)

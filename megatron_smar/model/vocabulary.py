@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows by which Megatron pads the vocabulary for a layout are no tokens: they take no part in any probability."""
+"""Masks the rows by which Megatron pads the vocabulary for a parallel layout, so that their probability is 0."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from torch import Tensor, nn
 
 
 class _WithoutPadding(torch.autograd.Function):
-    """Sets the logits from one column on to the lowest number there is, in place: their probability is exactly 0.
+    """Sets all logits from one column on to the lowest number of their dtype, in place: their probability is exactly 0.
 
-    Not minus infinity: a rank that holds nothing but padding would subtract it from itself in fused kernels.
+    Not to minus infinity: on a rank that holds only padding, fused kernels would subtract it from itself, giving NaN.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, first: int) -> Tensor:
-        """Logits [..., columns] with those from `first` on taken out."""
+        """Returns logits [..., columns] with the columns from `first` on masked."""
         ctx.mark_dirty(logits)
         logits[..., first:] = torch.finfo(logits.dtype).min
         return logits
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The cross-entropy's gradient is a column's probability, and so exactly 0 there already."""
+        """Passes the gradient on: in masked columns cross-entropy's gradient is their probability, exactly 0 anyway."""
         return gradients[0], None
 
 
 def mask_padding(output_layer: nn.Module, vocab_size: int, padded_size: int, group: dist.ProcessGroup) -> None:
-    """Has an output layer give no probability to rows behind the vocabulary, in training and in evaluation.
+    """Makes an output layer give the rows after the vocabulary no probability, in training and in evaluation.
 
-    Whatever the padding then is, losses and gradients are those of the vocabulary alone.
+    Losses and gradients then do not depend on the padding.
 
     Args:
-        output_layer: GPTModel's, which gives (logits [s, b, vocabulary / tp or all of it], bias).
-        vocab_size: Tokens.
-        padded_size: Rows of all ranks together.
-        group: The tensor-parallel ranks, which have the rows in their order.
+        output_layer: GPTModel's output layer, which returns (logits [s, b, vocabulary / tp or vocabulary], bias).
+        vocab_size: Number of tokens in the vocabulary.
+        padded_size: Number of rows of all ranks together, with padding.
+        group: Tensor-parallel group, whose ranks hold the rows in the order of the ranks.
     """
 
     def without_padding(module: nn.Module, inputs: Any, outputs: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:

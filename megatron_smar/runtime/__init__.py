@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA or CPU + Gloo: the only package that knows which one is running, and what stands beside torch there.
+"""CUDA or CPU + Gloo: the only package that knows which device is used and which GPU packages are installed.
 
-`install()` adapts Megatron to the environment of this process, so that its own `pretrain()` runs in it. Each adaptation
-acts where its reason holds: a few are about a missing device, the others are repairs that CUDA needs as well. Call it
-before anything of Megatron is imported; calling it again is harmless.
+`install()` adapts Megatron to the environment of this process, so that Megatron's own `pretrain()` runs in it. Each
+adaptation is applied only where its reason holds: some make up for a missing GPU, the others fix faults that also occur
+on CUDA. Call it before importing any part of Megatron; calling it again has no effect.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def install(wanted: Device | None = None) -> Device:
     """Adapts torch and Megatron to the environment of this process, once.
 
     Args:
-        wanted: The device, for a program that has no use for the other; None to detect it (see `detect_device`).
-            Without effect in a process that has one already.
+        wanted: The device, for a program that runs on one device only; None to detect it (see `detect_device`). Ignored
+            if the environment of this process was already installed.
 
     Returns:
-        The device.
+        The device of this process.
 
     Raises:
         RuntimeError: See `detect_environment`.
@@ -51,7 +51,7 @@ def install(wanted: Device | None = None) -> Device:
         _INSTALLED.append(detect_environment(wanted))
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for tensor parallelism
         if _INSTALLED[0].device == "cuda" and "LOCAL_RANK" in os.environ:
-            # Megatron asks for the card's capability before it sets the device: a context of each rank on GPU 0.
+            # Megatron queries the GPU's capability before it sets the device: all ranks would create contexts on GPU 0.
             import torch
 
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -64,7 +64,7 @@ def install(wanted: Device | None = None) -> Device:
 
 
 def install_or_exit(wanted: Device | None = None) -> Device:
-    """As `install`, for a program: an environment that cannot be used ends this rank with one sentence."""
+    """Calls `install()` for a program: an unusable environment ends this rank with one sentence, not a traceback."""
     console.quiet_loggers()
     failure.explain_lost_connections()
     try:
@@ -76,10 +76,10 @@ def install_or_exit(wanted: Device | None = None) -> Device:
 
 
 def current() -> Environment:
-    """The environment that `install()` found.
+    """Returns the environment that `install()` found.
 
     Raises:
-        RuntimeError: It was not called.
+        RuntimeError: `install()` has not been called.
     """
     if not _INSTALLED:
         raise RuntimeError("megatron_smar.runtime.install() has not been called; call it before importing Megatron.")
@@ -87,20 +87,20 @@ def current() -> Environment:
 
 
 def device() -> Device:
-    """The device of this process, as `install()` found it or would."""
+    """Returns the device of this process: the one `install()` found, or the one it would find."""
     return _INSTALLED[0].device if _INSTALLED else detect_device()
 
 
 def argument_defaults() -> dict[str, Any]:
-    """Defaults of Megatron's flags that differ in this environment; flags given by the user win."""
+    """Returns the defaults of Megatron's flags that differ in this environment; flags given by the user win."""
     return defaults.defaults_of(current())
 
 
 def describe() -> str:
-    """The environment and its defaults in one line."""
+    """Returns the environment and its defaults in one line."""
     return defaults.description(current())
 
 
 def check_flags(args: Namespace) -> None:
-    """Refuses flags that this environment cannot serve; see `defaults.check_flags`."""
+    """Refuses flags that this environment does not support; see `defaults.check_flags`."""
     defaults.check_flags(args, current())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adaptation is: one named function that changes one thing of another package, once, where its reason holds."""
+"""Adaptations: named functions that each patch one thing in another package, once, where the reason for it holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INSTALLED: list[Adaptation] = []
 
 
 class Where(Enum):
-    """Where the reason of an adaptation holds."""
+    """The environments in which the reason for an adaptation holds."""
 
     ANYWHERE = "on every device"
     CPU = "on the CPU"
@@ -22,7 +22,7 @@ class Where(Enum):
     TORCH_ADAM = "without Transformer Engine and apex, on every device"
 
     def holds(self, environment: Environment) -> bool:
-        """Whether it holds in an environment."""
+        """Returns whether the reason holds in this environment."""
         match self:
             case Where.CPU | Where.CUDA:
                 return environment.device == self.name.lower()
@@ -37,10 +37,10 @@ class Adaptation:
     """One change that `install()` makes.
 
     Attributes:
-        name: The function that makes it.
-        reason: Why, in a line.
-        where: Where that reason holds.
-        needed_by: The release that needs it.
+        name: Name of the function that makes the change.
+        reason: Why the change is needed, in one line.
+        where: Environments in which that reason holds.
+        needed_by: Release of the patched package that needs the change.
     """
 
     name: str
@@ -52,7 +52,15 @@ class Adaptation:
 def adaptation(
     reason: str, where: Where, needed_by: str = "megatron-core 0.19.2"
 ) -> Callable[[Callable[[], None]], Callable[[Environment], None]]:
-    """Makes a function an adaptation: it runs at most once in a process, where its reason holds, and is then listed."""
+    """Turns a function into an adaptation, which runs at most once per process, only where its reason holds.
+
+    Adaptations that have run are listed by `adaptations()`.
+
+    Args:
+        reason: Why the change is needed, in one line.
+        where: Environments in which that reason holds.
+        needed_by: Release of the patched package that needs the change.
+    """
 
     def decorate(function: Callable[[], None]) -> Callable[[Environment], None]:
         record = Adaptation(function.__name__, reason, where, needed_by)
@@ -69,5 +77,5 @@ def adaptation(
 
 
 def adaptations() -> tuple[Adaptation, ...]:
-    """The adaptations in force in this process."""
+    """Returns the adaptations that were applied in this process."""
     return tuple(_INSTALLED)

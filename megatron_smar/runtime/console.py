@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other packages write on the console that nobody can act on: silenced by name, for programs, until asked for.
+"""Silences console messages of other packages that the user cannot act on; `--all-messages` shows them.
 
-Each message is named; whatever is not listed here is written as ever, errors and tracebacks above all.
+Every silenced message is listed here by its text. All others are written unchanged, above all errors and tracebacks.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from megatron_smar.runtime.adaptation import Where, adaptation
 ALL_MESSAGES = "--all-messages"
 
 WARNINGS = (
-    r"Please specify --split when using --data-path",  # energon splits by itself
+    r"Please specify --split when using --data-path",  # energon makes its own splits
     r"moe_ffn_hidden_size is not set, using ffn_hidden_size",
     r"\s*It is recommended to use a ModelConfig",
     r"MimoModelConfig is experimental",
     r"`torch\.distributed\.\w+` is deprecated\. Please use `torch\.distributed\.\w+` instead",
-    r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # of experts with ETP 1
+    r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # for experts with ETP 1
     r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
     r"The argument order of load has been changed",
     r"Please use DTensor instead and we are deprecating ShardedTensor",
     r"'pin_memory' argument is set as true but no accelerator is found",
 )
 
-# Begins of messages by logger.
+# Beginnings of the silenced messages, by logger.
 LOGGED = {
     "torch.utils.cpp_extension": r"No CUDA runtime is found",
     "megatron.core.num_microbatches_calculator": r"setting number of microbatches to constant",
@@ -49,7 +49,7 @@ LOGGED = {
     r"load-checkpoint|evaluate) ",
 }
 
-# Begins of what Megatron prints.
+# Beginnings of the silenced lines that Megatron prints.
 PRINTED = re.compile(
     r"\s*(using world size: |Number of virtual stages per pipeline stage: None|using torch\.\w+ for parameters|"
     r"> setting tensorboard|WARNING: one_logger package is required|> initializ(ing|ed) |> setting random seeds|"
@@ -75,18 +75,18 @@ _MODULES = (
 )
 _TABLE = re.compile(r"-+ (end of )?arguments -+$")
 
-# Rewrites a line before it is written; `training.console` sets it.
+# Functions that rewrite a line before it is written; `training.console` adds them.
 rewrite: list[Callable[[str], str]] = []
 
 
 class _Table:
-    """Whether the lines that come are Megatron's list of arguments."""
+    """Whether the printed lines are currently inside Megatron's table of arguments."""
 
     inside = False
 
 
 def written(text: str) -> str | None:
-    """What is written of what Megatron prints: the text, another one, or None for nothing."""
+    """Returns the text to write for a line that Megatron prints, possibly rewritten, or None to write nothing."""
     table = _TABLE.match(text)
     if table or _Table.inside:
         _Table.inside = not table.group(1) if table else True
@@ -105,19 +105,19 @@ def _print(*values: Any, **options: Any) -> None:
 
 
 class _Unlisted(logging.Filter):
-    """Lets a record pass unless its message is the one that is silenced."""
+    """Drops records up to WARNING whose message begins with the silenced text."""
 
     def __init__(self, begin: str) -> None:
         super().__init__()
         self._begin = re.compile(begin)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """As the base class."""
+        """Returns whether the record is written."""
         return record.levelno > logging.WARNING or not self._begin.match(record.getMessage())
 
 
 def quiet_loggers() -> None:
-    """Silences what is logged and warned of, before the packages that do so are imported."""
+    """Silences the listed warnings and log messages; call it before the packages that emit them are imported."""
     if ALL_MESSAGES in sys.argv:
         return
     for message in WARNINGS:
@@ -126,9 +126,9 @@ def quiet_loggers() -> None:
         logging.getLogger(name).addFilter(_Unlisted(begin))
 
 
-@adaptation("four steps print a thousand lines, most of them a list of arguments", Where.ANYWHERE)
+@adaptation("a run of four steps prints a thousand lines, most of them a table of arguments", Where.ANYWHERE)
 def quiet_prints() -> None:
-    """What Megatron prints goes through `written`."""
+    """Passes everything that Megatron prints through `written`."""
     if ALL_MESSAGES in sys.argv:
         return
     for name in _MODULES:

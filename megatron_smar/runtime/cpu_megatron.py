@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron on a machine without CUDA: what redirecting torch does not reach."""
+"""Adaptations of Megatron to a machine without CUDA that redirecting torch does not cover."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_smar.runtime.adaptation import Where, adaptation
 
 @adaptation("pretrain() does not pass allow_no_cuda on to initialize_megatron()", Where.CPU)
 def allow_no_cuda() -> None:
-    """`pretrain()` starts on a machine without CUDA."""
+    """Lets `pretrain()` start on a machine without CUDA."""
     import megatron.training as package
     import megatron.training.initialize as initialize
     import megatron.training.training as training
@@ -23,9 +23,11 @@ def allow_no_cuda() -> None:
         module.initialize_megatron = start
 
 
-@adaptation("tensor_parallel.random took torch.cuda's functions by name and reaches into its generators", Where.CPU)
+@adaptation(
+    "tensor_parallel.random imports torch.cuda's functions by name and accesses CUDA generators directly", Where.CPU
+)
 def keep_one_random_state() -> None:
-    """Megatron's tracker of generator states switches the CPU's generator."""
+    """Makes Megatron's tracker of random states switch the CPU's generator."""
     import megatron.core.tensor_parallel.random as random
 
     patched: Any = random
@@ -35,10 +37,10 @@ def keep_one_random_state() -> None:
 
 
 @adaptation(
-    "the dispatcher asks for NumPy split sizes, and gets a tensor where there is no CUDA to copy them from", Where.CPU
+    "the dispatcher asks for NumPy split sizes, and gets a tensor when there is no CUDA tensor to copy", Where.CPU
 )
 def give_numpy_split_sizes() -> None:
-    """`maybe_move_tensor_to_cpu(..., as_numpy=True)` gives NumPy for a CPU tensor too."""
+    """Makes `maybe_move_tensor_to_cpu(..., as_numpy=True)` return a NumPy array for CPU tensors too."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 

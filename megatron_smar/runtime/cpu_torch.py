@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch on a machine without CUDA, as far as Megatron's calls into torch.cuda need it.
+"""Adaptations of torch to a machine without CUDA, for the parts of torch.cuda that Megatron calls.
 
-Megatron writes `torch.cuda.current_device()` and `device="cuda"` wherever a tensor is made. Here that device is the
-CPU. `torch.cuda.is_available()` keeps telling the truth, so other libraries are not misled.
+Megatron uses `torch.cuda.current_device()` and `device="cuda"` wherever it creates a tensor. Here both mean the CPU.
+`torch.cuda.is_available()` still returns False, so other libraries are not misled.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FACTORIES = [
 
 
 class CpuStream:
-    """A stream on a device that has one: everything is in order already."""
+    """A stream on the CPU, where every operation has finished before the next one begins."""
 
     device = CPU
     cuda_stream = 0
@@ -66,7 +66,7 @@ class CpuStream:
         """Nothing to wait for."""
 
     def record_event(self, event: CpuEvent | None = None) -> CpuEvent:
-        """Notes the time on an event."""
+        """Records the time on an event."""
         event = event or CpuEvent()
         event.record()
         return event
@@ -86,13 +86,13 @@ class CpuStream:
 
 
 class CpuEvent:
-    """An event that knows the host's clock, which is the device's."""
+    """An event on the CPU, timed by the host's clock."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._time = 0.0
 
     def record(self, stream: Any = None) -> None:
-        """Notes the time."""
+        """Records the time."""
         self._time = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
@@ -106,20 +106,20 @@ class CpuEvent:
         return True
 
     def elapsed_time(self, end: CpuEvent) -> float:
-        """Milliseconds up to another event."""
+        """Returns the milliseconds from this event to another."""
         return (end._time - self._time) * 1e3
 
 
 def _on_cpu(device: Any) -> Any:
-    """The CPU where CUDA is meant (a string, a device, an index), else the device as it is."""
+    """Returns the CPU for a CUDA device (given as a string, a device or an index), any other device unchanged."""
     if isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda")):
         return CPU
     return CPU if isinstance(device, torch.device) and device.type == "cuda" else device
 
 
-@adaptation("Megatron makes tensors with device='cuda'", Where.CPU)
+@adaptation("Megatron creates tensors with device='cuda'", Where.CPU)
 def redirect_tensor_factories() -> None:
-    """`torch.zeros(..., device="cuda")` and its kin make CPU tensors."""
+    """Makes `torch.zeros(..., device="cuda")` and the other factories create CPU tensors."""
 
     def redirected(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
@@ -131,7 +131,8 @@ def redirect_tensor_factories() -> None:
 
         return make
 
-    # `with torch.device(...)` knows the factories by identity: let it remember the originals, which the new ones call.
+    # `with torch.device(...)` recognizes factories by identity and caches them: fill its cache with the originals,
+    # which the redirected ones call.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, redirected(getattr(torch, name)))
@@ -139,7 +140,7 @@ def redirect_tensor_factories() -> None:
 
 @adaptation("Megatron moves tensors and modules with .cuda() and pins host memory", Where.CPU)
 def redirect_tensor_moves() -> None:
-    """`.cuda()`, `.pin_memory()` and `.record_stream()` leave a tensor where it is."""
+    """Makes `.cuda()`, `.pin_memory()` and `.record_stream()` return the tensor unchanged."""
 
     def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self
@@ -150,9 +151,9 @@ def redirect_tensor_moves() -> None:
     torch.Tensor.record_stream = stay  # type: ignore[method-assign]
 
 
-@adaptation("Megatron asks for the current device, sets it and synchronises with it", Where.CPU)
+@adaptation("Megatron queries the current device, sets it and synchronizes with it", Where.CPU)
 def provide_current_device() -> None:
-    """One device, the CPU, always current and always synchronised."""
+    """Provides one device, the CPU, which is always current and always synchronized."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.device_count = lambda: 1
@@ -168,7 +169,7 @@ def provide_current_device() -> None:
 
 @adaptation("Megatron's schedules and timers use streams and events", Where.CPU)
 def provide_streams() -> None:
-    """Streams and events that are always in order."""
+    """Provides streams and events on which nothing is ever pending."""
     cuda: Any = torch.cuda
     stream = CpuStream()
     cuda.Stream, cuda.Event = CpuStream, CpuEvent
@@ -181,7 +182,7 @@ def provide_streams() -> None:
 
 @adaptation("Megatron keeps one CUDA generator state per purpose", Where.CPU)
 def provide_random_states() -> None:
-    """The CUDA generator is the CPU's."""
+    """Makes the CUDA generator functions act on the CPU's generator."""
     cuda: Any = torch.cuda
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
@@ -191,7 +192,7 @@ def provide_random_states() -> None:
 
 @adaptation("Megatron reports the allocator's statistics", Where.CPU)
 def provide_memory_statistics() -> None:
-    """No CUDA memory is in use."""
+    """Reports that no CUDA memory is in use."""
     cuda: Any = torch.cuda
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, lambda device=None: 0)
@@ -201,7 +202,7 @@ def provide_memory_statistics() -> None:
 
 @adaptation("Megatron binds process groups and barriers to a CUDA device", Where.CPU)
 def unbind_process_groups() -> None:
-    """`device_id` and `device_ids` are NCCL's; Gloo refuses them."""
+    """Drops the arguments `device_id` and `device_ids`, which are for NCCL: Gloo refuses them."""
 
     def without(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -215,9 +216,9 @@ def unbind_process_groups() -> None:
     dist.barrier = without(dist.barrier, "device_ids")
 
 
-@adaptation("the token dispatcher leaves split sizes as tensors where there is no CUDA to copy them from", Where.CPU)
+@adaptation("the token dispatcher leaves split sizes as tensors when there is no CUDA tensor to copy", Where.CPU)
 def accept_tensor_split_sizes() -> None:
-    """`all_to_all_single` takes split sizes as tensors too."""
+    """Makes `all_to_all_single` accept split sizes that are tensors."""
     all_to_all_single = dist.all_to_all_single
 
     def as_list(sizes: Any) -> Any:
@@ -239,9 +240,9 @@ def accept_tensor_split_sizes() -> None:
     dist.all_to_all_single = call
 
 
-@adaptation("Megatron's optimizers tell parameters by the name of their type, torch.cuda.FloatTensor", Where.CPU)
+@adaptation("Megatron's optimizers sort parameters by the name of their type, torch.cuda.FloatTensor", Where.CPU)
 def name_tensor_types_as_cuda() -> None:
-    """`tensor.type()` names the CUDA type of the same element type."""
+    """Makes `tensor.type()` return the name of the CUDA type with the same element type."""
     type_of = torch.Tensor.type
 
     def cuda_type(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
@@ -253,11 +254,11 @@ def name_tensor_types_as_cuda() -> None:
 
 
 @adaptation(
-    "without a GPU the absence of Transformer Engine and apex is right, and Megatron warns of it a dozen times",
+    "without a GPU, Transformer Engine and apex are rightly absent, and Megatron warns about that a dozen times",
     Where.CPU,
 )
 def silence_missing_gpu_packages() -> None:
-    """Drops those warnings and no others."""
+    """Silences those warnings and no others."""
     for missing in (
         "Apex is not installed",
         "Transformer Engine and Apex are not installed",

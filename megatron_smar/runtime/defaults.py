@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an environment changes in Megatron's flags: other defaults, and flags that it cannot serve."""
+"""How the environment affects Megatron's flags: different defaults, and flags that it does not support."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from megatron_smar.runtime.environment import Environment
 
-# Least compute capability (major, minor) of the card, by FP8 recipe (Transformer Engine's check_*_support functions).
+# Minimum compute capability (major, minor) of the GPU by FP8 recipe (Transformer Engine's check_*_support functions).
 FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0), "custom": (8, 9)}
 FP4_CAPABILITY = (10, 0)
 
 
 def defaults_of(environment: Environment) -> dict[str, Any]:
-    """Defaults of Megatron's flags that differ in an environment; flags given by the user win."""
+    """Returns the defaults of Megatron's flags that differ in an environment; flags given by the user win."""
     if environment.device == "cpu":
         return {
             "distributed_backend": "gloo",
@@ -29,7 +29,7 @@ def defaults_of(environment: Environment) -> dict[str, Any]:
             "no_persist_layer_norm": True,
             "async_tensor_model_parallel_allreduce": False,
         }
-    # In bf16 the weights that SMAR measures would be rounded to 8 bits.
+    # In bf16 the routing weights that SMAR measures would be rounded to 8 bits.
     defaults: dict[str, Any] = {"moe_router_dtype": "fp32"}
     if not environment.transformer_engine:
         defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
@@ -39,7 +39,7 @@ def defaults_of(environment: Environment) -> dict[str, Any]:
 
 
 def description(environment: Environment) -> str:
-    """The environment and what its defaults are, in one line for the start of a run."""
+    """Returns the environment and its defaults in one line, which is logged when a run starts."""
     if environment.device == "cpu":
         return "CPU: Gloo, local layers, torch's AdamW"
     te = environment.transformer_engine
@@ -53,16 +53,16 @@ def description(environment: Environment) -> str:
 
 
 def check_flags(args: Namespace, environment: Environment) -> None:
-    """Refuses flags that the environment cannot serve, before anything is built.
+    """Refuses flags that the environment does not support, before anything is built.
 
     Args:
-        args: As Megatron's parser returns them.
-        environment: Of this process.
+        args: Megatron's arguments, as its parser returns them.
+        environment: The environment of this process.
 
     Raises:
-        ValueError: One sentence with the flag and what to do.
+        ValueError: A flag is not supported. The message is one sentence with the flag and the fix.
     """
-    if args.fp8 and args.fp8_recipe not in FP8_CAPABILITY:  # Megatron's config takes any word
+    if args.fp8 and args.fp8_recipe not in FP8_CAPABILITY:  # Megatron's config accepts any string
         raise ValueError(f"--fp8-recipe is {args.fp8_recipe!r}; it must be one of {', '.join(FP8_CAPABILITY)}.")
     if environment.device == "cpu":
         _check_cpu(args)
@@ -111,7 +111,7 @@ def _check_without_transformer_engine(args: Namespace, environment: Environment)
 
 
 def _check_card(args: Namespace) -> None:
-    """Whether the card has units for the format, which Megatron leaves to the first step."""
+    """Refuses an FP8 or FP4 format that the GPU does not support; Megatron would fail only in the first step."""
     import torch
 
     capability = torch.cuda.get_device_capability()

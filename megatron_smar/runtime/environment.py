@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this process runs on: CUDA or the CPU, and which of NVIDIA's packages stand beside torch."""
+"""What this process runs on: CUDA or the CPU, and which of NVIDIA's packages are installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Literal
 Device = Literal["cpu", "cuda"]
 DEVICE_VARIABLE = "MEGATRON_SMAR_DEVICE"
 
-# Megatron takes each of these wherever it can be imported, and none of them runs on a CPU.
+# Megatron uses each of these wherever it can be imported, and none of them runs on a CPU.
 GPU_PACKAGES = ("transformer_engine", "apex", "amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
 
 
@@ -26,8 +26,8 @@ class Environment:
         device: `cuda` or `cpu`.
         transformer_engine: Whether Transformer Engine is used.
         apex: Whether NVIDIA's apex is used (FusedAdam and the multi-tensor kernels).
-        fused_weight_gradient: Whether apex's `fused_weight_gradient_mlp_cuda` is there, which adds weight gradients to
-            the gradient buffer within their matrix product (--gradient-accumulation-fusion).
+        fused_weight_gradient: Whether apex's `fused_weight_gradient_mlp_cuda` is installed. Its kernel accumulates the
+            weight gradient into the gradient buffer as part of the matrix product (--gradient-accumulation-fusion).
     """
 
     device: Device
@@ -37,18 +37,18 @@ class Environment:
 
     @property
     def fused_adam(self) -> bool:
-        """Whether Megatron takes FusedAdam, from Transformer Engine or apex; it takes torch's AdamW otherwise."""
+        """Whether Megatron uses FusedAdam, from Transformer Engine or apex; otherwise it uses torch's AdamW."""
         return self.transformer_engine or self.apex
 
 
 def detect_environment(wanted: Device | None = None) -> Environment:
-    """The environment of this process; asked once, before Megatron is imported.
+    """Detects the environment of this process; called once, before Megatron is imported.
 
     Args:
-        wanted: As for `detect_device`.
+        wanted: The device to use; see `detect_device`.
 
     Raises:
-        RuntimeError: See `detect_device`; or a package of `GPU_PACKAGES` was imported already, on the CPU.
+        RuntimeError: See `detect_device`; or the device is the CPU and one of `GPU_PACKAGES` was already imported.
     """
     if detect_device(wanted) == "cpu":
         _hide_gpu_packages()
@@ -59,17 +59,18 @@ def detect_environment(wanted: Device | None = None) -> Environment:
 
 
 def detect_device(wanted: Device | None = None) -> Device:
-    """The device of this process: MEGATRON_SMAR_DEVICE if set, else cuda where there is one, else cpu.
+    """Returns the device of this process: MEGATRON_SMAR_DEVICE if set, else cuda if there is a GPU, else cpu.
 
-    On the CPU the machine's GPUs are hidden from this process and from those that it starts.
+    If the device is the CPU, the machine's GPUs are hidden from this process and its child processes.
 
     Args:
-        wanted: Overrides detection and, for a program that has no use for a GPU, the variable.
+        wanted: The device to use, whatever MEGATRON_SMAR_DEVICE and the machine say, for a program that runs on one
+            device only.
 
     Raises:
-        RuntimeError: MEGATRON_SMAR_DEVICE is neither cpu nor cuda, or is cuda where torch can use no GPU; or the
-            machine or its job has GPUs and torch can use none, which must not become a silent run on the CPU; or there
-            are fewer GPUs than processes of this node.
+        RuntimeError: MEGATRON_SMAR_DEVICE is neither cpu nor cuda; or it is cuda and torch cannot use a GPU; or the
+            machine or its job has GPUs and torch cannot use any, which must not silently become a run on the CPU; or
+            this node has fewer GPUs than processes.
     """
     chosen = wanted or os.environ.get(DEVICE_VARIABLE, "")
     if chosen not in ("", "cpu", "cuda"):
@@ -96,11 +97,13 @@ def detect_device(wanted: Device | None = None) -> Device:
 
 
 def expected_gpus(variables: Mapping[str, str], device_files: list[str]) -> str | None:
-    """What says that this process should have GPUs, or None; a user who hides them (CUDA_VISIBLE_DEVICES=) wants none.
+    """Returns the evidence that this process should have GPUs, such as `SLURM_JOB_GPUS=0,1`, or None if there is none.
+
+    A user who hides the GPUs (CUDA_VISIBLE_DEVICES=) expects none.
 
     Args:
-        variables: The environment's.
-        device_files: The driver's files, one per GPU.
+        variables: The environment variables.
+        device_files: Paths of the driver's device files, one per GPU.
     """
     visible = variables.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
@@ -114,7 +117,7 @@ def expected_gpus(variables: Mapping[str, str], device_files: list[str]) -> str 
 
 
 def _why_no_cuda() -> str:
-    """torch's own words for it."""
+    """Returns torch's own explanation of why it finds no CUDA device."""
     import torch
 
     if torch.version.cuda is None:
@@ -136,7 +139,7 @@ def _check_local_rank(gpus: int) -> None:
 
 
 def _hide_gpus() -> None:
-    """With the GPUs visible, torch.cuda.is_available() would be true, and libraries would make contexts on them."""
+    """Hides the GPUs: otherwise torch.cuda.is_available() is true, and libraries create contexts on them."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -147,7 +150,7 @@ def _hide_gpus() -> None:
 
 
 def _hide_gpu_packages() -> None:
-    """Megatron would choose FusedAdam, Transformer Engine's layers and apex's kernels, which cannot run on a CPU."""
+    """Hides `GPU_PACKAGES`: Megatron would choose their optimizers, layers and kernels, which cannot run on a CPU."""
     for name in GPU_PACKAGES:
         if sys.modules.get(name) is not None:
             raise RuntimeError(
@@ -158,5 +161,5 @@ def _hide_gpu_packages() -> None:
 
 
 def _is_installed(module: str) -> bool:
-    """Whether it can be imported; megatron_smar.compatibility has refused halves of it."""
+    """Returns whether a module can be imported; `compatibility` has already refused incomplete installations."""
     return sys.modules.get(module) is not None or (module not in sys.modules and util.find_spec(module) is not None)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a rank ends with one sentence, with a launcher behind it that has a report of its own.
+"""Ends a rank with one sentence, on the terminal and in torchrun's report.
 
-torchrun writes a report and a Python traceback of itself whenever a rank ends with another status than 0; a rank cannot
-keep it from that. What a rank can do is to say in torchrun's error file why it ended: the report then ends with the
-sentence, instead of advice on tracebacks, as its root cause.
+torchrun writes a report and its own Python traceback whenever a rank ends with a nonzero status; a rank cannot prevent
+that. But a rank can write its reason to torchrun's error file: the report then ends with that sentence as its root
+cause, instead of advice on tracebacks.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from types import TracebackType
 from typing import NoReturn
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets it for each rank
-_ENDS = ("closed by peer", "reset by peer", "Broken pipe")  # in Gloo's words
+_ENDS = ("closed by peer", "reset by peer", "Broken pipe")  # Gloo's messages for a lost connection
 
 
 def end(sentence: str, status: int = 1) -> NoReturn:
-    """Ends this rank with one sentence, in one write: several ranks share the terminal.
+    """Ends this rank with one sentence, in a single write because several ranks share the terminal.
 
-    Under torchrun a node's first rank speaks on the terminal, and every rank in torchrun's report.
+    Under torchrun only a node's first rank writes to the terminal; every rank writes to torchrun's report.
 
     Args:
-        sentence: What is wrong, and what to do.
-        status: The exit status.
+        sentence: What is wrong and how to fix it.
+        status: Exit status of the process.
     """
     _say(sentence)
     sys.exit(status)
 
 
 def explain_lost_connections() -> None:
-    """Has a rank that lost another one end with a sentence that says where to look, instead of Gloo's traceback.
+    """Makes a rank that lost its connection to another end with a sentence that says where to look.
 
-    An error of one rank alone (a file that its node lacks, a failing disk) ends that rank with its own sentence; the
-    others notice by their next collective.
+    An error on a single rank (a file missing on its node, a failing disk) ends that rank with its own sentence; the
+    other ranks notice in their next collective, and would print Gloo's traceback.
     """
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if _lost_connection(error):
-            # A second later than the reason: torchrun takes the earliest, by whole seconds, for the cause.
+            # One second later than the cause: torchrun takes the earliest error, in full seconds, for the root cause.
             _say("another rank ended first, and what it said is the reason; this one lost its connection to it.", 1)
         else:
             before(kind, error, trace)
@@ -52,7 +52,7 @@ def explain_lost_connections() -> None:
 
 
 def _lost_connection(error: BaseException) -> bool:
-    """Whether Gloo found that the process at the other end of a connection has gone."""
+    """Returns whether this is Gloo's error for a peer process that has ended."""
     words = str(error)
     return isinstance(error, RuntimeError) and "gloo/transport/tcp" in words and any(end in words for end in _ENDS)
 
@@ -66,13 +66,13 @@ def _say(sentence: str, later: int = 0) -> None:
 
 
 def _report(line: str, timestamp: int) -> bool:
-    """Writes torchrun's error file, in the form of `torch.distributed.elastic`'s own; whether there is one."""
+    """Writes torchrun's error file in the format of `torch.distributed.elastic`; returns whether it was written."""
     path = os.environ.get(ERROR_FILE)
     if not path:
         return False
     details = {"py_callstack": line, "timestamp": str(timestamp)}
     try:
         Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}), encoding="utf-8")
-    except OSError:  # the line on the terminal is what counts
+    except OSError:  # the sentence is written to the terminal instead
         return False
     return True

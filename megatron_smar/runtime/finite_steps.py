@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step that is not finite is never applied: the run stops on all ranks, with one sentence.
+"""Stops a run, on all ranks and with one sentence, before a step with a NaN or infinite loss or gradient is applied.
 
-The gradient norm decides, which Megatron reads in every step anyway. The losses of all ranks are part of it: their sum
-times 0, which is 0 or NaN, is added to the gradients that the norm is taken of; and so is what the norm leaves out, the
-gradients of a weight's copies on the other tensor-parallel ranks. What fp16's loss scaling finds in the gradients it
-skips, unless a weight is at fault, which no scale can help.
+The check uses the gradient norm, which Megatron reads in every step anyway. The losses of all ranks are included in it:
+their sum times 0, which is 0 or NaN, is added to the gradients that the norm is computed from. So are the gradients
+that the norm leaves out: those of a weight's copies on the other tensor-parallel ranks. With fp16, dynamic loss scaling
+still skips steps whose gradients overflow, unless a weight is NaN or infinite, which no loss scale can fix.
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ from megatron_smar.runtime.adaptation import Where, adaptation
 
 
 class NotFiniteError(RuntimeError):
-    """A step's loss or gradient is NaN or infinite; the same on all ranks, before anything was changed by it."""
+    """A step's loss or gradient is NaN or infinite; raised on all ranks, before the step has changed anything."""
 
 
 class _Step:
-    """What is known of the step in progress."""
+    """The faults found so far in the current step."""
 
     def __init__(self) -> None:
-        self.faults: Tensor | None = (
-            None  # [2], of losses and of copies' gradients: 0, or NaN if any rank's is not finite
-        )
-        self.optimizer: Any = None  # the outermost that steps; chained optimizers can be nested
+        # [2], one for the losses and one for the copies' gradients: 0, or NaN if any rank's is not finite.
+        self.faults: Tensor | None = None
+        self.optimizer: Any = None  # the outermost optimizer of this step; chained optimizers can be nested
 
     def note(self, reports: Iterable[dict[str, Tensor]] | None, copies: list[Tensor]) -> None:
-        """Takes what this rank's micro-batches report and its copies' gradients, of all ranks; nothing is read."""
+        """Checks losses and copies' gradients over all ranks, without copying anything from the device.
+
+        Args:
+            reports: Losses that this rank's micro-batches report.
+            copies: Gradients of this rank's copies of weights, see `_copies`.
+        """
         device = torch.cuda.current_device()
         losses = [value.detach().reshape(-1) for report in reports or () for value in report.values()]
         largest = [value.reshape(1) for value in torch._foreach_norm(copies, math.inf)] if copies else []
@@ -50,14 +54,14 @@ class _Step:
             torch.distributed.all_reduce(self.faults)
 
     def with_faults(self, gradients: list[Tensor] | Tensor) -> list[Tensor]:
-        """The gradients that a norm is taken of, and the zeros of what else must be finite with them."""
+        """Returns the gradients to compute a norm from, with `faults` appended: zeros, or NaN that the norm shows."""
         gradients = [gradients] if isinstance(gradients, Tensor) else list(gradients)
         if self.faults is None:
             return gradients
         return [*gradients, self.faults.to(gradients[0].device, gradients[0].dtype) if gradients else self.faults]
 
     def has_faulty_loss(self) -> bool:
-        """Whether a loss of any rank is not finite; this reads the device, and is the same on all ranks."""
+        """Returns whether a loss of any rank is not finite, the same on all ranks; this waits for the device."""
         return self.faults is not None and not bool(self.faults[0].isfinite())
 
 
@@ -65,12 +69,12 @@ _STEP = _Step()
 
 
 @adaptation(
-    "the first step after a start is applied whatever it is, and so is every other one without the checks of "
-    "--check-for-nan-in-loss-and-grad, which see one rank's share and wait for the device",
+    "the first step after a start is applied even if it is not finite; so is every step without "
+    "--check-for-nan-in-loss-and-grad, whose checks see only one rank's share and wait for the device",
     Where.ANYWHERE,
 )
 def refuse_steps_that_are_not_finite() -> None:
-    """The optimizer checks the gradient norm, with the losses in it, before it changes a weight or a moment."""
+    """Makes the optimizer check the gradient norm, which includes the losses, before it changes a weight or moment."""
     import megatron.core.optimizer.layer_wise_optimizer as layer_wise
     import megatron.core.optimizer.optimizer as optimizers
 
@@ -88,7 +92,7 @@ def refuse_steps_that_are_not_finite() -> None:
             done = step(self)
         finally:
             _STEP.optimizer = None
-        if not done[0] and done[1] is None and not _scale_adapts(self):  # a constant scale would skip for ever
+        if not done[0] and done[1] is None and not _scale_adapts(self):  # a constant scale would skip every step
             raise NotFiniteError
         return done
 
@@ -113,7 +117,7 @@ def _checked_norm(get_grad_norm: Any) -> Any:
         norm = get_grad_norm(self)
         if _STEP.optimizer is not self:
             return norm
-        norm = float(norm)  # with Transformer Engine a tensor, which the training loop would read after the step
+        norm = float(norm)  # a tensor with Transformer Engine; the training loop would read it only after the step
         apart = (group for group in SEPARATE_GRAD_NORM_GROUPS if self.has_grad_norm_group(group))  # not in the norm
         if not math.isfinite(norm + sum(float(self._get_grad_norm_for_group(group)) for group in apart)):
             raise NotFiniteError
@@ -123,7 +127,7 @@ def _checked_norm(get_grad_norm: Any) -> Any:
 
 
 def _scale_adapts(optimizer: Any) -> bool:
-    """Whether fp16's dynamic loss scaling is at work, to which a step that is not finite is nothing unusual."""
+    """Returns whether fp16's dynamic loss scaling is in use, where steps that are not finite are expected."""
     from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
     inner = getattr(optimizer, "chained_optimizers", [])
@@ -131,12 +135,12 @@ def _scale_adapts(optimizer: Any) -> bool:
 
 
 @adaptation(
-    "a step that is not finite ended one rank with a traceback, or saved what was damaged as the newest checkpoint "
+    "a step that is not finite ends one rank with a traceback, or saves the damaged weights as the newest checkpoint "
     "(without --save: TypeError)",
     Where.ANYWHERE,
 )
 def stop_at_steps_that_are_not_finite() -> None:
-    """The training step ends in `NotFiniteError` on all ranks, with the place of the fault, after finishing saves."""
+    """Makes the training step raise `NotFiniteError` on all ranks, naming the fault, after pending saves finish."""
     import megatron.training.training as training
 
     train_step = training.train_step
@@ -166,12 +170,12 @@ def stop_at_steps_that_are_not_finite() -> None:
 
 
 @adaptation(
-    "Megatron's rerun machine saves the weights of a faulty step as the newest checkpoint when the fault comes again, "
-    "to try another GPU; and switched off it ends one rank alone",
+    "when a fault repeats, Megatron's rerun state machine saves the weights of the faulty step as the newest "
+    "checkpoint, to try another GPU; and if it is disabled, it ends only one rank",
     Where.ANYWHERE,
 )
 def let_reruns_save_nothing() -> None:
-    """A rerun step that stays faulty ends as one that was not rerun; without reruns the gradient norm decides."""
+    """Makes a step that is still faulty when rerun end without saving; without reruns only the norm is checked."""
     from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
 
     validate, decide = RerunStateMachine.validate_result, RerunStateMachine.should_checkpoint_and_exit
@@ -196,7 +200,7 @@ def let_reruns_save_nothing() -> None:
 
 
 def _sentence(model: list[torch.nn.Module], step: int, verdict: str) -> str:
-    """What is wrong and what to do, the same on all ranks; this reads the device, but only at the end."""
+    """Returns what is wrong and how to fix it, the same on all ranks; this waits for the device, when the run ends."""
     found = [_faults(model)]
     if torch.distributed.is_initialized():
         found = [("", "")] * torch.distributed.get_world_size()
@@ -215,7 +219,7 @@ def _sentence(model: list[torch.nn.Module], step: int, verdict: str) -> str:
 
 
 def _copies(model: list[torch.nn.Module]) -> list[Tensor]:
-    """Gradients of this rank's weights that the gradient norm takes from another tensor-parallel rank."""
+    """Returns gradients of this rank's weights that the gradient norm counts on another tensor-parallel rank."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 
@@ -235,7 +239,7 @@ def _any_rank(is_so: bool) -> bool:
 
 
 def _faults(model: list[torch.nn.Module]) -> tuple[str, str]:
-    """Names of this rank's first weight and of its first gradient that are not finite, or ""."""
+    """Returns the names of this rank's first weight and first gradient that are not finite, "" for none."""
     named = [item for chunk in model for item in chunk.named_parameters()]
     weights = (name for name, weight in named if not weight.detach().isfinite().all())
     gradients = ((name, getattr(weight, "main_grad", None)) for name, weight in named)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repairs of Megatron and energon that GPUs need: on every device, or on CUDA alone."""
+"""Fixes for faults of Megatron, torch and energon that also occur with GPUs: on every device, or on CUDA only."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from megatron_smar.runtime.adaptation import Where, adaptation
 
 
 @adaptation(
-    "the wheel has no Makefile for the dataset helpers, and brings them compiled; rank 0 exits, the others wait for it",
+    "the wheel has the dataset helpers compiled and no Makefile for them; rank 0 exits, and the others wait for it",
     Where.ANYWHERE,
 )
 def skip_compiling_helpers() -> None:
-    """Megatron's indexed-dataset helper is compiled only where its sources and Makefile are (a source installation)."""
+    """Compiles Megatron's indexed-dataset helper only in a source installation, which has its sources and Makefile."""
     import megatron.core.datasets.utils as utils
 
     if not (Path(utils.__file__).parent / "Makefile").exists():
@@ -30,11 +30,11 @@ def skip_compiling_helpers() -> None:
 
 
 @adaptation(
-    "each first save starts a process for a queue, and that imports everything again: ten seconds or more",
+    "the first save of a run starts a process for a queue, which imports everything again: ten seconds or more",
     Where.ANYWHERE,
 )
 def collect_results_of_a_save_in_the_process() -> None:
-    """What a save's threads report goes through a plain queue, unless --async-save has another process write."""
+    """Collects the results of a save's threads in a plain queue, unless --async-save writes in another process."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
     from megatron.training import get_args
 
@@ -54,18 +54,18 @@ def collect_results_of_a_save_in_the_process() -> None:
     needed_by="torch 2.11 to 2.13",
 )
 def keep_float32_products() -> None:
-    """Products and convolutions of float32 are computed in float32; those of bf16 are not concerned."""
+    """Computes matrix products and convolutions of float32 tensors in float32; those of bf16 are not affected."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
 @adaptation(
     "the offloaded optimizer pins its copies of the parameters before it converts them to float32, which unpins them: "
-    "the way back to the GPU then blocks the host",
+    "copying them back to the GPU then blocks the host",
     Where.CUDA,
 )
 def pin_offloaded_parameters() -> None:
-    """--optimizer-cpu-offload keeps the float32 parameters in pinned memory, as --pin-cpu-params says."""
+    """Keeps the float32 parameters of --optimizer-cpu-offload in pinned memory, as --pin-cpu-params requests."""
     from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 
     split_parameters = HybridDeviceOptimizer._get_sub_optimizer_param_groups
@@ -82,29 +82,29 @@ def pin_offloaded_parameters() -> None:
 
 
 @adaptation(
-    "Megatron's SFT and multimodal tokenizers do not say trust_remote_code=False, and transformers then asks on the "
+    "Megatron's SFT and multimodal tokenizers do not pass trust_remote_code=False, and transformers then asks on the "
     "terminal, where any input that begins with y runs a model folder's code",
     Where.ANYWHERE,
     needed_by="megatron-core 0.19.2, transformers 5",
 )
 def never_ask_to_run_a_models_code() -> None:
-    """Who wants the code of a model's folder to be run says --trust-remote-code; there is no question."""
+    """Makes --trust-remote-code the only way to run the code in a model's folder; transformers never asks."""
     import transformers.dynamic_module_utils as code
 
     code.TIME_OUT_REMOTE_CODE = 0
 
 
 @adaptation(
-    "a checkpoint's .metadata is read by a plain unpickling and the objects beside its tensors by "
-    "torch.load(weights_only=False): a stranger's checkpoint runs what it likes, on every rank",
+    "a checkpoint's .metadata is read with plain pickle, and its objects other than tensors with "
+    "torch.load(weights_only=False): a checkpoint from a stranger can run any code, on every rank",
     Where.ANYWHERE,
     needed_by="torch 2.11 to 2.13",
 )
 def read_checkpoints_without_running_them() -> None:
-    """Whatever reads a checkpoint, in this process and its children, admits the classes that checkpoints are made of.
+    """Restricts everything that reads a checkpoint, in this process and its children, to the classes of checkpoints.
 
-    That is `unpickling.load_contents` for the table of contents, and `weights_only` with Megatron's own classes for
-    everything that goes through `torch.load`; the switch by which an environment takes that back is switched off.
+    The table of contents is read with `unpickling.load_contents`, and everything that goes through `torch.load` with
+    `weights_only` and Megatron's own classes. The environment variable that disables `weights_only` is removed.
     """
     from torch.distributed.checkpoint import filesystem
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -138,11 +138,12 @@ def read_checkpoints_without_running_them() -> None:
 
 
 @adaptation(
-    "Megatron's handler knows one signal, so that Ctrl-C ends in tracebacks with nothing saved, and never ends at once",
+    "Megatron's handler handles one signal only, so that Ctrl-C ends in tracebacks with nothing saved, and a second "
+    "signal does not end the run immediately",
     Where.ANYWHERE,
 )
 def listen_to_all_signals_that_end_a_run() -> None:
-    """SIGTERM, SIGINT (Ctrl-C), SIGHUP and --exit-signal end a run behind its step; a second one at once."""
+    """Makes SIGTERM, SIGINT (Ctrl-C), SIGHUP and --exit-signal end a run after its step; a second one immediately."""
     import megatron.training.global_vars as global_vars
 
     from megatron_smar.runtime.signals import StopSignals  # a subclass of Megatron's, which is imported last
@@ -151,13 +152,13 @@ def listen_to_all_signals_that_end_a_run() -> None:
 
 
 @adaptation(
-    "energon keeps its tar files open, and each keeps all members ever read from it (TarFile.members): 1 KB a picture "
-    "without end, and a loader that slows down as garbage is collected over them",
+    "energon keeps its tar files open, and each keeps all members ever read from it (TarFile.members): memory grows "
+    "by 1 KB per image without bound, and garbage collection over the members slows the loader down",
     Where.ANYWHERE,
     needed_by="megatron-energon 7.4.1",
 )
 def forget_members_that_were_read() -> None:
-    """energon's tar files keep no list of members, which nothing reads; its data workers, being forked, do the same."""
+    """Clears the members of energon's tar files, which nothing reads; forked data workers inherit this change."""
     from megatron.energon.flavors.webdataset.itar import ITarFile
 
     read = ITarFile.next
@@ -172,12 +173,12 @@ def forget_members_that_were_read() -> None:
 
 
 @adaptation(
-    "the line of the first step after a start leaves the sums as they are even where an interval ends with it: with "
-    "--log-interval 1 the second line is the mean of two steps, losses and time",
+    "logging the first step after a start does not reset the sums, even if a log interval ends with that step: with "
+    "--log-interval 1 the second line shows the mean of two steps, for losses and time",
     Where.ANYWHERE,
 )
 def end_the_first_interval() -> None:
-    """A first step at which an interval ends is logged as every other that ends one."""
+    """Logs a first step that ends a log interval in the same way as every other step that ends one."""
     import megatron.training.training as training
 
     log = training.training_log
@@ -193,12 +194,12 @@ def end_the_first_interval() -> None:
 
 
 @adaptation(
-    "with fp16 each of the chained optimizers, as the experts' beside the others', lowers a loss scale of its own, but "
-    "the loss is scaled by the first's: after one overflow the gradients of the two differ by a factor of 2",
+    "with fp16 each chained optimizer (one is the experts') lowers its own loss scale, but the loss is scaled by the "
+    "first optimizer's: after an overflow in only one of two, their gradients differ by a factor of 2",
     Where.ANYWHERE,
 )
 def keep_one_loss_scale() -> None:
-    """The scales of chained optimizers change together: all as that of one which found an overflow, if any did."""
+    """Changes the loss scales of chained optimizers together: all follow one that found an overflow, if any did."""
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     def prepare_together(self: Any) -> bool:
@@ -213,7 +214,7 @@ def keep_one_loss_scale() -> None:
 
 
 def _grad_scalers(optimizer: Any) -> list[Any]:
-    """The scalers of an optimizer, or of all that are chained in it."""
+    """Returns the gradient scalers of an optimizer, or of all optimizers chained in it."""
     if hasattr(optimizer, "chained_optimizers"):
         return [scaler for part in optimizer.chained_optimizers for scaler in _grad_scalers(part)]
     scaler = getattr(optimizer, "grad_scaler", None)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run does when it is asked to end: it finishes its step, saves, and says how to resume.
+"""What a run does when a signal asks it to end: it finishes its step, saves, and reports how to resume.
 
-Megatron's own handler is the way in: its loop asks it after each step, on all ranks together, whether one of them was
-asked to end (``checkpoint_and_decide_exit``), and saves. This one also listens to Ctrl-C and to a closed terminal, ends
-at once when it is asked again or before there is anything to save, and needs no flag (`arguments.add_arguments`).
+This extends Megatron's own handler: after each step Megatron's loop asks it, on all ranks together, whether a rank
+received a signal, and saves (`checkpoint_and_decide_exit`). `StopSignals` also handles Ctrl-C and a closed terminal,
+ends the run immediately at a second signal or when there is nothing to save yet, and needs no flag
+(`arguments.add_arguments`).
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from typing import Any
 
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
-# torchrun passes on what it gets: where the launcher signals all processes of a job, each rank gets the same one twice.
-_ONE_REQUEST = 1.0  # seconds
+# torchrun forwards signals: if the launcher signals all processes of a job, each rank receives the same signal twice.
+_ONE_REQUEST = 1.0  # seconds within which two signals count as one
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its ranks
 
 
 class StopSignals(DistributedSignalHandler):
-    """Megatron's handler, for all signals that ask a run to end.
+    """Megatron's signal handler, extended to all signals that ask a run to end.
 
     Args:
-        sig: Megatron's --exit-signal, beside SIGTERM, SIGINT and SIGHUP.
+        sig: Megatron's --exit-signal, handled in addition to SIGTERM, SIGINT and SIGHUP.
     """
 
     current: StopSignals | None = None
 
     def __init__(self, sig: signal.Signals = signal.SIGTERM) -> None:
-        """Nothing is listened to before ``__enter__``."""
+        """Creates the handler; signals are handled only after `__enter__`."""
         super().__init__(sig)
         self.training = False
         self.received: signal.Signals | None = None
@@ -42,7 +43,7 @@ class StopSignals(DistributedSignalHandler):
         self._before_saving: list[Callable[[], None]] = []
 
     def __enter__(self) -> StopSignals:
-        """Listen from now on."""
+        """Installs the handlers."""
         self._signal_received = self.released = False
         self._process = os.getpid()
         self._original: dict[signal.Signals, Any] = {}
@@ -54,7 +55,7 @@ class StopSignals(DistributedSignalHandler):
         return self
 
     def release(self) -> bool:
-        """Give the signals back."""
+        """Restores the handlers that were installed before."""
         if self.released:
             return False
         for sig, handler in self._original.items():
@@ -64,7 +65,7 @@ class StopSignals(DistributedSignalHandler):
         return True
 
     def signals_received(self) -> list[int]:
-        """Whether each rank was asked to end; if one was, what has to be done before Megatron saves is done."""
+        """Returns for each rank whether it received a signal; if any did, runs the functions of `before_saving`."""
         received: list[int] = super().signals_received()
         if any(received):
             self.stopped = True
@@ -73,12 +74,12 @@ class StopSignals(DistributedSignalHandler):
         return received
 
     def before_saving(self, prepare: Callable[[], None]) -> None:
-        """Has something done between the last step and the checkpoint."""
+        """Registers a function to run between the last step and the checkpoint."""
         self._before_saving.append(prepare)
 
     def _handle(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
-            return  # a process that was forked, and that the launcher signalled too: its parent decides
+            return  # a forked process that the launcher signaled too: its parent decides
         sig, now = signal.Signals(number), time.monotonic()
         if self._signal_received and now - self._first > (_ONE_REQUEST if _TORCHRUN in os.environ else 0.1):
             _end_at_once(f"a second {sig.name}: ended at once; what was learned since the last checkpoint is lost", sig)
@@ -93,19 +94,19 @@ class StopSignals(DistributedSignalHandler):
 
 
 def begin_training() -> None:
-    """From now on there is something to save."""
+    """Tells the handler that training has begun: from now on there is something to save."""
     if StopSignals.current is not None:
         StopSignals.current.training = True
 
 
 def _say(sentence: str) -> None:
-    """One line on the terminal, from the first rank; a signal's handler must not wait for a buffer."""
+    """Writes one line to the terminal, from rank 0, unbuffered: a signal handler must not wait for a buffer's lock."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"{os.path.basename(sys.argv[0])}: {sentence}.\n".encode())
 
 
 def _end_at_once(sentence: str, sig: signal.Signals) -> None:
     _say(sentence)
-    for child in multiprocessing.active_children():  # data workers notice after seconds that they are alone
+    for child in multiprocessing.active_children():  # data workers would notice only after seconds
         child.kill()
     os._exit(128 + sig)

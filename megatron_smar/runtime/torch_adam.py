@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repairs of Megatron's optimizers where torch's AdamW does the work: without Transformer Engine and apex.
+"""Fixes for Megatron's optimizers where they use torch's AdamW: without Transformer Engine and apex.
 
-AdamW is the optimizer itself, or with --optimizer-cpu-offload the part of it on the host (HybridDeviceOptimizer).
+AdamW is the optimizer itself or, with --optimizer-cpu-offload, the part of HybridDeviceOptimizer on the host.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from megatron_smar.runtime.adaptation import Where, adaptation
 
 
 def _torch_adams(optimizer: Any) -> list[torch.optim.Adam]:
-    """torch's AdamW in an optimizer: itself, or those that an offloaded optimizer consists of; none of another kind."""
+    """Returns torch's AdamW optimizers in an optimizer: itself, or those inside an offloaded optimizer."""
     parts = getattr(optimizer, "sub_optimizers", [optimizer])
     return [part for part in parts if isinstance(part, torch.optim.Adam)]
 
 
 def _is_torch_adam(optimizer: Any) -> bool:
-    """Whether an optimizer is torch's AdamW or consists of it, perhaps without any parameter."""
+    """Returns whether an optimizer is torch's AdamW or consists of such, possibly without any parameters."""
     return isinstance(optimizer, torch.optim.Adam) or hasattr(optimizer, "sub_optimizers")
 
 
 def _step_count(steps: float, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-    """AdamW's count of steps of one parameter: beside it for the fused kernels, on the host otherwise."""
+    """Returns AdamW's `step` of one parameter: on the parameter's device for fused kernels, on the host otherwise."""
     return torch.tensor(steps, dtype=torch.float32, device=parameter.device if group.get("fused") else "cpu")
 
 
 @adaptation(
-    "without Transformer Engine and apex, Megatron takes torch's AdamW in its slow form, pass after pass",
+    "without Transformer Engine and apex, Megatron uses torch's AdamW unfused, which makes many passes over memory",
     Where.TORCH_ADAM,
 )
 def fuse_adamw() -> None:
-    """The optimizer that `pretrain()` makes uses AdamW's fused kernels: the same update in one pass."""
+    """Makes the optimizer that `pretrain()` builds use AdamW's fused kernels: the same update in one pass."""
     import megatron.training.training as training
 
     build = training.get_megatron_optimizer
@@ -58,14 +58,15 @@ def fuse_adamw() -> None:
 
 
 @adaptation(
-    "the distributed optimizer asks AdamW for its step, which one without state or parameters does not know",
+    "the distributed optimizer reads the step from AdamW's state, which is empty before the first step or without "
+    "parameters",
     Where.TORCH_ADAM,
 )
 def start_state_of_distributed_adamw() -> None:
-    """`DistributedOptimizer.state_dict()` works before the first step, and without parameters.
+    """Makes `DistributedOptimizer.state_dict()` work before the first step, and without parameters.
 
-    Parameters are missing where the rank's shard, or its whole pipeline stage, has nothing to train. With apex or
-    Transformer Engine, Megatron 0.19.2 handles both itself.
+    A rank has no parameters if its shard, or its entire pipeline stage, has nothing to train. With apex or Transformer
+    Engine, Megatron 0.19.2 handles both cases itself.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -82,7 +83,7 @@ def start_state_of_distributed_adamw() -> None:
 
 
 def _make_state(optimizer: Any) -> None:
-    """The state of an AdamW that has made no step."""
+    """Creates the state of an AdamW that has not made a step yet."""
     for adam in _torch_adams(optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:
@@ -97,7 +98,7 @@ def _make_state(optimizer: Any) -> None:
 
 @contextlib.contextmanager
 def _step_without_parameters(optimizer: Any) -> Iterator[None]:
-    """While it lasts, an AdamW without parameters has a state that tells the number of its steps."""
+    """Gives an AdamW without parameters, within the context, a state that holds its number of steps."""
     hides = _is_torch_adam(optimizer) and not optimizer.state
     if hides:
         optimizer.state["no parameter"] = {"step": torch.tensor(float(getattr(optimizer, "steps_made", 0)))}
@@ -113,11 +114,12 @@ def _count_step(optimizer: Any, *_: Any) -> None:
 
 
 @adaptation(
-    "the distributed optimizer loads into views of leaves, and gives all parameters one `step` to raise",
+    "the distributed optimizer loads in place into views of leaf tensors, and lets all parameters share one `step`, "
+    "which each then increments",
     Where.TORCH_ADAM,
 )
 def load_distributed_adamw() -> None:
-    """`DistributedOptimizer.load_state_dict()` runs without gradients; then each parameter counts its own steps."""
+    """Runs `DistributedOptimizer.load_state_dict()` under `no_grad` and gives each parameter its own `step`."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     load_state_dict = DistributedOptimizer.load_state_dict
@@ -131,7 +133,7 @@ def load_distributed_adamw() -> None:
             self.optimizer.steps_made = int(step)
             for adam in _torch_adams(self.optimizer):
                 for group in adam.param_groups:
-                    group["fused"] = True  # a checkpoint of FusedAdam does not say so
+                    group["fused"] = True  # a checkpoint written with FusedAdam does not have this key
                     for parameter in group["params"]:
                         adam.state[parameter]["step"] = _step_count(step, parameter, group)
 
@@ -139,11 +141,11 @@ def load_distributed_adamw() -> None:
 
 
 @adaptation(
-    "states that fit any layout have AdamW's `step` apart, and torch's optimizer has one beside the moments",
+    "fully reshardable states store AdamW's `step` separately, but torch's optimizer keeps it with the moments",
     Where.TORCH_ADAM,
 )
 def load_adamw_of_any_layout() -> None:
-    """A checkpoint with `--dist-ckpt-optim-fully-reshardable` loads; `load_distributed_adamw` then sets the steps."""
+    """Loads `--dist-ckpt-optim-fully-reshardable` checkpoints; `load_distributed_adamw` then sets the steps."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -156,14 +158,14 @@ def load_adamw_of_any_layout() -> None:
 
 
 @adaptation(
-    "without their multi-tensor kernels Megatron reads each gradient's norm from the device by itself, and scales one "
-    "gradient after another",
+    "without their multi-tensor kernels Megatron copies each gradient's norm from the device separately, and scales "
+    "the gradients one after another",
     Where.TORCH_ADAM,
 )
 def clip_gradients_at_once() -> None:
-    """The gradient norm is read once per step, and all gradients are scaled in place by one operation."""
+    """Reads the gradient norm once per step, and scales all gradients in place in one operation."""
     import megatron.core.optimizer.clip_grads as clip_grads
-    import megatron.training.utils.common_utils as parameter_norm  # of --log-params-norm
+    import megatron.training.utils.common_utils as parameter_norm  # for --log-params-norm
 
     clip_grads.l2_norm_impl = parameter_norm.multi_tensor_l2norm = l2_norm
     clip_grads.multi_tensor_scale_impl = scale
@@ -172,13 +174,13 @@ def clip_gradients_at_once() -> None:
 def l2_norm(
     chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool
 ) -> tuple[Tensor, None]:
-    """The norm of all tensors together, [1] float32 on their device (the signature of apex's multi_tensor_l2norm)."""
+    """Returns the norm over all tensors, [1] float32 on their device (signature of apex's multi_tensor_l2norm)."""
     norms = torch.stack(torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors]))
     return torch.linalg.vector_norm(norms.float()).unsqueeze(0), None
 
 
 def scale(chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
-    """Writes the first list's tensors, scaled, into the second's (the signature of apex's multi_tensor_scale)."""
+    """Writes the first list's tensors, scaled, to the second list's (signature of apex's multi_tensor_scale)."""
     sources, targets = tensor_lists
     if any(source is not target for source, target in zip(sources, targets, strict=True)):
         torch._foreach_copy_(targets, sources)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be unpickled out of a checkpoint: the classes that its files are made of, and nothing that runs."""
+"""Restricts the unpickling of checkpoints to the classes that their files consist of, so that no code can run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ADMITTED = {
     "torch": {"Size"},
     "pathlib": {"Path", "PosixPath"},
 }
-# The state of --optimizer-cpu-offload names the optimizers that it divides the parameters between.
+# The state of --optimizer-cpu-offload names the optimizers between which it divides the parameters.
 _OPTIMIZERS = (
     "torch.optim.adamw.AdamW",
     "torch.optim.adam.Adam",
@@ -39,11 +39,11 @@ _OPTIMIZERS = (
 
 
 class DamagedError(ValueError):
-    """A checkpoint that cannot be read, or asks for something to be run; the message names the file."""
+    """A checkpoint cannot be read, or refers to code that must not run; the message names the file."""
 
 
 class OptimizerClass:
-    """Stands for the class of an optimizer that is not installed here."""
+    """Placeholder for the class of an optimizer that is not installed here."""
 
 
 class _Contents(pickle.Unpickler):
@@ -58,45 +58,45 @@ class _Contents(pickle.Unpickler):
 
 
 def load_contents(file: IO[bytes], path: object) -> Any:
-    """A checkpoint's table of contents, without running what is in it.
+    """Reads a checkpoint's table of contents without running any code in it.
 
     Args:
-        file: Where it is read from.
-        path: Its name, for the sentence.
+        file: File to read from.
+        path: Path of the file, for the error message.
 
     Raises:
-        DamagedError: It is cut off, asks for classes that do not belong there, or is something else.
+        DamagedError: The file is truncated, refers to classes other than a checkpoint's, or is not a table of contents.
     """
     from torch.distributed.checkpoint.metadata import Metadata
 
     try:
         contents = _Contents(file).load()
-    except Exception as error:  # a broken pickle raises whatever its bytes lead to
+    except Exception as error:  # a broken pickle can raise anything
         raise DamagedError(f"{path} cannot be read ({one_line(error)}); the checkpoint is damaged.") from error
     if not isinstance(contents, Metadata):
-        raise DamagedError(f"{path} is no table of contents of a checkpoint; the checkpoint is damaged.")
+        raise DamagedError(f"{path} is not the table of contents of a checkpoint; the checkpoint is damaged.")
     return contents
 
 
 def load_object(content: bytes) -> Any:
-    """An object that Megatron keeps beside the tensors, without running what is in it.
+    """Reads an object that Megatron stores next to the tensors, without running any code in it.
 
     Raises:
-        Exception: Whatever its bytes lead to, if it is damaged or asks for other classes than Megatron's own.
+        Exception: The object is damaged, or refers to classes other than Megatron's own; the type can be any.
     """
     with torch.serialization.safe_globals(admitted()):
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def admitted() -> list[Any]:
-    """The classes of the objects beside the tensors: Megatron's own, which it registers on some paths only."""
+    """Returns the classes of the objects stored next to the tensors, which Megatron registers only on some paths."""
     from megatron.core.safe_globals import SAFE_GLOBALS
 
     return [*SAFE_GLOBALS, *admitted_optimizers()]
 
 
 def admitted_optimizers() -> list[Any]:
-    """Optimizers' classes with the names under which a checkpoint has them, as `torch.serialization` takes them."""
+    """Returns optimizer classes with their names in a checkpoint, in the form that `torch.serialization` accepts."""
     found: list[Any] = []
     for name in _OPTIMIZERS:
         module, _, attribute = name.rpartition(".")
@@ -106,7 +106,7 @@ def admitted_optimizers() -> list[Any]:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the first sentence of an error's message, or the error's class name."""
+    """Returns the first sentence of an error's message, or the error's class name if it has none."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     head = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return head.split(". ")[0].rstrip(".:")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds model and optimizer as a run on a claimed device would, and writes which optimizers and what state they save.
+"""Builds model and optimizer like a run on a claimed device, and writes the optimizers' types and what they save.
 
 python tests/cuda_path/construct.py RESULT FLAGS...
 """
@@ -16,7 +16,7 @@ from tests import redirected_cuda
 
 
 def main() -> None:
-    """No step is made: the kernels of what stands beside torch need a GPU."""
+    """Builds them and writes the result. No training step runs: the kernels of the optional packages need a GPU."""
     result, flags = Path(sys.argv[1]), sys.argv[2:]
     redirected_cuda.claim_cuda()
     from megatron_smar import runtime
@@ -38,9 +38,9 @@ def main() -> None:
     state = optimizer.sharded_state_dict(chunk.sharded_state_dict(), is_loading=True, metadata=metadata)
     names = sorted(part.key for part in nested_values(state) if isinstance(part, ShardedTensor))
     parts = [type(part.optimizer).__name__ for part in optimizer.chained_optimizers]
-    taken = ("transformer_impl", "apply_rope_fusion", "gradient_accumulation_fusion", "moe_router_dtype")
+    chosen = ("transformer_impl", "apply_rope_fusion", "gradient_accumulation_fusion", "moe_router_dtype")
     result.write_text(
-        json.dumps({"optimizers": parts, "state": names, "flags": {name: getattr(args, name) for name in taken}})
+        json.dumps({"optimizers": parts, "state": names, "flags": {name: getattr(args, name) for name in chosen}})
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `storage_less` must notice, were it in the model: each way in which a host waits, and each mix of devices."""
+"""Faults that `storage_less` must detect in a model: every way in which a host waits, and every mix of devices."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SIZE = 6
 
 
 def of(model: Any, device: torch.device) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name and what is run, of each control; the last ones are faults in the middle of the model."""
-    from tests.cuda_path.parts import batch, whole
+    """Yields the name and the function of each control; the last ones put a fault in the middle of the model."""
+    from tests.cuda_path.parts import batch, model_loss
 
     def x() -> Tensor:
         return torch.ones(SIZE, device=device)
@@ -23,10 +23,10 @@ def of(model: Any, device: torch.device) -> Iterator[tuple[str, Callable[[], Ten
         return lambda: (act(), x())[1]
 
     def within(change: Callable[[Tensor], Tensor]) -> Tensor:
-        """The model's loss with a change of what the connector gives."""
+        """Computes the model's loss with a change to the connector's output."""
         handle = model.train().connector.register_forward_hook(lambda module, args, output: change(output))
         try:
-            return whole(model, batch())
+            return model_loss(model, batch())
         finally:
             handle.remove()
 

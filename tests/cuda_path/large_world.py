@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a recipe's full-size model in a world of 8 or 64, without storage: what it would hold on its GPU.
+"""Builds one rank of a recipe's full-size model in a world of 8 or 64, without storage, and writes its sizes.
 
     RANK=63 WORLD_SIZE=64 LOCAL_RANK=7 python tests/cuda_path/large_world.py RESULT FLAGS...
 
-The process claims GPUs whose memory is torch's meta device, and a fake process group stands for the other ranks; flags,
-checks, model, gradient buffers and optimizer are the product's and Megatron's own. Prints nothing but what these print.
+The process claims GPUs whose memory is torch's meta device, and a fake process group replaces the other ranks. Flags,
+checks, model, gradient buffers and optimizer are this project's and Megatron's own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ META = torch.device("meta")
 
 
 def claim_memoryless_gpus() -> None:
-    """As `claim_cuda`, with the meta device in the CPU's place."""
+    """Claims GPUs like `claim_cuda`, with the meta device instead of the CPU."""
     cpu_torch.CPU = META
     tensor: Any = torch.Tensor
     tensor.cpu = tensor.clone  # a copy on the host, without storage as well
@@ -40,7 +40,7 @@ KINDS = {torch.float32: "Float", torch.bfloat16: "BFloat16", torch.int64: "Long"
 
 
 def numbers(model: list[Any], optimizer: Any) -> dict[str, Any]:
-    """Elements of parameters by part, of buffers, of gradient buffers by type, and of the optimizer's shard."""
+    """Counts the elements of parameters by part, of buffers, of gradient buffers by kind, and of the optimizer."""
     parameters: Counter[str] = Counter()
     for chunk in model:
         for name, parameter in chunk.named_parameters():
@@ -66,7 +66,7 @@ def numbers(model: list[Any], optimizer: Any) -> dict[str, Any]:
 
 
 def kind(name: str) -> str:
-    """Part of the model that a parameter is counted with."""
+    """Returns the part of the model to which a parameter is counted."""
     if "vision_model" in name or "connector" in name:
         return "vision" if "vision_model" in name else "connector"
     if ".experts." in name:
@@ -75,7 +75,7 @@ def kind(name: str) -> str:
 
 
 def main() -> None:
-    """Builds the rank and writes what it holds."""
+    """Builds the rank and writes its sizes."""
     result, flags = Path(sys.argv[1]), sys.argv[2:]
     claim_memoryless_gpus()
     from megatron_smar import runtime
@@ -89,7 +89,7 @@ def main() -> None:
     from megatron_smar.checkpoint.start_point import StartPoint
     from megatron_smar.training import setup
 
-    # The flags name a checkpoint, but there are no weights to compare with or to load.
+    # The flags name a checkpoint, but it has no weights to compare or to load.
     setup.find_start = lambda args: StartPoint(args.load, args.finetune, {})
     setup.check_loadable = lambda args: None
     fit._folder, training.load_checkpoint = (lambda *args: None), (lambda *args, **kwargs: (0, 0))

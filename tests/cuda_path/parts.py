@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every part of the model on tensors without storage and writes down what the host waited for and what came out.
+"""Runs every part of the model on tensors without storage, and records the host's waits and the outputs' types.
 
-    python -m tests.cuda_path.parts FOLDER    # where a vision encoder is put, and the result: results.json
+    python -m tests.cuda_path.parts FOLDER    # folder for a vision encoder and the result, results.json
 
-On `cuda` the forward pass; on `meta`, where torch's autograd asks no driver for a stream, the backward pass too.
+On `cuda` only the forward pass runs; on `meta`, where torch's autograd needs no stream from the driver, also backward.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Part = Callable[[], Any]
 
 
 def answer(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Values of what is read: each expert has as many tokens, a pack's sequences have PACK; all else is zero."""
+    """Returns the values for a read: the same number of tokens per expert, PACK for a pack's lengths, else zeros."""
     if dtype.is_floating_point or shape.numel() not in (EXPERTS, len(PACK)):
         return torch.zeros(shape)
     return torch.full(shape, 2 * LENGTH // EXPERTS) if shape.numel() == EXPERTS else torch.tensor(PACK)
 
 
 def build(folder: Path, config: Any, **language: Any) -> Any:
-    """A tiny model in bf16 as the trainer makes it, all of it learning, on the CPU."""
+    """Builds a tiny model in bf16 as in training, on the CPU, with no part frozen."""
     from megatron_smar.model.vision import VisionConfig
     from megatron_smar.model.vlm import LanguageConfig, VisionLanguageModel
     from megatron_smar.routing.config import ModalityRoutingConfig
@@ -61,7 +61,7 @@ def build(folder: Path, config: Any, **language: Any) -> Any:
 
 
 def towers(folder: Path) -> list[Any]:
-    """The vision encoders that are not InternVL's: CLIP's and SigLIP's, in bf16 and learning, on the CPU."""
+    """Builds the vision encoders other than InternVL's: CLIP's and SigLIP's, in bf16 and trainable, on the CPU."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
     from megatron_smar.model.vision import VisionConfig, VisionEncoder
@@ -75,7 +75,7 @@ def towers(folder: Path) -> list[Any]:
 
 
 def build_models(folder: Path) -> list[Any]:
-    """With grouped queries, with multi-latent attention, the first recomputed, like Phi, like OLMoE; then `towers`."""
+    """Builds models with grouped queries, latent attention, recomputation, Phi's and OLMoE's layers; then `towers`."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     from megatron_smar.model.layers.specs import LayerConfig
@@ -106,7 +106,7 @@ def build_models(folder: Path) -> list[Any]:
 
 
 def batch(lengths: list[int] | None = None, images: int = 1) -> Any:
-    """One micro-batch of one row, from the host's memory to the device by `prepare_batch`."""
+    """Returns one micro-batch with one row, copied from the host to the device by `prepare_batch`."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_smar.data.batch import VisionLanguageBatch
@@ -126,8 +126,8 @@ def batch(lengths: list[int] | None = None, images: int = 1) -> Any:
     return prepare_batch(host, [IMAGE], TOKENS, True, ProcessGroupCollection.use_mpu_process_groups(), (0.1, 0.2))
 
 
-def whole(model: Any, inputs: Any) -> Tensor:
-    """The model's loss of a batch, as the forward step makes it."""
+def model_loss(model: Any, inputs: Any) -> Tensor:
+    """Returns the model's loss of a batch, as in the forward step."""
     from megatron_smar.training.loss import lm_loss
 
     names = ("input_ids", "position_ids", "modality_ids", "vision_index", "labels", "pixel_values", "packed_seq_params")
@@ -136,7 +136,7 @@ def whole(model: Any, inputs: Any) -> Tensor:
 
 
 def parts(models: list[Any], device: torch.device) -> Iterator[tuple[str, Any, Part]]:
-    """Name, what has parameters in it, and the forward pass of each part of `build_models`."""
+    """Yields for each part of `build_models` its name, the modules with its parameters, and its forward pass."""
     model, latent, recomputed, phi, olmoe, clip, siglip = models
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -161,7 +161,7 @@ def parts(models: list[Any], device: torch.device) -> Iterator[tuple[str, Any, P
     yield (
         "embedding merge",
         (language.embedding, model.connector),
-        lambda: model._embed(plain.input_ids, plain.position_ids, plain.modality_ids, tiles, plain.vision_index),
+        lambda: model._embed(plain.input_ids, plain.position_ids, tiles, plain.vision_index),
     )
     yield "norm", layer.input_layernorm, lambda: layer.input_layernorm(values(*hidden))
     for name, groups in (("attention", 4), ("attention, grouped queries", 2)):
@@ -210,19 +210,19 @@ def parts(models: list[Any], device: torch.device) -> Iterator[tuple[str, Any, P
         language.output_layer,
         lambda: language.compute_language_model_loss(plain.labels, language.output_layer(values(*hidden))[0]),
     )
-    yield "model", model, lambda: whole(model, batch())
-    yield "model, text only", model, lambda: whole(model, batch(images=0))
-    yield "model, packed", model, lambda: whole(model, batch(PACK))
-    yield "model, packed, recomputed", recomputed, lambda: whole(recomputed, batch(PACK))
-    yield "model, latent attention, packed", latent, lambda: whole(latent, batch(PACK))
-    yield "model, parallel blocks and biases, packed", phi, lambda: whole(phi, batch(PACK))
-    yield "model, norms of projections, packed", olmoe, lambda: whole(olmoe, batch(PACK))
+    yield "model", model, lambda: model_loss(model, batch())
+    yield "model, text only", model, lambda: model_loss(model, batch(images=0))
+    yield "model, packed", model, lambda: model_loss(model, batch(PACK))
+    yield "model, packed, recomputed", recomputed, lambda: model_loss(recomputed, batch(PACK))
+    yield "model, latent attention, packed", latent, lambda: model_loss(latent, batch(PACK))
+    yield "model, parallel blocks and biases, packed", phi, lambda: model_loss(phi, batch(PACK))
+    yield "model, norms of projections, packed", olmoe, lambda: model_loss(olmoe, batch(PACK))
     yield "gradient norm and clipping", None, lambda: _clipped([values(*hidden).detach().float() for _ in range(3)])
     yield "evaluation, a batch", None, lambda: _evaluated(model, device)
 
 
 def _without_biases(router: Any, hidden: Tensor, mask: Tensor) -> Tensor:
-    """As the layouts that leave the biases out: the weights then have the router's own type."""
+    """Runs the router as with --no-modality-router-bias: the routing weights then have the router's dtype."""
     biases, router.modality_bias = router.modality_bias, None
     try:
         return router(hidden, mask)[0]
@@ -231,7 +231,7 @@ def _without_biases(router: Any, hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _clipped(gradients: list[Tensor]) -> Tensor:
-    """The norm, which Megatron then reads once, and the scaling."""
+    """Computes the norm, which Megatron then reads once, and scales the gradients."""
     from megatron_smar.runtime import torch_adam
 
     norm, _ = torch_adam.l2_norm(0, overflow := gradients[0].new_zeros(1), [gradients], False)
@@ -240,7 +240,7 @@ def _clipped(gradients: list[Tensor]) -> Tensor:
 
 
 def _evaluated(model: Any, device: torch.device) -> Tensor:
-    """One sample scored, as many tokens as `answer` shares out; it and its collation are the host's own."""
+    """Scores one sample, with the number of tokens that `answer` assumes; sample and collation are on the host."""
     from megatron_smar.data.batch import EncodedSample, collate
 
     with _disable_current_modes():
@@ -266,7 +266,7 @@ def _statistics(router: Any, hidden: Tensor, mask: Tensor) -> Any:
 
 
 def measure(owner: Any, forward: Part, device: torch.device, mode: FakeTensorMode) -> dict[str, Any]:
-    """Waits of both passes and the types of what they give; an error is a result too."""
+    """Records the waits of both passes and the types of their results; an error is recorded too."""
     modules = [] if owner is None else owner if isinstance(owner, tuple) else (owner,)
     parameters = {name: p for module in modules for name, p in module.named_parameters()}
     found: dict[str, Any] = {"parameters": {name: str(p.dtype) for name, p in parameters.items()}}
@@ -288,7 +288,7 @@ def measure(owner: Any, forward: Part, device: torch.device, mode: FakeTensorMod
 
 
 def logged(mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
-    """Waits of the metrics' tracker, which the models before have fed, at a step with nothing due and at one with."""
+    """Records the waits of the metrics' tracker, which the models have filled, at steps with and without logging."""
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
     class Writer:

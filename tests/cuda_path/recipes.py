@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recipes' scripts would start on GPUs, taken from the scripts themselves."""
+"""The commands that the recipes' scripts start on GPUs, recorded from the scripts themselves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECORDER = '#!/bin/bash\n[[ $* == *tools/report.py* ]] || printf "%s\\0" "$@" >"
 
 
 def run_script(recipe: str, script: str, output: Path, *options: str, **environment: str) -> None:
-    """Runs one of a recipe's scripts, with a recipe's folder of its own."""
+    """Runs one of a recipe's scripts with the given output folder."""
     subprocess.run(
         ["bash", ROOT / "examples" / recipe / f"{script}.sh", *options],
         env=os.environ | {"PYTHON": sys.executable, "OUTPUT": str(output)} | environment,
@@ -33,7 +33,7 @@ def run_script(recipe: str, script: str, output: Path, *options: str, **environm
 
 
 def command_on_gpus(recipe: str, script: str, gpus: int, output: Path, **files: str) -> tuple[str, list[str]]:
-    """The program that a script starts last on 8 or 64 GPUs, and its flags, those of --config expanded."""
+    """Returns the last program that a script starts on 8 or 64 GPUs, and its flags with those of --config."""
     from megatron_smar import runtime
 
     runtime.install()

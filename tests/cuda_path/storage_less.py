@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A device without storage: torch's fake tensors, with the host's waits for it counted and its reads answered.
+"""A device without storage: torch's fake tensors, with the host's waits counted and its reads answered.
 
-An operation on tensors of two devices raises, as it does on CUDA, and so does one whose result has a size that only the
-device knows. What a host reads of a device has no value here, so `Waits` gives one, and notes who asked. Tensors of the
-host keep their values, as far as they are small.
+An operation on tensors of two devices raises an error, as on CUDA; so does an operation whose output size depends on
+the device's data. What the host reads from the device has no value here, so `Waits` provides one and records the
+reader. Small tensors of the host keep their values.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _aten = torch.ops.aten
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 fake_tensor.CONSTANT_NUMEL_LIMIT = 1 << 14  # elements up to which a tensor of the host keeps its values
 
-current = torch.device("cpu")  # what torch.cuda.current_device() says
+current = torch.device("cpu")  # returned by torch.cuda.current_device()
 _counting: list[Waits] = []
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for the device, while it lasts, by kind and by who does it: `read file:function`.
+    """Counts within the context what makes the host wait for the device, by kind and caller: `read file:function`.
 
-    - `read`: a value or tensor of the device comes to the host, now or by a copy that is waited for later;
+    - `read`: a value or tensor of the device is copied to the host, now or by a copy that is waited for later;
     - `upload`: a copy to the device that is blocking, or from memory that is not pinned;
-    - `wait`: for an event, a stream or the whole device.
+    - `wait`: for an event, a stream or the entire device.
 
     Args:
-        mode: The fake tensors'.
-        answer: Values for a tensor that is copied to the host, by its shape and type.
+        mode: Mode of the fake tensors.
+        answer: Function that returns values for a tensor that is copied to the host, from its shape and dtype.
     """
 
     def __init__(self, mode: FakeTensorMode, answer: Callable[[torch.Size, torch.dtype], Tensor]) -> None:
@@ -73,17 +73,17 @@ class Waits(TorchDispatchMode):
         return self.known(lambda: func(*args, **kwargs)) if made else func(*args, **kwargs)
 
     def known(self, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor of the host with its values."""
+        """Returns a fake tensor of the host that keeps its values."""
         with unset_fake_temporarily():
             values = make()
         return self.mode.fake_tensor_converter.from_real_tensor(self.mode, values, make_constant=True)
 
 
 def _kind(func: Any, args: Any, kwargs: Any) -> str | None:
-    """How an operation makes the host wait, if it does."""
+    """Returns how an operation makes the host wait, or None if it does not."""
     if func is _aten._local_scalar_dense.default:
         return "read" if _on_device(args[0]) else None
-    if func in _INDEXING:  # torch moves indices of the host by a blocking copy
+    if func in _INDEXING:  # torch moves indices on the host to the device with a blocking copy
         indices = [index for index in args[1] if index is not None]
         return None if all(map(_on_device, indices)) or not _on_device(args[0]) else "upload"
     if func is _aten._to_copy.default:
@@ -104,7 +104,7 @@ def _on_device(tensor: Tensor) -> bool:
 
 
 def _who() -> str:
-    """The innermost function of Megatron or ours that is running."""
+    """Returns the innermost running function of Megatron or of this project."""
     frame: Any = sys._getframe(2)
     while frame and not frame.f_code.co_filename.startswith(_PACKAGES):
         frame = frame.f_back
@@ -117,7 +117,7 @@ def _wait(*args: Any) -> None:
 
 
 def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of real tensors that makes a dataclass of them, which then are fake and keep their values."""
+    """Wraps a function that makes a dataclass of real tensors: they become fake tensors that keep their values."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
@@ -130,10 +130,10 @@ def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stand_for_cuda() -> None:
-    """What Megatron asks torch.cuda for, beside tensors: the current device, streams, events and generator states."""
+    """Replaces what Megatron uses of torch.cuda: the current device, streams, events and generator states."""
     from megatron_smar.runtime import cpu_torch
 
-    cpu_torch.provide_streams.__wrapped__()  # past the check of where it acts
+    cpu_torch.provide_streams.__wrapped__()  # without the check of where the adaptation applies
     cuda: Any = torch.cuda
     cuda.current_device = lambda: current
     cuda.synchronize = _wait
@@ -148,12 +148,12 @@ def stand_for_cuda() -> None:
 
 
 def _answer_methods() -> None:
-    """The methods of a tensor that ask for a driver, or that fake tensors have otherwise."""
+    """Replaces tensor methods that need a driver, or that behave differently on fake tensors."""
     tensor: Any = torch.Tensor
     fake: Any = FakeTensor
 
     def tolist(self: Any) -> Any:
-        """One copy to the host, as on CUDA, where fake tensors would be read number by number."""
+        """Copies to the host once, as on CUDA; fake tensors would be read number by number."""
         host = self.cpu()
         with unset_fake_temporarily():
             return host.constant.tolist()
@@ -161,11 +161,11 @@ def _answer_methods() -> None:
     make = torch.tensor
 
     def through_the_host(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
-        """As on CUDA, by a blocking copy; on `meta` torch makes none."""
+        """Creates the tensor with a blocking copy, as on CUDA; on `meta` torch would not copy."""
         return make(data, **kwargs) if device is None else make(data, **kwargs).to(device)
 
     def pin_memory(self: Any) -> Any:
-        """The tensor itself if it is pinned already, as torch does; views of it do not know here that they are."""
+        """Returns the tensor itself if it is already pinned, like torch; here views of it are not marked as pinned."""
         if getattr(self, "pinned", False):
             return self
         copy = self.detach()
@@ -181,7 +181,7 @@ def _answer_methods() -> None:
 
 
 def move(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on a device without storage, with all tensors that its modules hold; what is shared stays shared."""
+    """Moves a model, with all tensors of its modules, to a device without storage; shared tensors stay shared."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:

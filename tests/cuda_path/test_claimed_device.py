@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes' GPU commands on a process that claims GPUs: small models, every flag of the 8- and the 64-GPU layout.
+"""Tests of the recipes' GPU commands in processes that claim GPUs: small models, with all flags of both GPU layouts.
 
-With torch alone they train, save, resume, evaluate and export; tests/redirected_cuda.py says what that leaves out.
+Without other GPU packages than torch they train, save, resume, evaluate and export. tests/redirected_cuda.py says what
+this does not test.
 """
 
 import json
@@ -16,7 +17,7 @@ from tests.launch import run
 
 CLAIM = "tests/redirected_cuda.py"
 STEPS = 6
-# What a small model and a CPU need otherwise; everything else is as on GPUs.
+# Flags that a small model on a CPU needs; all others are as on GPUs.
 SMALL = (
     "--global-batch-size 4 --micro-batch-size 1 --seq-length 256 --num-workers 0 --tensorboard-log-interval 1 "
     f"--train-iters {STEPS} --lr 1e-3"
@@ -24,24 +25,24 @@ SMALL = (
 
 
 class Recipe:
-    """A recipe's small model, converted by its own script, and its runs on a claimed device."""
+    """A recipe's small model, converted by the recipe's script, and its runs on a claimed device."""
 
     def __init__(self, name: str, root: Path) -> None:
         self.name, self.output, self.input = name, root / name, root / name / "input"
         self.stage = STAGES[name][-1]
         run_script(name, "convert", self.output, "--tiny")
-        for stage in STAGES[name][:-1]:  # the last stage starts from it
+        for stage in STAGES[name][:-1]:  # the last stage starts from the previous one
             run_script(name, stage, self.output, "--tiny")
 
     def train(self, gpus: int, ranks: int, *flags: object) -> list[float]:
-        """Runs the last stage with an 8- or 64-GPU layout's flags, or resumes it; returns the losses that it logged."""
+        """Runs or resumes the last stage with an 8- or 64-GPU layout's flags; returns the logged losses."""
         program, given = command_on_gpus(self.name, self.stage, gpus, self.output, DATA=str(self.input / "stage2"))
         layout = ["--expert-model-parallel-size", ranks if "--expert-model-parallel-size" in given else 1]
         run(CLAIM, program, *given, *SMALL, *layout, *flags, ranks=ranks)
         return read_scalars(self.output / self.stage / "tensorboard")["lm loss"].values
 
     def evaluate(self, gpus: int, ranks: int) -> dict[str, Any]:
-        """Measures the checkpoint with a layout's flags; returns what tools/evaluate.py found."""
+        """Evaluates the checkpoint with a layout's flags; returns the results of tools/evaluate.py."""
         files = {"TEXT": "text.jsonl", "QUESTIONS": "vqa.json", "IMAGES": "."}
         places = {name: str(self.input / file) for name, file in files.items()}
         program, given = command_on_gpus(self.name, "evaluate", gpus, self.output, **places)
@@ -50,13 +51,13 @@ class Recipe:
         return json.loads((self.output / "results.json").read_text())
 
     def set_aside(self, name: str) -> None:
-        """Renames the stage's folder, so that the next run starts afresh."""
+        """Renames the stage's folder, so that the next run does not resume."""
         (self.output / self.stage).rename(self.output / name)
 
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory):
-    """Recipes by name, made when they are asked for."""
+    """A function that returns a recipe by its name, creating it on first use."""
     root, made = tmp_path_factory.mktemp("claimed"), {}
 
     def get(name: str) -> Recipe:
@@ -76,23 +77,23 @@ CASES = [
 
 
 @pytest.mark.parametrize(("recipe", "gpus", "ranks"), CASES)
-def test_a_recipes_gpu_flags_train_save_and_resume_to_the_undisturbed_losses(recipes, recipe, gpus, ranks):
+def test_with_a_recipes_gpu_flags_a_resumed_run_has_the_losses_of_an_uninterrupted_one(recipes, recipe, gpus, ranks):
     case = recipes(recipe)
-    undisturbed = case.train(gpus, ranks)
-    case.set_aside(f"{gpus}-on-{ranks}-undisturbed")
+    uninterrupted = case.train(gpus, ranks)
+    case.set_aside(f"{gpus}-on-{ranks}-uninterrupted")
     case.train(gpus, ranks, "--exit-interval", STEPS // 2)
-    continued = case.train(gpus, ranks)
+    resumed = case.train(gpus, ranks)
     case.set_aside(f"{gpus}-on-{ranks}")
-    assert len(undisturbed) == STEPS and continued == undisturbed
+    assert len(uninterrupted) == STEPS and resumed == uninterrupted
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("recipe", STAGES)
-def test_what_was_trained_on_a_claimed_device_evaluates_and_exports(recipes, recipe):
+def test_a_model_trained_on_a_claimed_device_evaluates_and_exports(recipes, recipe):
     case = recipes(recipe)
     case.train(64, 2)
     on_claimed = case.evaluate(64, 2)
-    run_script(recipe, "evaluate", case.output, "--tiny")  # exports, verifies the export, and measures in float32
+    run_script(recipe, "evaluate", case.output, "--tiny")  # exports, verifies the export, and evaluates in float32
     on_cpu = json.loads((case.output / "results.json").read_text())
     case.set_aside("evaluated")
     assert on_claimed["text_perplexity"] == pytest.approx(on_cpu["text_perplexity"], rel=0.02)  # bf16 on one side

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes' first command, convert.py, where there are GPUs: it describes models and has no use for one."""
+"""Tests of the recipes' first command, convert.py, on machines with GPUs: it describes models without using a GPU."""
 
 from tests.launch import run
 
@@ -26,12 +26,12 @@ assert len(tensors) > 500
 """
 
 
-def test_a_model_is_described_without_a_byte_on_the_gpu():
+def test_a_model_is_described_without_allocating_gpu_memory():
     run("-c", DESCRIBE)
 
 
-def test_the_converter_runs_on_the_cpu_where_the_gpus_cannot_be_used(tmp_path):
-    """As on a login node with CUDA_VISIBLE_DEVICES set and no driver: training is refused, converting is not."""
+def test_the_converter_runs_on_the_cpu_if_the_gpus_cannot_be_used(tmp_path):
+    """As on a login node with CUDA_VISIBLE_DEVICES set and no driver: training is refused, conversion is not."""
     place = {"MEGATRON_SMAR_DEVICE": "", "CUDA_VISIBLE_DEVICES": "99"}  # there is no such GPU
     done = run("pretrain_vlm.py", rank=place, check=False)
     assert done.returncode == 1 and "GPUs are expected here" in done.stdout

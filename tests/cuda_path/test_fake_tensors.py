@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every part of the model on tensors without storage: no mixed devices, planned types, few waits."""
+"""Tests every part of the model on tensors without storage: no mixed devices, the intended dtypes, few waits."""
 
 import json
 from typing import Any
@@ -9,19 +9,19 @@ import pytest
 from tests.launch import run
 
 LAYERS = 2
-# Megatron's dispatcher takes two tensors to the host, tokens by expert on this rank and by sender: the all-to-all wants
-# its split sizes there. One event is waited for, for both copies.
+# Megatron's dispatcher copies two tensors to the host, tokens per expert on this rank and tokens per sender: the
+# all-to-all needs its split sizes there. It waits for one event for both copies.
 SPLITS = {"read moe_utils:maybe_move_tensor_to_cpu": 2, "wait token_dispatcher:_maybe_dtoh_and_synchronize": 1}
 EVERY_LAYER = {who: LAYERS * number for who, number in SPLITS.items()}
-# Whether the loss is a number, once per micro-batch, for Megatron's reruns: --rerun-mode disabled or
-# --no-check-for-nan-in-loss-and-grad switches it off. That a step is finite needs no read but the gradient norm's.
+# Megatron's reruns check once per micro-batch whether the loss is a number: --rerun-mode disabled or
+# --no-check-for-nan-in-loss-and-grad disables that. This project's check of steps reads only the gradient norm.
 STEP = EVERY_LAYER | {"read rerun_state_machine:validate_result": 1}
-# What a pack would cost each layer, were its lengths on the device: Megatron's rotary embedding reads them for queries
-# and keys, twice each, and our attention once.
+# Reads per layer if a pack's lengths were on the device: Megatron's rotary embedding reads them for queries and keys,
+# twice each, and this project's attention once.
 LENGTHS = {"read rope_utils:_apply_rotary_pos_emb_thd": 4, "read local_attention:forward": 1}
 
-# What the host waits for, by part: in the forward pass, in the backward pass. No part has an upload: copies to the
-# device start from pinned memory and block nothing.
+# Waits of the host by part, in the forward and in the backward pass. No part has an upload: copies to the device are
+# made from pinned memory and do not block.
 WAITS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "batch": ({}, {}),
     "vision encoder": ({}, {}),
@@ -52,13 +52,13 @@ WAITS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "model, parallel blocks and biases, packed": (STEP, {}),
     "model, norms of projections, packed": (STEP, {}),
     "gradient norm and clipping": ({}, {}),  # Megatron then reads the norm, once
-    "evaluation, a batch": (EVERY_LAYER | {"read evaluation:_loss_and_hit": 1}, {}),
+    "evaluation, a batch": (EVERY_LAYER | {"read evaluator:_loss_and_hit": 1}, {}),
 }
 NO_BACKWARD = ("batch", "gradient norm and clipping", "evaluation, a batch")
 BFLOAT16 = {"connector", "embedding merge", "norm", "experts", "MoE layer"}
 BFLOAT16 |= {part for part in WAITS if part.startswith(("vision encoder", "attention", "latent attention"))}
 
-# What the harness must notice, were it in the model (`controls`): the kind of wait, None where there is none.
+# Controls that `storage_less` must detect (`controls`): the kind of wait, or None for no wait.
 NOTICED = {
     "work on the device": None,
     "a number": "read",
@@ -99,7 +99,7 @@ def test_every_part_is_in_the_table(results):
 
 
 @pytest.mark.parametrize("part", WAITS)
-def test_a_part_stays_on_the_device_and_the_host_waits_no_more_than_the_table_says(results, part):
+def test_a_part_stays_on_the_device_and_the_host_waits_exactly_as_in_the_table(results, part):
     forward, backward = WAITS[part]
     on_cuda, on_meta = (part_of(results, device, part) for device in DEVICES)
     assert (on_cuda["device"], on_meta["device"]) == DEVICES
@@ -108,8 +108,8 @@ def test_a_part_stays_on_the_device_and_the_host_waits_no_more_than_the_table_sa
 
 
 @pytest.mark.parametrize("part", WAITS)
-def test_types_are_as_planned(results, part):
-    """bf16, but float32 for modality biases, the router's logits and weights, statistics and losses."""
+def test_dtypes_are_bf16_or_float32_as_intended(results, part):
+    """All are bf16, except float32 for modality biases, the router's logits and weights, statistics and losses."""
     found = part_of(results, "meta", part)
     output = "torch.bfloat16" if part in BFLOAT16 else "torch.float32"
     assert part_of(results, "cuda", part)["output"] == found["output"] == output
@@ -127,8 +127,8 @@ def test_every_parameter_gets_a_gradient_with_and_without_images(results):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_metrics_are_read_only_at_steps_that_log_them(results, device):
-    """Points every 5 steps, lines every 10, of which step 1 has one too; Megatron writes `smar loss` itself."""
-    own = {"read monitor:_reduced_sums": 1}
+    """Scalars are due every 5 steps, console lines every 10 and at step 1; Megatron writes `smar loss` itself."""
+    own = {"read tracker:_reduced_sums": 1}
     megatrons = {"read moe_logging:_log_scalars": 1}
     assert results[device]["metrics"] == {"1": own, "2": {}, "5": own | megatrons, "10": own | megatrons}
 
@@ -140,7 +140,7 @@ def test_every_control_is_tried(results, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("control", "kind"), NOTICED.items())
-def test_each_way_of_waiting_would_be_counted(results, device, control, kind):
+def test_each_kind_of_wait_is_counted(results, device, control, kind):
     found = results[device]["controls"][control]
     assert "error" not in found, found["error"]
     assert found["forward"] == ({} if kind is None else {f"{kind} a test": 1})
@@ -148,17 +148,17 @@ def test_each_way_of_waiting_would_be_counted(results, device, control, kind):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("control", SIZES)
-def test_a_size_that_only_the_device_knows_would_be_an_error(results, device, control):
+def test_an_output_size_that_depends_on_the_devices_data_is_an_error(results, device, control):
     assert results[device]["controls"][control]["error"].startswith("DynamicOutputShapeException")
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("control", MIXED)
-def test_a_tensor_of_the_host_among_those_of_the_device_would_be_an_error(results, device, control):
+def test_mixing_tensors_of_host_and_device_is_an_error(results, device, control):
     assert results[device]["controls"][control]["error"].startswith("FakeTensorDeviceMismatchError")
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_read_that_comes_back_is_counted_where_it_is_made(results, device):
+def test_a_read_within_the_model_is_counted_for_the_calling_function(results, device):
     found = results[device]["controls"]["a number read within the model"]
     assert found["forward"] == STEP | {"read vlm:_embed": 1}

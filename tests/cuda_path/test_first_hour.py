@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make test-gpu` where there is no GPU: what it says then, and its steps on the CPU, to try the program."""
+"""Tests of `make test-gpu` without a GPU: its error message, and its steps on the CPU, to test the program itself."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.gpu.speed import peak_of
 from tests.gpu.waits import is_ours, waits
 from tests.launch import run as run_program
 
-# For a step's processes, as Python starts: they claim a GPU, and what tests/redirected_cuda.py leaves to torch stays on
+# sitecustomize of a step's processes: they claim a GPU, and what tests/redirected_cuda.py does not redirect stays on
 # the CPU (`.to`, and the thread that pins batches). The mode that reports waits has no effect.
 CLAIM = """
 import os
@@ -46,17 +46,17 @@ if os.environ.get("MEGATRON_SMAR_DEVICE") == "cuda":
     torch.accelerator.set_device_index = torch.cuda.set_sync_debug_mode = lambda value: None
 """
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "MEGATRON_SMAR_DEVICE": ""}
-# What the steps may not need: they are for machines without a package index.
+# Packages that the steps must not need: they are for machines without a package index.
 NOT_NEEDED = ("pytest", "hypothesis", "wandb", "moto", "mistral_common", "matplotlib", "tensorboard", "torchvision")
 
 
 def first_hour(*options, **environment):
-    """The command, without a GPU; a failed step is no error of ours."""
+    """Runs the command without a GPU; a failed step does not raise."""
     return run_program("-m", "tests.gpu", *options, rank=NO_GPU | environment, check=False, timeout=1500)
 
 
 def on_the_cpu(folder: Path, *options):
-    """The command with --device cpu; returns it, and its report's steps by name."""
+    """Runs the command with --device cpu; returns the process, and its report's steps by name."""
     done = first_hour("--device", "cpu", "--quick", "--json", folder / "report.json", *options)
     report = json.loads((folder / "report.json").read_text())
     assert report["environment"]["device"] == "cpu"
@@ -64,7 +64,7 @@ def on_the_cpu(folder: Path, *options):
 
 
 @pytest.mark.parametrize(("options", "status"), [((), 1), (("--allow-none",), 0)])
-def test_without_a_gpu_it_says_so_in_one_sentence(options, status):
+def test_without_a_gpu_the_command_ends_with_one_sentence(options, status):
     done = first_hour(*options)
     assert done.returncode == status
     assert done.stdout.count("\n") == 1 and done.stdout.startswith("There is no usable NVIDIA GPU here: torch "), (
@@ -72,7 +72,7 @@ def test_without_a_gpu_it_says_so_in_one_sentence(options, status):
     )
 
 
-def test_a_step_passes_fails_or_is_skipped_for_a_package_that_is_named(tmp_path):
+def test_a_step_passes_or_fails_or_is_skipped_with_the_missing_package_named(tmp_path):
     only = ("--only", "environment", "routing", "te", "waits", "nccl")
     done, steps = on_the_cpu(tmp_path, *only, "--tolerance-factor", "1e-9")
     assert done.returncode == 1
@@ -92,15 +92,15 @@ def settings(folder: Path, seconds: float = 60.0) -> Settings:
     return Settings("cpu", True, 1, 1.0, folder, seconds)
 
 
-def test_a_step_that_breaks_or_hangs_fails_and_the_next_one_runs(tmp_path):
-    """A function that is not there, no time for imports, and then a step as it is."""
+def test_a_step_that_raises_or_hangs_fails_and_the_next_one_runs(tmp_path):
+    """Runs a step without its function, a step with too little time for its imports, and an unchanged step."""
     broken, hanging = replace(STEPS["compile"], place="kernels:nothing"), replace(STEPS["pixels"], limit=0.01)
     rows = run_steps([broken, hanging, STEPS["routing"]], settings(tmp_path), lambda row, left: None)
     assert [row.result for row in rows] == ["FAILED", "FAILED", "passed"]
     assert "AttributeError" in rows[0].reason and "took longer than its 0 s" in rows[1].reason
 
 
-def test_what_follows_failed_files_or_a_time_that_is_over_is_not_run_and_fails(tmp_path):
+def test_steps_after_a_failed_files_step_or_after_the_time_limit_fail_without_running(tmp_path):
     (tmp_path / "files").write_text("a file where the step makes its folder")
     with pytest.raises(OSError):
         run_steps([STEPS["files"]], settings(tmp_path), lambda row, left: None)
@@ -108,7 +108,7 @@ def test_what_follows_failed_files_or_a_time_that_is_over_is_not_run_and_fails(t
     assert rows[0].result == "FAILED" and "are over" in rows[0].reason
 
 
-def test_a_program_that_fails_is_told_with_its_words_and_ends_its_other_ranks(tmp_path):
+def test_a_failed_program_is_reported_with_its_error_and_its_other_ranks_are_killed(tmp_path):
     context = Context("cpu", True, 1, 1.0, tmp_path, tmp_path)
     code = "import os, time; time.sleep(60 * (os.environ['RANK'] == '0')); raise ValueError('this rank fails')"
     begin = time.monotonic()
@@ -126,17 +126,17 @@ def test_a_program_that_fails_is_told_with_its_words_and_ends_its_other_ranks(tm
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA GB200", 2500e12),
         ("NVIDIA L40", 181e12),
-        ("NVIDIA RTX A1000", None),  # no A100
-        ("NVIDIA RTX A4000", None),  # no A40
+        ("NVIDIA RTX A1000", None),  # not an A100
+        ("NVIDIA RTX A4000", None),  # not an A40
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )
-def test_a_peak_is_that_of_the_very_card_or_left_out(card, peak):
+def test_the_peak_is_that_of_exactly_this_gpu_or_left_out(card, peak):
     assert peak_of(card) == peak
 
 
-def test_kernels_are_counted_whatever_their_names_and_named_ranges_are_not():
+def test_kernels_are_counted_whatever_their_names_but_user_annotations_are_not():
     def event(name, device_type=DeviceType.CUDA, **more):
         return FunctionEvent(id=0, name=name, thread=0, start_us=0, end_us=1, device_type=device_type, **more)
 
@@ -157,7 +157,7 @@ def test_a_figure_that_is_not_a_number_is_a_failure():
     assert findings.failures and findings.tolerances == {"error": 1.0}
 
 
-def test_a_wait_is_told_by_the_line_that_causes_it():
+def test_a_wait_is_reported_with_the_line_that_causes_it():
     source = 'warnings.warn("called a synchronizing CUDA operation")'
     ours, other = ROOT / "megatron_smar" / "model" / "vlm.py", Path(os.__file__)
     with waits() as lines:
@@ -168,7 +168,7 @@ def test_a_wait_is_told_by_the_line_that_causes_it():
     assert is_ours(f"{ours}:7") and not is_ours(f"{other}:7")
 
 
-def test_the_steps_import_nothing_that_a_gpu_machine_may_lack():
+def test_the_steps_import_no_package_that_a_gpu_machine_may_lack():
     names = sorted({step.place.partition(":")[0] for step in STEPS.values()} | {"__main__", "runner", "report"})
     code = f"import sys\nfor name in {NOT_NEEDED}: sys.modules[name] = None\n"
     code += "import importlib\n" + "\n".join(f"importlib.import_module('tests.gpu.{name}')" for name in names)
@@ -177,15 +177,15 @@ def test_the_steps_import_nothing_that_a_gpu_machine_may_lack():
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("program", ["watched", "laboratory"])
-def test_the_programs_of_the_steps_import_nothing_that_a_gpu_machine_may_lack_and_keep_float32(program):
+def test_the_steps_programs_import_no_package_that_a_gpu_machine_may_lack_and_disable_tf32(program):
     code = f"import sys\nfor name in {NOT_NEEDED}: sys.modules[name] = None\nimport torch, tests.gpu.{program}\n"
     code += "assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32"
     run_program("-c", code, rank={"RANK": "0", "WORLD_SIZE": "1"})
 
 
 @pytest.mark.matrix
-def test_operations_of_the_model_are_counted_as_torch_counts_them(tmp_path):
-    """Of our own step, whose experts are plain products; torch counts no attention on the CPU, which is 2 % here."""
+def test_the_models_operations_are_counted_as_by_torch(tmp_path):
+    """Uses this project's step, whose experts are plain products; torch counts no attention on the CPU, 2 % here."""
     code = f"""
 from pathlib import Path
 from torch.utils.flop_counter import FlopCounterMode
@@ -202,7 +202,7 @@ print(counter.get_total_flops() / speed.model_flops(speed.QUICK))
 
 @pytest.mark.matrix
 def test_the_steps_take_their_cuda_branches_on_a_claimed_device(tmp_path, monkeypatch):
-    """What measures a device finds nothing there, and fails: it cannot pass without having measured."""
+    """Steps that measure the device must fail here: they cannot pass without having measured anything."""
     (tmp_path / "sitecustomize.py").write_text(CLAIM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     names = "environment attention routing files bf16 moves packing latent recompute grouped offload waits speed memory"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks of 8 and of 64 of each recipe at its full size: what a rank would hold equals what the published sizes say."""
+"""Tests that a rank of 8 or 64 of each full-size recipe has the numbers of parameters that the published sizes give."""
 
 import json
 import os
@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 
 def write_start(recipe: str, output: Path) -> None:
-    """What convert.sh leaves of the published model, as far as a stage's start reads it: flags and config."""
+    """Writes convert.sh's output for the published model, as far as a stage reads it at its start: flags and config."""
     from architectures import ARCHITECTURES
 
     from megatron_smar.conversion.composite import Connection, combine, flags
@@ -40,7 +40,7 @@ def write_start(recipe: str, output: Path) -> None:
 
 
 def held_by(recipe: str, gpus: int, rank: int, output: Path) -> dict:
-    """What one rank of the recipe's last stage holds."""
+    """Returns the sizes of one rank in the recipe's last stage."""
     write_start(recipe, output)
     from architectures import ARCHITECTURES
 
@@ -73,7 +73,7 @@ CASES = [
 
 
 def published(recipe: str) -> dict[str, int]:
-    """Numbers of parameters as Hugging Face's classes of the published sizes have them, and of those that learn."""
+    """Returns the numbers of parameters of Hugging Face's classes in the published sizes, and of routers and biases."""
     from architectures import ARCHITECTURES
     from memory import count
 
@@ -89,12 +89,12 @@ def published(recipe: str) -> dict[str, int]:
 
 
 def experts_of(text: Any) -> int:
-    """Experts of a layer."""
+    """Returns the number of experts per layer."""
     return getattr(text, "num_local_experts", None) or text.num_experts
 
 
 @pytest.mark.parametrize(("recipe", "gpus", "rank"), CASES)
-def test_a_rank_holds_what_the_published_sizes_and_the_layout_say(tmp_path, recipe, gpus, rank):
+def test_a_ranks_sizes_follow_from_the_published_sizes_and_the_parallel_layout(tmp_path, recipe, gpus, rank):
     held, sizes = held_by(recipe, gpus, rank, tmp_path), published(recipe)
     expert_parallel = 1 if recipe == "moe_llava_phi" else 8
     offloaded = expert_parallel == 8 and gpus == 8
@@ -104,16 +104,16 @@ def test_a_rank_holds_what_the_published_sizes_and_the_layout_say(tmp_path, reci
     assert (parameters["rest"], parameters["vision"]) == (sizes["rest"], sizes["vision"])
     assert parameters.get("biases", 0) == (0 if offloaded else sizes["biases"])
 
-    # CLIP's tower numbers its 24 x 24 patches and the class token.
+    # CLIP's tower has a buffer of position ids: 24 x 24 patches and the class token.
     assert held["buffers"] == (24 * 24 + 1 if recipe == "moe_llava_phi" else 0)
 
-    learns = sizes["routers"] if recipe == "moe_llava_phi" else parameters["rest"] + parameters["connector"]
-    learns += parameters.get("biases", 0)
-    padding = held["gradients"]["dense"] - learns  # parameters begin at multiples of 64 elements, shards are even
+    trained = sizes["routers"] if recipe == "moe_llava_phi" else parameters["rest"] + parameters["connector"]
+    trained += parameters.get("biases", 0)
+    padding = held["gradients"]["dense"] - trained  # parameters begin at multiples of 64 elements, shards are even
     assert held["gradients"]["experts"] == parameters["experts"] and 0 <= padding < 64 * 1000
 
-    # The distributed optimizer's shard: of the experts over their replicas, of everything else over all ranks.
-    shard = parameters["experts"] / (gpus // expert_parallel) + learns / gpus
+    # The distributed optimizer shards the experts over their replicas, and everything else over all ranks.
+    shard = parameters["experts"] / (gpus // expert_parallel) + trained / gpus
     assert abs(held["optimizer"] - shard) <= padding
     assert held["optimizers"] == ["HybridDeviceOptimizer" if offloaded else "AdamW"]
     assert set(held["dtypes"]) == {"torch.bfloat16" if offloaded else "torch.float32"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks as a user runs them; what they count, not how fast anything is."""
+"""Tests that run the benchmarks like a user; they check what is counted, not how fast anything is."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_ranks_that_cannot_share_the_experts_are_refused_in_a_sentence():
     assert done.returncode == 2 and "--ranks 3 cannot share 8 experts out; give 2, 4 or 8." in done.stdout
 
 
-def test_packing_is_measured_beside_python_and_megatron_on_the_mixture():
+def test_packing_is_compared_with_python_and_megatron_on_the_mixture():
     done = run("benchmarks/packing.py", "--quick", "--image", "llava", "--samples", 20_000, "--json")
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert 0.98 < result["fill"] == result["rows"]["Python"]["fill"] <= result["rows"]["ours, all at once"]["fill"]
@@ -38,7 +38,7 @@ def test_a_pack_shorter_than_the_longest_text_is_refused_by_the_packing_benchmar
     assert done.returncode == 2 and "--max-tokens 1024 is too small: give 2048 or more." in done.stdout
 
 
-def test_both_pipelines_give_the_same_samples_tokens_and_tiles_of_the_same_data():
+def test_both_pipelines_give_the_same_samples_tokens_and_tiles_from_the_same_data():
     small = ("--samples", 24, "--samples-per-turn", 8, "--image-size", 112, "--packing-buffer-size", 12)
     done = run("benchmarks/data.py", "--quick", *small, "--json")
     result = json.loads(done.stdout.strip().splitlines()[-1])
@@ -49,10 +49,10 @@ def test_both_pipelines_give_the_same_samples_tokens_and_tiles_of_the_same_data(
     assert result["stages"][result["limit"]]["share"] > 0.2
 
 
-def test_a_long_run_of_the_loader_keeps_nothing_of_the_samples_it_has_read():
+def test_a_long_run_of_the_loader_does_not_retain_memory_of_the_samples_it_has_read():
     done = run("benchmarks/data.py", "--long", "--samples", 3000, "--json")
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["slowdown"] > 0 and set(result["modes"]) == {"no worker", "a worker", "a worker, packed"}
     assert all(mode["tenths"][-1]["samples"] >= 3000 for mode in result["modes"].values())
-    # It was 1,300 MB per million samples in the process that keeps a list of tar members.
+    # A process that keeps its list of tar members grows by 1,300 MB per million samples.
     assert result["megabytes_per_million"] < 500

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes' scripts as a user runs them with --tiny: from Hugging Face folders through all stages to the results."""
+"""Tests that run the recipes' scripts with --tiny like a user: from Hugging Face folders to evaluation results."""
 
 import json
 import math
@@ -16,19 +16,19 @@ from megatron_smar.model.parts import part_of
 from megatron_smar.report.scalars import read_scalars
 from tests.launch import ROOT, load_weights, users_environment
 
-# Recipe -> its stages, each with the parts that learn there.
+# Recipe -> its stages, each with the parts that are trained.
 ALL = {"connector", "embeddings", "attention", "norms", "experts", "router"}
 STAGES = {
     "mixtral_8x7b_internvit": {"stage1": {"connector"}, "stage2": ALL},
     "qwen3_30b_a3b_internvl": {"stage1": {"connector"}, "stage2": ALL},
     "moe_llava_phi": {"stage3": {"experts", "router"}},
 }
-# What SMAR is told: Megatron prints all flags at the start of a stage.
+# SMAR's band in each stage, as Megatron lists it among all flags at the start.
 BANDS = {"stage1": None, "stage2": (1.5, 2.0), "stage3": (1.0, 1.5)}
 
 
 def run_script(recipe: str, script: str, output: Path, *options: str, **environment: str):
-    """Runs one script; a hang is a failure."""
+    """Runs one script, with a timeout."""
     return subprocess.run(
         ["bash", ROOT / "examples" / recipe / script, *options],
         env=users_environment() | {"PYTHON": sys.executable, "OUTPUT": str(output)} | environment,
@@ -41,7 +41,7 @@ def run_script(recipe: str, script: str, output: Path, *options: str, **environm
 
 
 def run_recipe(recipe: str, output: Path) -> Path:
-    """All of a recipe's scripts."""
+    """Runs all of a recipe's scripts and returns the output folder."""
     for script in ("convert.sh", *(f"{stage}.sh" for stage in STAGES[recipe]), "evaluate.sh"):
         done = run_script(recipe, script, output, "--tiny")
         assert done.returncode == 0, f"{script} failed:\n{done.stdout[-6000:]}"
@@ -50,37 +50,37 @@ def run_recipe(recipe: str, output: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> dict[str, Future[Path]]:
-    """The recipes' folders; two run at a time, since half of their programs use one core."""
+    """The recipes' output folders; two recipes run at a time, since half of their programs use one core."""
     root = tmp_path_factory.mktemp("recipes")
     with ThreadPoolExecutor(2) as threads:
         return {recipe: threads.submit(run_recipe, recipe, root / recipe) for recipe in STAGES}
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights by name."""
+    """Returns a checkpoint's weights by name."""
     latest = (checkpoint / "latest_checkpointed_iteration.txt").read_text()
     folder = latest if latest == "release" else f"iter_{int(latest):07d}"
     return {name: value for name, value in load_weights(checkpoint / folder).items() if "_extra_state" not in name}
 
 
 def flags_of(file: Path) -> dict[str, str]:
-    """The flags that Megatron took, from the run's list of them."""
+    """Returns the flags in effect, from the run's list of arguments."""
     return dict(re.findall(r"^ *(\w+) \.{3,} *(\S+)", file.read_text(), flags=re.MULTILINE))
 
 
 def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    """Parts of which any weight differs; the vocabulary's padding does not count."""
+    """Returns the parts with a changed weight; the vocabulary's padding is ignored."""
     assert before.keys() == after.keys()
     return {part_of(n) for n, value in before.items() if not torch.equal(value, after[n][: len(value)].to(value.dtype))}
 
 
 @pytest.mark.parametrize("recipe", STAGES)
-def test_a_recipe_trains_what_it_says_from_conversion_to_results(outputs, recipe):
+def test_a_recipe_runs_from_conversion_to_results_and_trains_exactly_the_named_parts(outputs, recipe):
     output = outputs[recipe].result()
     before = weights_of(output / "start")
-    for stage, learns in STAGES[recipe].items():
+    for stage, trained in STAGES[recipe].items():
         after, scalars = weights_of(output / stage), read_scalars(output / stage / "tensorboard")
-        assert changed_parts(before, after) == learns, f"{stage} trained other parts than it says"
+        assert changed_parts(before, after) == trained, f"{stage} trained other parts than it says"
         assert all(map(math.isfinite, scalars["lm loss"].values))
         assert len(scalars["lm loss"].values) >= 5
         flags = flags_of(output / stage / "arguments.txt")
@@ -122,7 +122,7 @@ MISTAKES = {
 def test_a_script_says_in_one_sentence_what_is_missing(tmp_path, recipe, mistake):
     options, environment, said = MISTAKES[mistake]
     output, stage = tmp_path / "output", next(iter(STAGES[recipe]))
-    if mistake != "no model":  # as convert.sh leaves it, as far as the checks go
+    if mistake != "no model":  # the files of convert.sh that the checks look at
         (output / "start").mkdir(parents=True)
         (output / "start" / "flags.txt").write_text("--num-layers 2\n")
         (output / "start" / "latest_checkpointed_iteration.txt").write_text("release")

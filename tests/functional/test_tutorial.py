@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/tutorial.md as its reader follows it: the page's own blocks, in their order, in one shell."""
+"""Tests that run docs/tutorial.md like its reader: the page's own code blocks, in their order, in one shell."""
 
 import json
 import os
@@ -20,17 +20,17 @@ from tests.launch import ROOT, users_environment
 
 PAGE = ROOT / "docs" / "tutorial.md"
 BLOCK = re.compile(r"^```(bash|python)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PHOTOGRAPH = "a cat"  # what every way of asking is asked about
+PHOTOGRAPH = "a cat"  # the answer about the photograph, expected from every program
 
 
 @dataclass(frozen=True)
 class Followed:
-    """What following the page left.
+    """The results of following the page.
 
     Attributes:
-        folder: Where the commands ran; the page's runs/tutorial is in it.
-        output: What each block printed, by the number of its heading; those of one heading together.
-        environment: Of the shell.
+        folder: Folder where the commands ran, which contains the page's runs/tutorial.
+        output: Output of the blocks under each heading, by the number of the heading.
+        environment: Environment variables of the shell.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Followed:
 
 
 def blocks() -> list[tuple[int, str, str, str]]:
-    """(number of the heading above, language, what the test has to know, text) of the page's blocks."""
+    """Returns the page's blocks: (number of the preceding heading, language, kind of block for this test, text)."""
     page = PAGE.read_text(encoding="utf-8")
     found = []
     for block in BLOCK.finditer(page):
@@ -54,7 +54,7 @@ def blocks() -> list[tuple[int, str, str, str]]:
 
 
 def script() -> str:
-    """All blocks that end by themselves, as one script that says which heading they belong to."""
+    """Returns all blocks that terminate on their own as one script, which prints the heading of each block."""
     lines = ["set -euo pipefail"]
     for heading, language, kind, text in blocks():
         if not kind:
@@ -64,7 +64,7 @@ def script() -> str:
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory) -> Followed:
-    """The page, followed in a folder that has the project's programs in it and none of its earlier results."""
+    """The page, followed in a folder that has the project's programs and no earlier results."""
     folder = tmp_path_factory.mktemp("tutorial")
     for name in ("tools", "examples", "megatron_smar", "pretrain_vlm.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -100,29 +100,29 @@ def followed(tmp_path_factory) -> Followed:
 
 
 def logged_steps(text: str) -> list[int]:
-    """The numbers of the training steps that were logged."""
+    """Returns the numbers of the logged training steps."""
     return [int(number) for number in re.findall(r"iteration +(\d+)/ +\d+", text)]
 
 
-def test_the_interrupted_stage_resumes_where_it_was_stopped(followed):
+def test_the_interrupted_stage_resumes_at_the_step_where_it_stopped(followed):
     steps = logged_steps(followed.output[5])
     assert steps == list(range(1, 121)), f"steps were lost or repeated: {steps}"
     assert (followed.results / "stage2" / "latest_checkpointed_iteration.txt").read_text() == "120"
 
 
-def test_the_model_recognises_views_it_was_not_shown(followed):
+def test_the_model_recognizes_views_that_it_was_not_trained_on(followed):
     results = json.loads((followed.results / "results.json").read_text())
     chance = 1 / 11
     assert results["vqa_accuracy"] > 5 * chance
     assert all(distance > 0 for distance in results["mrd_distance_by_layer"])
 
 
-def test_chat_and_transformers_give_the_same_answer_to_the_same_photograph(followed):
+def test_chat_and_transformers_give_the_same_answer_about_the_same_photograph(followed):
     answers = [line.strip() for line in (followed.output[9] + followed.output[10]).splitlines()]
     assert answers.count(PHOTOGRAPH) == 3, f"checkpoint, export and transformers answered: {answers}"
 
 
-def test_the_command_for_the_figures_serves_a_run_with_its_distances(followed):
+def test_the_tensorboard_command_serves_the_run_with_its_mrd_distances(followed):
     [(_, _, _, command)] = [block for block in blocks() if block[2] == "service"]
     port = str(free_port())
     process = subprocess.Popen(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first hour on one NVIDIA GPU, in at most ten minutes: `make test-gpu`.
+"""The first tests on an NVIDIA GPU, in at most ten minutes: `make test-gpu`.
 
-Runs the project on the card, compares it with the CPU, and measures it. It needs torch, transformers, megatron-core and
-megatron-energon; without Transformer Engine the local layers run on the GPU. A step that lacks something is skipped
-and says what; a step that fails is FAILED, and the exit status is 1. Every step has its own process and time limit.
+Runs the project on the GPU, compares it with the CPU, and measures it. It needs torch, transformers, megatron-core and
+megatron-energon; without Transformer Engine the local layers run on the GPU. A step without a requirement is skipped
+and says which; a step that fails is FAILED, and the exit status is 1. Every step has its own process and time limit.
 """
 
 from __future__ import annotations
@@ -25,21 +25,27 @@ def parse() -> argparse.Namespace:
         prog="python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--only", nargs="+", choices=STEPS, metavar="STEP", help="these steps, and what they read (--list names all)")
-    add("--list", action="store_true", help="name the steps and end")
-    add("--nproc", type=int, default=1, metavar="N", help="with 2 or more GPUs: every layout against one GPU's losses")
+    add(
+        "--only",
+        nargs="+",
+        choices=STEPS,
+        metavar="STEP",
+        help="run these steps, and those that they need (--list shows all)",
+    )
+    add("--list", action="store_true", help="list the steps and exit")
+    add("--nproc", type=int, default=1, metavar="N", help="with 2 or more GPUs: compare every layout with one GPU")
     add("--json", type=Path, default=ROOT / "runs/gpu/report.json", help="the report (default: runs/gpu/report.json)")
-    add("--allow-none", action="store_true", help="exit status 0 where there is no usable GPU")
-    add("--minutes", type=float, default=10.0, help="for all steps together (default: %(default)g)")
+    add("--allow-none", action="store_true", help="exit with status 0 if there is no usable GPU")
+    add("--minutes", type=float, default=10.0, help="time limit for all steps together (default: %(default)g)")
     trial = parser.add_argument_group("to test this program itself")
     trial.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu: runs the steps on the CPU, to test this program itself; proves nothing about a GPU",
+        help="cpu: run the steps on the CPU, to test this program itself; proves nothing about a GPU",
     )
-    trial.add_argument("--quick", action="store_true", help="smallest shapes, few repetitions")
-    trial.add_argument("--tolerance-factor", type=float, default=1.0, help="multiplies every tolerance")
+    trial.add_argument("--quick", action="store_true", help="use the smallest shapes and few repetitions")
+    trial.add_argument("--tolerance-factor", type=float, default=1.0, help="factor of every tolerance")
     return parser.parse_args()
 
 
@@ -72,7 +78,7 @@ def main() -> int:
 
 
 class Progress:
-    """Prints a line when a step ends; on a terminal, which one is next and how long the rest takes at most."""
+    """Prints a line when a step ends; on a terminal also the next step and the maximum remaining time."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.done = steps, 0

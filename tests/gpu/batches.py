@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Global batches for training steps on given samples: text, pictures, padding; in rows or packed."""
+"""Global batches of fixed samples for training steps, with text, images and padding, in rows or packed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 IMAGE, SIDE, TOKENS_PER_TILE, ROWS, LENGTH, VOCABULARY = 5, 32, 4, 8, 64, 128
-# Where each row's pictures begin, and its length without padding.
+# Positions of each row's images, and each row's length without padding.
 _PLACES: tuple[tuple[int, ...], ...] = ((), (0, 8, 20, 36, 44), (2, 34), (16,), (8, 52), (), (1,), (8, 40))
 _LENGTHS = (64, 64, 56, 48, 64, 64, 56, 64)
 
 
 def make_batch(packed: bool = False) -> dict[str, Any]:
-    """A batch for `tests.distributed.steps`: 8 rows of 64, or the same samples in two packs of 256."""
+    """Returns a batch for `tests.distributed.steps`: 8 rows of 64 tokens, or the same samples in two packs of 256."""
     generator = torch.Generator().manual_seed(3)
     shape = (ROWS, LENGTH)
     ids = torch.randint(6, VOCABULARY, shape, generator=generator)
     padding, mask = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
-    # Megatron averages the means of replicas and context-parallel shares: every row has as many loss tokens, in its
-    # first quarter and in its second, of which two such ranks have one each.
+    # Megatron averages the means of replicas and of context-parallel ranks. Therefore every row has the same number of
+    # loss tokens, and its first and second quarter too, of which two context-parallel ranks hold one each.
     mask[:, 4:12] = mask[:, 20:28] = 1
     for row, (places, length) in enumerate(zip(_PLACES, _LENGTHS, strict=True)):
         padding[row, length:] = True
@@ -40,7 +40,7 @@ def make_batch(packed: bool = False) -> dict[str, Any]:
 
 
 def _packed(batch: dict[str, Any]) -> dict[str, Any]:
-    """Four samples without their padding one behind the other; the padding behind the last is a sequence of its own."""
+    """Packs four samples without their padding; the padding after the last sample is a separate sequence."""
     packs, size = 2, ROWS // 2
     packed: dict[str, Any] = batch | {
         name: torch.full((packs, size * LENGTH), fill, dtype=batch[name].dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step in its own process: `python -m tests.gpu.child MODULE:FUNCTION CONTEXT RESULT`, started by runner.py."""
+"""Runs one step in its own process; runner.py starts `python -m tests.gpu.child MODULE:FUNCTION CONTEXT RESULT`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.gpu.programs import ProgramError
 
 
 def main() -> None:
-    """Runs the step and writes what it found; a step that raises has failed."""
+    """Runs the step and writes its findings; a step that raises has failed."""
     place, context_path, result = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     context = Context.load(context_path)
     findings = Findings(context.factor)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step is given, and what it hands back."""
+"""The input and the output of a step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Device = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Context:
-    """Where and how a step runs; the only place that says which device is meant.
+    """Device and settings of a step; only this class knows which device is meant.
 
     Attributes:
-        device: `cuda`; `cpu` tries this program itself and proves nothing about a GPU.
-        quick: Smallest shapes and few repetitions.
-        ranks: GPUs (processes) for the runs on several.
-        factor: Multiplies every tolerance.
+        device: `cuda`, or `cpu` to test this program itself, which proves nothing about a GPU.
+        quick: Whether to use the smallest shapes and few repetitions.
+        ranks: Number of GPUs (processes) for runs on several GPUs.
+        factor: Factor of every tolerance.
         folder: The step's own folder.
-        files: What the step `files` made: shards, pictures, tokenizer, vision tower.
+        files: Folder of the step `files`, with shards, images, tokenizer and vision tower.
     """
 
     device: Device
@@ -35,25 +35,25 @@ class Context:
     files: Path
 
     def save(self, path: Path) -> None:
-        """Writes it for the step's process."""
+        """Writes the context for the step's process."""
         path.write_text(json.dumps(asdict(self), default=str), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Context:
-        """Reads what `save` wrote."""
+        """Reads a context written by `save`."""
         values = json.loads(path.read_text(encoding="utf-8"))
         return cls(**values | {name: Path(values[name]) for name in ("folder", "files")})
 
 
 @dataclass
 class Findings:
-    """What a step found.
+    """The findings of a step.
 
     Attributes:
-        factor: Multiplies every tolerance.
-        figures: What was measured, by name.
-        tolerances: The most (or, for `at_least`, the least) that a figure may be.
-        failures: What is wrong, each in a sentence; none where the step passed.
+        factor: Factor of every tolerance.
+        figures: Measured values by name.
+        tolerances: Maximum of a figure, by the figure's name.
+        failures: One sentence per failure; empty if the step passed.
     """
 
     factor: float = 1.0
@@ -62,17 +62,17 @@ class Findings:
     failures: list[str] = field(default_factory=list)
 
     def note(self, name: str, value: Any) -> None:
-        """Records a figure that has no tolerance."""
+        """Records a figure without a tolerance."""
         self.figures[name] = value
 
     def at_most(self, name: str, value: float, tolerance: float) -> None:
-        """Records a figure that must not be greater than its tolerance; NaN is."""
+        """Records a figure that must not be greater than its tolerance; NaN counts as greater."""
         self.figures[name], self.tolerances[name] = value, tolerance * self.factor
         if not value <= tolerance * self.factor:
             self.failures.append(f"{name} is {value:.3g}, more than {tolerance * self.factor:.3g}")
 
     def require(self, holds: bool, otherwise: str) -> None:
-        """Records a failure unless something holds."""
+        """Records the failure `otherwise` unless the condition holds."""
         if not holds:
             self.failures.append(otherwise)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine is: card, driver, torch, the packages beside it; and whether they fit together."""
+"""Describes this machine (GPU, driver, torch and other packages), and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ VERSIONS = (
     *("torch", "triton", "transformers", "megatron-core", "megatron-energon", "transformer-engine", "apex", "numpy"),
     *("flash-attn", "nvidia-nccl-cu13", "nvidia-cudnn-cu13"),
 )
-# Which kernels Megatron takes depends on these.
+# Megatron chooses its kernels by these modules.
 MODULES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
-# What changes the rounding, the queues or the number of threads.
+# Variables that change the rounding, the queues or the number of threads.
 VARIABLES = (
     *("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"),
     *("CUDA_VISIBLE_DEVICES", "TORCH_COMPILE_DISABLE", "MEGATRON_SMAR_DEVICE", "MEGATRON_SMAR_ALLOW_UNTESTED"),
@@ -32,7 +32,7 @@ _QUERY = ("name", "driver_version", "memory.total", "compute_cap", "power.limit"
 
 
 def no_gpu(ranks: int = 1) -> str | None:
-    """Why so many GPUs cannot be used here, or None."""
+    """Returns why `ranks` GPUs cannot be used here, or None if they can."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed for this Python"
     import torch
@@ -52,7 +52,7 @@ def no_gpu(ranks: int = 1) -> str | None:
 
 
 def nvidia_smi() -> list[dict[str, str]]:
-    """What nvidia-smi says of each card; empty where it is not there or fails."""
+    """Returns nvidia-smi's values of each GPU; empty if it is not installed or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -65,7 +65,7 @@ def nvidia_smi() -> list[dict[str, str]]:
 
 
 def describe(device: Device) -> dict[str, Any]:
-    """The environment, as the report has it."""
+    """Returns the environment for the report."""
     import torch
 
     gpu = device == "cuda"
@@ -107,13 +107,13 @@ def check(context: Context, findings: Findings) -> None:
         "NVIDIA_TF32_OVERRIDE rounds float32 products to 10 bits; unset it",
     )
     if importlib.util.find_spec("megatron"):
-        import megatron_smar  # refuses packages that are half installed, in one sentence
+        import megatron_smar  # refuses half-installed packages with one sentence
 
         findings.note("megatron_smar", megatron_smar.__version__)
 
 
 def _check_card(findings: Findings) -> None:
-    """The card, its driver, and whether torch has code for it."""
+    """Records the GPU and its driver, and checks that torch is compiled for it."""
     import torch
 
     cards = nvidia_smi()
@@ -122,7 +122,7 @@ def _check_card(findings: Findings) -> None:
     findings.note("memory GB", round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1))
     major, minor = torch.cuda.get_device_capability()
     findings.note("capability", f"{major}.{minor}")
-    # Code for sm_80 runs on 8.x, whatever x; compute_80 is compiled for any later card when it is loaded.
+    # Code for sm_80 runs on all of 8.x; compute_80 is PTX, which is compiled for any later GPU when it is loaded.
     built = [(kind, number) for kind, _, number in (name.partition("_") for name in torch.cuda.get_arch_list())]
     numbers = [(kind, int(number.rstrip("abcdef"))) for kind, number in built]
     own = 10 * major + minor
@@ -146,7 +146,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, where it is one."""
+    """Returns the commit of the checkout, or None if this is not a checkout."""
     git = shutil.which("git")
     if git is None:
         return None
@@ -155,7 +155,7 @@ def _commit() -> str | None:
 
 
 def described(device: Device) -> dict[str, Any]:
-    """`describe` in a process of its own: this one must hold no part of the card."""
+    """Runs `describe` in a separate process: this one must not create a CUDA context."""
     command = [sys.executable, "-m", "tests.gpu.environment", device]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     if done.returncode:

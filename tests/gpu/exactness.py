@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step on the device against the same step on the CPU; layouts on several GPUs against one."""
+"""Compares training steps on the device with the same steps on the CPU, and layouts on several GPUs with one GPU."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.gpu.context import Context, Device, Findings
 from tests.gpu.files import LOCAL, MODEL
 from tests.gpu.programs import Program, run_together
 
-# Both devices draw the same weights on the host; every layer's distance lies outside of the band: SMAR has a gradient.
+# Both devices initialize the same weights on the host. Every layer's distance is outside the band: SMAR has a gradient.
 COMMON = """
     --use-cpu-initialization --init-method-std 0.1 --tokenizer-type NullTokenizer --clip-grad 0 --weight-decay 0
     --lr 1e-3 --lr-decay-style constant --train-iters 10 --modality-routing smar --freeze vision --smar-coeff 0.5
     --smar-d-min 3 --smar-d-max 4 --smar-eps 1e-3 --no-save-optim
 """.split()
-# A switch cannot be taken back, and Megatron refuses latent attention with grouped queries.
+# Removed for latent attention, with which Megatron refuses it: a switch on the command line cannot be undone.
 _GROUPED_QUERIES = "--group-query-attention --num-query-groups 2"
 LATENT_ATTENTION = """
     --multi-latent-attention --rope-type rope --qk-layernorm --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16
@@ -30,15 +30,15 @@ LATENT_ATTENTION = """
 """.split()
 RECOMPUTATION = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 
-# Of the largest of a parameter's gradient. Both devices add up products of float32 (6e-8) in orders of their own, over
-# at most 512 tokens and two layers; a fault of a kernel is off by far more.
+# Relative to the largest value of a parameter's gradient. The devices sum float32 products (6e-8) in different orders,
+# over at most 512 tokens and two layers; a faulty kernel deviates by far more.
 GRADIENT = 2e-4
-GRADIENT_FLOOR = 3e-7  # below it, a gradient is rounding and nothing else
-# Losses and distances of the first step, relative; later ones carry the difference of the weights on.
+GRADIENT_FLOOR = 3e-7  # smaller gradients are only rounding errors
+# Relative, for losses and distances of the first step; in later steps the difference of the weights adds to it.
 FIRST_VALUES, LATER_VALUES = 1e-4, 1e-3
 
 TP = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"
-# Layout -> (flags, replicas that share two GPUs).
+# Layout -> (flags, number of replicas on two GPUs).
 LAYOUTS: dict[str, tuple[str, int]] = {
     "data parallel": ("", 2),
     "EP": ("--expert-model-parallel-size 2", 2),
@@ -53,10 +53,14 @@ class Job:
     """One run of laboratory.py.
 
     Attributes:
-        flags: Beyond `MODEL` and `COMMON`.
+        name: Name of the job and its files.
+        device: Device to run on.
+        flags: Flags in addition to `MODEL` and `COMMON`.
         packed: Whether the batch is packed.
         rows: Micro-batch size.
-        start: Whether to leave a checkpoint of the first weights.
+        ranks: Number of processes.
+        start: Whether to save a checkpoint of the initial weights.
+        steps: Number of training steps.
     """
 
     name: str
@@ -85,37 +89,37 @@ def latent_attention(context: Context, findings: Findings) -> None:
 
 
 def recomputation(context: Context, findings: Findings) -> None:
-    """The step `recompute`: against the CPU without it."""
+    """The step `recompute`: compares with the CPU without recomputation."""
     _against_the_cpu(context, findings, RECOMPUTATION, [])
 
 
 def grouped_experts(context: Context, findings: Findings) -> None:
-    """The step `grouped`: the flag is for GPUs; local layers ignore it, Transformer Engine's are in the step `te`."""
+    """The step `grouped`: a flag for GPUs, ignored by local layers; the step `te` tests Transformer Engine's."""
     _against_the_cpu(context, findings, ["--moe-grouped-gemm"] if context.device == "cuda" else [], [])
 
 
 def layouts(context: Context, findings: Findings) -> None:
-    """The step `nccl`: two GPUs in every layout, and all of them as replicas, against one."""
+    """The step `nccl`: compares two GPUs in every layout, and all GPUs as replicas, with one GPU."""
     ranks = context.ranks
     runs = {f"{name} 2": (flags, 2, replicas) for name, (flags, replicas) in LAYOUTS.items()}
     if ROWS % ranks == 0 and ranks > 2:
         runs[f"data parallel {ranks}"] = ("", ranks, ranks)
-    reference = Job("alone", context.device, LOCAL, start=True)
-    (alone,) = run_jobs(context, [reference])
-    # From one checkpoint: every pipeline stage draws weights of its own.
+    reference = Job("one-gpu", context.device, LOCAL, start=True)
+    (expected,) = run_jobs(context, [reference])
+    # All start from one checkpoint: every pipeline stage would initialize its own weights.
     load = ["--load", start_of(context, reference), "--finetune"]
     for name, (flags, size, replicas) in runs.items():
         own = [*LOCAL, *load, *flags.split()]
         (found,) = run_jobs(
             context, [Job(name.replace(" ", "-"), context.device, own, rows=ROWS // replicas, ranks=size)]
         )
-        compare_values(findings, name, found["values"], alone["values"], FIRST_VALUES, LATER_VALUES)
+        compare_values(findings, name, found["values"], expected["values"], FIRST_VALUES, LATER_VALUES)
 
 
 def _against_the_cpu(
     context: Context, findings: Findings, flags: list[str], cpu_flags: list[str], packed: bool = False
 ) -> None:
-    """The same three steps on both, losses and distances of each, every gradient of the first."""
+    """Compares three steps on both devices: losses and distances of each step, all gradients of the first."""
     size = 1 if packed else ROWS
     device = Job("device", context.device, [*LOCAL, *flags], packed, size)
     found, expected = run_jobs(context, [device, Job("cpu", "cpu", cpu_flags, packed, size)])
@@ -127,7 +131,7 @@ def _against_the_cpu(
 
 
 def run_jobs(context: Context, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Runs jobs at the same time and returns what they leave: `values` by step, `gradients` by parameter."""
+    """Runs jobs at the same time and returns their results: `values` by step, `gradients` by parameter."""
     run_together(context, [_program(context, job) for job in jobs])
     return [torch.load(context.folder / f"{job.name}.pt") for job in jobs]
 
@@ -166,7 +170,7 @@ def _program(context: Context, job: Job) -> Program:
 
 
 def start_of(context: Context, job: Job) -> Path:
-    """Where a job leaves its first weights."""
+    """Returns the folder of a job's initial weights."""
     return context.folder / f"start-{job.name}"
 
 
@@ -178,7 +182,7 @@ def compare_values(
     first: float,
     later: float,
 ) -> None:
-    """Losses and distances step by step, relative to them (to 0.001 at least)."""
+    """Compares losses and distances step by step, relative to the expected value (at least 0.001)."""
     errors = []
     for step, values in zip(found, expected, strict=True):
         wanted = {key: value for key, value in values.items() if "loss" in key or "mrd" in key}
@@ -189,7 +193,7 @@ def compare_values(
 
 
 def compare_gradients(findings: Findings, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Every parameter's gradient, as a share of its largest."""
+    """Compares every parameter's gradient, relative to its largest value."""
     findings.require(found.keys() == expected.keys(), f"other parameters: {sorted(found.keys() ^ expected.keys())}")
     errors = {}
     for name in found.keys() & expected.keys():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user brings: pictures, records, shards, a tokenizer, a vision tower; small, by the project's tools."""
+"""Makes small versions of a user's files with the project's tools: images, records, shards, tokenizer, vision tower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 RECORDS = 160
 
-# Mixtral's shape; every width is a multiple of 64, as Transformer Engine's kernels like it.
+# Mixtral's architecture; every width is a multiple of 64, as preferred by Transformer Engine's kernels.
 MODEL = """
     --image-size 32 --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
     --group-query-attention --num-query-groups 2 --num-experts 4 --moe-router-topk 2
@@ -22,13 +22,13 @@ MODEL = """
     --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0
     --hidden-dropout 0 --make-vocab-size-divisible-by 64 --seed 7
 """.split()
-# One kind of layers on both devices, also where Transformer Engine or apex would change Megatron's defaults.
+# The same kind of layers on both devices, even if Transformer Engine or apex would change Megatron's defaults.
 LOCAL = "--transformer-impl local --no-rope-fusion --no-gradient-accumulation-fusion".split()
 SMAR = "--modality-routing smar --smar-d-min 3 --smar-d-max 4 --smar-coeff 0.1 --freeze vision".split()
 
 
 def training_flags(files: Path) -> list[str]:
-    """Flags of pretrain_vlm.py for the model and these files."""
+    """Returns the flags of pretrain_vlm.py for the model and these files."""
     training = f"""
         --data-path {files / "shards"} --vision-model {files / "vision"} --conversation-template chatml
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model {files / "tokenizer"}
@@ -57,7 +57,7 @@ def make(context: Context, findings: Findings) -> None:
 
 
 def make_records(folder: Path) -> list[dict[str, Any]]:
-    """Questions on the colours of plain pictures: one picture, two, or none."""
+    """Makes questions about the colours of plain images: one image, two, or none."""
     from PIL import Image
 
     rng = random.Random(5)
@@ -73,7 +73,7 @@ def make_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer of the licence's English; it needs no package beside transformers."""
+    """Trains a byte-level tokenizer on the licence, which needs no package besides transformers."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -86,7 +86,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_vision_tower(folder: Path) -> None:
-    """An InternViT of one layer with random weights."""
+    """Saves an InternViT with one layer and random weights."""
     import torch
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
@@ -101,7 +101,7 @@ def make_vision_tower(folder: Path) -> None:
 
 
 def make_language_model(folder: Path, tokenizer: Path) -> None:
-    """A Mixtral with random weights as Hugging Face keeps it, with its tokenizer."""
+    """Saves a Mixtral with random weights in Hugging Face's format, with its tokenizer."""
     import torch
     from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
@@ -124,7 +124,7 @@ def make_language_model(folder: Path, tokenizer: Path) -> None:
 
 
 def write_held_out(folder: Path, records: list[dict[str, Any]]) -> None:
-    """What tools/evaluate.py measures."""
+    """Writes the input files of tools/evaluate.py."""
     items = [
         {"image": r["image"], "question": r["conversations"][0]["value"], "answer": r["conversations"][1]["value"]}
         for r in records

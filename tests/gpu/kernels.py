@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single functions on the device against the CPU, or against float64."""
+"""Compares single functions on the device with the CPU, or with float64."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tests.gpu.context import Context, Findings
 def compile_function(context: Context, findings: Findings) -> None:
     """The step `compile`: Megatron compiles its fused functions with torch.compile, on every rank."""
     compiled = torch.compile(lambda x: silu(x) * x)
-    for size in (999, 4097):  # another size is compiled again, for any size
+    for size in (999, 4097):  # a second size makes torch compile again, for dynamic sizes
         x = torch.linspace(-4, 4, size, device=context.device)
         expected = silu(x.double()) * x.double()
-        # exp, a division and two products in float32, 6e-8 each, of values up to 16.
+        # An exp, a division and two products in float32 (6e-8 each), of values up to 16.
         findings.at_most(f"error at {size}", float((compiled(x) - expected).abs().max()), 1e-5)
 
 
 def attention(context: Context, findings: Findings) -> None:
-    """The step `attention`: grouped queries as the local layers give them."""
+    """The step `attention`: grouped queries, as in the local layers."""
     _attention_values(context, findings)
     length, heads, groups, width = (256, 8, 2, 32) if context.quick else (4096, 32, 8, 128)
     shape = f"{heads} heads on {groups} groups, {length}"
@@ -43,9 +43,9 @@ def attention(context: Context, findings: Findings) -> None:
 
 
 def _attention_values(context: Context, findings: Findings) -> None:
-    """Values and gradients on a small shape against the definition in float64."""
-    # bf16: output and probabilities are rounded (2^-9 each), which a gradient meets twice; x 2 in reserve. float32:
-    # sums of 256 products of rounding 6e-8, in another order.
+    """Compares values and gradients of a small shape with the definition in float64."""
+    # bf16: output and probabilities are rounded (2^-9 each), for a gradient twice; a factor of 2 is reserve. float32:
+    # sums of 256 products with rounding 6e-8, in a different order.
     for dtype, tolerance in ((torch.bfloat16, 2**-7), (torch.float32, 1e-5)):
         given = [tensor.requires_grad_() for tensor in _qkv(context, 2, 8, 2, 256, 64, dtype)]
         exact = [tensor.detach().double().cpu().requires_grad_() for tensor in given]
@@ -79,7 +79,7 @@ def _qkv(
 
 
 def _backends(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The forms of attention that take these tensors, by trying each alone."""
+    """Returns the attention backends that accept these tensors, by trying each separately."""
     able = []
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
@@ -88,11 +88,11 @@ def _backends(q: Tensor, k: Tensor, v: Tensor) -> str:
         except RuntimeError:  # torch's "No available kernel"
             continue
         able.append(backend.name.lower())
-    return ", ".join(able) or "math alone"
+    return ", ".join(able) or "math only"
 
 
 def _peak_bytes(context: Context, function: Any) -> float | str:
-    """The most MB that a call takes beside what is there."""
+    """Returns the additional peak memory of a call in MB."""
     if context.device == "cpu":
         function()
         return "not counted on the CPU"
@@ -112,7 +112,7 @@ def pixels(context: Context, findings: Findings) -> None:
     for name, constants in NORMALISATION.items():
         found = normalise(tiles.to(context.device), *constants).cpu()
         exact = (tiles.double() / 255 - _channels(constants[0])) / _channels(constants[1])
-        # One product and one sum, fused or not, of values up to 2.7: a unit in the last place is 2.4e-7.
+        # One product and one sum, fused or not, of values up to 2.7, where a unit in the last place is 2.4e-7.
         findings.at_most(f"{name}: from the CPU", float((found - normalise(tiles, *constants)).abs().max()), 1e-6)
         findings.at_most(f"{name}: from float64", float((found - exact).abs().max()), 1e-6)
 
@@ -122,7 +122,7 @@ def _channels(values: tuple[float, float, float]) -> Tensor:
 
 
 def routing(context: Context, findings: Findings) -> None:
-    """The step `routing`: 2 and 3 modalities, with padding, and one without tokens; 8 and 64 experts."""
+    """The step `routing`: 2 and 3 modalities, with padding, with and without an absent modality; 8 and 64 experts."""
     worst = {name: 0.0 for dtype in ("float32", "bf16") for name in _routing_names(dtype)}
     counts_differ = 0
     for (experts, top_k), modalities, absent in product(((8, 2), (64, 8)), (2, 3), (False, True)):
@@ -138,9 +138,9 @@ def routing(context: Context, findings: Findings) -> None:
                 worst[name] = max(worst[name], _relative(value, expected))
     findings.at_most("counts that differ", counts_differ, 0)  # sums of ones, exact up to 2^24
     for name, error in worst.items():
-        # The statistics add up in float32 whatever the weights are, and the reference starts from the same rounded
-        # weights: sums of 4,096 numbers of rounding 6e-8 each (4e-6), divided by each other and their logarithm taken.
-        # A gradient for bf16 weights is itself rounded to bf16 (2^-9).
+        # The statistics are summed in float32 for weights of any dtype, and the reference uses the same rounded
+        # weights: sums of 4,096 numbers with rounding 6e-8 each (4e-6), then ratios and logarithms of them. A gradient
+        # of bf16 weights is itself rounded to bf16 (2^-9).
         findings.at_most(name, error, 2**-8 if name == "bf16 gradient" else 1e-4)
 
 
@@ -151,7 +151,7 @@ def _routing_names(dtype: str) -> tuple[str, ...]:
 def _routed(
     experts: int, top_k: int, modalities: int, absent: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Top-k weights [N, E], the experts chosen and the modality of 4,096 tokens, some of them padding."""
+    """Returns top-k weights [N, E], chosen experts [N, E] and modalities [N] of 4,096 tokens, some of them padding."""
     generator = torch.Generator().manual_seed(experts + modalities)
     ids = torch.randint(-1, modalities, (4096,), generator=generator)
     if absent:
@@ -165,7 +165,7 @@ def _routed(
 
 
 def _routing_values(weights: Tensor, chosen: Tensor, ids: Tensor, modalities: int, top_k: int) -> list[Tensor]:
-    """Counts, weight sums, distribution, distance, loss and the loss's gradient, on the host."""
+    """Returns counts, weight sums, distribution, distance, loss and the loss's gradient, on the host."""
     from megatron_smar.routing import modality_routing_distribution, mrd_distance, routing_statistics
     from megatron_smar.routing.strategies.smar import smar_loss
 
@@ -173,8 +173,8 @@ def _routing_values(weights: Tensor, chosen: Tensor, ids: Tensor, modalities: in
     statistics = routing_statistics(weights, chosen, ids, modalities)
     mrd = modality_routing_distribution(statistics, top_k)
     distance = mrd_distance(mrd, statistics.tokens > 0)
-    loss = smar_loss(distance, 50.0, 60.0)  # far outside of the band: the gradient is there
-    # With one modality left there is nothing to compare, and no gradient.
+    loss = smar_loss(distance, 50.0, 60.0)  # far outside the band, so that the gradient is not zero
+    # With a single present modality there is no distance and no gradient.
     (gradient,) = torch.autograd.grad(loss, weights) if distance.requires_grad else (torch.zeros_like(weights),)
     values = (statistics.counts, statistics.weights, mrd, distance, loss, gradient)
     return [value.detach().cpu() for value in values]
@@ -185,6 +185,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _relative(found: Any, expected: Any) -> float:
-    """The largest deviation as a share of the largest value."""
+    """Returns the largest deviation relative to the largest value."""
     found, expected = found.detach().double().cpu(), expected.detach().double()
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

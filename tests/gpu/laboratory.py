@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few training steps on a given batch, on this process's device: `python -m tests.gpu.laboratory JOB.json`.
+"""Runs a few training steps on a given batch, on this process's device: `python -m tests.gpu.laboratory JOB.json`.
 
-The job is {"batch", "output", "steps", "start", "flags"}. Left in `output`: the logged values of each step and, of one
-rank alone, the gradient of every parameter in the first step. `start` names a folder for a checkpoint of the weights
-before the first step, or is null.
+The job is {"batch", "output", "steps", "start", "flags"}. `output` gets the logged values of each step and, if there is
+only one rank, the gradient of every parameter in the first step. `start` is a folder for a checkpoint of the weights
+before the first step, or null.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from megatron.training.checkpointing import save_checkpoint
 from megatron_smar.training.setup import start
 from tests.gpu.programs import read_json
 
-# A convolution of float32 (the tower's patches) is rounded to 10 bits on the GPU alone, by torch's default.
+# By torch's default, float32 convolutions (the tower's patches) are rounded to 10 bits on the GPU only.
 torch.backends.cudnn.allow_tf32 = False
 
 
 def gradients(model: list[Any]) -> dict[str, torch.Tensor]:
-    """The gradient of every parameter that learns, after all of Megatron's reductions."""
+    """Returns the gradient of every trained parameter, after all of Megatron's reductions."""
     named = [item for chunk in model for item in chunk.module.named_parameters()]
     return {name: parameter.main_grad.detach().cpu().clone() for name, parameter in named if parameter.requires_grad}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device's memory by part, against what counting gives: weights, gradients, optimizer, activations."""
+"""Compares the device's memory with the counted bytes of weights, gradients and optimizer; also activations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def parts(context: Context, findings: Findings) -> None:
     training.step()
     torch.cuda.synchronize()
     after = torch.cuda.memory_allocated()
-    # A second step has every buffer; its peak is that of the activations, or of the optimizer's temporary copies.
+    # All buffers exist in a second step; its peak is that of the activations, or of the optimizer's temporary copies.
     torch.cuda.reset_peak_memory_stats()
     training.step()
     torch.cuda.synchronize()
@@ -42,24 +42,25 @@ def parts(context: Context, findings: Findings) -> None:
         findings.note("measured", "nothing on the CPU")
     else:
         _compare(findings, counted, built, after, torch.cuda.max_memory_allocated())
-    # Weights in bf16 are 2 bytes, their gradients 4, main weights and moments 12; the biases and a batch add a little.
+    # Weights take 2 bytes (bf16), gradients 4, main weights and moments 12; the biases and the batch add a little.
     findings.at_most("gradient bytes per parameter", counted["gradients"] / trained, 4.01)
     findings.at_most("optimizer bytes per parameter", counted["optimizer"] / trained, 12.1)
 
 
 def _compare(findings: Findings, counted: dict[str, int], built: int, after: int, peak: int) -> None:
-    """What the allocator says; it rounds to 512 bytes and keeps some workspaces."""
+    """Compares with the allocator's values; it rounds to 512 bytes and keeps some workspaces."""
     findings.note("after building MB", round(built / MEGABYTE, 1))
     findings.note("after a step MB", round(after / MEGABYTE, 1))
     findings.note("peak of a step MB", round((peak - after) / MEGABYTE, 1))
     # cuBLAS keeps a workspace of 32 MB (8 MB before Hopper) for each of a few streams, Megatron small buffers.
     findings.at_most("after a step / counted", (after - 200e6) / sum(counted.values()), 1.05)
-    # What is counted lies there, else it is not on the device or nothing was measured; the float32 biases count twice.
+    # If the counted bytes are not allocated, they are not on the device, or nothing was measured. The float32 biases
+    # are counted twice.
     findings.at_most("counted / after a step", sum(counted.values()) / max(after, 1), 1.01)
 
 
 def optimizer_bytes(optimizer: Any) -> int:
-    """Main weights in float32 and the optimizer's state, each storage once."""
+    """Returns the bytes of float32 main weights and of the optimizer's state, each storage counted once."""
     storages: dict[int, int] = {}
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer

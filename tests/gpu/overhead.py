@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SMAR costs in a step: Megatron's router and ours by turns on the same weights, timed by the device's events."""
+"""Cost of SMAR in a step: Megatron's router and this project's alternate on the same weights, timed by CUDA events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from tests.gpu.context import Context, Findings
 
-SECONDS = 30.0  # for the turns; a slow card makes fewer
+SECONDS = 30.0  # time limit of the turns, reached on a slow GPU
 
 # The benchmark's shapes: hidden, ffn, layers, sequence, micro-batch, vocabulary; and heads, groups, experts, top-k.
 MIXTRAL: dict[str, Any] = dict(hidden=4096, ffn=14336, layers=1, seq_length=4096, micro_batch_size=1, vocabulary=512)
@@ -36,7 +36,7 @@ def small_experts(context: Context, findings: Findings) -> None:
 
 
 def fitting(context: Context, shape: dict[str, Any]) -> dict[str, Any]:
-    """The shape, with its widths halved until its state takes at most half of the card's memory."""
+    """Returns the shape, with its widths halved until its state takes at most half of the GPU's memory."""
     if context.quick:
         return shape | QUICK
     import torch
@@ -50,13 +50,13 @@ def fitting(context: Context, shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameters(shape: dict[str, Any]) -> int:
-    """Parameters of the layers, the experts' and the attention's."""
+    """Returns the number of parameters of the layers' experts and attention."""
     experts = shape["experts"] * 3 * shape["hidden"] * shape["ffn"]
     return shape["layers"] * (experts + 4 * shape["hidden"] ** 2)
 
 
 def build(context: Context, shape: dict[str, Any], extra: tuple[str, ...] = ()) -> Any:
-    """The benchmark's model, on one rank and in bf16, with grouped experts where Transformer Engine has them."""
+    """Builds the benchmark's model on one rank, in bf16, with grouped experts if Transformer Engine is installed."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
     from megatron_smar import runtime
 
@@ -76,7 +76,7 @@ def build(context: Context, shape: dict[str, Any], extra: tuple[str, ...] = ()) 
 
 
 def device_seconds(training: Any, setting: str) -> float:
-    """The device's time for one step."""
+    """Returns the device's time for one step, in seconds."""
     import torch
 
     training.use(setting)
@@ -110,7 +110,7 @@ def _measure(context: Context, findings: Findings, shape: dict[str, Any]) -> Non
 
 
 def _turns(training: Any, warm_up: int, pairs: int) -> dict[str, list[float]]:
-    """Seconds of steps by setting; which goes first changes with every pair, so that drift cancels."""
+    """Returns the seconds of steps by setting; the order alternates, so that drift cancels."""
     settings = ("none", "smar")
     for _ in range(warm_up):
         for setting in settings:
@@ -126,7 +126,7 @@ def _turns(training: Any, warm_up: int, pairs: int) -> dict[str, list[float]]:
 
 
 def _count_kernels(context: Context, findings: Findings, training: Any) -> None:
-    """What SMAR adds per layer: kernels and copies of the device; on the CPU, operations that torch dispatches."""
+    """Counts what SMAR adds per layer: kernels and copies of the device; on the CPU, torch's dispatched operations."""
     layers = len(training.routers)
     if context.device == "cpu":
         from benchmarks.smar_overhead import count
@@ -143,7 +143,7 @@ def _count_kernels(context: Context, findings: Findings, training: Any) -> None:
 
 
 def profiled_kernels(training: Any, setting: str) -> dict[str, int]:
-    """Kernels and copies of one step, by torch's profiler."""
+    """Counts the kernels and copies of one step with torch's profiler."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -155,10 +155,10 @@ def profiled_kernels(training: Any, setting: str) -> dict[str, int]:
 
 
 def count_on_device(events: Iterable[Any]) -> dict[str, int]:
-    """Kernels and copies among a profile's events.
+    """Counts the kernels and copies among a profile's events.
 
-    Ranges that programs name lie on the device's track too. Their names do not tell them from kernels: those of torch's
-    elementwise kernels hold a lambda's number, as in `{lambda(float)#1}`.
+    User annotations are on the device's track too. Their names cannot be distinguished from kernels': names of torch's
+    elementwise kernels contain a lambda's number, as in `{lambda(float)#1}`.
     """
     from torch.autograd import DeviceType
 

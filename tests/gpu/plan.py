@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps, in order: what each shows, what it needs and how long it may take."""
+"""The steps in order: what each shows, its requirements and its time limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = "files"
 
 TRAINER = ("transformers", "megatron.core", "megatron.energon")
 TRANSFORMER_ENGINE = (*TRAINER, "transformer_engine")
-# Packages by the module that is imported, where their names differ.
+# Name of the package by the imported module, if they differ.
 PACKAGES = {
     "megatron.core": "megatron-core",
     "megatron.energon": "megatron-energon",
@@ -27,16 +27,16 @@ class Step:
     """One step.
 
     Attributes:
-        name: For `--only`, and the name of its folder.
-        shows: What has been shown where it passes.
-        place: Module and function, `module:function`, of this package.
-        limit: Seconds after which it is stopped.
-        modules: What must be importable.
-        needs_files: Whether it reads what the step `files` makes.
-        needs_cuda: Whether it can only run on a GPU.
-        needs_packer: Whether it packs samples, which is native code.
-        least_ranks: GPUs.
-        alone: Whether nothing else may run meanwhile: it measures time, or later steps read what it makes.
+        name: Name for `--only` and of the step's folder.
+        shows: What the step shows if it passes.
+        place: Module and function of this package, as `module:function`.
+        limit: Seconds after which the step is stopped.
+        modules: Modules that must be importable.
+        needs_files: Whether the step reads the files made by the step `files`.
+        needs_cuda: Whether the step can only run on a GPU.
+        needs_packer: Whether the step packs samples, which needs the native packer.
+        least_ranks: Minimum number of GPUs.
+        alone: Whether no other step may run at the same time: it measures time, or later steps read its files.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Step:
     alone: bool = False
 
     def missing(self, device: Device, ranks: int) -> str | None:
-        """What it needs and does not have here, or None."""
+        """Returns the requirement that is missing here, or None."""
         absent = [PACKAGES.get(module, module) for module in self.modules if not _is_installed(module)]
         if absent:
             return " and ".join(absent)
@@ -65,38 +65,38 @@ class Step:
 
 
 def function_at(place: str) -> Callable[[Context, Findings], None]:
-    """The function of a step, by its `place`."""
+    """Returns the function of a step, given its `place`."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(f"tests.gpu.{module}"), name)
 
 
 def _is_installed(module: str) -> bool:
-    """Whether a module can be found; its parents are namespaces, and nothing else is imported."""
+    """Returns whether a module can be found; only its parents, which are namespaces, are imported."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent
+    except ModuleNotFoundError:  # a parent is missing
         return False
 
 
 def packer_is_built() -> bool:
-    """Whether the C++ part of the data pipeline lies beside its sources, or in the installed package."""
+    """Returns whether the C++ packer of the data pipeline is built, next to its sources or in the installed package."""
     from tests.gpu.context import ROOT
 
     return any((ROOT / "megatron_smar" / "data").glob("_packing*.so"))
 
 
 _ALL = (
-    Step("environment", "driver, card and packages fit together", "environment:check", 60, (), alone=True),
+    Step("environment", "driver, GPU and packages fit together", "environment:check", 60, (), alone=True),
     Step("compile", "torch.compile makes code for the device", "kernels:compile_function", 120, ()),
-    Step("attention", "flash attention takes our shapes; what float32 falls back to", "kernels:attention", 60, ()),
-    Step("pixels", "images are normalised as on the CPU", "kernels:pixels", 60),
+    Step("attention", "flash attention supports the model's shapes; float32's backend", "kernels:attention", 60, ()),
+    Step("pixels", "images are normalized as on the CPU", "kernels:pixels", 60),
     Step("routing", "SMAR's equations and gradients, against float64", "kernels:routing", 60),
-    Step(FILES, "pictures, shards, tokenizer, vision tower", "files:make", 60, alone=True),
+    Step(FILES, "images, shards, tokenizer, vision tower", "files:make", 60, alone=True),
     Step("bf16", "50 steps of pretrain_vlm.py: the loss falls", "training:bfloat16", 120, needs_files=True, alone=True),
     Step("cpu-path", "pretrain_vlm.py trains on the CPU of this machine", "training:on_the_cpu", 90, needs_files=True),
     Step("float32", "a training step equals the CPU's: losses, gradients", "exactness:rows", 90, needs_files=True),
-    Step("resume", "a stopped run resumes to the undisturbed losses", "training:resume", 120, needs_files=True),
-    Step("moves", "checkpoints go from the GPU to the CPU, and back", "training:moves", 150, needs_files=True),
+    Step("resume", "a resumed run has an uninterrupted run's losses", "training:resume", 120, needs_files=True),
+    Step("moves", "checkpoints move from the GPU to the CPU and back", "training:moves", 150, needs_files=True),
     Step(
         "packing",
         "--packing-buffer-size trains as on the CPU",
@@ -120,7 +120,7 @@ _ALL = (
     ),
     Step(
         "fp8",
-        "every FP8 recipe of the card trains",
+        "every FP8 recipe of the GPU trains",
         "engine:fp8",
         150,
         TRANSFORMER_ENGINE,
@@ -135,12 +135,12 @@ _ALL = (
         needs_files=True,
         needs_cuda=True,
     ),
-    Step("tools", "import, evaluate, export, verify", "tools:whole_way", 180, needs_files=True),
-    Step("waits", "none of our lines waits for the device", "waits:count", 90, needs_cuda=True),
+    Step("tools", "import, evaluate, export, verify", "tools:round_trip", 180, needs_files=True),
+    Step("waits", "no line of this project waits for the device", "waits:count", 90, needs_cuda=True),
     Step("smar-mixtral", "SMAR's cost at a layer of Mixtral's width", "overhead:mixtral", 120, alone=True),
     Step("smar-small", "SMAR's cost at a layer of 64 small experts", "overhead:small_experts", 120, alone=True),
-    Step("speed", "tokens/s and MFU beside transformers", "speed:compare", 120, alone=True),
-    Step("memory", "memory by part is what counting gives", "memory:parts", 90, alone=True),
+    Step("speed", "tokens/s and MFU, compared with transformers", "speed:compare", 120, alone=True),
+    Step("memory", "memory by part equals the counted bytes", "memory:parts", 90, alone=True),
     Step(
         "nccl",
         "every layout on several GPUs equals one GPU",
@@ -155,7 +155,7 @@ STEPS = {step.name: step for step in _ALL}
 
 
 def chosen(names: Sequence[str] | None, device: Device, ranks: int) -> list[Step]:
-    """The steps of these names in their order, and the files where one of them reads them; all steps for None."""
+    """Returns the named steps in their order, with the step `files` if one of them needs it; all steps for None."""
     if names is None:
         return list(_ALL)
     wanted = set(names)

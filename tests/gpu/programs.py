@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs of the project as processes of a step; their output goes to files in the step's folder."""
+"""Runs programs of the project as processes of a step; their output is written to files in the step's folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 
 from tests.gpu.context import ROOT, Context, Device
 
-# Of a launcher that this program itself may run under; and what rounds float32 products to 10 bits.
+# Variables of a launcher that started this program, and the variable that rounds float32 products to 10 bits.
 _DROPPED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 
 
 class ProgramError(Exception):
-    """A program ended with another exit status than 0."""
+    """A program ended with a nonzero exit status."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Program:
     """One program to run.
 
     Attributes:
-        name: Of its log.
+        name: Name of the program's log.
         command: Module (`-m`, name) or file of the project, and its arguments.
-        device: Where it runs.
-        ranks: Processes, each with its own GPU.
-        variables: Further environment variables.
+        device: Device to run on.
+        ranks: Number of processes, each with its own GPU.
+        variables: Additional environment variables.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Program:
 
 
 def base_environment() -> dict[str, str]:
-    """This process's environment without what must not reach a step."""
+    """Returns this process's environment without the variables that must not reach a step."""
     environment = {name: value for name, value in os.environ.items() if name not in _DROPPED}
     paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, min(8, (os.cpu_count() or 1) // 2))))
-    environment.setdefault("MEGATRON_SMAR_ALLOW_UNTESTED", "1")  # the report names the versions
+    environment.setdefault("MEGATRON_SMAR_ALLOW_UNTESTED", "1")  # the report lists the versions
     return environment
 
 
 def device_variables(device: Device) -> dict[str, str]:
-    """What makes a process of the project run on a device; on the CPU it sees no GPU at all."""
+    """Returns the variables that make a process of the project run on a device; on the CPU they hide all GPUs."""
     return {"MEGATRON_SMAR_DEVICE": device} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
 
@@ -73,7 +73,7 @@ def run(context: Context, program: Program) -> str:
     processes = []
     for rank, log in enumerate(logs):
         with log.open("wb") as output:
-            # Within the step's process group, which is killed as a whole when the step ends.
+            # In the step's process group, which is killed when the step ends.
             process = subprocess.Popen(
                 [sys.executable, *map(str, program.command)],
                 cwd=ROOT,
@@ -88,7 +88,7 @@ def run(context: Context, program: Program) -> str:
 
 
 def run_together(context: Context, programs: Sequence[Program]) -> list[str]:
-    """Runs programs at the same time and returns their outputs: starting takes longer than their work.
+    """Runs programs at the same time, since starting takes longer than their work, and returns their outputs.
 
     Raises:
         ProgramError: One of them failed.
@@ -97,15 +97,15 @@ def run_together(context: Context, programs: Sequence[Program]) -> list[str]:
         return list(threads.map(lambda program: run(context, program), programs))
 
 
-def last_words(output: str) -> str:
-    """The line of a failed program's output that says most: its exception, else the last one."""
+def error_line(output: str) -> str:
+    """Returns the most informative line of a failed program's output: its exception, else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if ("Error: " in line or ": error: " in line) and not line.startswith("File ")]
     return (errors or lines or ["it wrote nothing"])[-1][:400]
 
 
 def _wait(program: Program, processes: list[subprocess.Popen[bytes]], logs: list[Path]) -> None:
-    """Waits for all ranks; where one fails the others would wait for it for ever, so they are ended."""
+    """Waits for all ranks; if one fails, kills the others, which would wait for it forever."""
     left = dict(enumerate(processes))
     while left:
         for rank, process in list(left.items()):
@@ -117,12 +117,12 @@ def _wait(program: Program, processes: list[subprocess.Popen[bytes]], logs: list
             if process.returncode:
                 for other in left.values():
                     other.kill()
-                words = last_words(logs[rank].read_text(encoding="utf-8", errors="replace"))
+                words = error_line(logs[rank].read_text(encoding="utf-8", errors="replace"))
                 raise ProgramError(f"{program.name} (exit status {process.returncode}): {words} [{logs[rank]}]")
 
 
 def _port(ranks: int) -> str:
-    """Of the ranks' meeting place; one rank alone listens wherever it can, so that no other can come first."""
+    """Returns the rendezvous port; a single rank uses port 0, any free port, so that no other process can take it."""
     if ranks == 1:
         return "0"
     with socket.socket() as listener:
@@ -131,5 +131,5 @@ def _port(ranks: int) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a program left in a JSON file."""
+    """Reads a JSON file that a program wrote."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ _OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 
 
 def heading(environment: dict[str, Any]) -> str:
-    """What the figures were measured on, in two lines, and the table's head."""
+    """Returns the machine on which the figures were measured, in two lines, and the table's header."""
     versions = environment["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in versions if name != "torch")
     driver = environment["cards"][0]["driver_version"] if environment["cards"] else "none"
@@ -33,7 +33,7 @@ def heading(environment: dict[str, Any]) -> str:
 
 
 def line(row: Row, number: int, of: int) -> str:
-    """One step, the first being number 1: its result, and its figures or what is wrong."""
+    """Returns the line of a step, numbered from 1: its result, and its figures or its failures."""
     figures = ", ".join(f"{name} {_short(row, name)}" for name, value in row.figures.items() if not _is_long(value))
     words = "; ".join(filter(None, [row.reason, figures]))
     wrapped = textwrap.wrap(words, WIDTH - _INDENT, break_long_words=False) or [""]
@@ -52,7 +52,7 @@ def _is_long(value: Any) -> bool:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many passed, which failed, and what was skipped for want of what."""
+    """Returns how many steps passed, failed and were skipped, and which failed."""
     results = [row.result for row in rows]
     counts = ", ".join(f"{results.count(kind)} {kind}" for kind in ("passed", "FAILED", "skipped"))
     failed = [row.step for row in rows if row.result == "FAILED"]
@@ -62,7 +62,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def write(path: Path, environment: dict[str, Any], rows: Sequence[Row], options: dict[str, Any]) -> None:
-    """Everything, with what each step shows."""
+    """Writes the full report, with what each step shows."""
     steps = [asdict(row) | {"shows": STEPS[row.step].shows} for row in rows]
     report = {"environment": environment, "options": options, "steps": steps}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,5 +70,5 @@ def write(path: Path, environment: dict[str, Any], rows: Sequence[Row], options:
 
 
 def listed(steps: Sequence[Step]) -> str:
-    """All steps in a line each."""
+    """Returns one line per step."""
     return "\n".join(f"{step.name:14}{step.limit:4.0f} s  {step.shows}" for step in steps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the steps one after the other, each within its time and none at the cost of another."""
+"""Runs the steps one after another, each with its own time limit; a failed step does not affect the others."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from tests.gpu.context import ROOT, Context, Device
 from tests.gpu.plan import FILES, Step
-from tests.gpu.programs import base_environment, device_variables, last_words, read_json
+from tests.gpu.programs import base_environment, device_variables, error_line, read_json
 
-_SLOWER = 4  # the limits are for a machine with a GPU; the trial on the CPU shares two cores with others
+_SLOWER = 4  # factor of the limits on the CPU: they are for a machine with a GPU, not for two shared cores
 
 Result = Literal["passed", "FAILED", "skipped"]
 
@@ -32,7 +32,7 @@ class Row:
     """One line of the report.
 
     Attributes:
-        reason: Why it failed, or what a skipped step needs.
+        reason: Why the step failed, or what a skipped step needs.
     """
 
     step: str
@@ -45,11 +45,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asks for; see `Context`.
+    """Settings from the command line; see `Context`.
 
     Attributes:
-        folder: Where the steps' folders are made.
-        seconds: Time for all steps together.
+        folder: Folder of the steps' folders.
+        seconds: Time limit for all steps together.
     """
 
     device: Device
@@ -64,9 +64,9 @@ _RUNNING: set[int] = set()  # process groups of steps
 
 
 def run_steps(steps: Sequence[Step], settings: Settings, show: Callable[[Row, float], None]) -> list[Row]:
-    """Runs the steps; `show` is called after each with the most seconds that are left.
+    """Runs the steps; `show` is called after each with the maximum remaining seconds.
 
-    Steps that only compare run some at a time where there are processors for it: they mostly wait for imports.
+    Steps that only compare run several at a time if there are enough processors: they mostly wait for imports.
     """
     end = time.monotonic() + settings.seconds
     rows: list[Row] = []
@@ -79,7 +79,7 @@ def run_steps(steps: Sequence[Step], settings: Settings, show: Callable[[Row, fl
                 rows.append(row)
                 left = sum(step.limit for step in steps[len(rows) :])
                 show(row, min(left, end - time.monotonic()))
-    except BaseException:  # Ctrl-C too: what runs is in process groups of its own
+    except BaseException:  # also Ctrl-C: running steps are in separate process groups
         threads.shutdown(wait=False, cancel_futures=True)
         for running in list(_RUNNING):
             _kill(running)
@@ -93,9 +93,9 @@ def _run_step(step: Step, settings: Settings, end: float, files_made: bool) -> R
     if missing:
         return Row(step.name, "skipped", reason=f"needs {missing}")
     if step.needs_files and not files_made:
-        return Row(step.name, "FAILED", reason=f"did not run, for the step {FILES} failed")
+        return Row(step.name, "FAILED", reason=f"did not run, because the step {FILES} failed")
     if left < 1:
-        return Row(step.name, "FAILED", reason=f"did not run, for the {settings.seconds:.0f} s of all steps are over")
+        return Row(step.name, "FAILED", reason=f"did not run: the {settings.seconds:.0f} s for all steps are over")
     limit = step.limit * (_SLOWER if settings.device == "cpu" else 1)
     return _run_in_a_process(step, settings, min(left, limit))
 
@@ -124,14 +124,14 @@ def _run_in_a_process(step: Step, settings: Settings, limit: float) -> Row:
         except subprocess.TimeoutExpired:
             over = True
         finally:
-            _kill(process.pid)  # what it started too: ranks wait for each other, data workers
+            _kill(process.pid)  # also its child processes: ranks, which wait for each other, and data workers
             process.wait()
             _RUNNING.discard(process.pid)
     row = Row(step.name, "FAILED", time.monotonic() - begin)
     if over:
         row.reason = f"took longer than its {limit:.0f} s [{log}]"
     elif not result.is_file():
-        words = last_words(log.read_text(encoding="utf-8", errors="replace"))
+        words = error_line(log.read_text(encoding="utf-8", errors="replace"))
         row.reason = f"its process died (exit status {process.returncode}): {words} [{log}]"
     else:
         found = read_json(result)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per second and the share of the card's arithmetic, beside transformers' own model in a plain loop, in bf16."""
+"""Tokens per second and model FLOPs utilization, compared with transformers' own model in a plain loop, in bf16."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from tests.gpu.context import Context, Findings
 
-# Dense bf16 FLOP/s by NVIDIA's data sheets (without sparsity), by words of torch's name of the card; the first fits.
+# Dense bf16 FLOP/s from NVIDIA's data sheets (without sparsity), by words in torch's name of the GPU; first match.
 PEAKS: dict[str, float] = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -43,16 +43,16 @@ QUICK = argparse.Namespace(
     hidden_size=128, ffn_hidden_size=256, num_layers=1, num_experts=4, micro_batch_size=2, seq_length=128, bf16=True
 )
 SECONDS = 20.0
-# Less than the card of that name: a slice of it, other clocks, fewer units.
+# GPUs with less than the peak of their name: a slice of the GPU, other clocks, fewer units.
 _OTHER_CARDS = re.compile(r"\b(MIG|Laptop|Max-Q|D|Ti)\b")
 _NO_PEAK = "left out: this device's peak is not in the table"
 
 
 def compare(context: Context, findings: Findings) -> None:
-    """The step `speed`: SMAR is on, theirs has neither biases nor statistics."""
+    """The step `speed`: "ours" runs with SMAR, "theirs" has neither modality biases nor statistics."""
     ours, theirs, parameters = build(context)
     options = QUICK if context.quick or context.device == "cpu" else SIZES
-    for step in (ours, theirs, ours, theirs):  # kernels are compiled, the optimizers have their state
+    for step in (ours, theirs, ours, theirs):  # warm up: compile kernels, create the optimizers' states
         step()
     pairs = _pairs(ours, theirs, 2 if context.quick else 30)
     tokens = options.micro_batch_size * options.seq_length
@@ -70,7 +70,7 @@ def compare(context: Context, findings: Findings) -> None:
 
 
 def build(context: Context) -> tuple[Callable[[], float], Callable[[], float], int]:
-    """Our step, theirs, and the number of parameters; both models on the device, on the same batch."""
+    """Returns "ours", "theirs" and the number of parameters; both models are on the device and use the same batch."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
     from megatron_smar import runtime
 
@@ -92,7 +92,7 @@ def build(context: Context) -> tuple[Callable[[], float], Callable[[], float], i
 
 
 def _pairs(ours: Callable[[], float], theirs: Callable[[], float], number: int) -> list[tuple[float, float]]:
-    """Seconds of both steps, by turns, at most `SECONDS` together; a step ends by reading its loss on the host."""
+    """Times both steps in turns, for at most `SECONDS` in total; a step ends by reading its loss on the host."""
     import torch
 
     def seconds(step: Callable[[], float]) -> float:
@@ -113,10 +113,10 @@ def _pairs(ours: Callable[[], float], theirs: Callable[[], float], number: int) 
 
 
 def model_flops(options: argparse.Namespace) -> float:
-    """Operations of one step that the model's definition asks for: forward, and twice as many backward where it learns.
+    """Returns the operations of one step by the model's definition: forward, and twice as many for trained backward.
 
-    Products of matrices, a multiplication and an addition each; of causal attention the lower half. Nothing that is
-    computed again counts. The vision tower is frozen: forward alone.
+    Counts matrix products, with a multiplication and an addition each, and the lower half of causal attention.
+    Recomputation is not counted. The vision tower is frozen: only its forward pass is counted.
     """
     from benchmarks.vs_transformers import IMAGE_SIZE, PATCH, TOKENS_PER_TILE, VOCABULARY
 
@@ -138,14 +138,14 @@ def model_flops(options: argparse.Namespace) -> float:
 
 
 def _peak(context: Context) -> float | None:
-    """The card's most FLOP/s in bf16, if it is a known one."""
+    """Returns the GPU's peak bf16 FLOP/s, or None if it is unknown."""
     import torch
 
     return peak_of(torch.cuda.get_device_name()) if context.device == "cuda" else None
 
 
 def peak_of(name: str) -> float | None:
-    """The peak of a card by torch's name of it: whole words, for an RTX A1000 is no A100, and an L40 no L4."""
+    """Returns the peak of a GPU by torch's name of it, matching full words: an RTX A1000 is not an A100."""
     if _OTHER_CARDS.search(name):
         return None
     return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way from Hugging Face and back: import, train, evaluate, export, verify."""
+"""The round trip from and to Hugging Face: import, train, evaluate, export, verify."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.gpu.programs import Program, read_json, run, run_together
 from tests.gpu.training import BF16
 
 CONVERT = "tools/checkpoint/convert.py"
-VERIFY = 1e-4  # of a logit: both models compute in float32 on the host, from the same bf16 weights
+VERIFY = 1e-4  # difference of a logit: both models compute in float32 on the host, from the same bf16 weights
 
 
-def whole_way(context: Context, findings: Findings) -> None:
+def round_trip(context: Context, findings: Findings) -> None:
     """The step `tools`: conversion on the host, training and evaluation on the device."""
     folder, files = context.folder, context.files
     start, trained, exported = (folder / name for name in ("start", "trained", "exported"))
@@ -38,7 +38,7 @@ def whole_way(context: Context, findings: Findings) -> None:
 
 
 def _data_flags(context: Context) -> list[str]:
-    """The data's and the trainer's flags; the model's come from the import."""
+    """Returns the flags of data and training; the model's flags come from the import."""
     flags = training_flags(context.files)
     start = flags.index("--data-path")
     hf = context.folder / "start" / "hf"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pretrain_vlm.py on real shards: 50 steps in bf16, packs, resuming, changing the device, the offloaded optimizer."""
+"""Runs pretrain_vlm.py on real shards: 50 steps in bf16, packs, resuming, changing the device, offloaded optimizer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.gpu.programs import Program, read_json, run, run_together
 Losses = dict[int, float]
 
 BF16 = ["--bf16", "--use-distributed-optimizer"]
-# Losses of steps after the first: the weights differ by what rounding did to the steps before, and Adam divides small
-# gradients by themselves. A step's own rounding is far smaller (see exactness.py).
+# Relative, for losses of later steps: rounding in earlier steps changes the weights, and Adam divides small gradients
+# by themselves. The rounding of a single step is far smaller (see exactness.py).
 SEVERAL_STEPS = 1e-3
 
 
 def on_the_cpu(context: Context, findings: Findings) -> None:
-    """The step `cpu-path`: GPUs hidden, the program as users start it."""
+    """The step `cpu-path`: hides the GPUs and runs the program like a user."""
     flags = [*training_flags(context.files), "--lr", "1e-3", "--train-iters", "3"]
     output = run(context, Program("cpu", ["pretrain_vlm.py", *flags], "cpu"))
     losses = [float(value) for value in re.findall(r"lm loss: (\S+)", output)]
@@ -31,7 +31,7 @@ def on_the_cpu(context: Context, findings: Findings) -> None:
 
 
 def bfloat16(context: Context, findings: Findings) -> None:
-    """The step `bf16`: a learning model, its first save and its memory."""
+    """The step `bf16`: trains a model; checks its losses, and records its first save and its memory."""
     steps = 20 if context.quick else 50
     flags = [
         *BF16,
@@ -50,7 +50,7 @@ def bfloat16(context: Context, findings: Findings) -> None:
     findings.require(len(losses) == steps, f"{steps} steps logged {len(losses)} losses")
     first, last = statistics.mean(losses[:5]), statistics.mean(losses[-5:])
     findings.note("first 5", round(first, 4))
-    # Plain colours by heart: an untrained model is at the logarithm of its vocabulary, about 6.
+    # The model memorizes plain colours. An untrained model's loss is the logarithm of its vocabulary, about 6.
     findings.at_most("last 5 / first 5", last / first, 0.9)
     findings.note("step ms", round(1e3 * statistics.median(step["seconds"] for step in _steps(record).values()), 1))
     findings.note("first step s", round(_steps(record)[1]["seconds"], 1))
@@ -60,7 +60,7 @@ def bfloat16(context: Context, findings: Findings) -> None:
 
 
 def packing(context: Context, findings: Findings) -> None:
-    """The step `packing`: --packing-buffer-size on the device and on the CPU, in float32."""
+    """The step `packing`: compares --packing-buffer-size on the device and on the CPU, in float32."""
     flags = "--micro-batch-size 1 --global-batch-size 2 --packing-buffer-size 20 --lr 1e-3 --train-iters 5".split()
     flags += ["--use-cpu-initialization", *LOCAL]
     device, cpu = map(losses_of, train(context, {"device": (flags, context.device), "cpu": (flags, "cpu")}))
@@ -68,33 +68,36 @@ def packing(context: Context, findings: Findings) -> None:
 
 
 def resume(context: Context, findings: Findings) -> None:
-    """The step `resume`: 10 steps at once, and 5 + 5."""
+    """The step `resume`: compares 10 uninterrupted steps with 5 + 5."""
     common = [*BF16, "--lr", "1e-2", "--train-iters", 10, "--save-interval", 5]
-    folders = {name: ["--save", context.folder / f"saved-{name}"] for name in ("whole", "parts")}
+    folders = {name: ["--save", context.folder / f"saved-{name}"] for name in ("uninterrupted", "parts")}
     parts = [*folders["parts"], "--load", context.folder / "saved-parts"]
-    whole_run = ([*common, *folders["whole"]], context.device)
+    full_run = ([*common, *folders["uninterrupted"]], context.device)
     stopped_run = ([*common, *parts, "--exit-interval", 5], context.device)
-    whole, first = map(losses_of, train(context, {"whole": whole_run, "stopped": stopped_run}))
+    full, first = map(losses_of, train(context, {"uninterrupted": full_run, "stopped": stopped_run}))
     (second,) = map(losses_of, train(context, {"resumed": ([*common, *parts], context.device)}))
     findings.require(sorted(first) == [1, 2, 3, 4, 5], f"the stopped run made steps {sorted(first)}")
     findings.require(sorted(second) == [6, 7, 8, 9, 10], f"the resumed run made steps {sorted(second)}")
-    repeated = max(abs(first[step] - whole[step]) for step in first)
+    repeated = max(abs(first[step] - full[step]) for step in first)
     findings.note("same steps twice", repeated)
-    # Where the device gives the same steps twice, resuming must too, to the last bit. It does not where a kernel adds
-    # up by atomic operations, in any order: the gradients of the embedding and of the vision tokens' places. Then what
-    # is left is bf16's rounding (2^-9) in a few of a weight's gradients, which ten steps make larger.
+    # If the device repeats the same steps exactly, resuming must be exact too. It is not exact if a kernel sums with
+    # atomic operations, in any order: the gradients of the embedding and of the vision tokens. The remaining difference
+    # is then bf16's rounding (2^-9) of a few gradients, which grows over ten steps.
     tolerance = 0.0 if repeated == 0 else 1e-2
-    findings.at_most("resumed", max(abs(second[step] - whole[step]) for step in second), tolerance)
+    findings.at_most("resumed", max(abs(second[step] - full[step]) for step in second), tolerance)
 
 
 def moves(context: Context, findings: Findings) -> None:
-    """The step `moves`: 6 steps on each device, saved after 3, and the other three on the other device, in float32."""
+    """The step `moves`: 6 steps on each device, and steps 4 to 6 again on the other device from the checkpoint at 3.
+
+    Runs in float32.
+    """
     common = ["--use-distributed-optimizer", "--lr", "1e-3", "--train-iters", 6, "--save-interval", 3]
     common += ["--use-cpu-initialization", *LOCAL]
     places: dict[str, Device] = {"device": context.device, "cpu": "cpu"}
     runs = {n: ([*common, "--save", context.folder / f"saved-{n}"], place) for n, place in places.items()}
     device, cpu = map(losses_of, train(context, runs))
-    # The trainer leaves the random generators' states, of different kinds, aside; without dropout nothing draws.
+    # Training skips the states of random generators of another device; without dropout no random numbers are used.
     load = {n: ["--load", context.folder / f"saved-{n}", "--ckpt-step", 3] for n in places}
     to_cpu, to_device = ([*common, *load["device"]], places["cpu"]), ([*common, *load["cpu"]], places["device"])
     on_cpu, on_device = map(losses_of, train(context, {"to-cpu": to_cpu, "to-device": to_device}))
@@ -105,22 +108,26 @@ def moves(context: Context, findings: Findings) -> None:
 
 
 def offload(context: Context, findings: Findings) -> None:
-    """The step `offload`: the optimizer of the 8-GPU recipes, its state in the host's memory."""
+    """The step `offload`: the optimizer of the 8-GPU recipes, with its state in the host's memory."""
     offloaded = "--optimizer-cpu-offload --use-precision-aware-optimizer --overlap-cpu-optimizer-d2h-h2d".split()
     common = [*BF16, *offloaded, "--no-modality-router-bias", "--lr", "1e-2", "--train-iters", 10]
     common += ["--save-interval", 5, "--save", context.folder / "saved"]
-    (whole,) = map(losses_of, train(context, {"whole": (common, context.device)}))
+    (full,) = map(losses_of, train(context, {"uninterrupted": (common, context.device)}))
     flags = [*common, "--load", context.folder / "saved", "--ckpt-step", 5]
     (resumed,) = map(losses_of, train(context, {"resumed": (flags, context.device)}))
-    findings.finite("losses", list(whole.values()))
+    findings.finite("losses", list(full.values()))
     findings.require(sorted(resumed) == [6, 7, 8, 9, 10], f"the resumed run made steps {sorted(resumed)}")
-    findings.at_most("last / first", whole[10] / whole[1], 0.95)
-    # As in `resume`; and the copies between host and device overlap with the steps.
-    findings.at_most("resumed", max(abs(resumed[step] - whole[step]) for step in resumed), 1e-2)
+    findings.at_most("last / first", full[10] / full[1], 0.95)
+    # As in `resume`; here the copies between host and device also overlap with the steps.
+    findings.at_most("resumed", max(abs(resumed[step] - full[step]) for step in resumed), 1e-2)
 
 
 def train(context: Context, runs: Mapping[str, tuple[Sequence[Any], Device]]) -> list[dict[str, Any]]:
-    """Runs pretrain_vlm.py at the same time with different flags, each (flags, device) by name; returns the records."""
+    """Runs pretrain_vlm.py with different flags at the same time, given as name -> (flags, device).
+
+    Returns:
+        The records of the runs, see watched.py.
+    """
     programs = []
     for name, (flags, device) in runs.items():
         command = ["-m", "tests.gpu.watched", context.folder / f"{name}.json", *training_flags(context.files), *flags]
@@ -134,12 +141,12 @@ def _steps(record: dict[str, Any]) -> dict[int, dict[str, float]]:
 
 
 def losses_of(record: dict[str, Any]) -> Losses:
-    """The language model's loss by step."""
+    """Returns the language model's loss by step."""
     return {step: values["lm loss"] for step, values in _steps(record).items()}
 
 
 def _compare(findings: Findings, name: str, found: Losses, expected: Losses, tolerance: float) -> None:
-    """Losses of the same steps."""
+    """Compares the losses of the same steps."""
     findings.require(sorted(found) == sorted(expected), f"{name}: steps {sorted(found)} against {sorted(expected)}")
     findings.finite(f"{name}: losses", list(found.values()))
     common = found.keys() & expected.keys()

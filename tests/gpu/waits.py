@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the host waits for the device in a training step, by line of source."""
+"""Counts where the host waits for the device in a training step, by source line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SAID = "synchronizing CUDA operation"
 
 
 def count(context: Context, findings: Findings) -> None:
-    """The step `waits`: one step of a model of two layers, in bf16, after three that compile and allocate."""
+    """The step `waits`: one training step of a model with two layers, in bf16, after three steps of warm-up."""
     training = build(context, WAITS)
     training.use("smar")
     for _ in range(3):
@@ -43,14 +43,14 @@ def count(context: Context, findings: Findings) -> None:
     findings.note("all", lines.total())
     findings.note("in backward passes", sum(n for line, n in lines.items() if line.startswith(_BACKWARD)))
     findings.note("most", ", ".join(f"{line} {number}x" for line, number in lines.most_common(5)))
-    # Losses are looked at for NaN once a micro-batch unless it is switched off, and the benchmark's flags do that.
+    # Megatron would read the loss once per micro-batch to check for NaN; the benchmark's flags disable that.
     findings.at_most("ours", sum(ours.values()), 0)
     findings.require(not ours, ", ".join(f"{line} waits {number}x" for line, number in ours.items()))
 
 
 @contextlib.contextmanager
 def waits() -> Iterator[Counter[str]]:
-    """Counts torch's warnings of a synchronisation, by `file:line` of the innermost caller outside of torch."""
+    """Counts torch's warnings of a synchronization, by `file:line` of the innermost caller outside torch."""
     lines: Counter[str] = Counter()
 
     def note(message: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,15 +64,15 @@ def waits() -> Iterator[Counter[str]]:
 
 
 def is_ours(line: str) -> bool:
-    """Whether a `file:line` is in the package."""
+    """Returns whether a `file:line` is in this project's package."""
     return Path(line.rpartition(":")[0]).is_relative_to(_OURS)
 
 
 def _caller() -> str:
-    """The innermost frame that is neither torch's, this file's nor Python's own.
+    """Returns the innermost frame that is not in torch, this file or Python's warnings module.
 
-    What waits within a backward pass is reported by torch when the pass is over: its line is unknown, and the one that
-    began the pass is marked.
+    torch reports a wait within a backward pass when the pass is over: its line is unknown, and the line that started
+    the pass is returned, with a mark.
     """
     inner = (str(Path(torch.__file__).parent), __file__, warnings.__file__)
     within_torch: list[str] = []

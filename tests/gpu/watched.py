@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pretrain_vlm.py with the same flags, and a record of every step beside it: `watched.py RECORD FLAGS...`.
+"""Runs pretrain_vlm.py with the same flags, and records every step: `watched.py RECORD FLAGS...`.
 
-Megatron's console has seven digits of a loss, and TensorBoard need not be there. The record is a JSON file: by step
-(from 1) every loss, the gradient norm and the seconds; the seconds of every save; the most memory.
+Megatron's console shows only seven digits of a loss, and TensorBoard may not be installed. The record is a JSON file:
+by step (from 1) every loss, the gradient norm and the seconds; the seconds of every save; the peak memory.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import pretrain_vlm  # first: it prepares Megatron for the device
 import torch
 from megatron.training import get_args, training
 
-# A convolution of float32 (the tower's patches) is rounded to 10 bits on the GPU alone, by torch's default.
+# By torch's default, float32 convolutions (the tower's patches) are rounded to 10 bits on the GPU only.
 torch.backends.cudnn.allow_tf32 = False
 
 
 class Record:
-    """What happened, by Megatron's own functions wrapped where its loop finds them."""
+    """Records steps and saves, by wrapping the functions that Megatron's training loop calls."""
 
     def __init__(self) -> None:
         self.steps: dict[int, dict[str, float]] = {}
         self.saves: list[float] = []
 
     def watch(self) -> None:
-        """Wraps a step and a save."""
+        """Wraps Megatron's functions for a step and a save."""
         training.train_step = self._timed_step(training.train_step)
         training.save_checkpoint_and_time = self._timed_save(training.save_checkpoint_and_time)
 
@@ -66,7 +66,7 @@ class Record:
 
 
 def main() -> None:
-    """Trains as pretrain_vlm.py does."""
+    """Trains like pretrain_vlm.py and writes the record."""
     path = Path(sys.argv.pop(1))
     record = Record()
     record.watch()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's model of each converted architecture on one rank of a layout, and what a checkpoint of it holds."""
+"""Builds the model of each convertible architecture on one rank of a parallel layout, and lists what it would save."""
 
 import os
 import re
@@ -15,7 +15,7 @@ VOCABULARY = 132  # two tensor-parallel ranks divide it
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel --global-batch-size 2".split()
 EXPERT = "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1".split()
 PIPELINE = "--pipeline-model-parallel-size 2".split()
-# Experts for a model that has none, as in MoE-LLaVA: every second layer, biases, an activation by tanh.
+# Experts for a dense model, as in MoE-LLaVA: in every second layer, with biases and a GELU approximated by tanh.
 UPCYCLED = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-layer-freq [0,1]".split()
 UPCYCLED += (
     "--moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall --no-bias-dropout-fusion".split()
@@ -26,7 +26,7 @@ MODELS = {name: (name, []) for name in CASES} | {"phi, upcycled": ("phi", UPCYCL
 
 @dataclass(frozen=True)
 class Layout:
-    """A parallel layout: its flags beside `--transformer-impl`, Megatron's sizes, and one of its ranks."""
+    """A parallel layout: its flags without `--transformer-impl`, Megatron's parallel sizes, and one of its ranks."""
 
     flags: tuple[str, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
@@ -37,12 +37,12 @@ class Layout:
 
 
 def layouts_of(name: str) -> Iterator[Layout]:
-    """One rank, and every rank of four in a layout with tensor, expert and then pipeline parallelism."""
+    """Yields a layout of one rank, and all ranks of two layouts of four: tensor and expert, tensor and pipeline."""
     yield Layout()
     kind, upcycled = MODELS[name]
     settings = CASES[kind][1]
     experts = 4 if upcycled else next((settings[key] for key in EXPERT_COUNTS if key in settings), 0)
-    # Three experts cannot be divided, and biases of experts allow no expert tensor parallelism.
+    # Three experts cannot be divided by two, and experts with biases do not support expert tensor parallelism.
     flags, sizes = [*TENSOR], {"tensor_model_parallel_size": 2}
     if experts and experts % 2 == 0:
         flags, sizes = [*TENSOR, *EXPERT], sizes | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
@@ -57,7 +57,7 @@ def layouts_of(name: str) -> Iterator[Layout]:
 
 @contextmanager
 def rank_of(layout: Layout) -> Iterator[None]:
-    """This process as one rank of a layout whose other ranks do not exist: collectives return at once."""
+    """Makes this process one rank of a layout whose other ranks do not exist: collectives return immediately."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -75,7 +75,7 @@ def rank_of(layout: Layout) -> Iterator[None]:
 
 
 def parse(name: str, tower: str, *more: str) -> Namespace:
-    """The trainer's arguments for one of `MODELS`, with the defaults of its own parser on CUDA."""
+    """Returns the training arguments of one of `MODELS`, with the defaults of the training's parser on CUDA."""
     from megatron_smar.conversion import empty_model
     from megatron_smar.conversion.architectures import language_of
 
@@ -83,12 +83,12 @@ def parse(name: str, tower: str, *more: str) -> Namespace:
     config = build_config(kind)
     flags = empty_model.as_argv(language_of(config).flags(config))
     args = empty_model.parse([*flags, *upcycled, "--vision-model", tower, "--image-size", "32", *more], VOCABULARY)
-    args.use_cpu_initialization = False  # what this parser sets for conversions
+    args.use_cpu_initialization = False  # the conversion's parser sets it
     return args
 
 
 def build(args: Namespace, layout: Layout | None = None) -> Any:
-    """The trainer's model for these arguments, on this rank."""
+    """Builds the model for these arguments, on this rank, as in training."""
     from megatron_smar.config.build import language_config, modality_routing_config, transformer_config, vision_config
     from megatron_smar.model.vlm import VisionLanguageModel
 
@@ -107,7 +107,7 @@ def build(args: Namespace, layout: Layout | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a weight, as `ShardedTensor` describes it; the rank whose replica is all zeros writes it."""
+    """A shard of a weight, as described by `ShardedTensor`; the rank whose replica id is all zeros writes it."""
 
     dtype: str
     local_shape: tuple[int, ...]
@@ -118,7 +118,7 @@ class Part:
 
 
 def tensors_of(model: Any) -> dict[tuple[str, tuple[int, ...]], Part]:
-    """Every part of a weight that this rank would save, by its key and its place in the whole."""
+    """Returns every shard of a weight that this rank would save, by its key and its global offset."""
     from megatron_smar.conversion.empty_model import sharded_parts
 
     parts = [part for held in sharded_parts(model)[0].values() for part in held]
@@ -133,17 +133,17 @@ def tensors_of(model: Any) -> dict[tuple[str, tuple[int, ...]], Part]:
         )
         for part in parts
     }
-    assert len(found) == len(parts), "two parts in one place"
+    assert len(found) == len(parts), "two shards have the same key and offset"
     return found
 
 
 def objects_of(model: Any) -> set[str]:
-    """Keys of what else this rank would save."""
+    """Returns the keys of the objects other than tensors that this rank would save."""
     from megatron_smar.conversion.empty_model import sharded_parts
 
     return {part.key for part in sharded_parts(model)[1]}
 
 
 def unnumbered(key: str) -> str:
-    """A key without the number of its layer, which it has where layers differ."""
+    """Returns a key without the number of its layer; keys have one if layers differ."""
     return re.sub(r"\.\d+\.", ".", key)

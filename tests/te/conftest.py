@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A claimed GPU for the whole process, and programs beside it that have none."""
+"""Fixtures for tests in a process that claims a GPU, and for the programs that it starts without one."""
 
 import os
 from collections.abc import Iterator
@@ -31,21 +31,21 @@ from tests.te.building import Layout, rank_of
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """A layout of one rank."""
+def one_rank() -> Iterator[None]:
+    """Initializes a parallel layout of one rank."""
     with rank_of(Layout()):
         yield
 
 
 @pytest.fixture(scope="session")
 def tower(tmp_path_factory) -> str:
-    """A vision tower's folder, which every model of the trainer has."""
+    """Folder of a vision tower, which every model needs."""
     return save_tower(tmp_path_factory.mktemp("tower"))
 
 
 @pytest.fixture(scope="session")
 def python_without_te() -> Path:
-    """The interpreter of an environment that Transformer Engine is not in: `make env`'s."""
+    """Interpreter of an environment without Transformer Engine: that of `make env`."""
     python = Path(os.environ.get("PYTHON_WITHOUT_TE", ROOT / ".venv" / "bin" / "python"))
     assert python.is_file(), f"{python} is missing: run `make test-te`, or name another one by PYTHON_WITHOUT_TE=."
     return python

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer within this process, as on CUDA, and the converter's inputs."""
+"""Runs the setup of training in this process, as on CUDA, and makes the converter's inputs."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ SETTINGS = """
 
 
 def make_mixtral(folder: Path, vocab_size: int) -> Path:
-    """A random language model's folder."""
+    """Saves a random language model and returns its folder."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -33,7 +33,7 @@ def make_mixtral(folder: Path, vocab_size: int) -> Path:
 
 
 def flags_of_checkpoint(folder: Path) -> list[str]:
-    """The flags that an import wrote beside its checkpoint, with the tower and the tokenizer."""
+    """Returns the flags that an import wrote next to its checkpoint, with the tower and the tokenizer."""
     hf = folder / "hf"
     place = [
         "--vision-model",
@@ -48,7 +48,7 @@ def flags_of_checkpoint(folder: Path) -> list[str]:
 
 @contextmanager
 def trainer(*flags: object) -> Iterator[tuple[list[Any], Any, Any]]:
-    """The trainer's model chunks, optimizer and scheduler, as `pretrain()` builds them on one rank with CUDA."""
+    """Yields model chunks, optimizer and scheduler as `pretrain()` builds them on one rank with CUDA."""
     import torch.distributed as dist
     from megatron.training.training import destroy_global_state
 
@@ -64,7 +64,7 @@ def trainer(*flags: object) -> Iterator[tuple[list[Any], Any, Any]]:
 
 
 def convert(world: Any, folder: Path) -> Path:
-    """The checkpoint that convert.py makes of a random Mixtral and the world's vision tower, in its own process."""
+    """Converts a random Mixtral and the world's vision tower with convert.py; returns the checkpoint's folder."""
     mixtral = make_mixtral(folder / "mixtral", 397)  # without rows for the image tokens
     command = [CONVERT, "import", "--language", mixtral, "--vision", world.root / "vision"]
     run(*command, "--tokenizer-model", world.root / "tokenizer.model", "--output", folder / "checkpoint")
@@ -72,14 +72,14 @@ def convert(world: Any, folder: Path) -> Path:
 
 
 def read_hf(folder: Path) -> dict[str, Any]:
-    """The weights of a Hugging Face folder."""
+    """Returns the weights of a Hugging Face folder."""
     from safetensors.torch import load_file
 
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def shapes_in(checkpoint: Path) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """Type and shape of every tensor in a checkpoint, the optimizer's too, by its key."""
+    """Returns dtype and shape of every tensor in a checkpoint, including the optimizer's, by its key."""
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
     return {key: (part.dtype, part.global_shape) for key, part in load_tensors_metadata(str(checkpoint)).items()}

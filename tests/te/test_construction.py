@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every converted architecture is built of Transformer Engine's layers, and of none that stand in for them."""
+"""Tests that every convertible architecture is built of Transformer Engine's layers, without local replacements."""
 
 from typing import Any
 
@@ -11,38 +11,38 @@ EXPERTS = {"one after another": [], "grouped": ["--moe-grouped-gemm"]}
 
 
 def decoder(name: str, tower: str, *flags: str) -> Any:
-    """The decoder layers of the whole model."""
+    """Returns the decoder layers of the complete model."""
     return build(parse(name, tower, *flags)).language_model.decoder.layers
 
 
-def assert_no_stand_in(layers: Any) -> None:
-    """None of Megatron's local layers, nor of ours for them."""
+def assert_no_local_layer(layers: Any) -> None:
+    """Asserts that no module is one of Megatron's local layers or of this project's replacements for them."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from megatron_smar.model.layers import local_attention, local_experts
 
-    ours = tuple(
+    own = tuple(
         part
         for module in (local_attention, local_experts)
         for part in vars(module).values()
         if isinstance(part, type) and part.__module__ == module.__name__
     )
-    assert len(ours) > 2
-    stand_ins = (ColumnParallelLinear, RowParallelLinear, DotProductAttention, WrappedTorchNorm, *ours)
+    assert len(own) > 2
+    local_layers = (ColumnParallelLinear, RowParallelLinear, DotProductAttention, WrappedTorchNorm, *own)
     for layer in layers:
-        found = [name for name, part in layer.named_modules() if isinstance(part, stand_ins)]
+        found = [name for name, part in layer.named_modules() if isinstance(part, local_layers)]
         assert not found, found
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_whole_model_is_built(name, experts, alone, tower):
+def test_the_complete_model_is_built_of_transformer_engine_layers(name, experts, one_rank, tower):
     from megatron.core.extensions import transformer_engine as te
 
     layers = decoder(name, tower, *EXPERTS[experts])
-    assert_no_stand_in(layers)
+    assert_no_local_layer(layers)
     for layer in layers:
         assert isinstance(layer.self_attention.core_attention, te.TEDotProductAttention)
         assert isinstance(layer.self_attention.linear_proj, te.TERowParallelLinear)
@@ -50,7 +50,7 @@ def test_the_whole_model_is_built(name, experts, alone, tower):
 
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "deepseek_v3", "phi, upcycled"])
-def test_experts_are_its_own(name, experts, alone, tower):
+def test_experts_are_transformer_engines(name, experts, one_rank, tower):
     from megatron.core.extensions import transformer_engine as te
     from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
@@ -68,7 +68,7 @@ def test_experts_are_its_own(name, experts, alone, tower):
     assert not any(parameter.allreduce for parameter in mlp.experts.parameters())
 
 
-def test_dense_layers_have_their_norms_within_the_linear_layers(alone, tower):
+def test_norms_of_dense_layers_are_fused_into_the_linear_layers(one_rank, tower):
     from megatron.core.extensions import transformer_engine as te
     from megatron.core.transformer.identity_op import IdentityOp
 
@@ -78,7 +78,7 @@ def test_dense_layers_have_their_norms_within_the_linear_layers(alone, tower):
         assert isinstance(layer.input_layernorm, IdentityOp) and isinstance(layer.pre_mlp_layernorm, IdentityOp)
 
 
-def test_norms_of_queries_and_keys_are_per_head_or_per_projection(alone, tower):
+def test_norms_of_queries_and_keys_are_per_head_or_per_projection(one_rank, tower):
     import transformer_engine.pytorch as te
 
     from megatron_smar.model.layers.norms import ProjectionNorm
@@ -91,7 +91,7 @@ def test_norms_of_queries_and_keys_are_per_head_or_per_projection(alone, tower):
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2, Lite", "deepseek_v2, latent queries, groups", "deepseek_v3"])
-def test_latent_attention_has_the_norms_of_its_latents_and_no_others(name, alone, tower):
+def test_latent_attention_has_only_the_norms_of_its_latents(name, one_rank, tower):
     import transformer_engine.pytorch as te
     from megatron.core.extensions import transformer_engine as extension
     from megatron.core.transformer.identity_op import IdentityOp
@@ -110,7 +110,7 @@ def test_latent_attention_has_the_norms_of_its_latents_and_no_others(name, alone
         assert not isinstance(layer.input_layernorm, IdentityOp)
 
 
-def test_shared_experts_are_its_own(alone, tower):
+def test_shared_experts_are_transformer_engines(one_rank, tower):
     from megatron.core.extensions import transformer_engine as te
 
     shared = decoder("deepseek_v3", tower, "--moe-grouped-gemm")[-1].mlp.shared_experts
@@ -119,7 +119,7 @@ def test_shared_experts_are_its_own(alone, tower):
 
 
 @pytest.mark.parametrize("name", ["phi", "phi, upcycled"])
-def test_halves_side_by_side_share_one_norm_and_have_their_biases(name, alone, tower):
+def test_parallel_blocks_share_one_norm_and_have_biases(name, one_rank, tower):
     import transformer_engine.pytorch as te
     from megatron.core.extensions import transformer_engine as extension
     from megatron.core.transformer.identity_op import IdentityOp
@@ -133,4 +133,4 @@ def test_halves_side_by_side_share_one_norm_and_have_their_biases(name, alone, t
         grouped = name == "phi, upcycled" and hasattr(layer.mlp, "experts")
         assert (layer.mlp.experts if grouped else layer.mlp).linear_fc1.use_bias
     assert model.language_model.output_layer.bias is not None
-    assert not model.config.bias_activation_fusion, "fused kernels know no GELU by tanh"
+    assert not model.config.bias_activation_fusion, "fused kernels do not support GELU approximated by tanh"

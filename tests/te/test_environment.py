@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainer makes of Transformer Engine beside a GPU: Megatron's own defaults."""
+"""Tests of the environment with Transformer Engine and a GPU: Megatron's own defaults are used."""
 
 from argparse import ArgumentParser
 from importlib import util
@@ -9,7 +9,7 @@ import pytest
 APEX = "fused_weight_gradient_mlp_cuda"
 
 
-def test_the_package_and_megatron_are_imported_with_it():
+def test_megatron_smar_and_megatron_are_imported_with_transformer_engine():
     import megatron.core.extensions.transformer_engine as extension
     import transformer_engine.pytorch as te
 
@@ -24,7 +24,7 @@ def test_the_package_and_megatron_are_imported_with_it():
     assert "Transformer Engine layers, FusedAdam" in runtime.describe()
 
 
-def test_every_default_is_megatrons_but_the_few_that_are_ours():
+def test_every_default_is_megatrons_except_the_few_of_this_project():
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_smar.config.flags import add_arguments
@@ -43,7 +43,7 @@ def test_every_default_is_megatrons_but_the_few_that_are_ours():
     assert changed == expected
 
 
-def test_a_run_without_further_flags_has_its_layers_and_its_fused_rope(alone, tower):
+def test_by_default_a_run_uses_transformer_engine_layers_and_fused_rope(one_rank, tower):
     from tests.te.building import parse
 
     args = parse("mixtral", tower)
@@ -52,7 +52,7 @@ def test_a_run_without_further_flags_has_its_layers_and_its_fused_rope(alone, to
     assert args.distributed_backend == "nccl"
 
 
-def test_gradient_accumulation_fusion_without_apex_is_refused_in_a_sentence(alone, tower):
+def test_gradient_accumulation_fusion_without_apex_is_refused_in_a_sentence(one_rank, tower):
     from megatron_smar import runtime
     from tests.te.building import parse
 

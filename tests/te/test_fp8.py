@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 as far as it goes without a device: recipes are made and entered; no number is ever cast."""
+"""Tests of FP8 without a device: recipes are created and their contexts entered; no value is ever cast."""
 
 import sys
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ import torch
 from tests.launch import run
 from tests.te.building import build, parse, tensors_of
 
-# Transformer Engine's class, and the compute capability of the first cards that have it.
+# Transformer Engine's class, and the minimum compute capability.
 RECIPES = {
     "delayed": ("DelayedScaling", (8, 9)),
     "tensorwise": ("Float8CurrentScaling", (8, 9)),
@@ -33,7 +33,7 @@ def claim_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_each_recipe_is_made_and_entered_around_a_model(recipe, alone, tower, monkeypatch):
+def test_each_recipe_is_created_and_its_context_entered_for_a_model(recipe, one_rank, tower, monkeypatch):
     from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
     from transformer_engine.common import recipe as recipes
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
@@ -51,22 +51,22 @@ def test_each_recipe_is_made_and_entered_around_a_model(recipe, alone, tower, mo
         assert FP8GlobalStateManager.is_fp8_enabled()
         assert isinstance(FP8GlobalStateManager.get_fp8_recipe(), getattr(recipes, kind))
     assert not FP8GlobalStateManager.is_fp8_enabled()
-    assert tensors_of(model) == tensors_of(build(parse("mixtral", tower, "--bf16"))), "its checkpoint is another one"
+    assert tensors_of(model) == tensors_of(build(parse("mixtral", tower, "--bf16"))), "its checkpoint differs"
 
 
-def test_a_recipe_that_the_card_has_not_is_refused(alone, tower, monkeypatch):
+def test_a_recipe_that_the_gpu_does_not_support_is_refused(one_rank, tower, monkeypatch):
     from megatron_smar import runtime
 
     args = parse("mixtral", tower, *FP8, "mxfp8")
     claim_capability(monkeypatch, (9, 0))
     with pytest.raises(ValueError, match=r"--fp8-recipe mxfp8 needs a card of compute capability 10\.0"):
         runtime.check_flags(args)
-    args.fp8_recipe = "bogus"  # as another way than the command line could have it
+    args.fp8_recipe = "bogus"  # cannot come from the command line
     with pytest.raises(ValueError, match="--fp8-recipe is 'bogus'; it must be one of delayed, tensorwise, blockwise"):
         runtime.check_flags(args)
 
 
-def test_the_trainer_ends_with_one_sentence_for_a_recipe_that_the_card_has_not(world):
+def test_training_ends_with_one_sentence_for_a_recipe_that_the_gpu_does_not_support(world):
     flags = [*world.flags, *BOGUS[:-1], "mxfp8", "--make-vocab-size-divisible-by", 1]
     done = run("tests/redirected_cuda.py", "pretrain_vlm.py", *flags, check=False)
     said = [line for line in done.stdout.splitlines() if ": error: " in line]
@@ -79,9 +79,9 @@ BOGUS = ["--micro-batch-size", 4, "--global-batch-size", 8, "--train-iters", 2, 
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("installed", [True, False], ids=["beside Transformer Engine", "without it"])
+@pytest.mark.parametrize("installed", [True, False], ids=["with Transformer Engine", "without it"])
 def test_a_recipe_that_does_not_exist_ends_with_one_sentence(world, device, installed, request, monkeypatch):
-    """Megatron's own config takes any word."""
+    """Megatron's own config accepts any string."""
     if not installed:
         monkeypatch.setattr(sys, "executable", str(request.getfixturevalue("python_without_te")))
     start = ["tests/redirected_cuda.py"] if device == "cuda" else []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The distributed optimizer with Transformer Engine's FusedAdam is built, and its state is what torch's AdamW saves.
+"""Tests that the distributed optimizer is built with Transformer Engine's FusedAdam and saves AdamW's state.
 
-Its step is a kernel that never ran here: no weight has been moved by it, and no saved state has been loaded into it,
-since Megatron has the optimizer take a step of zeros before it loads.
+FusedAdam's step is a kernel, which never runs here: no weight is updated, and no saved state is loaded, since Megatron
+makes a step with zero gradients before loading.
 """
 
 from pathlib import Path
@@ -17,17 +17,17 @@ SMAR = ["--modality-routing", "smar", "--smar-d-min", "3", "--smar-d-max", "4", 
 
 
 def optimizers_of(chained: Any) -> list[Any]:
-    """The distributed optimizers in Megatron's."""
+    """Returns the distributed optimizers inside Megatron's chained optimizer."""
     return list(getattr(chained, "chained_optimizers", [chained]))
 
 
-def test_it_is_built_over_the_whole_model_and_its_state_has_a_place_for_every_parameter(world):
+def test_the_optimizer_covers_the_entire_model_and_has_state_for_every_parameter(world):
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     with trainer(*world.flags, *SMAR) as (model, chained, _):
         optimizers = optimizers_of(chained)
-        assert len(optimizers) == 2, "the experts' and the others'"
+        assert len(optimizers) == 2, "expected one optimizer for the experts and one for all other parameters"
         for optimizer in optimizers:
             assert isinstance(optimizer, DistributedOptimizer) and isinstance(optimizer.optimizer, FusedAdam)
             optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
@@ -35,8 +35,8 @@ def test_it_is_built_over_the_whole_model_and_its_state_has_a_place_for_every_pa
         states = [
             o.optimizer.state[p] for o in optimizers for group in o.optimizer.param_groups for p in group["params"]
         ]
-        learning = [p for chunk in model for p in chunk.parameters() if p.requires_grad]
-        assert sum(p.numel() for p in shards) == sum(p.numel() for p in learning)
+        trained = [p for chunk in model for p in chunk.parameters() if p.requires_grad]
+        assert sum(p.numel() for p in shards) == sum(p.numel() for p in trained)
         for shard, state in zip(shards, states, strict=True):
             assert sorted(state) == ["exp_avg", "exp_avg_sq"]
             assert all(part.dtype == torch.float32 and part.shape == shard.shape for part in state.values())
@@ -47,7 +47,7 @@ OFFLOADED += ["--no-modality-router-bias"]
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_the_offloaded_optimizer_is_built_of_torchs_adamw_and_its_own(world, fraction):
+def test_the_offloaded_optimizer_is_built_of_torchs_adamw_and_fused_adam(world, fraction):
     from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
     from transformer_engine.pytorch.optimizers import FusedAdam
 
@@ -63,7 +63,7 @@ def test_the_offloaded_optimizer_is_built_of_torchs_adamw_and_its_own(world, fra
 
 
 def test_the_precision_aware_optimizer_keeps_main_parameters_in_its_own_state(world):
-    """Of bf16 parameters the 16 bits that they lack; modality biases are float32. A first step would make the state."""
+    """For bf16 parameters it keeps the missing 16 bits; modality biases are float32. A first step creates the state."""
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     found = set()
@@ -81,7 +81,7 @@ def test_the_precision_aware_optimizer_keeps_main_parameters_in_its_own_state(wo
     }
 
 
-def test_what_it_saves_has_the_keys_and_shapes_of_a_run_on_the_cpu(world, trained_on_cpu, tmp_path):
+def test_the_saved_state_has_the_keys_and_shapes_of_a_run_on_the_cpu(world, trained_on_cpu, tmp_path):
     from megatron.training.checkpointing import save_checkpoint
 
     with trainer(*world.flags, *SMAR, "--save", tmp_path) as (model, chained, scheduler):
@@ -93,14 +93,14 @@ def test_what_it_saves_has_the_keys_and_shapes_of_a_run_on_the_cpu(world, traine
     assert found == expected
 
 
-def test_the_cpu_trains_beside_an_installed_transformer_engine(trained_on_cpu: Path):
-    """See the fixture: the program hides it from Megatron, and takes two steps."""
+def test_the_cpu_trains_with_transformer_engine_installed(trained_on_cpu: Path):
+    """The program of the fixture hides Transformer Engine from Megatron, and makes two steps."""
     assert (trained_on_cpu / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
 @pytest.fixture(scope="module")
 def trained_on_cpu(world, tmp_path_factory) -> Path:
-    """What pretrain_vlm.py saved after two steps on the CPU."""
+    """The checkpoint of pretrain_vlm.py after two steps on the CPU."""
     folder = tmp_path_factory.mktemp("cpu")
     output = world.train(*SMAR, *SETTINGS, "--num-workers", 0, "--save", folder, "--save-interval", 2).stdout
     assert "CPU: Gloo, local layers" in output and "iteration        2/       2" in output

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The import guard as a user meets it: `import megatron_smar` in a fresh interpreter, beside made-up installations."""
+"""Tests of the import guard: `import megatron_smar` in a fresh interpreter, with fake packages installed."""
 
 import shutil
 import subprocess
@@ -35,7 +35,7 @@ def run_import(*path: Path, flags: tuple[str, ...] = (), after: str = "") -> sub
 
 
 def refusal(*path: Path, flags: tuple[str, ...] = ()) -> str:
-    """The sentence with which the import is refused; fails unless it is exactly one."""
+    """Returns the sentence with which the import is refused; fails unless it is exactly one sentence."""
     result = run_import(*path, flags=flags)
     assert result.returncode == 1, "the import was accepted"
     _, separator, message = result.stderr.rstrip("\n").rpartition("\nImportError: ")
@@ -71,7 +71,7 @@ def test_build_of_nvidias_container_counts_as_its_release(tmp_path: Path) -> Non
     accept(tmp_path, REPOSITORY)
 
 
-def test_missing_torch_is_named_with_its_mend(tmp_path: Path) -> None:
+def test_missing_torch_is_named_with_the_fix(tmp_path: Path) -> None:
     message = refusal(tmp_path, REPOSITORY, flags=("-S",))
     assert message.startswith("torch is not installed") and "`make env`" in message
 

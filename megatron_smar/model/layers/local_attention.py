@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention for Megatron's local layer spec (`--transformer-impl local`), which runs without Transformer Engine.
 
-Megatron's own local attention materialises the scores.
+Megatron's own local attention keeps the full score matrix in memory.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from megatron_smar.model.context_parallel import zigzag_positions
 
 
 class ScaledDotProductAttention(MegatronModule):
-    """Core attention by torch's `scaled_dot_product_attention`: causal, grouped queries, no score matrix in memory.
+    """Core attention with torch's `scaled_dot_product_attention`: causal, grouped queries, no score matrix in memory.
 
-    Under context parallelism keys and values are gathered from all ranks: exact, and plain rather than lean. Long
-    sequences on GPUs are for Transformer Engine's ring.
+    Under context parallelism, keys and values are gathered from all ranks. This is exact and simple, but takes more
+    memory than a ring; for long sequences on GPUs use Transformer Engine's ring attention.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attention of one layer's heads on this tensor-parallel rank.
+        """Computes the attention of one layer's heads on this tensor-parallel rank.
 
         Args:
             query: [s, b, n, d]; packed [s, n, d].
-            key: [s, b, g, d], g query groups; packed [s, g, d].
-            value: As `key`.
+            key: [s, b, g, d] with g query groups; packed [s, g, d].
+            value: Same shape as `key`.
             attention_mask: None for the causal mask, else [b, 1, s, s] bool, True where masked (Megatron's polarity).
-            attn_mask_type: Overrides the layer's own type.
+            attn_mask_type: Overrides the layer's mask type.
             attention_bias: Not supported.
-            packed_seq_params: Where the sequences of a pack begin, best on the host, or this waits for the device; each
-                attends to itself alone, causally.
+            packed_seq_params: Boundaries of the sequences of a pack. They should be on the host: otherwise every call
+                waits for the device. Each sequence attends only to itself, causally.
 
         Returns:
             [s, b, n * d], packed [s, n * d].
@@ -92,7 +92,7 @@ class ScaledDotProductAttention(MegatronModule):
         return self._attend(query, key, value, kept, causal)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """Block-diagonal causal attention: one sequence of the pack after another, [s, 1, n * d]."""
+        """Computes block-diagonal causal attention, one sequence of the pack after another, [s, 1, n * d]."""
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
@@ -114,7 +114,7 @@ class ScaledDotProductAttention(MegatronModule):
         return torch.cat(outputs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, causal: bool) -> Tensor:
-        """Attention [s, b, n * d] under a causal mask, or of what `kept`, broadcast to [b, n, s, keys], is True for."""
+        """Computes attention, [s, b, n * d], causally or over the keys where `kept` [b, n, s, keys] is True."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         with self._dropout_generator():
             context = F.scaled_dot_product_attention(
@@ -130,7 +130,7 @@ class ScaledDotProductAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _mask_of_shard(self, keys: Tensor, causal: bool, attention_mask: Tensor | None) -> Tensor:
-        """Which of all ranks' keys, in the order they are gathered in, this rank's queries see, [s / cp, s] bool."""
+        """Returns which keys this rank's queries attend to, [s / cp, s] bool; keys are in the order of gathering."""
         if not causal and attention_mask is not None:
             raise ValueError(
                 "attention masks with --context-parallel-size > 1 need Transformer Engine's attention; "
@@ -141,7 +141,7 @@ class ScaledDotProductAttention(MegatronModule):
         return visible if causal else torch.ones_like(visible)
 
     def _dropout_generator(self) -> Any:
-        """Tensor-parallel ranks hold different heads, so their dropout must differ."""
+        """Returns the context of the dropout's generator: tensor-parallel ranks hold different heads, so it differs."""
         if self.training and self.dropout > 0 and not self.config.sequence_parallel:
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return contextlib.nullcontext()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts for Megatron's local layer spec (`--transformer-impl local`), which runs without Transformer Engine.
 
-Megatron's own, initialized on the CPU, start out equal on every expert-parallel rank.
+Megatron's own experts, if initialized on the CPU, have the same initial weights on every expert-parallel rank.
 """
 
 from __future__ import annotations
@@ -19,11 +19,21 @@ from torch import Tensor
 
 
 class GroupedLinear(torch.autograd.Function):
-    """One linear layer per expert over tokens sorted by expert: a matrix product each, into one output."""
+    """One linear layer per expert over tokens sorted by expert: one matrix product per expert, into one output."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, splits: list[int], *weights: Tensor) -> Tensor:
-        """Tokens [n, in], the number of each expert's, and one weight [out, in] per expert -> [n, out]."""
+        """Multiplies each token by the weight of its expert.
+
+        Args:
+            ctx: Autograd's context.
+            tokens: [n, in], sorted by expert.
+            splits: Number of tokens of each expert.
+            *weights: One weight [out, in] per expert.
+
+        Returns:
+            [n, out].
+        """
         ctx.save_for_backward(tokens, *weights)
         ctx.splits = splits
         output = tokens.new_empty(tokens.shape[0], weights[0].shape[0])
@@ -33,7 +43,7 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients by tokens and weights that something wants."""
+        """Computes those gradients with respect to tokens and weights that autograd needs."""
         (gradient,) = gradients
         tokens, *weights = ctx.saved_tensors
         parts = gradient.split(ctx.splits)
@@ -51,20 +61,23 @@ class GroupedLinear(torch.autograd.Function):
 
 
 def _weight_gradient(weight: Any, gradient: Tensor, tokens: Tensor) -> Tensor:
-    """The gradient by a weight [out, in]; under Megatron's DDP added to its buffer at once, as its own linears do."""
+    """Computes a weight's gradient [out, in]; under Megatron's DDP it goes into the gradient buffer immediately.
+
+    Megatron's own linear layers do the same.
+    """
     if not hasattr(weight, "grad_added_to_main_grad") or weight.main_grad.dtype != gradient.dtype:
         return gradient.t() @ tokens
     weight.main_grad.addmm_(gradient.t(), tokens)
     weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)  # DDP's hook has to be called, and then does not look at it
+    return torch.empty_like(weight)  # so that DDP's hook is called, which ignores the value
 
 
 class LocalExperts(SequentialMLP):
-    """Megatron's experts with their activation computed at once, and drawn independently of the layout.
+    """Megatron's experts with one activation for all experts, and initialized independently of the parallel layout.
 
-    Under CPU initialisation Megatron 0.19.2 draws every expert-parallel rank's experts from one generator state, so
-    that expert 0 of each rank starts as the same network, and a different number of ranks gives a different model. Here
-    each expert has a seed of its own, taken from the layer's place in the generator's sequence.
+    With CPU initialization Megatron 0.19.2 initializes the experts of all expert-parallel ranks from the same generator
+    state, so that expert 0 of each rank gets the same weights, and a different number of ranks gives a different model.
+    Here each expert has its own seed, derived from one random number per layer.
     """
 
     def __init__(
@@ -82,9 +95,9 @@ class LocalExperts(SequentialMLP):
                 first = self.ep_group.rank() * num_local_experts
                 for index, expert in enumerate(self.local_experts, start=first):
                     torch.manual_seed(seed + index)
-                    self._draw(expert)
+                    self._initialize(expert)
         for expert in self.local_experts:
-            # Megatron adds the bias in place, which torch forbids to what a Function returned as it is.
+            # Megatron adds the bias in place, which torch forbids on a tensor that a custom Function returned.
             expert.linear_fc2.register_forward_hook(lambda _, __, output: (output[0].clone(), output[1]))
         linears = [linear for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)]
         self._gated_silu = (
@@ -100,24 +113,33 @@ class LocalExperts(SequentialMLP):
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's: tokens [n, h] sorted by expert, the number of each, and their weights [n] -> [n, h]."""
+        """Applies the experts to their tokens, as Megatron's forward does.
+
+        Args:
+            permuted_local_hidden_states: Tokens [n, h], sorted by expert.
+            tokens_per_expert: Number of tokens of each expert.
+            permuted_probs: Routing weights of the tokens [n].
+
+        Returns:
+            The weighted outputs [n, h], and None for the bias.
+        """
         if not self._gated_silu:
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
         splits = tokens_per_expert.tolist()
         hidden = self._grouped("linear_fc1", permuted_local_hidden_states, splits)
         gate, up = hidden.chunk(2, dim=-1)
         output = self._grouped("linear_fc2", F.silu(gate) * up, splits)
-        # A token's weight commutes with the second layer, whose output is narrower than its input.
+        # The routing weight commutes with the second layer; it is applied there, where tokens have fewer channels.
         return (output * permuted_probs.unsqueeze(-1)).to(output.dtype), None
 
     def _grouped(self, name: str, tokens: Tensor, splits: list[int]) -> Tensor:
         linears = [getattr(expert, name) for expert in self.local_experts]
-        for linear in linears:  # --overlap-param-gather waits for a weight in a hook before its module's own forward
+        for linear in linears:  # --overlap-param-gather waits for a weight in its module's forward pre-hook
             for hook in linear._forward_pre_hooks.values():
                 hook(linear, ())
         return GroupedLinear.apply(tokens, splits, *(linear.weight for linear in linears))
 
-    def _draw(self, expert: Any) -> None:
+    def _initialize(self, expert: Any) -> None:
         place = {
             "rank": self.tp_group.rank(),
             "world_size": self.tp_group.size(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms that Megatron lacks: for its local layer spec, and OLMoE's over all heads of a projection."""
+"""Norms that Megatron lacks: those for its local layer spec, and OLMoE's norm over all heads of a projection."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 
 def build_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> nn.Module:
-    """torch's RMSNorm or LayerNorm, with its parameters marked for sequence parallelism.
+    """Builds torch's RMSNorm or LayerNorm, with its parameters marked for sequence parallelism.
 
     Megatron sums the gradients of marked parameters over the tensor-parallel ranks, each of which sees a shard of the
-    sequence: that mark is all that the local norms lacked.
+    sequence. Megatron's own local norms lack only this mark.
 
     Raises:
-        ValueError: For a normalization that torch has no module of.
+        ValueError: torch has no module for this normalization.
     """
     norms = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
     if config.normalization not in norms or config.layernorm_zero_centered_gamma:
@@ -37,16 +37,17 @@ def build_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
 
 
 class ProjectionNorm(nn.Module):
-    """RMSNorm over the queries (or keys) of all heads together, as OLMoE has it; Megatron's own is per head.
+    """RMSNorm over the queries (or keys) of all heads together, as in OLMoE; Megatron's own norm is per head.
 
-    Each tensor-parallel rank holds some heads, so the squares are summed over the ranks. The weight lies whole on each
-    of them: Megatron adds up the gradients of everything named q_layernorm or k_layernorm over tensor-parallel ranks.
+    Each tensor-parallel rank holds some of the heads, so the squares are summed over the ranks. The weight is
+    replicated on all of them: Megatron sums the gradients of parameters named q_layernorm or k_layernorm over the
+    tensor-parallel ranks.
 
     Args:
-        config: Megatron's.
+        config: Megatron's TransformerConfig.
         hidden_size: Size of a head.
-        eps: Added to the mean square.
-        heads: Number of heads, on all ranks together, each of which holds as many.
+        eps: Epsilon added to the mean square.
+        heads: Number of heads of all ranks together; each rank holds the same number.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, heads: int) -> None:
@@ -56,12 +57,12 @@ class ProjectionNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads * hidden_size, dtype=config.params_dtype))
 
     def forward(self, heads: Tensor) -> Tensor:
-        """This rank's heads [s, b, n, d], normalised over all ranks' n and d."""
+        """Normalizes this rank's heads [s, b, n, d] over n and d of all ranks."""
         values = heads.to(torch.promote_types(heads.dtype, torch.float32))
-        # Forward and backward are sums over the ranks: each one's output depends on the squares of all.
+        # Forward and backward both sum over the ranks: the output of each rank depends on the squares of all.
         squares = values.square().sum(dim=(-2, -1), keepdim=True)
         squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
         squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
-        normalised = values * torch.rsqrt(squares / self.weight.numel() + self.eps)
+        normalized = values * torch.rsqrt(squares / self.weight.numel() + self.eps)
         weight = self.weight.view(-1, heads.shape[-1]).chunk(self.group.size())[self.group.rank()]
-        return weight * normalised.to(heads.dtype)
+        return weight * normalized.to(heads.dtype)

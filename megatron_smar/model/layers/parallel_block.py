@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phi's decoder layer, attention and feed-forward layer side by side, and its output layer's bias."""
+"""Phi's decoder layer, with attention and feed-forward layer in parallel, and the bias of Phi's output layer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 class ParallelBlockLayer(TransformerLayer):
     """x + attention(norm(x)) + feed-forward(norm(x)), with one norm for both (Phi, GPT-J).
 
-    Megatron's layer takes the output of a norm as a pair with the residual, which is how both of its halves get the
-    one norm's output here; biases, dropout, recomputation and experts stay its own. Its spec has no other norms.
+    Both halves of Megatron's layer accept the output of a norm as a pair with the residual. Here both receive the
+    output of the one shared norm; biases, dropout, recomputation and experts are Megatron's. The layer's spec must have
+    no other norms.
 
     Args:
-        config: Megatron's.
-        *args: Of Megatron's layer.
-        shared_layernorm: Builds the norm.
-        **kwargs: Of Megatron's layer.
+        config: Megatron's TransformerConfig.
+        *args: Positional arguments of Megatron's layer.
+        shared_layernorm: Builder of the shared norm.
+        **kwargs: Keyword arguments of Megatron's layer.
     """
 
     def __init__(
@@ -35,11 +36,11 @@ class ParallelBlockLayer(TransformerLayer):
         )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's layer: [s, b, h] and what else it takes, to [s, b, h] and the context."""
-        normalised = self.shared_layernorm(hidden_states)
-        attended, context = self._forward_attention((normalised, hidden_states), *args, **kwargs)
+        """Maps hidden states [s, b, h] to [s, b, h] and the context; arguments are those of Megatron's layer."""
+        normalized = self.shared_layernorm(hidden_states)
+        attended, context = self._forward_attention((normalized, hidden_states), *args, **kwargs)
         output = self._forward_mlp(
-            (normalised, attended),
+            (normalized, attended),
             kwargs.get("inference_context"),
             padding_mask=kwargs.get("padding_mask"),
             packed_seq_params=kwargs.get("packed_seq_params"),
@@ -48,10 +49,10 @@ class ParallelBlockLayer(TransformerLayer):
 
 
 def add_output_bias(layer: ColumnParallelLinear) -> None:
-    """Gives Megatron's output layer a bias [vocabulary / tp], zero at the start; its forward pass adds what is there.
+    """Adds a bias [vocabulary / tp], initialized to zero, to Megatron's output layer, whose forward pass adds it.
 
     Args:
-        layer: GPTModel's, which is always built without.
+        layer: GPTModel's output layer, which Megatron always builds without a bias.
     """
     layer.bias = nn.Parameter(torch.zeros(layer.output_size_per_partition, dtype=layer.config.params_dtype))
     set_tensor_model_parallel_attributes(layer.bias, True, 0, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder's layer specs: Megatron's own, with our parts in their places."""
+"""The decoder's layer specs: Megatron's own, with this project's modules in place of some of Megatron's."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from megatron_smar.routing.step import TrainingStep
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What the decoder's layers are beyond Megatron's TransformerConfig.
+    """Settings of the decoder's layers that Megatron's TransformerConfig does not have.
 
     Attributes:
-        parallel_block: Attention and feed-forward layer side by side, after one norm (Phi).
-        qk_norm_scope: What --qk-layernorm normalises: each head, or all heads together (OLMoE).
-        latent_norm_epsilon: Of the norms of multi-latent attention; None for --norm-epsilon.
+        parallel_block: Whether attention and feed-forward layer are in parallel, after one norm (Phi).
+        qk_norm_scope: What --qk-layernorm normalizes over: each head, or all heads together (OLMoE).
+        latent_norm_epsilon: Epsilon of the norms of multi-latent attention; None for --norm-epsilon.
     """
 
     parallel_block: bool = False
@@ -55,10 +55,11 @@ def decoder_block_spec(
     layers: LayerConfig | None = None,
     step: TrainingStep | None = None,
 ) -> TransformerBlockSubmodules:
-    """The decoder layers of this pipeline stage, with modality-aware MoE layers.
+    """Returns the specs of this pipeline stage's decoder layers, with modality-aware MoE layers.
 
-    Transformer Engine's spec or Megatron's local one, by `config.transformer_impl`; in the local one attention, norms
-    and experts are ours (`local_attention`, `norms`, `local_experts`). A checkpoint has the same keys under both.
+    `config.transformer_impl` selects Transformer Engine's spec or Megatron's local spec. The local spec uses this
+    project's attention, norms and experts (`local_attention`, `norms`, `local_experts`). Checkpoints have the same keys
+    under both.
     """
     local = config.transformer_impl == "local"
     block = get_gpt_decoder_block_spec(
@@ -84,7 +85,7 @@ def _extended(
 
 
 def _attention(attention: ModuleSpec, config: TransformerConfig, layers: LayerConfig) -> ModuleSpec:
-    """The attention's spec with our core attention (locally) and norms."""
+    """Returns the attention's spec with this project's norms and, under the local spec, core attention."""
     module = attention.module
     inner = _with_norms(attention.submodules, ("q_layernorm", "k_layernorm", "kv_layernorm"), config)
     if config.transformer_impl == "local":
@@ -106,7 +107,7 @@ def _attention(attention: ModuleSpec, config: TransformerConfig, layers: LayerCo
 
 
 def _parallel(parts: TransformerLayerSubmodules, config: TransformerConfig) -> ModuleSpec:
-    """A layer whose halves lie side by side: none of them has a norm of its own, fused into a linear layer or not."""
+    """Returns the spec of a layer with parallel halves: neither has its own norm, fused into a linear layer or not."""
     linear = get_backend(config.transformer_impl).column_parallel_linear()
     attention = parts.self_attention
     attention = dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, linear_qkv=linear))
@@ -125,16 +126,16 @@ def _parallel(parts: TransformerLayerSubmodules, config: TransformerConfig) -> M
 
 
 def _norm(config: TransformerConfig) -> LayerNormBuilder:
-    """What builds a norm that is not fused into a linear layer."""
+    """Returns the builder of a norm that is not fused into a linear layer."""
     backend = get_backend(config.transformer_impl)
     return _as_saved(backend.layer_norm(rms_norm=config.normalization == "RMSNorm"), config)
 
 
 def _as_saved(build: LayerNormBuilder, config: TransformerConfig) -> LayerNormBuilder:
-    """Our norm in place of Megatron's local one; Transformer Engine's own without its extra state in checkpoints.
+    """Replaces Megatron's local norm by `build_norm`, and keeps Transformer Engine's extra state out of checkpoints.
 
-    That state is FP8's, of which a norm has none, but Megatron asks every checkpoint for it: one of local layers, and
-    so every imported one, could not be loaded.
+    The extra state is for FP8, and a norm's is empty. But Megatron expects it in every checkpoint, and could not load a
+    checkpoint of local layers, which includes every imported checkpoint.
     """
     if config.transformer_impl == "local":
         return build_norm
@@ -153,12 +154,12 @@ def _drop_extra_state(module: Any, state: dict[str, Any], prefix: str, metadata:
 
 
 def _give_extra_state(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """None stands for none; a missing key would be an error."""
+    """Sets a missing extra state to None: a missing key would be an error."""
     state.setdefault(f"{prefix}_extra_state")
 
 
 def _of_epsilon(build: LayerNormBuilder, epsilon: float | None) -> LayerNormBuilder:
-    """The same with another epsilon, where one is given, than the layers'."""
+    """Wraps a norm's builder to use `epsilon`, if given, instead of the layer's."""
 
     def build_with(*, config: TransformerConfig, hidden_size: int, eps: float) -> Any:
         return build(config=config, hidden_size=hidden_size, eps=eps if epsilon is None else epsilon)
@@ -167,16 +168,16 @@ def _of_epsilon(build: LayerNormBuilder, epsilon: float | None) -> LayerNormBuil
 
 
 def _with_norms(parts: Any, names: tuple[str, ...], config: TransformerConfig) -> Any:
-    """The same submodules with every norm (and no IdentityOp) as checkpoints have it."""
+    """Returns the submodules with `_as_saved` applied to each named norm, except where there is none (IdentityOp)."""
     held = {name: build for name in names if (build := getattr(parts, name, None)) not in (None, IdentityOp)}
     return dataclasses.replace(parts, **{name: _as_saved(build, config) for name, build in held.items()})
 
 
 def _transformer_engine_keys(config: TransformerConfig, is_moe: bool) -> dict[str, str]:
-    """Keys of the local layer's norms in a checkpoint: where Transformer Engine's layer has them.
+    """Returns the map from the local layer's norm keys to the keys of Transformer Engine's layer in a checkpoint.
 
-    Megatron 0.19.2's own map says so of dense layers only: Transformer Engine fuses a norm into the linear layer behind
-    it, but there is none behind an MoE layer's, nor one behind the input of multi-latent attention.
+    Megatron 0.19.2's own map is right only for dense layers: Transformer Engine fuses a norm into the linear layer that
+    follows it, but no linear layer follows the norm before an MoE layer or before multi-latent attention.
     """
     keys = {} if config.multi_latent_attention else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     return keys if is_moe else keys | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
@@ -187,7 +188,10 @@ def _is_moe(mlp: Any) -> bool:
 
 
 def _modality_aware(mlp: Any, router: Callable[..., ModalityAwareRouter], local: bool) -> Any:
-    """An MoE layer's builder with our layer, router and (locally) experts; a dense layer's builder as it is."""
+    """Returns an MoE layer's builder with this project's layer, router and, under the local spec, experts.
+
+    A dense layer's builder is returned unchanged.
+    """
     if not _is_moe(mlp):
         return mlp
     parts = mlp.keywords["submodules"]

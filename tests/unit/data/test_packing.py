@@ -153,5 +153,5 @@ def test_the_reconstructed_mixture_is_deterministic_and_has_the_right_share_of_i
 
 
 def test_a_folder_without_megatrons_knapsack_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is no Megatron-LM checkout"):
+    with pytest.raises(ValueError, match="is not a Megatron-LM checkout"):
         benchmark.load_knapsack(tmp_path)

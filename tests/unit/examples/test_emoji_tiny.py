@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's sources, corpus, scenes and vision encoder, on small material: Python's own manual, a tiny colour font."""
+"""Tests of the demo's sources, corpus, scenes and vision encoder with small inputs: Python's manual, a tiny font."""
 
 import io
 import json
@@ -38,7 +38,7 @@ SMALL_SCENES = scenes.ScenesConfig(train_scenes=60, held_out_items=30, two_image
 
 
 def write_font(path: Path, characters: str) -> None:
-    """A colour (COLR) font with one square of its own colour and size for each character."""
+    """Writes a colour (COLR) font with one square per character, each with a different colour and size."""
     names = [f"c{number}" for number in range(len(characters))]
     builder = FontBuilder(1000, isTTF=True)
     builder.setupGlyphOrder([".notdef", *names])
@@ -64,7 +64,7 @@ def write_font(path: Path, characters: str) -> None:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `sources.fetch` leaves behind, with other contents."""
+    """A cache like that of `sources.fetch`, with other contents."""
     root = tmp_path_factory.mktemp("sources")
     paths = {source: [root / source.folder / member for member in source.members] for source in sources.SOURCES}
     for path in (path for members in paths.values() for path in members):
@@ -132,7 +132,9 @@ def test_only_the_named_members_are_unpacked_and_only_once(tmp_path: Path) -> No
     assert sources.members(TINY, tmp_path)[0].read_text() == "hello"
 
 
-def test_without_an_index_one_sentence_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_package_index_the_error_is_one_sentence_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(
         sources.SourceError, match=r"tiny-source==1\.2 could not be downloaded .* by hand, and run again\.$"
@@ -141,14 +143,14 @@ def test_without_an_index_one_sentence_says_what_to_do(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_wheel_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_wrong_wheel_is_named_and_leaves_no_files(tmp_path: Path) -> None:
     wheel = write_wheel(tmp_path, {"tiny_source/renamed.txt": "hello"})
     with pytest.raises(sources.SourceError, match=r"tiny_source-1\.2-py3-none-any\.whl is not the expected wheel"):
         sources.fetch(tmp_path, (TINY,))
     assert list(tmp_path.iterdir()) == [wheel]
 
 
-def test_sources_not_fetched_are_an_error_that_says_how(tmp_path: Path) -> None:
+def test_missing_sources_are_an_error_that_says_how_to_fetch_them(tmp_path: Path) -> None:
     with pytest.raises(sources.SourceError, match=r"sources\.py --cache"):
         corpus.prepare(tmp_path, tmp_path / "out")
 
@@ -162,7 +164,7 @@ def test_every_source_shows_its_licence() -> None:
 
 
 @given(st.lists(st.text("abcDE.!? \n", min_size=1), max_size=30).map(" ".join), st.integers(5, 60))
-def test_passages_lose_no_word_and_cut_none(text: str, max_chars: int) -> None:
+def test_passages_contain_every_word_and_split_none(text: str, max_chars: int) -> None:
     passages = corpus.split_passages(text, max_chars)
     assert " ".join(passages).split() == text.split()
     assert all(len(passage) <= max_chars or len(passage.split()) == 1 for passage in passages)
@@ -192,14 +194,14 @@ def test_no_held_out_document_shares_a_title_or_a_sentence_with_training() -> No
     assert all(corpus.is_held_out(document.key, 40) for document in held_out)
 
 
-def test_title_in_front_of_a_passage_is_not_text(cache: Path) -> None:
+def test_a_title_before_a_passage_is_not_part_of_the_text(cache: Path) -> None:
     documents = corpus.read_documents(cache)
     assert len({document.text for document in documents}) == len(documents)
     assert not any(" -- " in document.text[:20] or "CANNOTANSWER" in document.text for document in documents)
     assert {"topic 45", "topic 60", "topic 67"} <= {document.key for document in documents}
 
 
-def test_tokenizer_has_the_fixed_ids_and_loses_no_character(language: Path) -> None:
+def test_tokenizer_has_the_fixed_ids_and_encodes_every_character(language: Path) -> None:
     tokenizer = corpus.sentencepiece.SentencePieceProcessor(model_file=str(language / "tokenizer.model"))
     assert tokenizer.vocab_size() == SMALL_CORPUS.vocab_size
     assert [tokenizer.id_to_piece(i) for i in range(9)] == [
@@ -237,7 +239,7 @@ def test_text_conversations_continue_a_training_passage(language: Path) -> None:
         assert train[record["id"]].startswith(f"{start} {answer}")
 
 
-def test_unigram_perplexity_is_that_of_counting_plus_one(language: Path) -> None:
+def test_unigram_perplexity_equals_that_of_counts_plus_one(language: Path) -> None:
     tokenizer = corpus.sentencepiece.SentencePieceProcessor(model_file=str(language / "tokenizer.model"))
     train, held_out = ["the module is imported", "the name"], ["the import", "zebra"]
     counts = Counter(token for text in train for token in [*tokenizer.encode(text), tokenizer.eos_id()])
@@ -277,7 +279,7 @@ def test_a_font_without_an_object_is_refused(tmp_path: Path) -> None:
 
 @given(SEEDS)
 @settings(max_examples=50)
-def test_a_picture_shows_each_object_in_its_corner_and_nothing_elsewhere(
+def test_an_image_shows_each_object_in_its_corner_and_nothing_elsewhere(
     sprites: scenes.Sprites, rng: random.Random
 ) -> None:
     scene = scenes.sample_scene(rng)
@@ -324,7 +326,7 @@ def test_every_answer_is_true_of_the_scene(rng: random.Random) -> None:
 
 
 @given(SEEDS)
-def test_a_question_on_two_pictures_has_one_answer(rng: random.Random) -> None:
+def test_a_question_about_two_images_has_one_answer(rng: random.Random) -> None:
     first, second = scenes.sample_scene(rng), scenes.sample_scene(rng)
     for question in scenes.pair_questions(first, second, rng):
         name = question.text.removeprefix("In which picture is the ").removesuffix("?")
@@ -332,17 +334,17 @@ def test_a_question_on_two_pictures_has_one_answer(rng: random.Random) -> None:
     assert scenes.pair_questions(first, first, rng) == []
 
 
-def test_caption_says_what_is_where() -> None:
+def test_caption_names_each_object_with_its_corner() -> None:
     scene = scenes.Scene("red", ("owl", None, "cat", "cat"), ((0, 0),) * 4)
     assert scenes.caption(scene) == (
         "An owl at the top left, a cat at the bottom left and a cat at the bottom right, on a red background."
     )
 
 
-def test_held_out_scenes_are_never_trained_on_wherever_their_objects_lie() -> None:
-    drawn = {held_out: scenes.sample_scenes(random.Random(7), held_out) for held_out in (False, True)}
+def test_held_out_scenes_are_never_in_training_whatever_their_objects_offsets() -> None:
+    sampled = {held_out: scenes.sample_scenes(random.Random(7), held_out) for held_out in (False, True)}
     contents = {
-        key: {(s.background, s.cells) for s in (next(source) for _ in range(400))} for key, source in drawn.items()
+        key: {(s.background, s.cells) for s in (next(source) for _ in range(400))} for key, source in sampled.items()
     }
     assert contents[False].isdisjoint(contents[True])
     here, there = (scenes.Scene("red", ("owl", None, "cat", "cat"), (offset,) * 4) for offset in ((0, 0), (4, 1)))
@@ -351,14 +353,14 @@ def test_held_out_scenes_are_never_trained_on_wherever_their_objects_lie() -> No
 
 def test_yes_and_no_and_first_and_second_are_balanced() -> None:
     rng = random.Random(5)
-    drawn = [scenes.sample_scene(rng) for _ in range(2000)]
-    yes = sum(scenes.ask_presence(scene, rng).answer == "yes" for scene in drawn) / len(drawn)
-    pairs = [scenes.ask_pair(a, b, rng) for a, b in pairwise(drawn)]
+    sampled = [scenes.sample_scene(rng) for _ in range(2000)]
+    yes = sum(scenes.ask_presence(scene, rng).answer == "yes" for scene in sampled) / len(sampled)
+    pairs = [scenes.ask_pair(a, b, rng) for a, b in pairwise(sampled)]
     first = sum(pair.answer == "first" for pair in pairs if pair) / len(pairs)
     assert abs(yes - 0.5) < 0.05 and abs(first - 0.5) < 0.05
 
 
-def test_chance_is_the_share_of_the_commonest_answer() -> None:
+def test_chance_is_the_share_of_the_most_common_answer() -> None:
     asked = Counter({("count", "one"): 5, ("count", "two"): 3, ("count", "four"): 2, ("pair", "first"): 1})
     assert scenes.chance_by_kind(asked) == {"count": 0.5, "pair": 1.0}
 
@@ -401,11 +403,11 @@ def test_same_seed_gives_the_same_scenes(cache: Path, pictures: Path, tmp_path: 
 # ---- vision encoder
 
 
-def test_each_token_is_asked_about_the_corner_it_lies_in() -> None:
+def test_each_vision_token_is_assigned_to_its_own_corner() -> None:
     assert pretrain_vision.token_corners().view(4, 4).tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2
 
 
-def test_encoder_is_trained_on_the_pixels_that_the_trainer_gives_it(sprites: scenes.Sprites) -> None:
+def test_encoder_is_pretrained_on_the_same_pixel_values_as_in_training(sprites: scenes.Sprites) -> None:
     scene = scenes.sample_scene(random.Random(2))
     pixel_values, _, _ = pretrain_vision.collate([scene], sprites)
     file = io.BytesIO()
@@ -414,7 +416,7 @@ def test_encoder_is_trained_on_the_pixels_that_the_trainer_gives_it(sprites: sce
     assert torch.equal(pixel_values, normalise(tiles, *NORMALISATION["internvl_vision"]))
 
 
-def test_encoder_learns_and_is_saved_as_hugging_face_loads_it(
+def test_encoder_learns_and_is_saved_in_hugging_faces_format(
     cache: Path, sprites: scenes.Sprites, tmp_path: Path
 ) -> None:
     config = pretrain_vision.VisionPretrainingConfig(
@@ -422,14 +424,14 @@ def test_encoder_learns_and_is_saved_as_hugging_face_loads_it(
     )
     report = pretrain_vision.train(cache, tmp_path, config)
     assert report.background_accuracy > 0.5 > 2 / len(scenes.BACKGROUNDS)  # chance is a sixth
-    assert report.quadrant_accuracy > 0.27  # a sixth of the corners hold nothing, the commonest answer
+    assert report.quadrant_accuracy > 0.27  # a sixth of the corners are empty, the most common answer
     encoder = AutoModel.from_pretrained(tmp_path)
     assert sum(parameter.numel() for parameter in encoder.parameters()) == report.parameters
     pixel_values, _, _ = pretrain_vision.collate([scenes.sample_scene(random.Random(1))], sprites)
     assert encoder(pixel_values).last_hidden_state.shape == (1, 65, 64)
 
 
-def test_impossible_settings_are_named() -> None:
+def test_invalid_settings_are_named() -> None:
     with pytest.raises(ValueError, match="steps is 0"):
         pretrain_vision.VisionPretrainingConfig(steps=0)
     with pytest.raises(ValueError, match="train_scenes is 3"):

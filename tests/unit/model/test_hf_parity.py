@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model computes what Hugging Face's InternVL with a Mixtral language model computes."""
+"""Tests that the model computes the same as Hugging Face's InternVL with a Mixtral language model."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ IMAGE, SIDE, TOKENS_PER_TILE = 5, 32, 4
 
 
 def samples() -> tuple[Tensor, Tensor, Tensor]:
-    """Several images in one sample, an image at the first and one at the last place, and a text-only sample."""
+    """Returns three samples: two images, one of them at the start; one image, at the end; and text only."""
     generator = torch.Generator().manual_seed(1)
     length = 24
     ids = torch.randint(6, 128, (3, length), generator=generator)
-    ids[0, :TOKENS_PER_TILE] = IMAGE  # first place
+    ids[0, :TOKENS_PER_TILE] = IMAGE  # first positions
     ids[0, 9 : 9 + TOKENS_PER_TILE] = IMAGE
-    ids[1, length - TOKENS_PER_TILE :] = IMAGE  # last place
+    ids[1, length - TOKENS_PER_TILE :] = IMAGE  # last positions
     pixels = torch.randn(3, 3, SIDE, SIDE, generator=generator)
     return ids, pixels, torch.zeros_like(ids, dtype=torch.bool)
 
@@ -35,7 +35,7 @@ def test_logits_equal_hugging_faces_with_the_same_weights(single_rank, tmp_path)
     assert theirs.std() > 0.05, "logits near zero would agree whatever the model computes"
 
 
-def test_an_image_elsewhere_changes_the_logits(single_rank, tmp_path):
+def test_swapping_two_images_of_a_sample_changes_only_that_samples_logits(single_rank, tmp_path):
     hf = build_hf_model(image_token_id=IMAGE)
     hf.model.vision_tower.save_pretrained(tmp_path)
     model = build_model(str(tmp_path), connector="internvl").eval()
@@ -70,19 +70,20 @@ def test_clip_and_siglip_towers_give_one_feature_per_shuffled_patch(kind, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["internvl", "clip"])
-def test_a_composite_models_vision_tower_is_taken_out_of_it(kind, tmp_path):
+def test_the_vision_tower_of_a_composite_model_is_used(kind, tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
     from megatron_smar.model.vision import VisionConfig, VisionEncoder
 
     if kind == "internvl":
-        whole = build_hf_model(image_token_id=IMAGE)
-        tower = whole.model.vision_tower
+        composite = build_hf_model(image_token_id=IMAGE)
+        tower = composite.model.vision_tower
     else:
         sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
-        whole = CLIPModel(CLIPConfig(vision_config=sizes | {"image_size": SIDE, "patch_size": 8}, text_config=sizes))
-        tower = whole.vision_model
-    whole.save_pretrained(tmp_path)
+        vision = sizes | {"image_size": SIDE, "patch_size": 8}
+        composite = CLIPModel(CLIPConfig(vision_config=vision, text_config=sizes))
+        tower = composite.vision_model
+    composite.save_pretrained(tmp_path)
     encoder = VisionEncoder(VisionConfig(str(tmp_path), SIDE), torch.float32)
     pixels = torch.randn(1, 3, SIDE, SIDE)
     hidden = tower.eval()(pixels).last_hidden_state[:, -16:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which positions a context-parallel rank holds; the attention itself is compared across ranks in tests/distributed."""
+"""Tests of the positions that a context-parallel rank holds; tests/distributed compares attention across ranks."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from megatron_smar.model.context_parallel import zigzag_positions
 
 
 @given(st.integers(1, 5), st.integers(1, 6))
-def test_a_rank_holds_its_chunk_and_the_one_as_far_from_the_end(chunk, ranks):
+def test_a_rank_holds_its_chunk_and_the_chunk_at_the_same_distance_from_the_end(chunk, ranks):
     positions = zigzag_positions(2 * ranks * chunk, ranks)
     for rank, held in enumerate(positions.tolist()):
         first, second = rank * chunk, (2 * ranks - 1 - rank) * chunk
@@ -18,15 +18,15 @@ def test_a_rank_holds_its_chunk_and_the_one_as_far_from_the_end(chunk, ranks):
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 4))
-def test_each_sequence_of_a_pack_is_shared_out_by_itself(chunks, ranks):
+def test_each_sequence_of_a_pack_is_split_separately(chunks, ranks):
     lengths = torch.tensor(chunks) * 2 * ranks
     starts = (lengths.cumsum(0) - lengths).tolist()
-    alone = [zigzag_positions(length, ranks) + start for start, length in zip(starts, lengths.tolist(), strict=True)]
-    assert torch.equal(zigzag_positions(lengths.tolist(), ranks), torch.cat(alone, dim=1))
+    separate = [zigzag_positions(length, ranks) + start for start, length in zip(starts, lengths.tolist(), strict=True)]
+    assert torch.equal(zigzag_positions(lengths.tolist(), ranks), torch.cat(separate, dim=1))
 
 
 class _Place:
-    """What Megatron asks a process group for here."""
+    """The part of a process group that Megatron calls here."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -50,8 +50,8 @@ def test_an_attention_mask_under_context_parallelism_is_refused(single_rank):
         attention._mask_of_shard(torch.zeros(8, 1, 1, 1), False, torch.zeros(1, 1, 8, 8, dtype=torch.bool))
 
 
-def test_each_weight_is_waited_for_before_it_is_used(single_rank, tmp_path):
-    """--overlap-param-gather waits in hooks before a module's forward, which grouped experts go around."""
+def test_the_hook_that_waits_for_a_weight_runs_before_the_weight_is_used(single_rank, tmp_path):
+    """--overlap-param-gather waits for weights in modules' forward pre-hooks; grouped experts call no such forward."""
     from tests.models import build_hf_model, build_model, prepare
 
     build_hf_model(image_token_id=5).model.vision_tower.save_pretrained(tmp_path)

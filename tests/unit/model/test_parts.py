@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--freeze` takes away, and that nothing else stops learning."""
+"""Tests that `--freeze` freezes the named parts and that all other parts are still trained."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -24,7 +24,7 @@ def vision(tmp_path_factory) -> str:
 
 
 def gradients(model, images: int = 1) -> dict[str, torch.Tensor | None]:
-    """Of the language model's loss on a batch of one sample, by parameter."""
+    """Returns the gradients of the language model's loss on a batch of one sample, by parameter."""
     ids = torch.randint(6, 128, (1, 16), generator=torch.Generator().manual_seed(1))
     if images:
         ids[0, 3 : 3 + TOKENS] = IMAGE
@@ -34,7 +34,7 @@ def gradients(model, images: int = 1) -> dict[str, torch.Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if "mask_token" not in name}
 
 
-def test_each_parameter_belongs_to_the_part_whose_module_holds_it(single_rank, vision):
+def test_each_parameter_belongs_to_the_part_of_its_module(single_rank, vision):
     from megatron_smar.model.parts import part_of
 
     model = build_model(vision, connector="internvl", **SHARED)
@@ -49,13 +49,13 @@ def test_each_parameter_belongs_to_the_part_whose_module_holds_it(single_rank, v
             part = "dense"
         if "layernorm" in last and name.startswith("language_model."):
             part = "norms"
-        if part and not name.startswith(("vision_model.", "connector.")):  # modules come before those in them
+        if part and not name.startswith(("vision_model.", "connector.")):  # outer modules come before inner ones
             held |= {f"{name}.{parameter}": part for parameter, _ in module.named_parameters()}
     assert {name: part_of(name) for name, _ in model.named_parameters()} == held
     assert Counter(held.values()).keys() == {*ALL_BUT_EXPERTS, "experts", "router"}
 
 
-def test_transformer_engines_fused_norms_are_norms_and_strangers_are_refused():
+def test_transformer_engines_fused_norms_are_norms_and_unknown_parameters_are_refused():
     from megatron_smar.model.parts import part_of
 
     layer = "language_model.decoder.layers.0"
@@ -76,11 +76,11 @@ def test_a_frozen_part_gets_no_gradient_and_every_other_does(single_rank, vision
     model = build_model(vision, routing={"strategy": "smar"}, freeze=freeze, **SHARED).train()
     for name, gradient in gradients(model, images).items():
         frozen = part_of(name) in freeze
-        assert (gradient is None) == frozen, f"{name} {'learns' if frozen else 'left the graph'}"
+        assert (gradient is None) == frozen, f"{name} {'has a gradient' if frozen else 'has no gradient'}"
 
 
-def test_recomputation_behind_frozen_embeddings_gives_the_same_gradients(single_rank, vision):
-    """A recomputed block whose input takes no gradient has none for its own parameters either."""
+def test_recomputation_after_frozen_embeddings_gives_the_same_gradients(single_rank, vision):
+    """A recomputed block whose input requires no gradient computes none for its own parameters either."""
     torch.manual_seed(3)
     options = {"routing": {"strategy": "smar"}, "freeze": frozenset(ALL_BUT_EXPERTS), **MIXED}
     plain = build_model(vision, **options).train()
@@ -95,7 +95,7 @@ def test_recomputation_behind_frozen_embeddings_gives_the_same_gradients(single_
 
 
 def test_a_frozen_router_keeps_its_expert_bias(single_rank, vision):
-    """Megatron moves it after each step by the experts' load, without any gradient."""
+    """Megatron updates this bias after each step from the experts' load, without a gradient."""
     from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
 
     group = torch.distributed.group.WORLD
@@ -125,7 +125,7 @@ NO_DENSE = ("vision", "connector", "embeddings", "attention", "norms", "experts"
     ],
     ids=["experts of a mixture", "experts of a dense model", "no dense layers", "dense layers", "all"],
 )
-def test_freezing_all_that_a_model_has_is_refused(monkeypatch, freeze, model, trains):
+def test_freezing_every_part_of_a_model_is_refused(monkeypatch, freeze, model, trains):
     from megatron_smar import runtime
 
     runtime.install()

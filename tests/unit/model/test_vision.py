@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision encoder takes pixels as bytes and normalises them itself."""
+"""Tests that the vision encoder takes pixels as bytes and normalizes them itself."""
 
 import shutil
 from pathlib import Path
@@ -29,31 +29,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def every_value() -> Tensor:
-    """[3, 3, 32, 32] uint8: each of the 256 values in each colour."""
+    """Returns [3, 3, 32, 32] uint8 with each of the 256 values in each color channel."""
     return torch.arange(256).repeat(36).view(3, 3, SIDE, SIDE).byte()
 
 
 def reference(pixels: Tensor) -> Tensor:
-    """In double precision."""
+    """Normalizes in double precision."""
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
     return (pixels.double() / 255 - mean) / std
 
 
-def test_pixels_are_normalised_in_full_precision() -> None:
+def test_pixels_are_normalized_in_full_precision() -> None:
     pixels = every_value()
     values = normalise(pixels, MEAN, STD)
     assert values.dtype == torch.float32 and torch.equal(pixels, every_value())
     torch.testing.assert_close(values.double(), reference(pixels), atol=5e-7, rtol=0)
 
 
-def test_bytes_give_the_features_of_their_normalised_values(folder: str) -> None:
+def test_bytes_give_the_features_of_their_normalized_values(folder: str) -> None:
     encoder = VisionEncoder(VisionConfig(folder, SIDE), torch.float32)
     features = encoder(every_value())
     assert torch.equal(features, encoder(normalise(every_value(), MEAN, STD)))
-    assert (features - encoder(every_value().float())).abs().max() > 0.1, "normalising changes nothing here"
+    assert (features - encoder(every_value().float())).abs().max() > 0.1, "the normalization has no effect here"
 
 
-def test_bf16_weights_leave_the_normalisation_in_fp32(single_rank: None, folder: str) -> None:
+def test_with_bf16_weights_the_normalization_is_still_in_fp32(single_rank: None, folder: str) -> None:
     """Megatron casts a model's buffers and its floating-point inputs; a rounded mean would shift every pixel."""
 
     class Seen(nn.Module):
@@ -73,7 +73,7 @@ def test_bf16_weights_leave_the_normalisation_in_fp32(single_rank: None, folder:
     assert (seen.values != wrong).float().mean() > 0.1, "rounded constants would pass too"
 
 
-def test_a_tower_that_lacks_weights_is_refused_and_not_drawn_at_random(folder: str, tmp_path: Path) -> None:
+def test_a_tower_with_missing_weights_is_refused_and_not_initialized_randomly(folder: str, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     lost = next(name for name in weights if name.endswith("fc1.weight"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that pad the vocabulary take no part in losses, gradients and answers."""
+"""Tests that rows that pad the vocabulary have no effect on losses, gradients and answers."""
 
 from pathlib import Path
 
@@ -16,14 +16,14 @@ TOKENS, PADDED, HIDDEN, ROWS = 21, 32, 8, 6
 
 
 def compare_with_one_process(dtype: torch.dtype, with_bias: bool, weight_is_shared: bool = False) -> None:
-    """A padded output layer over all ranks beside a float64 product with the vocabulary alone; every rank asserts."""
+    """Compares a padded output layer over all ranks with a float64 reference without padding; every rank asserts."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     group = ProcessGroupCollection.use_mpu_process_groups().tp
     generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(PADDED, HIDDEN, generator=generator, dtype=torch.float64)
+    full = torch.randn(PADDED, HIDDEN, generator=generator, dtype=torch.float64)
     bias = torch.randn(PADDED, generator=generator, dtype=torch.float64)
-    whole[TOKENS:] *= 50  # what lies there must not matter
+    full[TOKENS:] *= 50  # the values of the padding must have no effect
     inputs = torch.randn(ROWS, 1, HIDDEN, generator=generator, dtype=torch.float64)
     labels = torch.randint(TOKENS, (ROWS, 1), generator=generator)
     config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1, use_cpu_initialization=True)
@@ -36,24 +36,24 @@ def compare_with_one_process(dtype: torch.dtype, with_bias: bool, weight_is_shar
     if with_bias:
         add_output_bias(layer)
         layer.bias.data.copy_(bias[share])
-    weight = torch.nn.Parameter(whole[share].clone().to(dtype)) if weight_is_shared else layer.weight
-    weight.data = whole[share].clone().to(dtype)
+    weight = torch.nn.Parameter(full[share].clone().to(dtype)) if weight_is_shared else layer.weight
+    weight.data = full[share].clone().to(dtype)
     mask_padding(layer, TOKENS, PADDED, group)
     x = inputs.clone().to(dtype).requires_grad_()
     logits, _ = layer(x, weight=weight if weight_is_shared else None)
     loss = vocab_parallel_cross_entropy(logits.clone(), labels, tp_group=group).sum()
     loss.backward()
 
-    y, reference = inputs.clone().requires_grad_(), whole[:TOKENS].clone().requires_grad_()
+    y, reference = inputs.clone().requires_grad_(), full[:TOKENS].clone().requires_grad_()
     reference_bias = bias[:TOKENS].clone().requires_grad_()
     scores = y @ reference.t() + (reference_bias if with_bias else 0)
     expected = torch.nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
     expected.backward()
-    # Megatron computes the cross-entropy in float32 whatever the logits are.
+    # Megatron computes the cross-entropy in float32, whatever the dtype of the logits.
     tolerance = dict(atol=1e-5 if dtype == torch.float64 else 2e-4, rtol=0, check_dtype=False)
     torch.testing.assert_close(loss, expected, **tolerance)
     torch.testing.assert_close(x.grad, y.grad, **tolerance)
-    padded = torch.zeros_like(whole)
+    padded = torch.zeros_like(full)
     padded[:TOKENS] = reference.grad
     torch.testing.assert_close(weight.grad, padded[share], **tolerance)
     if with_bias:
@@ -66,12 +66,12 @@ def compare_with_one_process(dtype: torch.dtype, with_bias: bool, weight_is_shar
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("weight_is_shared", [False, True])
-def test_loss_and_gradients_are_those_of_the_vocabulary_alone(single_rank, dtype, with_bias, weight_is_shared):
+def test_loss_and_gradients_are_those_without_padding(single_rank, dtype, with_bias, weight_is_shared):
     compare_with_one_process(dtype, with_bias, weight_is_shared)
 
 
-def test_they_are_so_on_tensor_parallel_ranks_of_which_one_holds_nothing_but_padding():
-    """Four ranks of 8 rows: 21 tokens end on the third."""
+def test_loss_and_gradients_are_right_on_tensor_parallel_ranks_of_which_one_has_only_padding():
+    """Uses four ranks with 8 rows each: the 21 tokens end on the third rank."""
     done = run(Path(__file__), ranks=4, timeout=120)
     assert done.stdout.count("equal") == 4
 

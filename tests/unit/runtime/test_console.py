@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is silenced on the console, and what never is."""
+"""Tests of which console messages are silenced and which never are."""
 
 import logging
 
@@ -20,17 +20,17 @@ from megatron_smar.runtime import console
         "could not load the checkpoint",
     ],
 )
-def test_what_is_not_named_is_written_unchanged(text):
+def test_lines_that_are_not_listed_are_written_unchanged(text):
     assert console.written(text) == text
 
 
-def test_megatrons_list_of_arguments_is_left_out_and_what_follows_is_not():
+def test_megatrons_table_of_arguments_is_left_out_and_the_lines_after_it_are_not():
     lines = ["-------- arguments --------", "  lr ....... 1", "-------- end of arguments ---------", "after"]
     assert [console.written(line) for line in lines] == [None, None, None, "after"]
 
 
 @pytest.mark.parametrize("level", [logging.WARNING, logging.ERROR])
-def test_an_error_passes_the_filter_that_stops_a_warning_of_the_same_words(level):
+def test_an_error_passes_the_filter_that_drops_a_warning_with_the_same_text(level):
     record = logging.LogRecord("x", level, __file__, 1, "GPTModel IS DEPRECATED. ...", None, None)
     other = logging.LogRecord("x", level, __file__, 1, "another thing", None, None)
     unlisted = console._Unlisted("GPTModel IS DEPRECATED")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which defaults an environment gets, and which flags it refuses."""
+"""Tests of the defaults of each environment, and of the flags that it refuses."""
 
 from argparse import Namespace
 
@@ -9,14 +9,14 @@ from megatron_smar.runtime.defaults import FP8_CAPABILITY, check_flags, defaults
 from megatron_smar.runtime.environment import Environment
 
 CPU = Environment("cpu")
-TORCH_ALONE = Environment("cuda")
+TORCH_ONLY = Environment("cuda")
 WITH_ENGINE = Environment("cuda", transformer_engine=True)
 WITH_APEX = Environment("cuda", apex=True, fused_weight_gradient=True)
 WITH_BOTH = Environment("cuda", transformer_engine=True, apex=True, fused_weight_gradient=True)
 
 
 def flags(environment: Environment, **given: object) -> Namespace:
-    """What Megatron's parser returns: its own defaults, the environment's, then the user's flags."""
+    """Returns what Megatron's parser returns: Megatron's defaults, then the environment's, then the user's flags."""
     megatron = {
         "transformer_impl": "transformer_engine",
         "apply_rope_fusion": True,
@@ -33,26 +33,26 @@ def flags(environment: Environment, **given: object) -> Namespace:
     return Namespace(**(megatron | defaults_of(environment) | given))
 
 
-@pytest.mark.parametrize("environment", [CPU, TORCH_ALONE, WITH_ENGINE, WITH_APEX, WITH_BOTH], ids=description)
-def test_every_environment_serves_its_own_defaults(environment):
+@pytest.mark.parametrize("environment", [CPU, TORCH_ONLY, WITH_ENGINE, WITH_APEX, WITH_BOTH], ids=description)
+def test_every_environment_accepts_its_own_defaults(environment):
     check_flags(flags(environment), environment)
 
 
 @pytest.mark.parametrize(
     ("environment", "changed"),
     [
-        (TORCH_ALONE, {"transformer_impl", "apply_rope_fusion", "gradient_accumulation_fusion", "moe_router_dtype"}),
+        (TORCH_ONLY, {"transformer_impl", "apply_rope_fusion", "gradient_accumulation_fusion", "moe_router_dtype"}),
         (WITH_ENGINE, {"gradient_accumulation_fusion", "moe_router_dtype"}),
         (WITH_APEX, {"transformer_impl", "apply_rope_fusion", "moe_router_dtype"}),
         (WITH_BOTH, {"moe_router_dtype"}),
     ],
-    ids=["torch alone", "Transformer Engine", "apex", "both"],
+    ids=["torch only", "Transformer Engine", "apex", "both"],
 )
-def test_only_what_is_missing_changes_a_default(environment, changed):
+def test_only_missing_packages_change_a_default(environment, changed):
     assert set(defaults_of(environment)) == changed
 
 
-@pytest.mark.parametrize("environment", [CPU, TORCH_ALONE, WITH_ENGINE, WITH_APEX, WITH_BOTH])
+@pytest.mark.parametrize("environment", [CPU, TORCH_ONLY, WITH_ENGINE, WITH_APEX, WITH_BOTH])
 def test_the_start_line_names_device_layers_and_optimizer(environment):
     line = description(environment)
     assert "\n" not in line and ("AdamW" in line) != ("FusedAdam" in line)
@@ -67,25 +67,25 @@ def test_the_start_line_names_device_layers_and_optimizer(environment):
         (CPU, {"distributed_backend": "nccl"}, "nccl needs GPUs"),
         (CPU, {"fp8": "hybrid"}, "--fp8-format needs Transformer Engine, which is not used on the CPU"),
         (CPU, {"gradient_accumulation_fusion": True}, "not used on the CPU"),
-        (TORCH_ALONE, {"transformer_impl": "transformer_engine"}, "give --transformer-impl local"),
-        (TORCH_ALONE, {"apply_rope_fusion": True}, "give --no-rope-fusion"),
-        (TORCH_ALONE, {"fp8": "hybrid"}, "--fp8-format needs Transformer Engine, which is not installed"),
-        (TORCH_ALONE, {"tp_comm_overlap": True}, "--tp-comm-overlap needs"),
-        (TORCH_ALONE, {"use_precision_aware_optimizer": True}, "without --optimizer-cpu-offload"),
+        (TORCH_ONLY, {"transformer_impl": "transformer_engine"}, "give --transformer-impl local"),
+        (TORCH_ONLY, {"apply_rope_fusion": True}, "give --no-rope-fusion"),
+        (TORCH_ONLY, {"fp8": "hybrid"}, "--fp8-format needs Transformer Engine, which is not installed"),
+        (TORCH_ONLY, {"tp_comm_overlap": True}, "--tp-comm-overlap needs"),
+        (TORCH_ONLY, {"use_precision_aware_optimizer": True}, "without --optimizer-cpu-offload"),
         (WITH_ENGINE, {"gradient_accumulation_fusion": True}, "fused_weight_gradient_mlp_cuda"),
         (WITH_ENGINE, {"fp8": "hybrid", "fp8_recipe": "bogus"}, "it must be one of delayed, tensorwise"),
     ],
 )
-def test_a_flag_that_the_environment_cannot_serve_gets_one_sentence(environment, given, said):
+def test_a_flag_that_the_environment_does_not_support_is_refused_in_one_sentence(environment, given, said):
     with pytest.raises(ValueError) as refused:
         check_flags(flags(environment, **given), environment)
     message = str(refused.value)
     assert said in message and message.endswith(".") and "\n" not in message
 
 
-def test_offload_with_its_precision_aware_optimizer_needs_no_transformer_engine():
+def test_the_precision_aware_optimizer_with_cpu_offload_does_not_need_transformer_engine():
     given = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
-    check_flags(flags(TORCH_ALONE, **given), TORCH_ALONE)
+    check_flags(flags(TORCH_ONLY, **given), TORCH_ONLY)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_offload_with_its_precision_aware_optimizer_needs_no_transformer_engine(
         ((8, 0), "delayed", None),
     ],
 )
-def test_a_recipe_that_the_card_has_no_units_for_is_refused_at_the_start(monkeypatch, capability, recipe, able):
+def test_an_fp8_recipe_that_the_gpu_does_not_support_is_refused_at_the_start(monkeypatch, capability, recipe, able):
     import torch
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)

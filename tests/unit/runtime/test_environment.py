@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device a process gets, and what it hears when that is not the one it should have."""
+"""Tests of the device that a process gets, and of the errors when it cannot have the device it should."""
 
 import subprocess
 import sys
@@ -33,11 +33,11 @@ def python(code: str, *path: Path, **environment: str) -> subprocess.CompletedPr
         ({"CUDA_VISIBLE_DEVICES": "-1"}, FILES, None),
     ],
 )
-def test_a_machine_or_job_with_gpus_is_not_taken_for_one_without(variables, files, said):
+def test_gpus_of_the_machine_or_job_are_expected_unless_they_are_hidden(variables, files, said):
     assert expected_gpus(variables, files) == said
 
 
-def test_expected_gpus_that_torch_cannot_use_end_the_run_instead_of_a_silent_cpu_run():
+def test_expected_gpus_that_torch_cannot_use_are_an_error_and_not_a_silent_cpu_run():
     done = python("from megatron_smar import runtime; runtime.install_or_exit()", CUDA_VISIBLE_DEVICES="99")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "GPUs are expected here (CUDA_VISIBLE_DEVICES=99)" in done.stderr
@@ -76,8 +76,8 @@ runtime.install_or_exit()
     assert done.returncode == 1 and "import megatron_smar.runtime first" in done.stderr
 
 
-def test_on_the_cpu_gpu_packages_beside_it_are_not_imported(tmp_path):
-    """Transformer Engine, apex and its extensions; each would be taken by Megatron wherever it can be imported."""
+def test_installed_gpu_packages_are_not_imported_on_the_cpu(tmp_path):
+    """Covers Transformer Engine, apex and its extensions; Megatron uses each of them wherever it can be imported."""
     from megatron_smar.runtime.environment import GPU_PACKAGES
 
     for name in GPU_PACKAGES:

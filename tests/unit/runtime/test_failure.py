@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank's last sentence, on the terminal and in torchrun's own report."""
+"""Tests of the sentence with which a rank ends, on the terminal and in torchrun's report."""
 
 import subprocess
 import sys
@@ -13,28 +13,28 @@ SENTENCE = "--lr is missing; give it."
 
 @pytest.fixture
 def program(tmp_path):
-    """One that ends with a sentence on every rank."""
+    """A program that ends with a sentence on every rank."""
     path = tmp_path / "train.py"
     path.write_text(f"from megatron_smar.runtime.failure import end\nend({SENTENCE!r})\n")
     return path
 
 
-def test_torchruns_report_ends_with_the_sentence_which_one_rank_alone_says_on_the_terminal(program):
+def test_torchruns_report_ends_with_the_sentence_and_only_one_rank_writes_it_to_the_terminal(program):
     done = run(program, ranks=2, check=False)
     assert done.returncode == 1
     lines = [line.strip() for line in done.stdout.splitlines()]
-    assert lines.count(f"train.py: error: {SENTENCE}") <= 1, "one rank speaks for its node"
+    assert lines.count(f"train.py: error: {SENTENCE}") <= 1, "more than one rank of the node wrote the sentence"
     report = lines[lines.index("Root Cause (first observed failure):") :]
     assert f"traceback : train.py: error: {SENTENCE}" in report, done.stdout
     assert "To enable traceback see" not in done.stdout
 
 
-def test_without_torchrun_every_rank_says_it(program):
+def test_without_torchrun_every_rank_writes_the_sentence(program):
     for done in run_each_rank(program, ranks=2, check=False):
         assert (done.returncode, done.stdout) == (1, f"train.py: error: {SENTENCE}\n")
 
 
-def test_an_error_file_that_cannot_be_written_hides_no_sentence(program, tmp_path):
+def test_the_sentence_is_on_the_terminal_if_torchruns_error_file_cannot_be_written(program, tmp_path):
     environment = {"PATH": "", "LOCAL_RANK": "1", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "missing" / "error.json")}
     environment["PYTHONPATH"] = ":".join(sys.path)
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
@@ -42,7 +42,7 @@ def test_an_error_file_that_cannot_be_written_hides_no_sentence(program, tmp_pat
 
 
 @pytest.mark.parametrize("collective", ["dist.all_reduce(value)", "dist.recv(value, 1)", "dist.barrier()"])
-def test_a_rank_that_loses_another_says_so_in_one_sentence_instead_of_gloos_traceback(tmp_path, collective):
+def test_a_rank_that_loses_its_peer_reports_it_in_one_sentence_instead_of_gloos_traceback(tmp_path, collective):
     path = tmp_path / "train.py"
     path.write_text(f"""
 import torch, torch.distributed as dist

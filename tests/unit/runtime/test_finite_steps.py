@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses within the gradient norm, and who stops at a norm that is not finite."""
+"""Tests that the gradient norm includes the losses, and that optimizers stop at a norm that is not finite."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def norm(gradients):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("gradients", [GRADIENTS, [gradient.bfloat16() for gradient in GRADIENTS], []])
-def test_a_loss_that_is_not_finite_makes_the_norm_so_and_a_finite_one_leaves_it(step, gradients, value):
+def test_a_loss_that_is_not_finite_makes_the_norm_not_finite_and_a_finite_loss_leaves_it(step, gradients, value):
     reports = [{"lm loss": torch.tensor([7.0, 2.0])}, {"lm loss": torch.tensor([value, 2.0]), "other": torch.ones(1)}]
     expected = 5.0 if gradients else 0.0
     assert norm(gradients) == expected
@@ -32,14 +32,14 @@ def test_a_loss_that_is_not_finite_makes_the_norm_so_and_a_finite_one_leaves_it(
     step.note(reports, [])
     assert not torch.tensor(norm(gradients)).isfinite()
     assert step.has_faulty_loss()
-    step.note([], [])  # of a pipeline stage that computes no loss
+    step.note([], [])  # as on a pipeline stage that computes no loss
     assert norm(gradients) == expected
-    step.note(reports[:1], [torch.ones(3), torch.tensor([0.0, value])])  # the norm leaves a weight's copies out
+    step.note(reports[:1], [torch.ones(3), torch.tensor([0.0, value])])  # copies are not in the norm
     assert not torch.tensor(norm(gradients)).isfinite() and not step.has_faulty_loss()
 
 
 class Part(optimizers.MegatronOptimizer):
-    """An optimizer of one parameter that notes whether it stepped."""
+    """An optimizer with one gradient that records whether it stepped."""
 
     def __init__(self, gradient, grad_scaler=None, group=None):
         self.group = group
@@ -69,7 +69,7 @@ class Part(optimizers.MegatronOptimizer):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_optimizer_that_finds_a_norm_that_is_not_finite_has_changed_nothing(step, value):
+def test_an_optimizer_changes_nothing_if_the_norm_is_not_finite(step, value):
     good = Part(torch.ones(2))
     assert optimizers.ChainedOptimizer([good]).step()[0] and good.stepped
     for scaler in (None, ConstantGradScaler(8.0)):
@@ -78,7 +78,7 @@ def test_an_optimizer_that_finds_a_norm_that_is_not_finite_has_changed_nothing(s
             optimizers.ChainedOptimizer([optimizers.ChainedOptimizer([bad])]).step()
         assert not bad.stepped
         assert finite_steps._STEP.optimizer is None
-    apart = Part(torch.tensor([1.0, value]), group="mtp")  # heads whose gradients are clipped by themselves
+    apart = Part(torch.tensor([1.0, value]), group="mtp")  # heads whose gradients are clipped separately
     with pytest.raises(finite_steps.NotFiniteError):
         optimizers.ChainedOptimizer([good, apart]).step()
     assert not apart.stepped
@@ -97,6 +97,6 @@ def test_an_overflow_in_one_of_the_chained_optimizers_lowers_the_loss_scale_of_a
     assert nested.step() == (False, None, None)
     assert [scaler.scale.item() for scaler in scalers] == [4.0] * 3
     parts[faulty].gradient = torch.ones(2)
-    for expected in (4.0, 8.0):  # and grow together
+    for expected in (4.0, 8.0):  # the scales also grow together
         assert nested.step()[0]
         assert [scaler.scale.item() for scaler in scalers] == [expected] * 3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection of the device, and what the adaptations change."""
+"""Tests of the detection of the device, and of what the adaptations change."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def test_a_wrong_device_is_refused_in_one_sentence(wanted, said):
     assert said in done.stderr.strip().splitlines()[-1]
 
 
-def test_installing_twice_changes_nothing_more():
+def test_a_second_installation_changes_nothing():
     code = """
 import torch
 from megatron_smar import runtime
@@ -43,11 +43,11 @@ assert len(names) == len(set(names)) > 10 and all(a.reason and a.needed_by for a
     assert done.returncode == 0, done.stderr
 
 
-def test_on_cuda_torch_stays_as_it_is_and_only_repairs_that_hold_there_act():
-    """On a machine that reports CUDA, install() must leave torch's functions alone and repair Megatron all the same."""
+def test_on_cuda_torch_is_unchanged_and_only_adaptations_for_cuda_are_applied():
+    """On a machine that reports CUDA, install() must not change torch's functions but must still fix Megatron."""
     code = """
 import sys, torch
-torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)  # all that detection asks
+torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)  # all that detection calls
 before = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")}, torch.Tensor.cuda, torch.cuda.Stream
 from megatron_smar import runtime
 assert runtime.install() == "cuda"
@@ -65,7 +65,7 @@ assert defaults["transformer_impl"] == "local" and "distributed_backend" not in 
     assert done.returncode == 0, done.stderr
 
 
-def test_cuda_calls_land_on_the_cpu_and_device_contexts_still_work():
+def test_cuda_calls_are_redirected_to_the_cpu_and_device_contexts_still_work():
     code = """
 from megatron_smar import runtime
 runtime.install()

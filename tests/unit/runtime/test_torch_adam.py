@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient norm and its scaling, beside Megatron's own functions that they stand for."""
+"""Tests of the gradient norm and the scaling of gradients, compared with the Megatron functions that they replace."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ def gradients(sizes: list[int]) -> list[torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def _redirected(single_rank):
-    """Megatron's own function makes a tensor on `cuda`."""
+    """Redirects CUDA to the CPU: Megatron's own function creates a tensor on `cuda`."""
 
 
 @given(SIZES)
-def test_the_norm_is_megatrons_to_the_last_bit(sizes):
+def test_the_norm_equals_megatrons_bit_by_bit(sizes):
     ours, none = l2_norm(0, NO_OVERFLOW, [gradients(sizes)], False)
     theirs, _ = local_multi_tensor_l2_norm(0, NO_OVERFLOW, [gradients(sizes)], False)
     assert ours.shape == theirs.shape == (1,) and ours.dtype == torch.float32 and none is None
@@ -31,17 +31,17 @@ def test_the_norm_is_megatrons_to_the_last_bit(sizes):
 
 
 @given(SIZES)
-def test_the_norm_is_that_of_all_gradients_as_one_vector(sizes):
+def test_the_norm_equals_that_of_all_gradients_concatenated(sizes):
     exact = torch.cat(gradients(sizes)).double().norm()
     assert torch.allclose(l2_norm(0, NO_OVERFLOW, [gradients(sizes)], False)[0].double(), exact, rtol=1e-6)
 
 
 @given(SIZES, st.floats(0.01, 1.0))
-def test_gradients_are_scaled_where_they_lie_or_into_others(sizes, factor):
+def test_gradients_are_scaled_in_place_or_into_other_tensors(sizes, factor):
     expected = [tensor * factor for tensor in gradients(sizes)]
-    there = gradients(sizes)
-    scale(0, NO_OVERFLOW, [there, there], factor)
-    copies = [torch.empty_like(tensor) for tensor in there]
+    in_place = gradients(sizes)
+    scale(0, NO_OVERFLOW, [in_place, in_place], factor)
+    copies = [torch.empty_like(tensor) for tensor in in_place]
     scale(0, NO_OVERFLOW, [gradients(sizes), copies], factor)
-    for one, other, right in zip(there, copies, expected, strict=True):
+    for one, other, right in zip(in_place, copies, expected, strict=True):
         assert torch.equal(one, right) and torch.equal(other, right)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image benchmark measures what it says; not how fast anything is."""
+"""Tests that the image benchmark measures what it says, not how fast anything is."""
 
 from types import ModuleType
 
@@ -10,11 +10,11 @@ import benchmarks.images
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    """benchmarks/images.py as a module."""
+    """The module benchmarks/images.py."""
     return benchmarks.images
 
 
-def test_all_parts_are_measured_and_ours_stays_near_pillow(benchmark: ModuleType) -> None:
+def test_all_parts_are_measured_and_this_projects_pixels_are_close_to_pillows(benchmark: ModuleType) -> None:
     files = {name: data for name, data in benchmark.make_pictures().items() if name.startswith("640x480")}
     rows = benchmark.measure_all(files, set(), rounds=2)
     assert {row.part for row in rows} == {"decode", "resize", "tiles"}
@@ -27,7 +27,7 @@ def test_all_parts_are_measured_and_ours_stays_near_pillow(benchmark: ModuleType
     assert tiled.tiles_per_second == pytest.approx(13 * tiled.images_per_second)  # 4 x 3 and the thumbnail
 
 
-def test_our_tiles_are_those_of_transformers_with_torchvision(benchmark: ModuleType) -> None:
+def test_tiles_equal_those_of_transformers_with_torchvision(benchmark: ModuleType) -> None:
     files = dict(list(benchmark.make_pictures().items())[:2])
     differences = benchmark.differences_from_transformers(files, {"torchvision"})
     assert differences["torchvision"] == 0 and differences["pillow"] <= 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/scaling_table.py: the arithmetic of docs/scaling.md."""
+"""Tests of tools/scaling_table.py, the arithmetic of docs/scaling.md."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ PROGRAM = ROOT / "tools/scaling_table.py"
 
 
 def reduced_floats(experts: int, modalities: int) -> int:
-    """Size of what a layer really reduces."""
+    """Returns the number of floats that a layer really reduces."""
     sums = routing_statistics(
         torch.rand(6, experts), torch.ones(6, experts, dtype=torch.bool), torch.arange(6) % modalities, modalities
     )
@@ -31,7 +31,7 @@ def test_the_document_shows_what_the_program_prints():
 
 
 @given(st.integers(1, 300), st.integers(2, 5))
-def test_floats_per_layer_are_what_the_reduction_holds(experts, modalities):
+def test_floats_per_layer_equal_the_size_of_the_reduced_tensor(experts, modalities):
     model = scaling.Model("any", 1, 8, 8, experts, 1, modalities)
     assert scaling.floats_per_layer(model) == reduced_floats(experts, modalities)
 
@@ -45,7 +45,10 @@ def test_the_share_does_not_depend_on_layers_or_micro_batches(layers, micro_batc
 
 
 def test_volumes_by_hand():
-    """Mixtral on 8 ranks, 1 token: 34 floats * 4 bytes * 2 * 7/8 * 32 layers; 4 * 2 * 7/8 copies of 4096 * 2 bytes."""
+    """Mixtral on 8 ranks, 1 token: 34 floats * 4 bytes * 2 * 7/8 * 32 layers; 4 * 2 * 7/8 copies of 4096 * 2 bytes.
+
+    The copies are also sent in each of the 32 layers.
+    """
     setup = scaling.Setup(tokens=1)
     assert scaling.statistics_bytes(scaling.MIXTRAL, setup, 8) == 34 * 4 * 1.75 * 32
     assert scaling.all_to_all_bytes(scaling.MIXTRAL, setup) == 7 * 4096 * 2 * 32
@@ -53,6 +56,6 @@ def test_volumes_by_hand():
 
 
 @pytest.mark.parametrize("flags", [["--expert-parallel", "3"], ["--tokens", "0"]])
-def test_a_setup_that_makes_no_sense_is_refused_in_a_sentence(flags):
+def test_an_invalid_setup_is_refused_in_a_sentence(flags):
     done = subprocess.run([sys.executable, str(PROGRAM), *flags], capture_output=True, text=True)
     assert done.returncode == 2 and f"error: {flags[0]} {flags[1]}" in done.stderr.replace(" is ", " ")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA's apex beside the project: taken on CUDA, left alone on the CPU.
+"""Tests with NVIDIA's apex installed: it is used on CUDA and ignored on the CPU.
 
-Its kernels need a GPU, so that a package of its shape stands for it here: everything that computes raises. With it the
-trainer's arguments, model, optimizer and the optimizer's state in a checkpoint are made; no step has ever run.
+apex's kernels need a GPU, so a fake package with the same interface replaces it here: everything that computes raises.
+With it arguments, model, optimizer and the optimizer's state in a checkpoint are built; no training step has ever run.
 """
 
 import json
@@ -25,7 +25,7 @@ FUSED_ADAM = '''
 import torch
 
 class FusedAdam(torch.optim.Optimizer):
-    """The constructor and the groups of apex's, which keeps the step in the group; its step is a kernel."""
+    """The constructor and the groups of apex's class, which stores the step in the group; its step is a kernel."""
 
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True,
                  weight_decay=0.0, amsgrad=False, set_grad_none=True, capturable=False, master_weights=False):
@@ -51,7 +51,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def apex(tmp_path_factory) -> Path:
-    """A folder for PYTHONPATH."""
+    """A folder with the fake apex, for PYTHONPATH."""
     folder = tmp_path_factory.mktemp("apex")
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,14 +61,14 @@ def apex(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> Path:
-    """A recipe's folder with its small model converted."""
+    """A recipe's output folder with its converted small model."""
     folder = tmp_path_factory.mktemp("recipe") / "mixtral_8x7b_internvit"
     run_script(folder.name, "convert", folder, "--tiny")
     return folder
 
 
 def constructed(output: Path) -> dict:
-    """What a run of the 64-GPU layout makes on a claimed device."""
+    """Returns what a run with the 64-GPU layout's flags builds on a claimed device."""
     _, given = command_on_gpus(output.name, "stage1", 64, output, DATA=str(output / "input" / "stage1"))
     small = ["--freeze", "vision", "--expert-model-parallel-size", 1, "--global-batch-size", 1, "--seq-length", 256]
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -76,17 +76,17 @@ def constructed(output: Path) -> dict:
     return json.loads((output / "made.json").read_text())
 
 
-def test_apex_is_taken_on_cuda_and_its_optimizer_saves_the_state_that_torchs_does(apex, output, monkeypatch):
-    alone = constructed(output)
+def test_apex_is_used_on_cuda_and_its_optimizer_saves_the_same_state_as_torchs(apex, output, monkeypatch):
+    without = constructed(output)
     monkeypatch.setenv("PYTHONPATH", str(apex))
-    beside = constructed(output)
-    assert set(alone["optimizers"]) == {"AdamW"} and set(beside["optimizers"]) == {"FusedAdam"}
-    assert beside["state"] == alone["state"] and any("exp_avg_sq" in name for name in alone["state"])
-    assert not alone["flags"]["gradient_accumulation_fusion"] and beside["flags"]["gradient_accumulation_fusion"]
-    assert alone["flags"]["transformer_impl"] == beside["flags"]["transformer_impl"] == "local"
+    with_apex = constructed(output)
+    assert set(without["optimizers"]) == {"AdamW"} and set(with_apex["optimizers"]) == {"FusedAdam"}
+    assert with_apex["state"] == without["state"] and any("exp_avg_sq" in name for name in without["state"])
+    assert not without["flags"]["gradient_accumulation_fusion"] and with_apex["flags"]["gradient_accumulation_fusion"]
+    assert without["flags"]["transformer_impl"] == with_apex["flags"]["transformer_impl"] == "local"
 
 
-def test_apex_without_its_fused_gradients_starts_all_the_same(apex, output, monkeypatch, tmp_path):
+def test_apex_without_its_fused_weight_gradients_is_used_too(apex, output, monkeypatch, tmp_path):
     for name in FILES:
         if name != "fused_weight_gradient_mlp_cuda.py":
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +96,6 @@ def test_apex_without_its_fused_gradients_starts_all_the_same(apex, output, monk
     assert set(made["optimizers"]) == {"FusedAdam"} and not made["flags"]["gradient_accumulation_fusion"]
 
 
-def test_a_tiny_recipe_trains_on_the_cpu_with_apex_beside_it(apex, output):
+def test_a_tiny_recipe_trains_on_the_cpu_with_apex_installed(apex, output):
     run_script(output.name, "stage1", output, "--tiny", PYTHONPATH=str(apex))
     assert (output / "stage1" / "latest_checkpointed_iteration.txt").read_text() == "5"
