@@ -45,7 +45,9 @@ def resume_command(save: str, command: Sequence[str] | None = None) -> str:
         command: The command; None for this process's, torchrun included.
     """
     parts = _own_command() if command is None else command
-    return shlex.join(apply_start(parts, StartPoint(save, False, {}, returns=True)))
+    if "--config" in parts:  # a file's start is not on the command line; the same command resumes from --save
+        return shlex.join(parts)
+    return shlex.join(apply_start(parts, StartPoint(save, False, {}, resumes_from_save=True)))
 
 
 def _own_command() -> list[str]:

@@ -27,6 +27,7 @@ from PIL import Image
 
 import megatron_smar.data.preparation
 from megatron_smar.commands.prepare import main
+from megatron_smar.data.sources.report import format_report
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "tools/data/prepare.py"
@@ -114,7 +115,7 @@ def test_unusable_records_are_skipped_counted_and_listed(prepare: ModuleType, tm
     assert {(reject["id"], reject["reason"]) for reject in rejects} == {(reason, reason) for reason in BAD}
     (gone,) = (reject for reject in rejects if reject["reason"] == "missing_image")
     assert gone["key"] == "train_000000004" and str(images / "gone.png") in gone["message"]
-    table = prepare.format_report(reports).splitlines()
+    table = format_report(reports).splitlines()
     assert table[0].split()[:6] == ["split", "kept", "images", "trimmed", "left", "out"] and "missing_image" in table[0]
     assert table[1].split()[:5] == ["train", "4", "3", "0", str(len(BAD))]
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_smar.data.sources.report import format_report
+
 from .test_prepare import GOOD, images, members, prepare, talk, write
 
 __all__ = ["images", "prepare"]  # fixtures
@@ -30,7 +32,7 @@ def test_images_under_the_other_key_are_kept_and_refused_without_tags(
     (reject,) = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert reject["message"].startswith("0 <image> tags but 1 image: ")
     assert report.unread == {"mood": 2}
-    assert prepare.format_report(reports).splitlines()[-1] == "Keys that were not read: `mood` in 2 samples"
+    assert format_report(reports).splitlines()[-1] == "Keys that were not read: `mood` in 2 samples"
     assert prepare.SplitReport.from_json(json.loads(json.dumps(vars(report)))) == report
 
 
