@@ -14,6 +14,7 @@ from megatron_smar.training.stop import describe_stop, resume_command
         ("torchrun --nproc-per-node 8 p.py --lr 1e-3", "torchrun --nproc-per-node 8 p.py --lr 1e-3 --load out"),
         ("python p.py --load stage1 --finetune --save out", "python p.py --save out --load out"),
         ("python p.py --load=stage1 --finetune", "python p.py --load out"),
+        ("python p.py --config run.yaml --layout 8", "python p.py --config run.yaml --layout 8"),
         ("python p.py --load-main-params-from-ckpt", "python p.py --load-main-params-from-ckpt --load out"),
     ],
 )
