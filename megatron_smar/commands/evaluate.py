@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,11 @@ from megatron_smar.checkpoint.stored_flags import stored_flags
 from megatron_smar.config.build import image_config, modality_table, vision_config
 from megatron_smar.config.run_file import saved_folder
 from megatron_smar.data.batch import EncodedSample
-from megatron_smar.data.conversations import Segment, record_segments, template_for
+from megatron_smar.data.conversations import record_segments, template_for
 from megatron_smar.data.fields import image_modalities
 from megatron_smar.data.held_out import read_questions, read_texts
 from megatron_smar.data.rejects import SampleError
-from megatron_smar.data.task_encoder import SampleTokenizer
+from megatron_smar.data.sample_encoder import SampleEncoder
 from megatron_smar.data.tiling import ImageProcessor
 from megatron_smar.data.tokens import TextEncoder
 from megatron_smar.evaluation.evaluator import Evaluator, exact_match, perplexity, word_completion
@@ -79,33 +81,20 @@ def read_records(options: argparse.Namespace) -> None:
 
 
 class Encoder:
-    """Held-out records to encoded samples, as the trainer would encode them."""
+    """Encodes held-out records as the trainer would."""
 
     def __init__(self) -> None:
         args = get_args()
         self.template = template_for(args.conversation_template, get_tokenizer())
         self.text = TextEncoder(get_tokenizer(), self.template.special_tokens, modality_table(args))
-        self.images = ImageProcessor(image_config(args))
         self.tokens_per_tile = tokens_per_tile(vision_config(args))
-        self.tokenize = SampleTokenizer(self.text, self.images, self.tokens_per_tile, args.seq_length)
+        images = ImageProcessor(image_config(args))
+        self.samples = SampleEncoder(self.text, images, self.tokens_per_tile, args.seq_length)
 
-    def encode(
-        self, key: str, segments: list[Segment], files: list[bytes], kinds: list[str] | None = None, full: bool = True
-    ) -> EncodedSample:
-        """One sample; without `full` a prompt, whose last token has no successor."""
-        try:
-            ids, targets = self.tokenize(segments, files, kinds)
-        except SampleError as error:
-            raise SampleError(error.reason, f"{key}: {error.message}") from error
-        inputs, labels, mask = (ids[:-1], ids[1:], targets[1:]) if full else (ids, ids, [False] * len(ids))
-        return EncodedSample(
-            __key__=key,
-            __restore_key__=(),
-            input_ids=torch.tensor(inputs),
-            labels=torch.tensor(labels),
-            loss_mask=torch.tensor(mask, dtype=torch.float32),
-            pixel_values=torch.cat([self.images.empty(), *map(self.images, files)]),
-        )
+    def passage(self, key: str, record: dict[str, Any]) -> EncodedSample:
+        """A record of text, all of which is a target."""
+        with named(key):
+            return self.samples.encode(key, record_segments(record, self.template, 0), [])
 
     @property
     def end_of_turn(self) -> int:
@@ -125,18 +114,25 @@ class Encoder:
         segments = record_segments({"conversations": turns}, self.template, len(files))
         if not answered:
             segments = [segment for segment in segments if not segment.is_target]
-        kinds = image_modalities(item, len(files))
-        return self.encode(str(item.get("id", "")), segments, files, kinds, full=answered)
+        key, kinds = str(item.get("id", "")), image_modalities(item, len(files))
+        with named(key):
+            return (self.samples.encode if answered else self.samples.prompt)(key, segments, files, kinds)
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Puts a record's key in front of the message of an error in it."""
+    try:
+        yield
+    except SampleError as error:
+        raise SampleError(error.reason, f"{key}: {error.message}") from error
 
 
 def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
     """All that was asked for."""
     results: dict[str, Any] = {}
     if options.texts:
-        samples = [
-            encoder.encode(str(r.get("id", i)), record_segments(r, encoder.template, 0), [])
-            for i, r in enumerate(options.texts)
-        ]
+        samples = [encoder.passage(str(r.get("id", i)), r) for i, r in enumerate(options.texts)]
         scores = evaluator.score(samples, "text")
         results |= {"text_perplexity": perplexity(scores), "word_accuracy": word_completion(scores)}
     if options.questions:

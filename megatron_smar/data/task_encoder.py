@@ -7,11 +7,9 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.energon import (
     Cooker,
@@ -38,12 +36,13 @@ from megatron_smar.data.blend import (
     split_by_image,
 )
 from megatron_smar.data.config import DataConfig
-from megatron_smar.data.conversations import Segment, record_segments, template_for, tokenize_segments
+from megatron_smar.data.conversations import record_segments, template_for
 from megatron_smar.data.fields import image_modalities
-from megatron_smar.data.images import read_each, read_image, read_size
+from megatron_smar.data.images import read_each, read_image
 from megatron_smar.data.packing import pack
 from megatron_smar.data.raw_sample import split_parts
 from megatron_smar.data.rejects import DataError, RejectLog, SampleError
+from megatron_smar.data.sample_encoder import SampleEncoder
 from megatron_smar.data.tiling import ImageProcessor
 from megatron_smar.data.tokens import TextEncoder
 
@@ -64,38 +63,6 @@ def cook(sample: CrudeSample) -> RawSample:
     """Wraps a crude sample unchecked; errors are found and counted when it is encoded."""
     parts = {name: content for name, content in sample.items() if not name.startswith("__")}
     return RawSample(**basic_sample_keys(sample), parts=parts)
-
-
-@dataclass(frozen=True)
-class SampleTokenizer:
-    """Converts segments and image files to token ids.
-
-    Attributes:
-        encoder: Encodes text to token ids.
-        images: Computes the number of tiles of an image.
-        tokens_per_tile: Number of vision tokens per tile.
-        seq_length: Maximum number of positions of a sample.
-    """
-
-    encoder: TextEncoder
-    images: ImageProcessor
-    tokens_per_tile: int
-    seq_length: int
-
-    def __call__(
-        self, segments: Sequence[Segment], files: Sequence[bytes], kinds: Sequence[str] | None = None
-    ) -> tuple[list[int], list[bool]]:
-        """Returns token ids, with the placeholders of the images, and for each id whether it is a training target.
-
-        Raises:
-            SampleError: An image cannot be read or is of an unknown kind, or the sample does not fit into --seq-length.
-        """
-        lengths = [self.tokens_per_tile * self.images.count_tiles(*size) for size in read_each(files, read_size)]
-        ids, targets = tokenize_segments(segments, self.encoder, lengths, kinds)
-        # Each position predicts the next one, so that n + 1 tokens take n positions.
-        if len(ids) - 1 > self.seq_length:
-            raise SampleError("too_long", f"{len(ids) - 1} positions, but --seq-length is {self.seq_length}")
-        return ids, targets
 
 
 class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, VisionLanguageBatch]):
@@ -123,7 +90,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         self._labels: dict[str, str] = {}
         self.template = template_for(config.template, encoder.tokenizer)
         self.images = ImageProcessor(config.image)
-        self.tokenize = SampleTokenizer(encoder, self.images, config.tokens_per_tile, config.seq_length)
+        self.samples = SampleEncoder(encoder, self.images, config.tokens_per_tile, config.seq_length)
 
     @stateless
     def preencode_sample(self, sample: RawSample) -> TokenizedSample:
@@ -174,20 +141,16 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         """
         record, files = split_parts(sample.__key__, sample.parts)
         segments = record_segments(record, self.template, len(files))
-        ids, targets = self.tokenize(segments, files, image_modalities(record, len(files)))
+        ids, targets = self.samples.tokenize(segments, files, image_modalities(record, len(files)))
         if not any(targets[1:]):
             raise SampleError("empty_conversation", "there is no token to learn")
         num_tiles = sum(map(ids.count, self.encoder.image_tokens.placeholder_ids)) // self.config.tokens_per_tile
         most = self.config.packing_max_tiles
         if most is not None and num_tiles > most:
             raise SampleError("too_many_tiles", f"{num_tiles} image tiles, but --packing-max-tiles is {most}")
-        # Through numpy, because torch takes several times as long for a list.
-        tokens = torch.from_numpy(np.array(ids, dtype=np.int64))
         tokenized = TokenizedSample.derive_from(
             sample,
-            input_ids=tokens[:-1],
-            labels=tokens[1:],
-            loss_mask=torch.from_numpy(np.array(targets[1:], dtype=np.float32)),
+            **self.samples.inputs(ids, targets),
             num_tiles=num_tiles,
             files=files,
         )
@@ -221,8 +184,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
     def _tiles(self, files: Sequence[bytes], key: str) -> torch.Tensor:
         try:
             if self.decode_images:
-                tiles = read_each(files, self.images) or [self.images.empty()]
-                return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+                return self.samples.tiles(files)
             if self.config.verify_images:
                 read_each(files, read_image)
         except SampleError as error:
