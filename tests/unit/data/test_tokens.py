@@ -67,7 +67,7 @@ def test_image_tokens_are_added_after_mixtrals_tokens_and_change_none(
     main()
     after = load_tokenizer(tmp_path / "new.model")
     assert before.vocab_size == 32000 and after.vocab == before.vocab + list(IMAGE_TOKENS)
-    assert ImageTokens.from_tokenizer(after) == ImageTokens(32000, 32001, 32002)
+    assert ImageTokens.from_tokenizer(after) == ImageTokens(32000, 32001, (32002,))
     assert [after.tokenize(line) for line in LANGUAGES] == [before.tokenize(line) for line in LANGUAGES]
     assert (after.bos, after.eos, after.unk) == (before.bos, before.eos, before.unk) == (1, 2, 0)
 
