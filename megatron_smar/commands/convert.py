@@ -31,7 +31,7 @@ from megatron_smar.checkpoint.describe import describe
 from megatron_smar.checkpoint.metadata import find_checkpoint, run_arguments
 from megatron_smar.checkpoint.safetensors_io import read_folder
 from megatron_smar.checkpoint.stored_flags import strategy_flags
-from megatron_smar.config.build import vision_config
+from megatron_smar.config.build import get_run_config
 from megatron_smar.config.flags import CONNECTORS
 from megatron_smar.config.run_file import saved_folder
 from megatron_smar.conversion import composite, outcome
@@ -49,7 +49,6 @@ from megatron_smar.evaluation.verify import (
     compare,
 )
 from megatron_smar.modalities import Modalities
-from megatron_smar.model.vision import tokens_per_tile
 from megatron_smar.training.setup import start
 
 FORMS = "give either --hf, or both --language and --vision."
@@ -224,7 +223,7 @@ def verify(options: argparse.Namespace, flags: list[str]) -> bool:
         model, _, _ = start([str(word) for word in argv], _stored_strategy(options.load, flags))
     args = get_args()
     ids, tiles = build_inputs(hf, config, options.text, options.image, args.tensor_model_parallel_size)
-    logits = checkpoint_logits(model, ids, tiles, config.image_token_id, tokens_per_tile(vision_config(args)))
+    logits = checkpoint_logits(model, ids, tiles, config.image_token_id, get_run_config().tokens_per_tile)
     found: list[Agreement | None] = [None]
     if dist.get_rank() == 0:
         reference = (

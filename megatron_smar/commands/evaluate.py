@@ -32,7 +32,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_tokenizer
 
 from megatron_smar.checkpoint.stored_flags import stored_flags
-from megatron_smar.config.build import image_config, modality_table, vision_config
+from megatron_smar.config.build import get_run_config
 from megatron_smar.config.run_file import saved_folder
 from megatron_smar.data.batch import EncodedSample
 from megatron_smar.data.conversations import record_segments, template_for
@@ -43,7 +43,6 @@ from megatron_smar.data.sample_encoder import SampleEncoder
 from megatron_smar.data.tiling import ImageProcessor
 from megatron_smar.data.tokens import TextEncoder
 from megatron_smar.evaluation.evaluator import Evaluator, exact_match, perplexity, word_completion
-from megatron_smar.model.vision import tokens_per_tile
 from megatron_smar.monitoring.recorder import recorded_routing
 from megatron_smar.training.setup import fail, start
 
@@ -84,12 +83,12 @@ class Encoder:
     """Encodes held-out records as the trainer would."""
 
     def __init__(self) -> None:
-        args = get_args()
-        self.template = template_for(args.conversation_template, get_tokenizer())
-        self.text = TextEncoder(get_tokenizer(), self.template.special_tokens, modality_table(args))
-        self.tokens_per_tile = tokens_per_tile(vision_config(args))
-        images = ImageProcessor(image_config(args))
-        self.samples = SampleEncoder(self.text, images, self.tokens_per_tile, args.seq_length)
+        run = get_run_config()
+        self.template = template_for(run.template, get_tokenizer())
+        self.text = TextEncoder(get_tokenizer(), self.template.special_tokens, run.modalities)
+        self.tokens_per_tile = run.tokens_per_tile
+        images = ImageProcessor(run.images)
+        self.samples = SampleEncoder(self.text, images, self.tokens_per_tile, get_args().seq_length)
 
     def passage(self, key: str, record: dict[str, Any]) -> EncodedSample:
         """A record of text, all of which is a target."""

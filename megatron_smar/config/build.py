@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import dataclass
 from functools import partial
 
 import torch.nn.functional as F
@@ -14,9 +15,11 @@ from megatron.training.checkpointing import checkpoint_exists
 from megatron_smar.data.config import DataConfig
 from megatron_smar.data.tiling import ImageConfig
 from megatron_smar.modalities import Modalities
+from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.layers.specs import LayerConfig
 from megatron_smar.model.vision import VisionConfig, tokens_per_tile
 from megatron_smar.model.vlm import LanguageConfig
+from megatron_smar.monitoring.config import MonitorConfig
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.strategies import STRATEGIES
 
@@ -114,3 +117,75 @@ def data_config(args: Namespace) -> DataConfig:
         rejects_dir=args.rejects_dir,
         max_skip_ratio=args.max_skip_ratio,
     )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The configs that a run's flags become, built once after Megatron has validated the flags.
+
+    Attributes:
+        routing: The routers' config, with the table of modalities.
+        vision: The vision encoder's config.
+        images: How images are split into tiles.
+        language: What the language model takes beside Megatron's TransformerConfig.
+        connector: Type of the connector.
+        freeze: Parts that do not learn.
+        template: Name of the conversation template.
+        monitor: What is watched of the routing.
+        data: Which data is read; None for a program that reads none.
+    """
+
+    routing: ModalityRoutingConfig
+    vision: VisionConfig
+    images: ImageConfig
+    language: LanguageConfig
+    connector: ConnectorType
+    freeze: frozenset[str]
+    template: str
+    monitor: MonitorConfig
+    data: DataConfig | None = None
+
+    @classmethod
+    def from_arguments(cls, args: Namespace, needs_data: bool = True) -> RunConfig:
+        """Builds all of them.
+
+        Args:
+            args: The flags, validated; the vocabulary's size is known.
+            needs_data: Whether the program reads --data-path.
+        """
+        return cls(
+            routing=modality_routing_config(args),
+            vision=vision_config(args),
+            images=image_config(args),
+            language=language_config(args),
+            connector=args.connector,
+            freeze=frozenset(args.freeze),
+            template=args.conversation_template,
+            monitor=MonitorConfig.from_arguments(args),
+            data=data_config(args) if needs_data else None,
+        )
+
+    @property
+    def modalities(self) -> Modalities:
+        """The run's table of modalities."""
+        return self.routing.modalities
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Number of vision tokens per tile."""
+        return tokens_per_tile(self.vision)
+
+
+_RUN: list[RunConfig] = []
+
+
+def set_run_config(run: RunConfig) -> None:
+    """Makes a config this process's, as Megatron keeps its arguments: `pretrain()` calls providers without any."""
+    _RUN[:] = [run]
+
+
+def get_run_config() -> RunConfig:
+    """This process's config, which `training.setup.parse_arguments` has set."""
+    if not _RUN:
+        raise RuntimeError("no run is configured: call training.setup.parse_arguments first.")
+    return _RUN[0]

@@ -16,7 +16,6 @@ from megatron.core.transformer.moe.moe_logging import (
     get_moe_metrics_tracker,
     set_moe_metrics_tracker,
 )
-from megatron.training import get_args
 from megatron.training.utils import print_rank_last
 from numpy.typing import NDArray
 from torch import Tensor
@@ -230,6 +229,6 @@ def watch_routing(model: torch.nn.Module) -> None:
     tracker.watch([model])
 
 
-def install_metrics() -> None:
+def install_metrics(config: MonitorConfig) -> None:
     """Makes Megatron's training loop report the routing metrics, as its parsed flags and ours ask for."""
-    set_moe_metrics_tracker(RoutingMetricsTracker(MonitorConfig.from_arguments(get_args())))
+    set_moe_metrics_tracker(RoutingMetricsTracker(config))

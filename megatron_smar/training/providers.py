@@ -17,20 +17,12 @@ from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from torch import Tensor
 
 from megatron_smar.checkpoint.weights_fit import check_weights
-from megatron_smar.config.build import (
-    data_config,
-    language_config,
-    modality_routing_config,
-    modality_table,
-    transformer_config,
-    vision_config,
-)
+from megatron_smar.config.build import get_run_config, transformer_config
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.conversations import template_for
 from megatron_smar.data.loader import EnergonIterator, build_train_loader, build_valid_loader
 from megatron_smar.data.sample_log import RecordedSamples
 from megatron_smar.data.tokens import TextEncoder
-from megatron_smar.model.vision import tokens_per_tile
 from megatron_smar.model.vlm import VisionLanguageModel
 from megatron_smar.monitoring.tracker import watch_routing
 from megatron_smar.runtime.signals import begin_training
@@ -55,15 +47,15 @@ def model_provider(
     pg_collection: ProcessGroupCollection | None = None,
 ) -> VisionLanguageModel:
     """Builds one pipeline stage of the model from the parsed arguments."""
-    args = get_args()
+    args, run = get_args(), get_run_config()
     print_rank_0("building VisionLanguageModel ...")
     model = VisionLanguageModel(
         config or transformer_config(args),
-        language_config(args),
-        vision_config(args),
-        args.connector,
-        modality_routing_config(args),
-        freeze=frozenset(args.freeze),
+        run.language,
+        run.vision,
+        run.connector,
+        run.routing,
+        freeze=run.freeze,
         pre_process=pre_process,
         post_process=post_process,
         pg_collection=pg_collection,
@@ -93,7 +85,8 @@ def data_iterators_provider(
     """
     args = get_args()
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    config = data_config(args)
+    config = get_run_config().data
+    assert config is not None
     place = (groups.dp.rank(), groups.dp.size())
     settings = {
         "decode_images": groups.pp.rank() == 0 and not vp_stage,  # the vision encoder is in the first chunk alone
@@ -138,9 +131,9 @@ data_iterators_provider.is_distributed = True  # type: ignore[attr-defined]  # e
 def build_forward_step() -> ForwardStep:
     """The forward step for the parsed arguments."""
     # The data loaders would find a missing token too, but only after the model has been built.
-    template = template_for(get_args().conversation_template, get_tokenizer())
-    encoder = TextEncoder(get_tokenizer(), template.special_tokens, modality_table(get_args()))
-    return make_forward_step(encoder.image_tokens.placeholder_ids, tokens_per_tile(vision_config(get_args())))
+    run = get_run_config()
+    encoder = TextEncoder(get_tokenizer(), template_for(run.template, get_tokenizer()).special_tokens, run.modalities)
+    return make_forward_step(encoder.image_tokens.placeholder_ids, run.tokens_per_tile)
 
 
 def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardStep:

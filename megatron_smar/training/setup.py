@@ -26,7 +26,7 @@ from megatron_smar.checkpoint.loadable import check_loadable
 from megatron_smar.checkpoint.metadata import DamagedError
 from megatron_smar.checkpoint.model_identity import check_identity
 from megatron_smar.checkpoint.start_point import StartPoint, apply_start, find_start, keep_origin
-from megatron_smar.config.build import transformer_config
+from megatron_smar.config.build import RunConfig, set_run_config, transformer_config
 from megatron_smar.config.checks import check_arguments, check_shape
 from megatron_smar.config.flag_errors import FLAG_ERRORS, sentence
 from megatron_smar.config.flags import add_arguments
@@ -83,11 +83,13 @@ def parse_arguments(
         args.program["device"] = runtime.device()
         _set_biases_apart(args)
         _resume(args, point)
+        run = RunConfig.from_arguments(args, needs_data)
     except FLAG_ERRORS as error:
         fail(error, given)
     if needs_data and args.save and args.rank == 0:
         write_run_file(Path(args.save), given_flags)
-    install_metrics()
+    set_run_config(run)
+    install_metrics(run.monitor)
     show_step_lines()
     take_over_folder(args)
     return args
