@@ -35,7 +35,7 @@ MISTAKES = {
     ),
     "a flag that is none": (
         ["--tensor-model-paralel-size", "2"],
-        ["--tensor-model-paralel-size is no flag", "--tensor-model-parallel-size"],
+        ["--tensor-model-paralel-size is not a flag", "--tensor-model-parallel-size"],
     ),
     "batch sizes": (
         ["--global-batch-size", "12"],

@@ -62,7 +62,7 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         (["--moe-pad-expert-input-to-capacity"], "--moe-pad-expert-input-to-capacity"),
         (["--moe-router-load-balancing-type", "quantile_balancing"], "quantile_balancing"),
         (["--dataloader-type", "cyclic"], "--dataloader-type is cyclic"),
-        (["--qk-l2-norm"], "--qk-l2-norm is in none of the layers"),
+        (["--qk-l2-norm"], "--qk-l2-norm is implemented in none of the layers"),
         (["--optimizer-cuda-graph"], "--optimizer-cuda-graph replays"),
         (["--use-megatron-fsdp"], "--use-megatron-fsdp is not supported"),
         (["--modality-routing", "hard", "--hard-experts", "text=0", "vision=1-3"], "leaves text tokens 1 experts"),
@@ -177,7 +177,7 @@ def test_a_check_of_megatrons_names_the_flags_behind_its_arguments_and_their_val
         (["--micro-batch-size", "4", "--global-batch-size", "6"], "--global-batch-size 6 .* --micro-batch-size 4"),
         (
             ["--micro-batch-size", "2", "--global-batch-size", "8", "--eval-global-batch-size", "3"],
-            "--eval-global-batch-size 3 is no multiple of --micro-batch-size 2",
+            "--eval-global-batch-size 3 is not a multiple of --micro-batch-size 2",
         ),
         (["--num-experts", "4", "--moe-token-dispatcher-type", "flex"], "flex .*DeepEP"),
     ],

@@ -82,7 +82,7 @@ def test_a_file_that_no_flags_can_be_made_of_is_refused_in_one_sentence(text, op
 def test_options_of_a_file_are_refused_where_there_is_none():
     from megatron_smar.config.run_file import expand
 
-    with pytest.raises(ValueError, match="--layout 8 speaks of a file of flags: give the file as --config"):
+    with pytest.raises(ValueError, match="--layout 8 refers to a file of flags: give the file as --config"):
         expand(["--layout", "8"])
 
 

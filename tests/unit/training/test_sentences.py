@@ -9,9 +9,9 @@ import pytest
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--hiden-size", "4"], "--hiden-size is no flag (close to it: --hidden-size"),
-        (["--hiden-size=4"], "--hiden-size is no flag (close to it: --hidden-size"),
-        (["--qqqqqqqqqq"], "--qqqqqqqqqq is no flag; --help lists all flags."),
+        (["--hiden-size", "4"], "--hiden-size is not a flag (close to it: --hidden-size"),
+        (["--hiden-size=4"], "--hiden-size is not a flag (close to it: --hidden-size"),
+        (["--qqqqqqqqqq"], "--qqqqqqqqqq is not a flag; --help lists all flags."),
         (["stray"], "stray belongs to no flag"),
         (["--hidden-size", "four"], "argument --hidden-size: invalid int value: 'four'"),
     ],

@@ -41,9 +41,9 @@ def test_equal_shares_of_any_number_give_each_expert_to_one_modality(modalities,
         (["text=0-3", "vision=4-6"], "must give each of the experts 0-7 to one modality"),
         (["text=0.5", "vision=0.6"], "must give each of the experts 0-7 to one modality"),
         (["text=0.5", "vision=0.49"], "to one modality: shares add up to 1"),
-        (["text=a", "vision=0-7"], "'a' is no list of experts"),
-        (["text", "vision=0-7"], "'' is no list of experts"),
-        (["text=a.b", "vision=0.5"], "'a.b' is no list of experts"),
+        (["text=a", "vision=0-7"], "'a' is neither a list of experts"),
+        (["text", "vision=0-7"], "'' is neither a list of experts"),
+        (["text=a.b", "vision=0.5"], "'a.b' is neither a list of experts"),
     ],
 )
 def test_what_is_no_partition_is_refused(experts, said):
