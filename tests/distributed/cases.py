@@ -247,15 +247,15 @@ def cases() -> Iterator[Case]:
 
 def _packs() -> Iterator[Case]:
     """Yields packs compared with the same samples in separate rows, with the same samples in each micro-batch."""
-    packs, alone = Setting(batch="packed", micro_batches=2), Setting(micro_batches=2)
-    yield Case("packed, one process", 1, 1, "", packs, alone)
+    packs, separate = Setting(batch="packed", micro_batches=2), Setting(micro_batches=2)
+    yield Case("packed, one process", 1, 1, "", packs, separate)
     yield Case("packed, DP 2", 2, 2, "", Setting(batch="packed"), Setting(), core=True)
-    yield Case("packed, CP 2", 2, 1, CP, packs, alone, core=True)
-    yield Case("packed, TP 2 + SP", 2, 1, TP_SP, packs, alone)
-    yield Case("packed, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", packs, alone)
-    yield Case("packed, PP 2", 2, 1, PP, packs, alone)
+    yield Case("packed, CP 2", 2, 1, CP, packs, separate, core=True)
+    yield Case("packed, TP 2 + SP", 2, 1, TP_SP, packs, separate)
+    yield Case("packed, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", packs, separate)
+    yield Case("packed, PP 2", 2, 1, PP, packs, separate)
     yield Case("packed, full recomputation, EP 2", 2, 2, f"{EP} {RECOMPUTE_ALL}", Setting(batch="packed"), Setting())
-    yield Case("packed, recomputation of attention", 1, 1, "--recompute-granularity selective", packs, alone)
+    yield Case("packed, recomputation of attention", 1, 1, "--recompute-granularity selective", packs, separate)
 
 
 def _losses() -> Iterator[Case]:
@@ -277,13 +277,16 @@ def _losses() -> Iterator[Case]:
     yield Case("uneven loss tokens, CP 2", 2, 1, CP, Setting(batch="uneven"), core=True)
     yield Case("uneven loss tokens, CP 2, 4 micro-batches", 2, 1, CP, Setting(batch="uneven", micro_batches=4))
     # Statistics per replica: global statistics are shared by two replicas, but not by two micro-batches.
-    alone = (*PLAIN, "--smar-scope", "local")
-    replicas, halves = (Setting(batch="uneven", micro_batches=number, flags=alone) for number in (1, 2))
+    local_scope = (*PLAIN, "--smar-scope", "local")
+    replicas, halves = (Setting(batch="uneven", micro_batches=number, flags=local_scope) for number in (1, 2))
     yield Case("uneven loss tokens, CP 2 x EP 2 x DP 2", 4, 2, f"{CP} {EP}", replicas, halves)
     yield Case("no loss tokens in a share, CP 2", 2, 1, CP, Setting(batch="one share"))
-    for name, flags in (("z-loss", alone), ("z-loss, per-token loss", (*alone, "--calculate-per-token-loss"))):
+    for name, flags in (
+        ("z-loss", local_scope),
+        ("z-loss, per-token loss", (*local_scope, "--calculate-per-token-loss")),
+    ):
         logits, halves = (Setting(micro_batches=n, flags=(*flags, "--moe-z-loss-coeff", "0.1")) for n in (1, 2))
-        yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, logits, core=flags == alone)
+        yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, logits, core=flags == local_scope)
         yield Case(f"{name}, CP 2", 2, 1, CP, logits)
         yield Case(f"{name}, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", logits)
         yield Case(f"{name}, DP 2", 2, 2, "", logits, halves)
@@ -308,8 +311,8 @@ def _losses() -> Iterator[Case]:
         Setting(flags=(*everywhere, "0.1")),
     )
     # Megatron 0.19.2 averages this loss's gradient over the replicas that share it: on two replicas alpha is halved.
-    whole, half = (Setting(flags=(*everywhere, alpha)) for alpha in ("0.1", "0.05"))
-    yield Case("global balance loss, DP 2 (alpha / 2 on one)", 2, 2, "", whole, half)
+    full, half = (Setting(flags=(*everywhere, alpha)) for alpha in ("0.1", "0.05"))
+    yield Case("global balance loss, DP 2 (alpha / 2 on one)", 2, 2, "", full, half)
 
 
 def _execution() -> Iterator[Case]:
@@ -373,8 +376,8 @@ def _backbones() -> Iterator[Case]:
         yield Case(f"{model}, TP 2 + SP", 2, 1, TP_SP, Setting(model), core=core)
         yield Case(f"{model}, PP 2", 2, 1, PP, Setting(model))
         yield Case(f"{model}, CP 2", 2, 1, CP, Setting(model))
-        packs, alone = Setting(model, "packed", 2), Setting(model, micro_batches=2)
-        yield Case(f"{model}, packed, TP 2 + SP", 2, 1, TP_SP, packs, alone)
+        packs, separate = Setting(model, "packed", 2), Setting(model, micro_batches=2)
+        yield Case(f"{model}, packed, TP 2 + SP", 2, 1, TP_SP, packs, separate)
     yield Case("parallel block, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, Setting("parallel block"))
     yield Case("without SMAR, EP 2", 2, 2, EP, Setting(flags=PLAIN))
     yield Case("without SMAR, CP 2", 2, 1, CP, Setting(flags=PLAIN))
@@ -390,8 +393,8 @@ def _strategies() -> Iterator[Case]:
     yield Case("hard routing, PP 2", 2, 1, PP, own)
     yield Case("hard routing, CP 2", 2, 1, CP, own)
     yield Case("hard routing, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, own)
-    packs, alone = replace(own, batch="packed", micro_batches=2), replace(own, micro_batches=2)
-    yield Case("hard routing, packed, CP 2", 2, 1, CP, packs, alone)
+    packs, separate = replace(own, batch="packed", micro_batches=2), replace(own, micro_batches=2)
+    yield Case("hard routing, packed, CP 2", 2, 1, CP, packs, separate)
     split = ("--modality-routing", "layer_split", "--layer-split-layers", "2", "--freeze", "vision")
     yield Case("layer split, PP 2", 2, 1, PP, Setting("four layers", flags=split))
     biased = replace(own, model="sigmoid scores with expert bias")

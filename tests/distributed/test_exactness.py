@@ -48,11 +48,11 @@ class Laboratory:
         self.rows: dict[str, list[str]] = {case.name: ["did not run", ""] for case in cases}
         build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(folder / "vision")
         settings = dict.fromkeys([REFERENCE, WITHOUT_SMAR, *(case.reference or case.setting for case in cases)])
-        alone = [Job(Case("one process", 1, 1, "", s), folder / f"reference_{i}") for i, s in enumerate(settings)]
-        self.references = {job.case.setting: job for job in alone}
+        single = [Job(Case("one process", 1, 1, "", s), folder / f"reference_{i}") for i, s in enumerate(settings)]
+        self.references = {job.case.setting: job for job in single}
         self.jobs = {case.name: self._job(case, i) for i, case in enumerate(cases)}
         for ranks in (1, 2, 4):
-            jobs = [self._described(job) for job in (*alone, *self.jobs.values()) if job.case.ranks == ranks]
+            jobs = [self._described(job) for job in (*single, *self.jobs.values()) if job.case.ranks == ranks]
             run_jobs(jobs, ranks, folder / f"jobs_{ranks}.json")
 
     def _job(self, case: Case, number: int) -> Job:

@@ -64,7 +64,7 @@ def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_samples_and_l
         }
         return [*common, *(part for flag, folder in folders.items() for part in (flag, tmp_path / folder))]
 
-    world.train(*flags("whole"), ranks=2)
+    world.train(*flags("uninterrupted"), ranks=2)
     kill_in_step(5, tmp_path / "killed-keys", "pretrain_vlm.py", *world.flags, *flags("killed"), ranks=2)
     assert (tmp_path / "killed" / "latest_checkpointed_iteration.txt").read_text() == "3"
     before = read_recorded(tmp_path / "killed-keys")
@@ -72,12 +72,12 @@ def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_samples_and_l
     assert "iteration        4/       8" in output and "iteration        3/       8" not in output
     assert f"--save {tmp_path / 'killed'} holds this run up to step 3: it resumes there" in output
 
-    whole, killed = (read_recorded(tmp_path / f"{name}-keys") for name in ("whole", "killed"))
-    assert list(whole) == list(range(1, 9)) and [len(whole[1][rank]) for rank in (0, 1)] == [2, 2]
-    assert before[4] == whole[4], "the killed run had not begun the step that the resumed run repeats"
-    assert killed == whole, "the samples differ after resuming"
+    uninterrupted, killed = (read_recorded(tmp_path / f"{name}-keys") for name in ("uninterrupted", "killed"))
+    assert list(uninterrupted) == list(range(1, 9)) and [len(uninterrupted[1][rank]) for rank in (0, 1)] == [2, 2]
+    assert before[4] == uninterrupted[4], "the killed run had not begun the step that the resumed run repeats"
+    assert killed == uninterrupted, "the samples differ after resuming"
     for name in ("lm loss", "smar loss", "grad-norm"):
-        series = [read_scalars(tmp_path / f"{run}-log")[name] for run in ("whole", "killed")]
+        series = [read_scalars(tmp_path / f"{run}-log")[name] for run in ("uninterrupted", "killed")]
         (expected, resumed) = (dict(zip(s.steps, s.values, strict=True)) for s in series)
         assert {step: resumed[step] for step in range(4, 9)} == {step: expected[step] for step in range(4, 9)}, name
 
@@ -99,9 +99,9 @@ def test_virtual_pipeline_stages_restore_and_save_the_loaders_state(world, tmp_p
     one, two = (["--save", tmp_path / run, "--record-samples", tmp_path / f"{run}-keys"] for run in ("one", "two"))
     world.train(*common, *one, ranks=1)
     world.train(*common, *virtual, *two, "--load", tmp_path / "one", "--ckpt-step", 2, ranks=2)
-    whole, piped = (read_recorded(tmp_path / f"{run}-keys") for run in ("one", "two"))
-    assert list(whole) == [1, 2, 3, 4]
-    assert piped == {step: whole[step] for step in (3, 4)}
+    uninterrupted, piped = (read_recorded(tmp_path / f"{run}-keys") for run in ("one", "two"))
+    assert list(uninterrupted) == [1, 2, 3, 4]
+    assert piped == {step: uninterrupted[step] for step in (3, 4)}
     files = [next((tmp_path / run / "dataloader").glob("iter_0000004/*/*.pt")) for run in ("one", "two")]
     assert files[0].parent.name != files[1].parent.name, "Megatron names the folders of pipelines differently"
     assert plain(load_loader_state(files[0])) == plain(load_loader_state(files[1]))

@@ -115,22 +115,22 @@ OFTEN += ["stage 1, pipeline, distributed optimizer"]
 def test_resuming_gives_bit_identical_losses(world, tmp_path, setting):
     common = ["--micro-batch-size", 4, "--global-batch-size", 8, "--num-workers", 1, "--train-iters", 8]
     common += [*RESUMED[setting], "--save-interval", 4]
-    world.train(*common, "--save", tmp_path / "a", "--tensorboard-dir", tmp_path / "whole", ranks=2)
+    world.train(*common, "--save", tmp_path / "a", "--tensorboard-dir", tmp_path / "uninterrupted", ranks=2)
     stop = ["--save", tmp_path / "b", "--load", tmp_path / "b"]
     if "stage 1" in setting:
         stop += ["--dataloader-save", tmp_path / "loader"]  # not with the checkpoint
     world.train(*common, *stop, "--exit-interval", 4, "--tensorboard-dir", tmp_path / "first", ranks=2)
     world.train(*common, *stop, "--tensorboard-dir", tmp_path / "second", ranks=2)
     for name in ("lm loss", "smar loss", "grad-norm"):
-        whole = losses(tmp_path / "whole", name)
+        uninterrupted = losses(tmp_path / "uninterrupted", name)
         resumed = losses(tmp_path / "first", name) | losses(tmp_path / "second", name)
         assert sorted(losses(tmp_path / "second", name)) == [5, 6, 7, 8]
-        assert resumed == whole, f"{name} differs after resuming"
-    assert losses(tmp_path / "whole", "grad-norm")[8] > 0, "nothing was trained"
+        assert resumed == uninterrupted, f"{name} differs after resuming"
+    assert losses(tmp_path / "uninterrupted", "grad-norm")[8] > 0, "nothing was trained"
     if PACKS[-1] in common:
-        text_only = losses(tmp_path / "whole", "text-only ratio").values()
+        text_only = losses(tmp_path / "uninterrupted", "text-only ratio").values()
         assert abs(sum(text_only) / len(text_only) - 0.25) < 0.05
-        assert min(losses(tmp_path / "whole", "fill").values()) > 0.5
+        assert min(losses(tmp_path / "uninterrupted", "fill").values()) > 0.5
 
 
 def test_validation_runs_without_a_training_step(world):

@@ -101,14 +101,14 @@ def test_images_show_the_share_of_tokens_that_choose_each_expert(single_rank):
     record(tracker, APART, ALIKE)
     report(tracker, 1, board, wandb)
     shares = np.array([[8, 8, 0, 0], [6, 4, 4, 2]]) / 8
-    drawn = board["moe/load/text"]
+    image = board["moe/load/text"]
     high = wide = 40  # pixels of a cell
     for layer, expert in np.ndindex(2, 4):
-        cell = drawn[TOP + layer * high : TOP + (layer + 1) * high, LEFT + expert * wide : LEFT + (expert + 1) * wide]
+        cell = image[TOP + layer * high : TOP + (layer + 1) * high, LEFT + expert * wide : LEFT + (expert + 1) * wide]
         colour = 255 * np.array(colormaps["viridis"](math.sqrt(shares[layer, expert]))[:3])
         assert abs(cell - colour).max() <= 4, (layer, expert)
     assert (wandb["moe/load/vision"] == board["moe/load/vision"]).all()
-    assert (board["moe/load/vision"] != drawn).any()
+    assert (board["moe/load/vision"] != image).any()
 
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 4), (32, 8), (61, 256), (94, 128)])
@@ -117,26 +117,29 @@ def test_heat_maps_have_the_numbers_of_layers_and_experts_at_their_cells_and_a_s
 
     shares = np.zeros((layers, experts))
     shares[-1, -1] = 1.0
-    drawn = LoadMap(layers, experts, "vision tokens by expert")
-    axes, scale = drawn.figure.axes
+    heat_map = LoadMap(layers, experts, "vision tokens by expert")
+    axes, scale = heat_map.figure.axes
     assert axes.get_title("left") == "vision tokens by expert"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert (from 0)", "layer (from 1)")
     assert scale.get_ylabel() == "share of tokens"
     assert {label.get_text() for label in scale.get_yticklabels()} >= {"0%", "1%", "10%", "50%", "100%"}
-    picture = drawn.draw(shares)
+    picture = heat_map.draw(shares)
     yellow = 255 * np.array(colormaps["viridis"](1.0)[:3])
     height = picture.shape[0]
-    for number, size, axis, place in ((layers, drawn.cell[0], 1, axes.yaxis), (experts, drawn.cell[1], 0, axes.xaxis)):
+    for number, size, axis, place in (
+        (layers, heat_map.cell[0], 1, axes.yaxis),
+        (experts, heat_map.cell[1], 0, axes.xaxis),
+    ):
         ticks = [tick for tick in place.get_majorticklocs() if axis <= tick <= number - 1 + axis]
         assert ticks and all(tick == int(tick) for tick in ticks)
         point = (0, number) if axis else (number - 1, 1)
         at = axes.transData.transform(point)[axis]
         first = (TOP if axis else LEFT) + (number - 1) * size
         assert first <= (height - at if axis else at) <= first + size, "a label is at the cell that it names"
-    rows, columns = TOP + layers * drawn.cell[0], LEFT + experts * drawn.cell[1]
-    last = picture[rows - drawn.cell[0] : rows, columns - drawn.cell[1] : columns]
+    rows, columns = TOP + layers * heat_map.cell[0], LEFT + experts * heat_map.cell[1]
+    last = picture[rows - heat_map.cell[0] : rows, columns - heat_map.cell[1] : columns]
     assert abs(last - yellow).max() <= 1
-    assert (drawn.draw(shares) == picture).all(), "drawing changes the map's state"
+    assert (heat_map.draw(shares) == picture).all(), "drawing changes the map's state"
 
 
 def test_real_tensorboard_takes_scalars_and_images(single_rank, tmp_path):

@@ -89,8 +89,8 @@ def test_the_z_loss_differs_from_the_mean_over_real_tokens(single_rank, padding)
     probs, _ = router(inputs, mask)
     # Only the auxiliary gradients, since those of the output are zero.
     (gradient,) = torch.autograd.grad((probs * 0).sum(), inputs)
-    alone = inputs.detach().requires_grad_()
-    logits = alone[mask.any(-1)] @ router.weight.T
-    (expected,) = torch.autograd.grad(0.3 * logits.logsumexp(-1).square().mean(), alone)
+    leaf = inputs.detach().requires_grad_()
+    logits = leaf[mask.any(-1)] @ router.weight.T
+    (expected,) = torch.autograd.grad(0.3 * logits.logsumexp(-1).square().mean(), leaf)
     torch.testing.assert_close(gradient, expected)
     assert expected.abs().max() > 1e-4

@@ -67,10 +67,10 @@ def test_distributions_equal_the_papers_and_sum_to_one(routing):
 def test_statistics_of_shards_add_up_to_those_of_all_tokens(routing, seed):
     weights, chosen, ids = as_torch(*routing[:3])
     m = routing[3]
-    cut = int(np.random.default_rng(seed).integers(0, len(ids) + 1))
-    whole = routing_statistics(weights, chosen, ids, m)
-    parts = [routing_statistics(weights[s], chosen[s], ids[s], m) for s in (slice(0, cut), slice(cut, None))]
-    for total, a, b in zip(whole, *parts, strict=True):
+    boundary = int(np.random.default_rng(seed).integers(0, len(ids) + 1))
+    combined = routing_statistics(weights, chosen, ids, m)
+    parts = [routing_statistics(weights[s], chosen[s], ids[s], m) for s in (slice(0, boundary), slice(boundary, None))]
+    for total, a, b in zip(combined, *parts, strict=True):
         torch.testing.assert_close(total, a + b)
 
 

@@ -79,13 +79,13 @@ def test_no_token_reaches_another_modalitys_expert_and_its_weights_are_the_backb
         others = [expert for expert in range(8) if expert not in own]
         assert not chosen[rows][:, others].any() and (chosen[rows].sum(1) == 2).all()
         assert not statistics.counts[modality, others].any()
-        alone = router_of(None, num_moe_experts=len(own), **SCORES[scores])
-        alone.weight.data = router.weight.data[own]
+        reference = router_of(None, num_moe_experts=len(own), **SCORES[scores])
+        reference.weight.data = router.weight.data[own]
         if router.expert_bias is not None:
-            alone.expert_bias = router.expert_bias[own]
+            reference.expert_bias = router.expert_bias[own]
         lone_mask = torch.zeros(int(rows.sum()), 1, 2, dtype=torch.bool)
         lone_mask[..., modality] = True
-        expected, _, _ = route(alone, inputs[rows].unsqueeze(1), lone_mask)
+        expected, _, _ = route(reference, inputs[rows].unsqueeze(1), lone_mask)
         torch.testing.assert_close(probs[rows][:, own], expected.squeeze(1))
         total = total + (probs[rows][:, own] ** 2).sum()
     (gradient,) = torch.autograd.grad(total, inputs)
