@@ -7,7 +7,7 @@ LOCK_FLAGS ?=
 
 python := $(VENV)/bin/python
 stamp := $(VENV)/.megatron_smar-installed
-# Two files of tests at a time, the long ones first: programs that start leave one of two cores idle.
+# Two test files at a time, the long ones first: a program that is starting leaves one of two cores idle.
 two_at_a_time := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 lock := requirements.lock
 native := $(wildcard megatron_smar/data/csrc/*)
@@ -19,48 +19,48 @@ typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py benchm
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-env: $(stamp) ## create .venv and install the project into it (PYTHON= picks the interpreter, VENV= the place)
+env: $(stamp) ## create .venv and install the project into it (PYTHON= selects the interpreter, VENV= the folder)
 
-# Installs only after what it depends on has changed; the stamp is written last, so a failed install leaves none.
-# The lock holds what builds the project too, so that nothing is installed that it does not name.
+# Installs only after one of these files has changed. The stamp is written last, so a failed install leaves none.
+# The lock also has the build requirements, so that nothing is installed that it does not name.
 $(stamp): pyproject.toml $(lock) setup.py $(native) | interpreter
 	@rm -f $@
 	$(python) -m pip install --disable-pip-version-check --require-hashes -r $(lock)
 	$(python) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Order-only: a wrong PYTHON= is refused before anything is installed, and an environment that is up to date stays so.
+# Order-only: a wrong PYTHON= is refused before anything is installed, and an up-to-date environment is not rebuilt.
 interpreter:
 	@tools/make_venv.sh "$(VENV)" "$(PYTHON)"
 
-lock: ## renew requirements.lock from pyproject.toml (LOCK_FLAGS=--upgrade raises all versions; PYTHON=)
+lock: ## update requirements.lock from pyproject.toml (LOCK_FLAGS=--upgrade raises all versions; PYTHON=)
 	PYTHON="$(PYTHON)" tools/make_lock.sh $(LOCK_FLAGS)
 
-# On the CPU, also where there are GPUs, unless MEGATRON_SMAR_DEVICE=cuda says otherwise.
+# On the CPU, also on machines with GPUs, unless MEGATRON_SMAR_DEVICE=cuda is set.
 demo test test-matrix test-cuda-path: export MEGATRON_SMAR_DEVICE ?= cpu
 
-demo: env ## make data, train, resume and evaluate a tiny model; results in runs/demo
+demo: env ## generate data, train, resume and evaluate a tiny model; results in runs/demo
 	$(python) examples/emoji_tiny/run.py
 
 test: env ## run the tests (PYTEST_FLAGS= adds options)
 	OMP_NUM_THREADS=1 $(python) -m pytest $(two_at_a_time) $(PYTEST_FLAGS) tests/functional tests/distributed tests/cuda_path tests/unit
 
-test-matrix: env ## every parallel layout against one process, and resumed; writes docs/exactness.md
+test-matrix: env ## compare every parallel layout with one process, also when resumed; writes docs/exactness.md
 	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/distributed
 	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/functional/test_training.py
 	OMP_NUM_THREADS=1 $(python) -m pytest --matrix -m matrix $(PYTEST_FLAGS) tests/functional --ignore tests/functional/test_training.py
 
-test-cuda-path: env ## the CUDA path as far as it goes without a GPU: a claimed device, storage-less tensors, 8 and 64 ranks
+test-cuda-path: env ## the CUDA path as far as possible without a GPU: a claimed device, storage-less tensors, 8 and 64 ranks
 	OMP_NUM_THREADS=1 $(python) -m pytest --matrix --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) tests/cuda_path
 
-# Transformer Engine is compiled against torch: a quarter of an hour, in an environment of its own.
+# Transformer Engine is compiled against torch, which takes a quarter of an hour, in a separate environment.
 test-te: env ## build Transformer Engine into .venv-te and check layers, checkpoints and optimizers with it; needs no GPU
 	$(MAKE) env VENV=.venv-te
 	tools/make_te.sh .venv-te
 	OMP_NUM_THREADS=1 .venv-te/bin/python -m pytest $(PYTEST_FLAGS) tests/te
 
 # Installs nothing: a machine with a GPU may have its own torch and no package index.
-test-gpu: ## the first hour with one GPU, at most ten minutes: table, runs/gpu/report.json (PYTHON=, ALLOW_NONE=1, GPU_FLAGS=)
+test-gpu: ## the first checks on one GPU, at most ten minutes: table, runs/gpu/report.json (PYTHON=, ALLOW_NONE=1, GPU_FLAGS=)
 	$(or $(PYTHON),$(if $(wildcard $(python)),$(python),python3)) -m tests.gpu $(if $(ALLOW_NONE),--allow-none) $(GPU_FLAGS)
 
 lint: env ## check style, format, the order of imports and types
@@ -69,6 +69,6 @@ lint: env ## check style, format, the order of imports and types
 	$(python) -m tests.layout
 	$(python) -m mypy $(typed)
 
-clean: ## remove caches and build products; .venv and runs/ stay
+clean: ## remove caches and build products; .venv and runs/ are kept
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard megatron_smar tools tests examples) -name __pycache__ -type d -prune -exec rm -rf {} +

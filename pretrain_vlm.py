@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a vision-language mixture-of-experts model: Megatron's flags plus ours (`--help`).
+"""Trains a vision-language mixture-of-experts model, with Megatron's and this project's flags (`--help`).
 
-On GPUs:      torchrun --nproc-per-node 8 pretrain_vlm.py --vision-model PATH --data-path PATH ...
-Without any:  the same command; Megatron then runs on the CPU with Gloo.
-The first line of a run says which, and what it changes; MEGATRON_SMAR_DEVICE=cpu or cuda decides it.
+On GPUs:       torchrun --nproc-per-node 8 pretrain_vlm.py --vision-model PATH --data-path PATH ...
+Without GPUs:  the same command; Megatron then runs on the CPU with Gloo.
+The first line of a run shows the device and what it changes; MEGATRON_SMAR_DEVICE=cpu or cuda selects it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_smar.training.stop import end_after_a_signal
 
 
 def main() -> None:
-    """Parses, refuses what cannot train, and hands over to Megatron's `pretrain()`."""
+    """Parses the flags, refuses those that cannot train, and calls Megatron's `pretrain()`."""
     args = parse_arguments()
     try:
         forward_step = build_forward_step()
@@ -44,7 +44,7 @@ def main() -> None:
         )
     except (CheckpointMismatchError, DamagedError, CheckpointException, DataError, NotFiniteError) as error:
         fail(error)
-    except SystemExit as end:  # Megatron's loop, when it was asked to end
+    except SystemExit as end:  # raised by Megatron's loop, also after a signal
         end_after_a_signal(args)
         raise end
     except FLAG_ERRORS as error:

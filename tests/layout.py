@@ -4,7 +4,8 @@
     python -m tests.layout            checks imports and table; part of `make lint`
     python -m tests.layout --write    writes the table
 
-A package imports only from floors below its own: no import runs upwards, none within a floor, so there are no circles.
+A package imports only from floors below its own. No import goes to a higher floor or within a floor, so there are no
+import cycles.
 """
 
 from __future__ import annotations
@@ -20,49 +21,49 @@ PACKAGE = "megatron_smar"
 DOCUMENT = ROOT / "docs/architecture.md"
 BEGIN, END = "<!-- written by python -m tests.layout --write -->", "<!-- end of the table -->"
 
-# From the lowest floor to the highest; the packages of one floor do not import each other.
+# From the lowest floor to the highest; packages of the same floor do not import each other.
 FLOORS: list[dict[str, str]] = [
     {
-        "compatibility": "refuses, when `megatron_smar` is imported, packages that Megatron would fail with",
+        "compatibility": "refuses packages that Megatron would fail with, when `megatron_smar` is imported",
         "modalities": "the table of a run's modalities: id, name, placeholder token",
-        "runtime": "which environment this is, its defaults of flags, adaptations of torch and Megatron: each a named "
-        "function with its reason and where that holds",
+        "runtime": "the environment (CPU or GPU), its defaults of flags, adaptations of torch and Megatron: each a "
+        "named function with its reason and where the reason holds",
     },
     {
         "routing": "the papers' mathematics: modalities, statistics, MRD; the router and the MoE layer; one file per "
         "routing strategy in `strategies/`",
         "data": "readers of published formats (`sources/`), conversations, images, tiling, packing (`csrc/`), blends, "
-        "loader and its state",
-        "huggingface": "modelling code of the exports that transformers has no class for; written beside their weights",
+        "the loader and its state",
+        "huggingface": "modeling code of the exports that transformers has no class for; saved next to their weights",
     },
     {"model": "vision tower, connector, the vision-language model; `layers/` has the decoder's layers and their specs"},
-    {"monitoring": "what is watched of the routing during a run: tracker, load, heat maps, the warning of collapse"},
-    {"config": "flags, the configs they become, the checks that no config can make by itself, the sentences of errors"},
+    {"monitoring": "monitoring of the routing during a run: tracker, load, heat maps, the collapse warning"},
+    {"config": "flags, the configs built from them, checks that involve more than one config, error messages"},
     {
-        "checkpoint": "the formats, torch_dist and safetensors; what a checkpoint holds, whether it fits",
+        "checkpoint": "the formats torch_dist and safetensors; a checkpoint's content, and whether it fits a model",
     },
     {
-        "training": "what Megatron's `pretrain()` is given: providers, batch, loss, resuming, the start",
-        "conversion": "Hugging Face <-> torch_dist by one table per architecture (`architectures/`), upcycling",
+        "training": "what is passed to Megatron's `pretrain()`: providers, batch, loss; initialization, resuming",
+        "conversion": "Hugging Face <-> torch_dist with one table per architecture (`architectures/`), upcycling",
     },
     {
         "evaluation": "held-out scores, generation, agreement with Hugging Face's model (`verify`), chat",
-        "report": "figures and the HTML page of any run, from its folder",
+        "report": "figures and the HTML page of a run, from its folder",
     },
-    {"commands": "the programs; `tools/` and the console entry points start them"},
+    {"commands": "the programs, started by `tools/` and the console entry points"},
 ]
 FLOOR_OF = {name: floor for floor, packages in enumerate(FLOORS) for name in packages}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Each import of ours in a file: its line, and the package or module below `megatron_smar` that it is from."""
+    """Yields each import from this project in a file: its line, and the package or module below `megatron_smar`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            raise ValueError(f"{path}:{node.lineno}: a relative import; write the whole name.")
+            raise ValueError(f"{path}:{node.lineno}: a relative import; write the full name.")
         else:
             continue
         for name in names:
@@ -72,17 +73,18 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def violations() -> list[str]:
-    """A sentence for each import that the order forbids, and for each package that has no floor."""
+    """Returns a sentence for each import that the order forbids, and for each package that has no floor."""
     found = []
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         own = path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
-        if own == "__init__":  # checks the environment, and imports nothing else
+        if own == "__init__":  # it checks the environment and imports nothing else
             continue
         if own not in FLOOR_OF:
             found.append(f"{path.relative_to(ROOT)}: {own} has no floor; give it one in tests/layout.py.")
             continue
         found += [
-            f"{path.relative_to(ROOT)}:{line}: {own} imports {other}, which is not below it; move what they share down."
+            f"{path.relative_to(ROOT)}:{line}: {own} imports {other}, which is not below it; "
+            "move what they share to a lower floor."
             for line, other in imports(path)
             if other != own and FLOOR_OF[other] >= FLOOR_OF[own]
         ]
@@ -90,7 +92,7 @@ def violations() -> list[str]:
 
 
 def imported_by(package: str) -> list[str]:
-    """The packages that one imports, from the lowest floor up."""
+    """Returns the packages that a package imports, from the lowest floor up."""
     place = ROOT / PACKAGE / package
     files = place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]
     others = {other for path in files for _, other in imports(path)} - {package}
@@ -98,8 +100,8 @@ def imported_by(package: str) -> list[str]:
 
 
 def table() -> str:
-    """The Markdown table of packages, the highest floor first."""
-    rows = ["| package | what | imports of ours |", "|---|---|---|"]
+    """Returns the Markdown table of packages, the highest floor first."""
+    rows = ["| package | content | imports |", "|---|---|---|"]
     for packages in reversed(FLOORS):
         for name, what in packages.items():
             rows.append(f"| `{name}` | {what} | {', '.join(imported_by(name)) or 'none'} |")
@@ -107,7 +109,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Checks, or writes the table; status 1 where the contract is broken."""
+    """Checks the imports and the table, or writes the table; status 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the table into docs/architecture.md")
     options = parser.parse_args()

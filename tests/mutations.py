@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Breaks the routing on purpose, one line at a time, and checks that the tests notice.
+"""Puts faults into the routing, one line at a time, and checks that the tests notice them.
 
     python tests/mutations.py [--only NAME] [--write docs/routing.md]
 
-Each mutation is applied to a copy of the committed and changed files, where the named tests then must fail. The table
-is printed, and with --write put between that document's `mutations` marks. Takes about half a minute each.
+Each mutation is applied to a copy of the committed and changed files, in which the named tests must then fail. The
+table is printed, and with --write it replaces the text between the document's `mutations` marks. A mutation takes about
+half a minute.
 """
 
 import argparse
@@ -21,13 +22,21 @@ MARKS = ("<!-- mutations: written by tests/mutations.py -->", "<!-- end of mutat
 
 
 def exactness(layout: str) -> str:
-    """The test of one layout."""
+    """Returns the id of one layout's test."""
     return f"tests/distributed/test_exactness.py::test_layout_equals_one_process_with_the_whole_batch[{layout}]"
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault, where it is put in, and the tests that have to see it."""
+    """A fault and the tests that must notice it.
+
+    Attributes:
+        name: Description of the fault.
+        file: File that is changed.
+        old: Code that is replaced; it occurs once in the file.
+        new: Faulty code.
+        tests: Tests of which at least one must fail.
+    """
 
     name: str
     file: str
@@ -125,7 +134,7 @@ MUTATIONS = (
 
 
 def survives(mutation: Mutation) -> str | None:
-    """None where a test failed, else what happened instead."""
+    """Returns None if a test failed, else what happened instead."""
     output, code = run_tests(mutation.tests, mutation)
     if code is None:
         return output
@@ -135,7 +144,7 @@ def survives(mutation: Mutation) -> str | None:
 
 
 def run_tests(tests: Sequence[str], mutation: Mutation | None) -> tuple[str, int | None]:
-    """What pytest says in a copy with the mutation, and its exit code; None where the mutation fits no longer."""
+    """Runs tests in a copy with the mutation; returns pytest's output and exit code (None: it could not be applied)."""
     with tempfile.TemporaryDirectory() as place:
         listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -146,7 +155,7 @@ def run_tests(tests: Sequence[str], mutation: Mutation | None) -> tuple[str, int
             file = Path(place) / mutation.file
             text = file.read_text()
             if text.count(mutation.old) != 1:
-                return f"{mutation.file} has the line {text.count(mutation.old)} times: renew the mutation", None
+                return f"{mutation.file} has the line {text.count(mutation.old)} times: update the mutation", None
             file.write_text(text.replace(mutation.old, mutation.new))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(command, cwd=place, capture_output=True, text=True)
@@ -156,7 +165,7 @@ def run_tests(tests: Sequence[str], mutation: Mutation | None) -> tuple[str, int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[mutation.name for mutation in MUTATIONS])
-    parser.add_argument("--write", type=Path, help="document to put the table into")
+    parser.add_argument("--write", type=Path, help="document to write the table into")
     options = parser.parse_args()
     if options.only and options.write:
         parser.error("--write needs all mutations: leave out --only")

@@ -4,12 +4,13 @@ r"""Measures a checkpoint: perplexity, word completion, visual question answerin
     torchrun --nproc-per-node 2 tools/evaluate.py --load CHECKPOINT --text held_out.jsonl --vqa questions.json \
         --image-root DIR --output results.json  [--expert-model-parallel-size 2 ...]
 
-The model's flags, its vision model, tokenizer, conversation template and tiles are taken from the checkpoint, a run's
-or an import's; flags of pretrain_vlm.py that are given (layout, precision, --vision-model, --seq-length ...) win.
---text: records with a `text`: perplexity, and the share of words of several pieces that are completed exactly, given
-the text up to their first piece. --vqa: records with `image` (a path or a list), `question`, `answer` and, if you like,
-a `kind` to group by: exact answers. The routing is recorded on --vqa.
-Both are JSON lists or JSON lines, as for prepare.py.
+The model's flags, its vision model, tokenizer, conversation template and tiles are read from the checkpoint, which is
+of a run or an import. Flags of pretrain_vlm.py that are given (layout, precision, --vision-model, --seq-length ...)
+override them.
+--text: records with a `text`. Measured: perplexity, and the share of words of several tokens that are completed
+exactly, given the text up to their first token. --vqa: records with `image` (a path or a list), `question`, `answer`
+and optionally a `kind` to group by. Measured: the share of exact answers, and the routing.
+Both files are JSON lists or JSON lines, as for prepare.py.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ from megatron_smar.evaluation.evaluator import Evaluator, exact_match, perplexit
 from megatron_smar.monitoring.recorder import recorded_routing
 from megatron_smar.training.setup import fail, start
 
-# The alltoall dispatcher takes batches of any length; Megatron's own batch sizes and frozen parts have no effect here.
+# The alltoall dispatcher accepts batches of any length; Megatron's batch sizes and frozen parts have no effect here.
 RUN = {"moe_token_dispatcher_type": "alltoall", "micro_batch_size": 1, "freeze": ["vision"]}
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    """Our options; the rest are Megatron's."""
+    """Parses this program's options; returns them and the remaining flags, which are those of pretrain_vlm.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="records with `text`: perplexity and word completion")
     parser.add_argument("--vqa", type=Path, help="records with `image`, `question`, `answer`, `kind`")
-    parser.add_argument("--image-root", type=Path, default=Path("."), help="where the paths in --vqa start")
+    parser.add_argument("--image-root", type=Path, default=Path("."), help="folder of the images in --vqa")
     parser.add_argument("--examples", type=int, default=24, help="answers decoded and shown (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="samples per forward pass (default: %(default)s)")
     parser.add_argument(
-        "--float32", action="store_true", help="measure in float32 (default: in the precision that was trained in)"
+        "--float32", action="store_true", help="measure in float32 (default: in the precision of the training)"
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--config", type=Path, help="a run's run.yaml, instead of --load with its folder")
@@ -71,7 +72,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def read_records(options: argparse.Namespace) -> None:
-    """Reads --text and --vqa, a JSON list or JSON lines each, before anything is loaded."""
+    """Reads --text and --vqa, each a JSON list or JSON lines, before anything is loaded."""
     try:
         options.texts = read_texts(options.text) if options.text else []
         options.questions = read_questions(options.vqa, options.image_root) if options.vqa else []
@@ -80,7 +81,7 @@ def read_records(options: argparse.Namespace) -> None:
 
 
 class Encoder:
-    """Encodes held-out records as the trainer would."""
+    """Encodes held-out records as in training."""
 
     def __init__(self) -> None:
         run = get_run_config()
@@ -91,7 +92,7 @@ class Encoder:
         self.samples = SampleEncoder(self.text, images, self.tokens_per_tile, get_args().seq_length)
 
     def passage(self, key: str, record: dict[str, Any]) -> EncodedSample:
-        """A record of text, all of which is a target."""
+        """Encodes a record of text, in which every token is a target."""
         with named(key):
             return self.samples.encode(key, record_segments(record, self.template, 0), [])
 
@@ -101,13 +102,13 @@ class Encoder:
         return self.text.special_id(self.template.end_of_turn)
 
     def continues_word(self) -> torch.Tensor:
-        """[vocabulary] bool: pieces of letters without the space that begins a word."""
+        """Returns a [vocabulary] bool tensor: tokens of letters only, without the space that begins a word."""
         tokenizer = get_tokenizer()
-        pieces = tokenizer._tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))  # the wrapper has no public way
+        pieces = tokenizer._tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))  # not public
         return torch.tensor([piece.isalpha() and piece[0] not in "▁Ġ" for piece in pieces])
 
     def question(self, item: dict[str, Any], root: Path, answered: bool = True) -> EncodedSample:
-        """A question with its answer as target, or the prompt that asks for it."""
+        """Encodes a question with its answer as target, or only the prompt."""
         turns = [{"from": "human", "value": item["question"]}, {"from": "gpt", "value": item["answer"]}]
         files = [(root / path).read_bytes() for path in item["image"]]
         segments = record_segments({"conversations": turns}, self.template, len(files))
@@ -120,7 +121,7 @@ class Encoder:
 
 @contextmanager
 def named(key: str) -> Iterator[None]:
-    """Puts a record's key in front of the message of an error in it."""
+    """Adds a record's key in front of the message of an error in that record."""
     try:
         yield
     except SampleError as error:
@@ -128,7 +129,7 @@ def named(key: str) -> Iterator[None]:
 
 
 def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
-    """All that was asked for."""
+    """Measures everything that the options ask for."""
     results: dict[str, Any] = {}
     if options.texts:
         samples = [encoder.passage(str(r.get("id", i)), r) for i, r in enumerate(options.texts)]
@@ -140,7 +141,7 @@ def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder)
 
 
 def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
-    """Accuracy by kind of question, the routing while answering, and some answers in the model's words."""
+    """Measures the accuracy by kind of question and the routing, and generates some answers."""
     items = options.questions
     samples = [encoder.question(item, options.image_root) for item in items]
     with recorded_routing([evaluator.model]) as recorder:
@@ -189,7 +190,7 @@ def main() -> None:
     )
     try:
         results = measure(options, evaluator, encoder)
-    except SampleError as error:  # one that is too long for the flags
+    except SampleError as error:  # a sample that is too long for the flags
         fail(error)
     if dist.get_rank() == 0:
         options.output.parent.mkdir(parents=True, exist_ok=True)

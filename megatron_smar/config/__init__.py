@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's flags, the configs that they become, and the checks that no config can make by itself."""
+"""A run's flags, the configs built from them, and the checks that involve more than one config."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configs that a run's flags become: each is a dataclass beside the code it configures, which validates itself."""
+"""Builds the configs from a run's flags. Each is a dataclass next to the code it configures, and validates itself."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from megatron_smar.routing.strategies import STRATEGIES
 
 
 def modality_table(args: Namespace) -> Modalities:
-    """The run's modalities; one stored by a version without --image-modalities has text and vision."""
+    """Returns the run's modalities; runs stored by a version without --image-modalities have text and vision."""
     return Modalities(tuple(getattr(args, "image_modalities", None) or Modalities().images))
 
 
 def modality_routing_config(args: Namespace) -> ModalityRoutingConfig:
-    """The routers' config."""
+    """Builds the routers' config."""
     return ModalityRoutingConfig(
         STRATEGIES[args.modality_routing].from_arguments(args),
         eps=args.smar_eps,
@@ -41,7 +41,7 @@ def modality_routing_config(args: Namespace) -> ModalityRoutingConfig:
 
 
 def vision_config(args: Namespace) -> VisionConfig:
-    """The vision encoder's config."""
+    """Builds the vision encoder's config."""
     return VisionConfig(
         model=args.vision_model,
         image_size=args.image_size,
@@ -53,7 +53,7 @@ def vision_config(args: Namespace) -> VisionConfig:
 
 
 def language_config(args: Namespace) -> LanguageConfig:
-    """What the language model takes beside Megatron's TransformerConfig."""
+    """Builds what the language model needs in addition to Megatron's TransformerConfig."""
     return LanguageConfig(
         vocab_size=args.padded_vocab_size,
         true_vocab_size=args.true_vocab_size,
@@ -72,16 +72,16 @@ def language_config(args: Namespace) -> LanguageConfig:
 
 
 def transformer_config(args: Namespace) -> TransformerConfig:
-    """Megatron's config of the language model, with the activation that Megatron has no flag for."""
+    """Builds Megatron's config of the language model, with the activation that Megatron has no flag for."""
     config = core_transformer_config_from_args(args)
     if args.gelu_tanh:
-        # Megatron's fused kernels choose by the function, and know none of this one.
+        # Megatron has no fused kernel for this activation function.
         config.activation_func, config.bias_activation_fusion = partial(F.gelu, approximate="tanh"), False
     return config
 
 
 def image_config(args: Namespace) -> ImageConfig:
-    """How images become tiles."""
+    """Builds the config that defines how images become tiles."""
     return ImageConfig(
         image_size=args.image_size,
         min_tiles=args.min_tiles,
@@ -91,8 +91,8 @@ def image_config(args: Namespace) -> ImageConfig:
 
 
 def data_config(args: Namespace) -> DataConfig:
-    """What is read, and how it is padded for this layout."""
-    # Pipelines and the all-gather dispatcher need one shape on every rank; otherwise the longest sample decides.
+    """Builds the config of the data: what is read, and how it is padded for the parallel layout."""
+    # Pipeline parallelism and the all-gather dispatcher need one shape on every rank; else the longest sample decides.
     one_shape = args.pipeline_model_parallel_size > 1 or args.moe_token_dispatcher_type == "allgather"
     shards = args.tensor_model_parallel_size if args.sequence_parallel else 1
     shards *= 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1

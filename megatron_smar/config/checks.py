@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags that cannot train, refused before Megatron starts anything: one sentence, the same on every rank."""
+"""Refuses flags that cannot train before Megatron starts anything, with one sentence, the same on every rank."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from megatron_smar.routing.strategies import STRATEGIES
 
 
 def check_shape(args: Namespace, is_known: bool = True) -> None:
-    """Refuses models and layouts that cannot train.
+    """Refuses models and parallel layouts that cannot train.
 
     Args:
-        args: The flags.
-        is_known: False before a checkpoint has given the model's shape (--use-checkpoint-args).
+        args: The parsed flags.
+        is_known: Whether the model's shape is known; it is not before a checkpoint has given it
+            (--use-checkpoint-args).
     """
     _check_freeze(args, is_known)
     _check_routing(args, modality_routing_config(args), is_known)
@@ -29,14 +30,14 @@ def check_shape(args: Namespace, is_known: bool = True) -> None:
 
 
 def check_arguments(args: Namespace, needs_data: bool = True) -> None:
-    """Refuses what cannot train, in one sentence, on every rank alike.
+    """Refuses flags that cannot train, with the same sentence on every rank.
 
     Args:
-        args: As Megatron's parser returns them, before it validates its own.
+        args: The parsed flags, before Megatron validates its own.
         needs_data: Whether the program reads --data-path.
 
     Raises:
-        ValueError: With the flag, its value and the mend.
+        ValueError: With the flag, its value and the fix.
     """
     runtime.check_flags(args)
     if args.vision_model is None:
@@ -78,7 +79,7 @@ def _check_freeze(args: Namespace, shape_is_known: bool) -> None:
 
 
 def _check_allowed(args: Namespace, routing: ModalityRoutingConfig) -> None:
-    """Refuses allowed experts that leave a token fewer than K to choose, or that a fused kernel would not see."""
+    """Refuses allowed experts that leave a token fewer than K experts, or that a fused kernel would not respect."""
     for layer in _moe_layers(args):
         allowed = routing.allowed(layer, args.num_experts)
         if allowed is None:
@@ -110,7 +111,7 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_kno
             "give --num-experts, or --modality-routing none."
         )
     for other in STRATEGIES.values():
-        other.from_arguments(args)  # a wrong value is wrong, whether or not this run would read it
+        other.from_arguments(args)  # a wrong value is refused even if this run would not read it
         if other is not type(strategy):
             other.check_unused(args)
     strategy.check(args, _moe_layers(args) if shape_is_known else None)
@@ -130,8 +131,8 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_kno
         )
     if learns_biases and args.optimizer_cpu_offload:
         raise ValueError(
-            "--optimizer-cpu-offload cannot take up the modality biases, which are float32, from a checkpoint: leave "
-            "it out, or give --no-modality-router-bias."
+            "--optimizer-cpu-offload cannot load the modality biases, which are float32, from a checkpoint: leave it "
+            "out, or give --no-modality-router-bias."
         )
     if args.moe_pad_expert_input_to_capacity:
         raise ValueError(
@@ -158,11 +159,11 @@ def _check_layers(args: Namespace) -> None:
         raise ValueError("--parallel-block has no multi-latent attention; leave out one of the two flags.")
     if args.multi_latent_attention and args.rope_type == "rope" and args.apply_rope_fusion:
         raise ValueError(
-            "--rope-type rope with --multi-latent-attention has no fused kernel, which knows YaRN only; give "
+            "--rope-type rope with --multi-latent-attention has no fused kernel (Megatron's supports only YaRN); give "
             "--no-rope-fusion."
         )
     if args.qk_l2_norm:
-        raise ValueError("--qk-l2-norm is in none of the layers here and would have no effect; leave it out.")
+        raise ValueError("--qk-l2-norm is implemented in none of the layers here and has no effect; leave it out.")
     if args.multi_latent_attention and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ValueError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with --multi-latent-attention needs "
@@ -178,13 +179,13 @@ def _check_layers(args: Namespace) -> None:
         )
     if args.latent_norm_epsilon is not None and not (args.multi_latent_attention and args.qk_layernorm):
         raise ValueError(
-            "--latent-norm-epsilon is of the norms in multi-latent attention; give --multi-latent-attention and "
+            "--latent-norm-epsilon belongs to the norms in multi-latent attention; give --multi-latent-attention and "
             "--qk-layernorm, or leave it out."
         )
 
 
 def _moe_layers(args: Namespace) -> list[int]:
-    """Numbers, from 1, of the layers that are MoE layers (--moe-layer-freq)."""
+    """Returns the numbers, from 1, of the MoE layers (--moe-layer-freq)."""
     frequency, layers = args.moe_layer_freq, range(1, (args.num_layers or 0) + 1)
     if isinstance(frequency, int):
         return [layer for layer in layers if (layer - 1) % frequency == 0]
@@ -213,7 +214,7 @@ def _check_heads(args: Namespace) -> None:
 
 
 def _check_batch_sizes(args: Namespace) -> None:
-    """Megatron checks them under names that are no flags, or after the process groups have been made."""
+    """Checks batch sizes, since Megatron's messages name no flags or come after the process groups are created."""
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % model:
         raise ValueError(
@@ -234,7 +235,7 @@ def _check_batch_sizes(args: Namespace) -> None:
     ):
         if micro and total and total % (micro * replicas):
             raise ValueError(
-                f"{total_flag} {total} is no multiple of {micro_flag} {micro} x {replicas} data-parallel replicas "
+                f"{total_flag} {total} is not a multiple of {micro_flag} {micro} x {replicas} data-parallel replicas "
                 f"({args.world_size} ranks / {model}); give a multiple of {micro * replicas}."
             )
 
@@ -252,7 +253,7 @@ def _check_parallelism(args: Namespace) -> None:
     _check_heads(args)
     _check_dispatcher(args)
     if args.hybrid_context_parallel:
-        raise ValueError("--hybrid-context-parallel cuts batches in another way than ours are; leave it out.")
+        raise ValueError("--hybrid-context-parallel shards batches in a way that is not supported here; leave it out.")
     if args.iterations_to_skip:
         raise ValueError(
             "--iterations-to-skip reads the data on one tensor-parallel rank only, where each reads its own; "
@@ -281,8 +282,8 @@ def _check_parallelism(args: Namespace) -> None:
         )
     if args.optimizer_cuda_graph:
         raise ValueError(
-            "--optimizer-cuda-graph replays the optimizer's step without looking at the gradients, so that one that is "
-            "not finite would be applied; leave it out."
+            "--optimizer-cuda-graph replays the optimizer's step without checking the gradients, so that a step that "
+            "is not finite would be applied; leave it out."
         )
     if args.use_megatron_fsdp:
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags from a config dataclass, so that name, type, default and help of a setting are written once."""
+"""Makes flags from a config dataclass, so that name, type, default and help of a setting are written once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def add_config_flags(group: _ArgumentGroup, config: type[StrategyConfig]) -> Non
     """Adds the flags of a strategy, `--<name>-<field>`.
 
     Args:
-        group: Of a parser.
-        config: A frozen dataclass with Google-style `Attributes`; its docstring is the help.
+        group: Argument group of the parser.
+        config: A frozen dataclass with Google-style `Attributes`, which become the help texts.
     """
     types, lines = get_type_hints(config), attribute_lines(config)
     for setting in config.flag_fields():
@@ -30,7 +30,7 @@ def add_config_flags(group: _ArgumentGroup, config: type[StrategyConfig]) -> Non
 
 
 def attribute_lines(config: type) -> dict[str, str]:
-    """The `Attributes` of a docstring, by name, each on one line."""
+    """Returns the `Attributes` of a class's docstring, by name, each on one line."""
     section = inspect.getdoc(config).partition("Attributes:\n")[2].partition("\n\n")[0]  # type: ignore[union-attr]
     parts = re.split(r"^    (\w+): ", section, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
@@ -41,7 +41,7 @@ def _default(setting: Field[Any]) -> Any:
 
 
 def _parsing(kind: Any) -> dict[str, Any]:
-    """argparse's keywords for values of a type."""
+    """Returns argparse's keyword arguments for values of a type."""
     if get_origin(kind) in (Union, UnionType):
         (kind,) = (part for part in get_args(kind) if part is not NoneType)
     if get_origin(kind) is Literal:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user reads when flags are wrong: one sentence, with the flags, their values and what to try instead."""
+"""The message that a user gets for wrong flags: one sentence with the flags, their values and the fix."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_smar.runtime import failure
 
-# What stops a start because of flags: Megatron asserts, raises, or imports what is not installed.
+# The errors that wrong flags cause at startup: Megatron asserts, raises, or imports what is not installed.
 FLAG_ERRORS = (AssertionError, ValueError, ImportError, NotImplementedError)
 
 
 def explain_unknown_flags(parser: ArgumentParser) -> None:
-    """Has a parser end with one sentence instead of its usage, and name the flags closest to a mistyped one."""
+    """Makes a parser exit with one sentence instead of its usage, naming the flags closest to a mistyped flag."""
 
     def error(message: str) -> NoReturn:
         failure.end(_unknown(parser, message) or f"{message}; --help lists all flags.", status=2)
@@ -28,7 +28,7 @@ def explain_unknown_flags(parser: ArgumentParser) -> None:
 
 
 def _unknown(parser: ArgumentParser, message: str) -> str | None:
-    """The sentence for argparse's "unrecognized arguments", or None for another message."""
+    """Returns the sentence for argparse's "unrecognized arguments", or None for another message."""
     head, _, given = message.partition("unrecognized arguments: ")
     if head or not given:
         return None
@@ -36,27 +36,28 @@ def _unknown(parser: ArgumentParser, message: str) -> str | None:
     if not flags:
         return f"{given} belongs to no flag; --help lists them."
     known = [flag for action in parser._actions for flag in action.option_strings]
-    said = []
+    unknown = []
     for flag in flags:
         near = get_close_matches(flag, known, n=3, cutoff=0.7)
-        said.append(f"{flag} is no flag" + (f" (close to it: {', '.join(near)})" if near else ""))
-    return f"{', '.join(said)}; --help lists all flags."
+        unknown.append(f"{flag} is not a flag" + (f" (close to it: {', '.join(near)})" if near else ""))
+    return f"{', '.join(unknown)}; --help lists all flags."
 
 
 def sentence(error: BaseException, args: Namespace | None = None) -> str:
-    """An error in one sentence: its message, or the check that failed, and the flags that it speaks of.
+    """Returns an error as one sentence: its message, or the check that failed, and the flags it concerns.
 
     Args:
-        error: Ours have a complete sentence; Megatron's name arguments as its code does, or nothing at all.
-        args: As parsed; None where they are not.
+        error: The error. This project's errors have a complete sentence; Megatron's name arguments as in its code, or
+            have no message.
+        args: The parsed flags; None if they have not been parsed.
     """
     message = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
     checked = (frames[-1].line or "") if frames else ""
-    if frames and not message:  # many of Megatron's checks say nothing but what they check
+    if frames and not message:  # many of Megatron's assertions have no message
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
         message = f"the flags do not pass Megatron's check `{checked}` ({place})"
-    if "trust_remote_code=True" in message:  # transformers' own words for it take three lines, and name no flag
+    if "trust_remote_code=True" in message:  # transformers' own message has three lines and names no flag
         head = str(error).splitlines()[0].rstrip(".")
         return f"{head}; a folder's code is only run with --trust-remote-code: give a --tokenizer-model without it."
     if args is None or "--" in message:
@@ -66,7 +67,7 @@ def sentence(error: BaseException, args: Namespace | None = None) -> str:
 
 
 def _flags_of(text: str, args: Namespace, most: int = 6) -> list[str]:
-    """The flags whose arguments a text names in the words of Megatron's code, each with its value."""
+    """Returns the flags, each with its value, whose argument names (as in Megatron's code) occur in a text."""
     words = set(re.findall(r"[a-z][a-z0-9_]*_[a-z0-9_]+", text.replace(" ", "  ")))
     parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False, conflict_handler="resolve"))
     shown: dict[str, str] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our flags, in groups beside Megatron's, which parses them. `build` makes configs of them, `checks` validates."""
+"""This project's flags, as argument groups of Megatron's parser. `build` makes configs of them, `checks` validates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONNECTORS = get_args(ConnectorType)
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Adds our groups to Megatron's parser, and the defaults that this environment needs (`extra_args_provider`)."""
+    """Adds this project's groups and this environment's defaults to Megatron's parser (`extra_args_provider`)."""
     _add_routing_arguments(parser)
     _add_vision_arguments(parser)
     _add_language_arguments(parser)
@@ -31,19 +31,19 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     parser.add_argument_group("console").add_argument(
         ALL_MESSAGES,
         action="store_true",
-        help="Write everything that Megatron and torch have to say: each argument, warnings that nobody can act on, "
-        "all columns of a step. Default: the summary and a line per --log-interval.",
+        help="Print everything that Megatron and torch print: each argument, warnings that nobody can act on, all "
+        "columns of a step. Default: the summary and a line per --log-interval.",
     )
     _repair_help(parser)
     explain_unknown_flags(parser)
-    # Megatron 0.19.2 leaves the interval at None and then divides by it. A run that is asked to end saves, unasked.
+    # Megatron 0.19.2 leaves eval_interval at None and then divides by it. A run that gets a signal to end saves first.
     defaults = {"dataloader_type": "external", "eval_interval": 1000, "exit_signal_handler": True}
     parser.set_defaults(**defaults, **runtime.argument_defaults())
     return parser
 
 
 def _repair_help(parser: ArgumentParser) -> None:
-    """Escapes bare percent signs: one help text of Megatron 0.19.2 has one, and its `--help` dies of it."""
+    """Escapes bare percent signs: one of Megatron 0.19.2's help texts has one, which makes its `--help` fail."""
     for action in parser._actions:
         try:
             (action.help or "") % {**vars(action), "prog": parser.prog}
@@ -74,8 +74,8 @@ def _add_routing_arguments(parser: ArgumentParser) -> None:
         "--smar-scope",
         choices=["global", "local"],
         default=common.scope,
-        help="global: statistics over all tokens of the micro-batch step on all ranks; local: over each data-parallel "
-        "replica's own. Default: %(default)s.",
+        help="global: statistics over all tokens of the micro-batch step on all ranks; local: over the tokens of each "
+        "data-parallel replica separately. Default: %(default)s.",
     )
     group.add_argument(
         "--no-modality-router-bias",
@@ -98,7 +98,7 @@ def _add_vision_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--vision-model",
         metavar="PATH_OR_NAME",
-        help="Hugging Face vision encoder (InternViT, CLIP, SigLIP), or a model that has one. "
+        help="Hugging Face vision encoder (InternViT, CLIP, SigLIP), or a model that contains one. "
         "The paper: InternViT-300M.",
     )
     group.add_argument(
@@ -120,13 +120,13 @@ def _add_vision_arguments(parser: ArgumentParser) -> None:
         "--max-tiles",
         type=int,
         default=1,
-        help="Most tiles per image, without thumbnail: an image is cut into the grid closest to its shape, as InternVL "
-        "does. 1: every image is one tile. VITA: 12. Default: %(default)s.",
+        help="Most tiles per image, without thumbnail: an image is split into the grid closest to its aspect ratio, as "
+        "InternVL does. 1: every image is one tile. VITA: 12. Default: %(default)s.",
     )
     group.add_argument(
         "--use-thumbnail",
         action="store_true",
-        help="Add the whole image as the last tile where there is more than one. InternVL and VITA do.",
+        help="Add the full image as a last tile if there is more than one tile, as InternVL and VITA do.",
     )
     group.add_argument(
         "--connector",
@@ -156,19 +156,20 @@ def _add_vision_arguments(parser: ArgumentParser) -> None:
 
 def _add_language_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "language model", "Beside Megatron's; tools/checkpoint/convert.py writes what a model needs into flags.txt."
+        "language model",
+        "In addition to Megatron's flags; tools/checkpoint/convert.py writes what a model needs into flags.txt.",
     )
     group.add_argument(
         "--parallel-block",
         action="store_true",
-        help="Attention and feed-forward layer side by side, after one norm (Phi).",
+        help="Attention and feed-forward layer in parallel, after one norm (Phi).",
     )
     group.add_argument("--output-bias", action="store_true", help="The output layer has a bias (Phi).")
     group.add_argument(
         "--gelu-tanh",
         action="store_true",
-        help="The activation is GELU by its tanh approximation, with fused kernels or not (Phi). Default: Megatron's, "
-        "which is exact without fused kernels and approximate with them.",
+        help="Use the tanh approximation of GELU, with or without fused kernels (Phi). Default: Megatron's GELU, which "
+        "is exact without fused kernels and approximate with them.",
     )
     group.add_argument(
         "--qk-norm-scope",
@@ -180,7 +181,7 @@ def _add_language_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--latent-norm-epsilon",
         type=float,
-        help="Epsilon of the norms inside of multi-latent attention (DeepSeek: 1e-6). Default: --norm-epsilon.",
+        help="Epsilon of the norms inside multi-latent attention (DeepSeek: 1e-6). Default: --norm-epsilon.",
     )
 
 
@@ -191,11 +192,11 @@ def _add_stage_arguments(parser: ArgumentParser) -> None:
         nargs="*",
         choices=PARTS,
         default=["vision"],
-        help="Parts that do not learn. Stage 1, visual alignment: vision language. Stage 2, visual instruction tuning: "
-        "vision. Language pretraining: vision connector. Of the language model: embeddings (with the output layer), "
-        "attention, norms, dense (feed-forward layers without experts), experts (shared ones too) and router (with the "
-        "modalities' bias). Experts and router alone learn, as in MoE-LLaVA's last stage, with: vision connector "
-        "embeddings attention norms dense. Default: vision.",
+        help="Parts that are not trained. Stage 1, visual alignment: vision language. Stage 2, visual instruction "
+        "tuning: vision. Language pretraining: vision connector. Parts of the language model: embeddings (with the "
+        "output layer), attention, norms, dense (feed-forward layers without experts), experts (also shared ones) and "
+        "router (with the modality bias). To train only experts and router, as in MoE-LLaVA's last stage: vision "
+        "connector embeddings attention norms dense. Default: vision.",
     )
 
 
@@ -222,8 +223,8 @@ def _add_conversation_arguments(parser: ArgumentParser) -> None:
         type=float,
         metavar="SHARE",
         default=0.1,
-        help="Stop when more than this share of the samples that a data worker reads cannot be used (with three "
-        "standard deviations to spare, and not before its 100th sample); 1 lets all pass. Default: %(default)s.",
+        help="Stop when more than this share of the samples that a data worker reads cannot be used (by a margin of "
+        "three standard deviations, and not before its 100th sample); 1 never stops. Default: %(default)s.",
     )
     group.add_argument(
         "--dataloader-save",
@@ -234,7 +235,7 @@ def _add_conversation_arguments(parser: ArgumentParser) -> None:
         "--no-load-dataloader-state",
         action="store_false",
         dest="load_dataloader_state",
-        help="On resuming, read the data from the start instead of where the checkpoint stood.",
+        help="When resuming, read the data from the start instead of from the checkpoint's position.",
     )
     group.add_argument(
         "--record-samples",
@@ -251,21 +252,21 @@ def _add_conversation_arguments(parser: ArgumentParser) -> None:
         "--text-only-ratio",
         type=float,
         metavar="SHARE",
-        help="Share of samples without images, held exactly (the paper: 0.025). Default: as the data has it.",
+        help="Share of samples without images, kept exactly (the paper: 0.025). Default: the share in the data.",
     )
     group.add_argument(
         "--packing-buffer-size",
         type=int,
         metavar="SAMPLES",
-        help="Pack samples into sequences of at most --seq-length, each attending to itself alone: how many samples a "
-        "data worker keeps to choose from (1000 or more fill best). Needs --micro-batch-size 1; batch sizes then count "
-        "packs. Default: one sample per sequence.",
+        help="Pack samples into sequences of at most --seq-length, in which each sample attends only to itself: how "
+        "many samples a data worker keeps to choose from (1000 or more fill best). Needs --micro-batch-size 1; batch "
+        "sizes then count packs. Default: one sample per sequence.",
     )
     group.add_argument(
         "--packing-max-tiles",
         type=int,
         metavar="TILES",
-        help="Most image tiles of a pack, which bounds the vision encoder's work and memory. Default: no limit.",
+        help="Most image tiles in a pack, which limits the vision encoder's work and memory. Default: no limit.",
     )
 
 
@@ -276,14 +277,15 @@ def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         metavar="FLAG",
         default=[],
-        help="Flags of the model, and `tokenizer`, that may differ from those of the checkpoint in --load, as: "
+        help="Flags of the model, and `tokenizer`, that may differ from those of the checkpoint in --load, such as: "
         "rotary-base moe-router-topk. Default: none; a checkpoint of another model is refused.",
     )
     group.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",
         action="store_false",
         dest="dist_ckpt_optim_fully_reshardable",
-        help="Save the distributed optimizer's state as it lies on the ranks: each needs less host memory while it "
-        "saves, but the run can only go on with the same TP, PP, EP and ETP. Default: any layout can go on.",
+        help="Save the distributed optimizer's state as it is sharded over the ranks: each rank needs less host memory "
+        "while saving, but the run can only be resumed with the same TP, PP, EP and ETP. Default: a run can be resumed "
+        "with any layout.",
     )
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)

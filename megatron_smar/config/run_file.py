@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run as one file: `--config run.yaml`, with Megatron's and this project's flags as keys.
 
-    model:                      # groups have any names, and say what their flags configure
+    model:                      # groups are for the reader and can have any names
       num-layers: 32
       group-query-attention: true
     training:
       freeze: [vision]
       lr: 2e-5
-    layouts:                    # at most one of these is taken, by --layout
+    layouts:                    # at most one of these is used, chosen by --layout
       64: {expert-model-parallel-size: 8}
       tiny: {expert-model-parallel-size: 2, train-iters: 5}
 
-Of several files, and of a file and the command line, the later one wins.
+A later file overrides an earlier one, and the command line overrides files.
 """
 
 from __future__ import annotations
@@ -37,20 +37,18 @@ def add_run_file_options(parser: Any) -> None:
     parser.add_argument(
         "--config", nargs="+", type=Path, metavar="FILE", help="YAML files with flags as keys; the command line wins"
     )
-    parser.add_argument("--layout", metavar="NAME", help=f"which of the `{LAYOUTS}` in --config is taken")
-    parser.add_argument(
-        "--unset", nargs="+", default=[], metavar="FLAG", help="flags in --config that are to be left out"
-    )
+    parser.add_argument("--layout", metavar="NAME", help=f"which of the `{LAYOUTS}` in --config to use")
+    parser.add_argument("--unset", nargs="+", default=[], metavar="FLAG", help="flags in --config to leave out")
 
 
 def expand(argv: Sequence[str]) -> list[str]:
-    """The command line with the flags of its --config files before its own.
+    """Returns the command line with the flags of its --config files in front of its own.
 
     Args:
-        argv: As given.
+        argv: The command line as given.
 
     Raises:
-        ValueError: A file cannot be read, or says something that no flag does; the message is one sentence.
+        ValueError: A file cannot be read, or has a key or value that is not valid for a flag.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     add_run_file_options(parser)
@@ -58,7 +56,7 @@ def expand(argv: Sequence[str]) -> list[str]:
     if own.config is None:
         if own.layout is not None or own.unset:
             flag = f"--layout {own.layout}" if own.layout is not None else f"--unset {' '.join(own.unset)}"
-            raise ValueError(f"{flag} speaks of a file of flags: give the file as --config.")
+            raise ValueError(f"{flag} refers to a file of flags: give the file as --config.")
         return rest
     flags: dict[str, Any] = {}
     for path in own.config:
@@ -71,11 +69,11 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 
 def read_flags(path: Path, layout: str | None = None) -> dict[str, Any]:
-    """The flags of a file, by name without dashes in front.
+    """Returns the flags of a file, by name without leading dashes.
 
     Args:
-        path: The file.
-        layout: Which of its `layouts`; None where it has none.
+        path: The YAML file.
+        layout: Which of the file's `layouts` to use; None if it has none.
 
     Raises:
         ValueError: As for `expand`.
@@ -96,7 +94,7 @@ def read_flags(path: Path, layout: str | None = None) -> dict[str, Any]:
 
 
 def saved_folder(path: Path) -> Path:
-    """The folder of a run's checkpoints: the one with its run.yaml, or what that file has as `save`.
+    """Returns the folder of a run's checkpoints: the folder of its run.yaml, or the value of `save` in that file.
 
     Raises:
         ValueError: The file cannot be read or names no folder.
@@ -105,16 +103,18 @@ def saved_folder(path: Path) -> Path:
         return path.parent
     found = dict(_flags(_read(path), path)).get("save")
     if found is None:
-        raise ValueError(f"{path} has no `save`, and no checkpoint is beside it: give the checkpoint's folder instead.")
+        raise ValueError(
+            f"{path} has no `save`, and no checkpoint is next to it: give the checkpoint's folder instead."
+        )
     return Path(found)
 
 
 def write_run_file(folder: Path, argv: Sequence[str]) -> None:
-    """Writes a command line as `run.yaml`, grouped as --help has the flags; the file is written whole or not at all.
+    """Writes a command line as `run.yaml`, with the groups of --help; the file is replaced atomically.
 
     Args:
-        folder: The run's --save; made if need be.
-        argv: The flags, expanded.
+        folder: The run's --save; created if necessary.
+        argv: The flags, after `expand`.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, values in _given(argv):
@@ -127,7 +127,7 @@ def write_run_file(folder: Path, argv: Sequence[str]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where YAML would take the last one."""
+    """Refuses a key that is given twice, where PyYAML would use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
@@ -179,14 +179,14 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def _canonical(name: str) -> str:
-    """A flag's name as the parser has it, from one with dashes or underscores."""
+    """Returns a flag's name as the parser has it, from a name with dashes or underscores."""
     bare = name.removeprefix("--")
     return bare if bare in _actions() else bare.replace("_", "-")
 
 
 @cache
 def _actions() -> dict[str, Action]:
-    """The parser's flags by name."""
+    """Returns the parser's flags by name."""
     return {
         option.removeprefix("--"): action
         for action in _parser()._actions
@@ -208,7 +208,7 @@ def _group_of(name: str) -> str:
 
 
 def _given(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Each flag of a command line with its value, in YAML's types."""
+    """Yields each flag of a command line with its value, as a YAML type."""
     flags: dict[str, list[str]] = {}
     name = ""
     for word in argv:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -19,20 +17,20 @@ from megatron_smar.data.batch import EncodedSample, VisionLanguageBatch, collate
 from megatron_smar.model.vlm import VisionLanguageModel
 from megatron_smar.training.batch import ModelBatch, prepare_batch
 
-# Positions whose logits are in float32 at once: of a vocabulary of 150,000, 0.6 GB where a whole batch has many.
+# Positions whose logits are converted to float32 at a time: 0.6 GB for a vocabulary of 150,000.
 _POSITIONS = 1024
 
 
 @dataclass(frozen=True)
 class Score:
-    """How the model does on one sample's target tokens.
+    """The model's score on one sample's target tokens.
 
     Attributes:
         loss: Sum of the cross-entropy, in nats.
         tokens: Number of target tokens.
-        exact: Whether each target token is the most likely one, that is, whether greedy decoding gives them exactly.
-        words: Words among the targets that go on after their first piece.
-        words_completed: Those whose further pieces are all the most likely ones.
+        exact: Whether each target token is the most likely one, that is, whether greedy decoding gives the target.
+        words: Number of words of more than one token among the targets.
+        words_completed: Number of those words whose tokens after the first are all the most likely ones.
     """
 
     loss: float
@@ -43,19 +41,20 @@ class Score:
 
 
 class Evaluator:
-    """Runs a whole model (no pipeline) on encoded samples.
+    """Runs a model without pipeline and context parallelism on encoded samples.
 
     Args:
-        model: Without wrappers; it is put into evaluation mode.
+        model: The model without wrappers; it is put into evaluation mode.
         placeholders: Token ids of the placeholders, one for each kind of images, in the order of the modalities.
         tokens_per_tile: Vision tokens per tile.
-        pad_id: Fills rows.
+        pad_id: Token id that pads rows.
         multiple_of: The sequence length is rounded up to a multiple of it (sequence parallelism).
         batch_size: Samples per forward pass.
-        continues_word: [vocabulary] bool, the pieces that go on with a word; None leaves words uncounted.
+        continues_word: Whether each token of the vocabulary continues a word, [vocabulary] bool; None to count no
+            words.
 
     Raises:
-        ValueError: The model is only a pipeline stage, or the context is split.
+        ValueError: There is pipeline or context parallelism.
     """
 
     def __init__(
@@ -80,10 +79,10 @@ class Evaluator:
         self.continues_word = continues_word
 
     def score(self, samples: Sequence[EncodedSample], name: str) -> list[Score]:
-        """Scores every sample; each data-parallel rank takes its share, and all get all results, in order."""
+        """Scores every sample; data-parallel ranks share the work, and all return all results, in order."""
         rank, size = self.groups.dp.rank(), self.groups.dp.size()
         share = -(-len(samples) // size)
-        # Every rank makes equally many forward passes of one size, or the experts' exchange would wait for ever.
+        # Every rank must make the same number of forward passes, or the experts' all-to-all would hang.
         mine = [samples[(rank * share + i) % len(samples)] for i in range(share)]
         scores: list[Score] = []
         starts = range(0, share, self.batch_size)
@@ -101,13 +100,13 @@ class Evaluator:
         if self.continues_word is not None:
             continues = self.continues_word.cpu()[batch.labels] & mask
         return [
-            Score(float(loss[m].sum()), int(m.sum()), bool(h[m].all()), *_completed_words(c.tolist(), h.tolist()))
+            Score(float(loss[m].sum()), int(m.sum()), bool(h[m].all()), *count_completed_words(c.tolist(), h.tolist()))
             for loss, h, m, c in zip(losses, hit, mask, continues, strict=True)
         ]
 
     @torch.no_grad()
     def _logits(self, samples: list[EncodedSample]) -> tuple[Tensor, VisionLanguageBatch, ModelBatch]:
-        """Logits [b, s, vocabulary] as the model gives them, and the batch, on the host and on the device."""
+        """Returns the model's logits [b, s, vocabulary], and the batch on the host and on the device."""
         longest = max(len(sample.input_ids) for sample in samples)
         length = -(-longest // self.multiple_of) * self.multiple_of
         host = collate([[sample] for sample in samples], num_rows=len(samples), length=length, pad_id=self.pad_id)
@@ -123,10 +122,15 @@ class Evaluator:
         return logits, host, batch
 
     def generate(self, prompts: Sequence[EncodedSample], max_new_tokens: int, stop_id: int) -> list[list[int]]:
-        """Greedy continuations of prompts (their `input_ids`), every rank all of them.
+        """Continues prompts by greedy decoding; every rank decodes all of them.
+
+        Args:
+            prompts: The prompts; their `input_ids` are continued.
+            max_new_tokens: Most new tokens of each.
+            stop_id: Token id that ends a continuation.
 
         Returns:
-            The new ids of each, without the stop token.
+            The new token ids of each prompt, without the stop token.
         """
         current = [prompt.input_ids.tolist() for prompt in prompts]
         lengths = [len(ids) for ids in current]
@@ -149,11 +153,11 @@ class Evaluator:
 
 
 def _loss_and_hit(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, and whether the label is the most likely token, [b, s] on the host, in one copy from the device.
+    """Returns the cross-entropy, and whether the label is the most likely token, [b, s] on the host, with one copy.
 
     Args:
-        logits: [b, s, vocabulary] on the device, of any precision.
-        labels: [b, s] on the device.
+        logits: Logits [b, s, vocabulary] on the device, of any precision.
+        labels: Target token ids [b, s] on the device.
     """
     parts = []
     pieces = (tensor.split(_POSITIONS) for tensor in (logits.flatten(0, 1), labels.flatten()))
@@ -164,10 +168,25 @@ def _loss_and_hit(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses, hit > 0
 
 
-def _completed_words(continues: list[bool], hit: list[bool]) -> tuple[int, int]:
-    """Runs of positions that go on with a word, and those in which every position is hit."""
-    runs = [[h for _, h in run] for goes_on, run in groupby(zip(continues, hit, strict=True), itemgetter(0)) if goes_on]
-    return len(runs), sum(map(all, runs))
+def count_completed_words(continues: list[bool], hit: list[bool]) -> tuple[int, int]:
+    """Counts words of more than one token, and those of them that the model completes.
+
+    Args:
+        continues: Whether each position continues a word; adjacent such positions belong to one word.
+        hit: Whether the model's most likely token is correct at each position.
+
+    Returns:
+        The number of words, and the number of words with only correct tokens.
+    """
+    words: list[bool] = []  # for each word, whether all its tokens are correct
+    in_word = False
+    for is_continuation, is_correct in zip(continues, hit, strict=True):
+        if is_continuation and not in_word:
+            words.append(True)
+        if is_continuation:
+            words[-1] = words[-1] and is_correct
+        in_word = is_continuation
+    return len(words), sum(words)
 
 
 def _before(ids: list[int], stop_id: int) -> list[int]:
@@ -175,15 +194,15 @@ def _before(ids: list[int], stop_id: int) -> list[int]:
 
 
 def perplexity(scores: Sequence[Score]) -> float:
-    """exp of the mean loss per target token."""
+    """Returns exp of the mean loss per target token."""
     return float(torch.tensor(sum(s.loss for s in scores) / sum(s.tokens for s in scores)).exp())
 
 
 def word_completion(scores: Sequence[Score]) -> float:
-    """Share of the words of several pieces that are completed exactly, given the text up to their first piece."""
+    """Returns the share of words of several tokens that are completed exactly, given the text up to the first token."""
     return sum(s.words_completed for s in scores) / max(1, sum(s.words for s in scores))
 
 
 def exact_match(scores: Sequence[Score]) -> float:
-    """Share of the samples whose target greedy decoding gives exactly."""
+    """Returns the share of the samples whose target greedy decoding gives exactly."""
     return sum(s.exact for s in scores) / len(scores)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The warning of collapsing routing: only where it can be seen, and where this run can do something about it."""
+"""The warning about collapsing routing, given only where there is enough data and this run's flags can fix it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from megatron_smar.modalities import Modalities
 from megatron_smar.monitoring.config import LEAST_TOKENS
 from megatron_smar.monitoring.load import chosen_share
 
-# A share near even load, K / E: with 7 of 8 experts per token it is 0.875.
+# The threshold is at least this multiple of even load, K / E, which is 0.875 with 7 of 8 experts per token.
 TIMES_EVEN = 1.5
 
 
 @dataclass
 class CollapseWatch:
-    """Warns when nearly all tokens of a modality choose the same expert (the paper's Figure 4c), once.
+    """Warns once when almost all tokens of a modality are routed to one expert (the paper's Figure 4c).
 
-    An expert that was named is not named again before an interval has shown it recovered. An interval with fewer
-    than `least_tokens`, or than 16 E, of a modality shows nothing of it.
+    The same expert is reported again only after an interval in which it was below the threshold. Intervals with fewer
+    than `least_tokens` or 16 E tokens of a modality are skipped: too few to judge.
 
     Attributes:
-        threshold: Share of a modality's tokens above which it speaks.
+        threshold: Share of a modality's tokens above which there is a warning.
         top_k: K, experts per token.
         modalities: Names of the M modalities, by id.
-        router_learns: Whether the run changes the router; a frozen one is as it was given, and no flag of this run
-            can balance it.
-        remedy: What the strategy's flags can do about it; "" for nothing.
-        least_tokens: Of a modality in an interval.
+        router_learns: Whether the run trains the router; no flag of the run can balance a frozen router.
+        remedy: What the strategy's flags can do against collapse; "" if nothing.
+        least_tokens: Fewest tokens of a modality in an interval that is judged.
     """
 
     threshold: float
@@ -42,11 +41,11 @@ class CollapseWatch:
     _known: set[tuple[int, int, int]] = field(default_factory=set)  # layer, modality, expert
 
     def check(self, sums: Tensor, most: int = 8) -> str | None:
-        """The warning that an interval calls for, one sentence, or None.
+        """Returns the warning for an interval, one sentence, or None.
 
         Args:
-            sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
-            most: Experts that are named; of further ones the number is given.
+            sums: Counts per expert, then tokens, of each layer and modality, [L, M, E + 1].
+            most: Most experts that are named; of the others only the number is given.
         """
         shares = chosen_share(sums)
         experts = shares.shape[-1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of the experts' load, and when."""
+"""The config of routing monitoring: what is measured, and when."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from megatron_smar.model.parts import frozen_parts
 from megatron_smar.routing.strategies import STRATEGIES
 from megatron_smar.routing.strategies.base import Metric
 
-# The patches of one picture resemble each other: 1,024 tokens are four tiles of 256, and fewer prove nothing.
+# The patches of one image are similar: 1,024 tokens are only four tiles of 256, and fewer are too few to judge.
 LEAST_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """What is measured of the experts' load, and when.
+    """The config of routing monitoring: what is measured, and when.
 
     Attributes:
-        num_experts: E; a pipeline stage without MoE layers must know it to join the reduction.
+        num_experts: E, the number of experts; a pipeline stage without MoE layers needs it to join the reduction.
         top_k: K, experts per token.
         modalities: Names of the M modalities, by id.
-        scope: Of the routing statistics: with `local`, data-parallel replicas have their own.
+        scope: Scope of the routing statistics; with `local`, each data-parallel replica has its own.
         scalar_interval: Steps between points in TensorBoard and W&B.
         console_interval: Steps between lines on the console.
         capacity_limited: Whether tokens can be dropped (--moe-expert-capacity-factor).
-        collapse_threshold: A warning is given when more than this share of a modality's tokens chooses one expert. 1 is
-            the most there is, K experts per token, and switches the warning off; even load gives K / E.
-        collapse_tokens: Fewest tokens of a modality in an interval of the console that the warning looks at.
-        router_learns: Whether the router is not frozen; there is no warning of one that is.
-        collapse_remedy: What the strategy's flags can do about collapse.
-        metrics: The strategy's.
+        collapse_threshold: Share of a modality's tokens that choose one expert above which a warning is given. Even
+            load is K / E. The largest possible share is 1, since a token chooses K different experts, so 1 switches the
+            warning off.
+        collapse_tokens: Fewest tokens of a modality in a console interval that the collapse warning judges.
+        router_learns: Whether the router is trained; there is no collapse warning for a frozen router.
+        collapse_remedy: What the strategy's flags can do against collapse.
+        metrics: The strategy's metrics.
     """
 
     num_experts: int = 1
@@ -58,7 +59,7 @@ class MonitorConfig:
 
     @classmethod
     def from_arguments(cls, args: Namespace) -> MonitorConfig:
-        """The config that Megatron's flags and ours ask for."""
+        """Builds the config from Megatron's and this project's parsed flags."""
         writes = bool(args.tensorboard_dir or getattr(args, "wandb_project", ""))
         return cls(
             num_experts=args.num_experts or 1,

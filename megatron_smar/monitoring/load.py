@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scalars and images of the experts' load, from the counts of each layer and modality."""
+"""Scalars and images of the experts' load, computed from the counts of each layer and modality."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ MSI = "msi"
 
 
 def layer_specialization(sums: Tensor) -> dict[int, float]:
-    """Modality Specialization Index by layer number from 1, of the layers with tokens of at least two modalities.
+    """Returns the Modality Specialization Index by layer number (from 1).
+
+    Layers with tokens of fewer than two modalities are left out.
 
     Args:
-        sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
+        sums: Counts per expert, then tokens, of each layer and modality, [L, M, E + 1].
     """
     counts = sums[..., :-1]
     values = modality_specialization_index(expert_load(counts)).tolist()
@@ -37,18 +39,18 @@ def layer_specialization(sums: Tensor) -> dict[int, float]:
 
 
 def load_scalars(sums: Tensor, config: MonitorConfig) -> dict[str, float]:
-    """What is written of the experts' load, by tag; layers count from 1, and absent modalities are left out.
+    """Returns the logged scalars of the experts' load, by tag; layers count from 1, absent modalities are left out.
 
-    - `moe/msi_layer_N`: Modality Specialization Index, and `msi`, its mean over the layers;
-    - `moe/load_entropy_layer_N/<modality>`: entropy of the load, in nats, and `moe/load_entropy_share/<modality>`: as a
-      share of log E, the mean over the layers;
+    - `moe/msi_layer_N`: Modality Specialization Index; `msi`: its mean over the layers;
+    - `moe/load_entropy_layer_N/<modality>`: entropy of the load, in nats; `moe/load_entropy_share/<modality>`: its mean
+      over the layers as a share of log E;
     - `moe/max_load_layer_N/<modality>`: the largest share of the modality's token slots that one expert has;
-    - `moe/dropped_layer_N/<modality>`: the share of its slots that was dropped, where capacity is limited;
-    - `moe/token_share/<modality>`: its share of all tokens.
+    - `moe/dropped_layer_N/<modality>`: the share of the modality's slots that was dropped, where capacity is limited;
+    - `moe/token_share/<modality>`: the modality's share of all tokens.
 
     Args:
-        sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
-        config: Of the monitor.
+        sums: Counts per expert, then tokens, of each layer and modality, [L, M, E + 1].
+        config: Config of the monitoring.
     """
     counts, tokens = sums[..., :-1], sums[..., -1]
     load = expert_load(counts)
@@ -72,13 +74,13 @@ def load_scalars(sums: Tensor, config: MonitorConfig) -> dict[str, float]:
 
 
 def load_images(sums: Tensor, modalities: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
-    """The load of all experts as one heat map per modality, [height, width, 3] by tag `moe/load/<modality>`.
+    """Returns the load of all experts as one heat map per modality, [height, width, 3], by tag `moe/load/<modality>`.
 
-    The paper's Figure 4 at a glance, where a scalar for each of thousands of experts would drown a dashboard. The scale
-    is the same at every step.
+    One image like the paper's Figure 4 instead of a scalar for each of thousands of experts. The color scale is the
+    same at every step.
 
     Args:
-        sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
+        sums: Counts per expert, then tokens, of each layer and modality, [L, M, E + 1].
         modalities: Names of the M modalities, by id.
     """
     shares = np.array(chosen_share(sums).tolist())
@@ -91,10 +93,12 @@ def load_images(sums: Tensor, modalities: Sequence[str]) -> dict[str, NDArray[np
 
 
 def chosen_share(sums: Tensor) -> Tensor:
-    """Share of each modality's tokens that choose each expert, [L, M, E]; K times the load if nothing is dropped.
+    """Returns the share of each modality's tokens that choose each expert, [L, M, E].
+
+    It is K times the load if no token is dropped.
 
     Args:
-        sums: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
+        sums: Counts per expert, then tokens, of each layer and modality, [L, M, E + 1].
     """
     counts, tokens = sums[..., :-1], sums[..., -1:]
     return counts / torch.where(tokens > 0, tokens, 1.0)

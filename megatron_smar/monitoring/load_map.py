@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experts' load as a heat map with axes and a scale: the paper's Figure 4, during a run."""
+"""The experts' load as a heat map with axes and a color scale, like the paper's Figure 4, during a run."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-# Pixels around the map: left of it, above it, right of it (with the scale), below it.
+# Margins around the map in pixels; the color scale is on the right.
 LEFT, TOP, RIGHT, BOTTOM = 64, 36, 130, 52
 _DPI = 100
 _COLOURS = colormaps["viridis"]
-# Few experts are chosen by most tokens, so a scale that is even would be dark all over.
+# Most shares are small, so that a linear scale would show an almost uniformly dark map.
 _SCALE = PowerNorm(0.5, 0.0, 1.0)
 _TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
 
 
 class LoadMap:
-    """Draws one heat map after another; what does not change (axes, labels, scale) is drawn once, which takes 0.1 s.
+    """Draws heat maps of one size. Axes, labels and color scale are drawn only once, which takes 0.1 s.
 
     Args:
-        layers: L, rows from the top.
-        experts: E, columns.
-        title: Above the map.
+        layers: L, the number of layers: rows, from the top.
+        experts: E, the number of experts: columns.
+        title: Title above the map.
 
     Attributes:
-        figure: All but the cells.
+        figure: The matplotlib figure with everything but the cells.
         cell: Height and width of a cell in pixels.
     """
 
     def __init__(self, layers: int, experts: int, title: str) -> None:
         self.cell = (int(np.clip(320 // layers, 4, 40)), int(np.clip(480 // experts, 2, 40)))
-        # Title, names and scale need a little room, however few cells there are.
+        # Title, axis labels and color scale need at least this much room, even with few cells.
         self._size = (layers * self.cell[0], experts * self.cell[1])
         width, height = LEFT + max(self._size[1], 160) + RIGHT, TOP + max(self._size[0], 160) + BOTTOM
         self.figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
@@ -62,10 +62,10 @@ class LoadMap:
         self._frame = np.array(canvas.buffer_rgba())[..., :3]
 
     def draw(self, shares: NDArray[np.float64]) -> NDArray[np.uint8]:
-        """The picture, [height, width, 3].
+        """Draws the heat map and returns the image, [height, width, 3].
 
         Args:
-            shares: [L, E], of the tokens that choose each expert.
+            shares: Share of the tokens that choose each expert, [L, E].
         """
         picture = self._frame.copy()
         cells = np.asarray(_COLOURS(_SCALE(shares), bytes=True))[..., :3]
@@ -76,5 +76,5 @@ class LoadMap:
 
 @cache
 def load_map(layers: int, experts: int, title: str) -> LoadMap:
-    """The map of that size and title, made at its first use."""
+    """Returns the map of the given size and title, created at its first use."""
     return LoadMap(layers, experts, title)

@@ -18,17 +18,17 @@ from megatron_smar.routing.statistics import RoutingStatistics
 
 
 class RoutingRecorder:
-    """Adds up the routing statistics of every MoE layer over many batches, in evaluation too.
+    """Sums the routing statistics of every MoE layer over many batches, in evaluation too.
 
     Attributes:
-        statistics: By layer number (from 1).
+        statistics: Summed routing statistics by layer number (from 1).
     """
 
     def __init__(self) -> None:
         self.statistics: dict[int, RoutingStatistics] = {}
 
     def __call__(self, report: RoutingReport) -> None:
-        """Takes one layer's report of one micro-batch."""
+        """Adds one layer's report of one micro-batch."""
         new = RoutingStatistics(*(tensor.detach().double() for tensor in report.statistics))
         old = self.statistics.get(report.layer)
         self.statistics[report.layer] = (
@@ -36,19 +36,19 @@ class RoutingRecorder:
         )
 
     def distances(self, top_k: int, eps: float) -> dict[int, float]:
-        """MRD distance of each layer over everything recorded."""
+        """Returns the MRD distance of each layer over everything recorded."""
         return {
             layer: float(mrd_distance(modality_routing_distribution(s, top_k, eps), s.tokens > 0))
             for layer, s in sorted(self.statistics.items())
         }
 
     def expert_shares(self) -> dict[int, Tensor]:
-        """Share of each modality's token slots per expert, [M, E] by layer (the paper's Figure 4)."""
+        """Returns the share of each modality's token slots per expert, [M, E], by layer (the paper's Figure 4)."""
         return {layer: expert_load(s.counts) for layer, s in sorted(self.statistics.items())}
 
 
 def routers_of(modules: Iterable[torch.nn.Module]) -> list[ModalityAwareRouter]:
-    """The modality-aware routers in the given modules."""
+    """Returns the modality-aware routers in the given modules."""
     return [m for module in modules for m in module.modules() if isinstance(m, ModalityAwareRouter)]
 
 

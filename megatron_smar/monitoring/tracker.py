@@ -36,8 +36,9 @@ class Sums:
     """Sums over steps, on the host.
 
     Attributes:
-        load: [L, M, E + 1], the counts per expert, then the tokens, of each layer and modality.
-        weighted: [L, W, 2], of each weighted metric the sums of its weighted values and of the weights.
+        load: Counts per expert, then tokens, of each layer and modality, [L, M, E + 1].
+        weighted: For each layer and weighted metric the sum of the weighted values and the sum of the weights,
+            [L, W, 2].
     """
 
     load: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -52,27 +53,27 @@ class RoutingMetricsTracker(MoEMetricsTracker):
 
     On the console every --log-interval steps, in TensorBoard and W&B every --tensorboard-log-interval steps:
 
-    - the strategy's losses (`smar loss`) and Megatron's own auxiliary losses, as Megatron has the main loss: on the
-      console the mean over the steps since the last line, elsewhere the step's value;
-    - `mrd distance`, the mean over the layers and over the micro-batches since the last line or point, of those in
-      which at least two modalities had tokens; by layer in `moe/mrd_distance_layer_N`, N from 1, not on the console;
-      the strategy's weighted metrics likewise, each with its own weights;
-    - `msi`, over all tokens since the last line or point; the other scalars of `load_scalars` not on the console.
+    - the strategy's losses (`smar loss`) and Megatron's own auxiliary losses, reported as Megatron reports the main
+      loss: on the console the mean over the steps since the last line, elsewhere the step's value;
+    - `mrd distance`: the mean over the layers and over the micro-batches since the last line or point in which at least
+      two modalities had tokens; by layer in `moe/mrd_distance_layer_N`, N from 1, not on the console. The strategy's
+      weighted metrics likewise, each with its own weights;
+    - `msi`, over all tokens since the last line or point; the other scalars of `load_scalars` are not on the console.
 
-    Every --log-interval steps, over all tokens since the last time: the images of `load_images`, and a warning if
-    routing collapses. What is summed over steps is added up on the device; it is reduced and read only when something
-    is due, which all ranks know by the step.
+    Every --log-interval steps, over all tokens since the previous interval: the images of `load_images`, and a warning
+    if routing collapses. Sums over steps are kept on the device; they are reduced and read only when something is
+    reported, which every rank derives from the step number.
     """
 
     def __init__(self, config: MonitorConfig | None = None) -> None:
         super().__init__()
         self.config = config or MonitorConfig()
-        # This rank's since the last reduction, on the device: counts and tokens; distances and their number.
+        # This rank's sums since the last reduction, on the device: counts and tokens; weighted values and weights.
         self._window: Tensor | None = None  # [L, M, E + 1]
         self._weighted: Tensor | None = None  # [L, W, 2]
         own = [metric for metric in self.config.metrics if metric.weighted]
         self._weighted_metrics = [Metric(MRD_DISTANCE, weighted=True), *own]
-        self._unwritten = self._unprinted = Sums()  # of all ranks, since the last point and line
+        self._unwritten = self._unprinted = Sums()  # over all ranks, since the last point and the last console line
         self._collapses = CollapseWatch(
             self.config.collapse_threshold,
             self.config.top_k,
@@ -84,7 +85,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         self._begun = False
 
     def watch(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Has the modality-aware routers of these modules report to this tracker, from now on."""
+        """Makes the modality-aware routers of these modules report to this tracker."""
         for router in routers_of(modules):
             router.observers.append(self.observe)
 
@@ -96,7 +97,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         if self._weighted is None:
             shape, device = (report.num_layers, len(self._weighted_metrics), 2), report.statistics.counts.device
             self._weighted = torch.zeros(shape, dtype=torch.float64, device=device)
-        nothing = Weighted(*report.statistics.tokens.new_zeros(2))  # a layer may have nothing to measure
+        nothing = Weighted(*report.statistics.tokens.new_zeros(2))  # for metrics that this layer does not report
         pairs = [report.measures.get(metric.name, nothing) for metric in self._weighted_metrics]
         values = torch.stack([torch.stack([value * weight, weight]) for value, weight in pairs])
         self._weighted[report.layer - 1] += values.detach()
@@ -104,7 +105,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
     def _add_statistics(self, statistics: RoutingStatistics, layer_number: int, num_layers: int) -> None:
         modalities, experts = statistics.counts.shape
         if self._window is None:
-            # Whole numbers in float64: sums of any length stay exact.
+            # Integers in float64, so that sums over many steps stay exact.
             shape, device = (num_layers, modalities, experts + 1), statistics.counts.device
             self._window = torch.zeros(shape, dtype=torch.float64, device=device)
         counts, tokens = self._window[layer_number - 1].split([experts, 1], dim=1)
@@ -114,7 +115,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
     def report(
         self, loss_scale: float, iteration: int, writer: Any = None, wandb_writer: Any = None, **kwargs: Any
     ) -> str:
-        """As Megatron's, once per step on every rank; returns the console's part."""
+        """Reports as Megatron's tracker does, once per step on every rank; returns the text for the console's line."""
         layers = _number_of_layers(kwargs)
         own = [metric.name for metric in self.config.metrics if not metric.weighted]
         names = [*(kwargs.pop("track_names", None) or []), *own]
@@ -140,16 +141,16 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         return log
 
     def _log_scalars(self, scalars: dict[str, Any], iteration: int, writer: Any, wandb_writer: Any) -> None:
-        """As Megatron's, with one call of W&B for all: hundreds of them, one per scalar, take a noticeable time."""
+        """Logs as Megatron does, but all scalars in one W&B call: hundreds of calls, one per scalar, are slow."""
         super()._log_scalars(scalars, iteration, writer, None)
         if wandb_writer is not None and scalars:
             wandb_writer.log(scalars, iteration)
 
     def _reduced_sums(self, layers: int, groups: Any) -> Sums:
-        """The sums of all layers and replicas since the last time, by one reduction and one read of the device.
+        """Returns the sums of all layers and replicas since the last call, with one reduction and one device read.
 
-        Reduced as Megatron reduces its own values per layer: summed over the pipeline's stages, which hold different
-        layers, then averaged over replicas where those differ, which changes no share and no mean.
+        They are reduced as Megatron reduces its own per-layer values: summed over the pipeline stages, which have
+        different layers, then averaged over replicas if the replicas differ, which changes no share and no mean.
         """
         config, weighted, window = self.config, self._weighted, self._window
         if window is None or weighted is None:  # a stage without MoE layers
@@ -167,14 +168,14 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         return Sums(load.unflatten(1, window.shape[1:]), weighted.unflatten(1, (-1, 2)))
 
     def _weighted_means(self, sums: Sums) -> Iterator[tuple[Metric, dict[int, float]]]:
-        """Each weighted metric that has something to say, with its mean by layer number from 1."""
+        """Yields each weighted metric that has a value, with its mean by layer number (from 1)."""
         for place, metric in enumerate(self._weighted_metrics):
             means = weighted_means(sums.weighted[:, place])
             if means:
                 yield metric, means
 
     def _scalars(self, sums: Sums) -> dict[str, float]:
-        """What is written of the sums since the last point, by tag: the weighted metrics, and `load_scalars`."""
+        """Returns the scalars to log since the last point, by tag: weighted metrics and those of `load_scalars`."""
         scalars: dict[str, float] = {}
         for metric, means in self._weighted_means(sums):
             tag = metric.name.replace(" ", "_")
@@ -192,7 +193,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         return log + (f" {MSI}: {fmean(indices.values()):.3f} |" if indices else "")
 
     def _end_interval(self, iteration: int, writer: Any, wandb_writer: Any) -> None:
-        """What an interval of the console ends with beside its line."""
+        """Logs the images and prints the collapse warning at the end of a console interval."""
         if writer is not None or wandb_writer is not None:
             _log_images(load_images(self._unprinted.load, self.config.modalities), iteration, writer, wandb_writer)
         warning = self._collapses.check(self._unprinted.load)
@@ -206,10 +207,10 @@ def _number_of_layers(kwargs: dict[str, Any]) -> int:
 
 
 def weighted_means(sums: Tensor) -> dict[int, float]:
-    """A weighted metric's mean by layer number from 1, of the layers that had any weight.
+    """Returns a weighted metric's mean by layer number (from 1), for layers whose weights are not all 0.
 
     Args:
-        sums: [L, 2], of each layer the sums of the weighted values and of the weights.
+        sums: For each layer the sum of the weighted values and the sum of the weights, [L, 2].
     """
     return {layer: total / number for layer, (total, number) in enumerate(sums.tolist(), start=1) if number > 0}
 
@@ -223,12 +224,12 @@ def _log_images(images: dict[str, NDArray[np.uint8]], iteration: int, writer: An
 
 
 def watch_routing(model: torch.nn.Module) -> None:
-    """Has a model's routers report to the tracker that `install_metrics` has installed."""
+    """Makes a model's routers report to the tracker that `install_metrics` has installed."""
     tracker = get_moe_metrics_tracker()
     assert isinstance(tracker, RoutingMetricsTracker)
     tracker.watch([model])
 
 
 def install_metrics(config: MonitorConfig) -> None:
-    """Makes Megatron's training loop report the routing metrics, as its parsed flags and ours ask for."""
+    """Makes Megatron's training loop report the routing metrics that a config asks for."""
     set_moe_metrics_tracker(RoutingMetricsTracker(config))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run has done: its logged scalars, figures of its routing, and a page to read and to keep."""
+"""The report of a run: its logged scalars, figures of its routing, and an HTML page."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of a run, each a function from plain numbers to a matplotlib Figure, and their conversion to inline SVG.
 
-Figures are drawn in the colours of a light page. `svg` turns each colour of `PALETTE` into a CSS variable, so that one
-drawing serves light and dark pages.
+Figures are plotted in the colours of a light page. `svg` replaces each colour of `PALETTE` by a CSS variable, so that
+the same SVG works on light and dark pages.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MAX_POINTS = 120
 MAX_LAYER_LABELS = 8
 RAMP_STEPS = 16
 
-# Blue and orange (text and vision, as in the paper's Figure 1) are Okabe and Ito's, told apart by every kind of eye.
+# Blue and orange (text and vision, as in the paper's Figure 1): Okabe and Ito's colours for colour-blind readers.
 TEXT_COLOUR, VISION_COLOUR = "#0072b2", "#d97706"
 INK, MUTED, GRID, BAND, PAGE = "#1b1f24", "#59616d", "#dfe2e7", "#cfe3da", "#ffffff"
-# Heat maps are pixels and cannot follow the page: middle tones, which show on both.
+# Heat maps are pixels and cannot use CSS variables: middle tones, which are visible on light and dark pages.
 SHARE_HUE, TEXT_HUE, VISION_HUE = "#8459c4", "#2286c9", "#e0841a"
 
 
@@ -39,7 +39,7 @@ def _ramp(name: str, low: float, high: float) -> list[str]:
     return [to_hex(matplotlib.colormaps[name](x)) for x in np.linspace(low, high, RAMP_STEPS)]
 
 
-# Layers have an order, so their colours are a ramp; its two ranges keep every line visible on its page.
+# Layers are ordered, so their colours form a ramp; light and dark pages have ranges on which every line is visible.
 LAYER_RAMP = _ramp("viridis", 0.0, 0.68)
 # CSS variable -> colour on a light page, on a dark page.
 PALETTE: dict[str, tuple[str, str]] = {
@@ -82,7 +82,7 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (6, 1.6, 1.2, 1.6)), (0, (1.
 
 
 def _styled[**P](draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draws in the report's style, leaving the caller's matplotlib settings as they were."""
+    """Makes a function plot in the report's style, without changing the caller's matplotlib settings."""
 
     @wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -93,17 +93,17 @@ def _styled[**P](draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure in points: as wide as a phone's screen, so that its letters are legible there, and more so elsewhere."""
+    """Creates a figure, with its size in points: as wide as a phone's screen, so that the text is legible there."""
     return Figure(figsize=(width / 72, height / 72))
 
 
 def block_size(length: int) -> int:
-    """How many neighbouring logged values make one drawn point."""
+    """Returns how many adjacent logged values are averaged into one plotted point."""
     return -(-length // MAX_POINTS)
 
 
 def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Means over blocks of neighbours, at most `MAX_POINTS` of them; a value that is not finite leaves a gap."""
+    """Averages blocks of adjacent values into at most `MAX_POINTS` points; a value that is not finite leaves a gap."""
     x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     starts = np.arange(0, len(x), max(1, block_size(len(x))))
     if not len(starts):
@@ -115,29 +115,29 @@ def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, n
 def layer_series(
     history: Mapping[str, Any], pattern: re.Pattern[str] = LAYER_TAG
 ) -> dict[int, tuple[Sequence[float], Sequence[float]]]:
-    """A scalar by layer number, by default the MRD distance, from a history {tag: {"steps", "values"}}."""
+    """Returns a scalar by layer number, by default the MRD distance, from a history {tag: {"steps", "values"}}."""
     found = {int(match[1]): tag for tag in history if (match := pattern.match(tag))}
     return {layer: (history[found[layer]]["steps"], history[found[layer]]["values"]) for layer in sorted(found)}
 
 
 def loss_names(history: Mapping[str, Any]) -> list[str]:
-    """The losses of a stage: tags that end in `loss` (Megatron's `X vs samples` and `X validation` are left out)."""
+    """Returns the losses of a stage: tags that end in `loss` (without Megatron's `X vs samples` and `X validation`)."""
     return [tag for tag in history if tag.endswith("loss")]
 
 
 @_styled
 def mrd_over_training(history: Mapping[str, Any], band: Sequence[float] | None) -> Figure:
-    """MRD distance of every MoE layer over the steps of a stage, with the band (Eq. 13) shaded where there is one."""
+    """Plots the MRD distance of every MoE layer over the steps of a stage, with the band (Eq. 13) shaded, if any."""
     return _layers_over_training(layer_series(history), "MRD distance (nats)", band)
 
 
 @_styled
 def layers_over_training(history: Mapping[str, Any], pattern: re.Pattern[str], label: str) -> Figure:
-    """A scalar of every MoE layer over the steps.
+    """Plots a scalar of every MoE layer over the steps.
 
     Args:
-        history: {tag: {"steps", "values"}}.
-        pattern: Matches the scalar's tags; its first group is the layer's number.
+        history: Logged scalars, {tag: {"steps", "values"}}.
+        pattern: Pattern of the scalar's tags; its first group is the layer's number.
         label: Label of the vertical axis.
     """
     return _layers_over_training(layer_series(history, pattern), label)
@@ -145,7 +145,7 @@ def layers_over_training(history: Mapping[str, Any], pattern: re.Pattern[str], l
 
 @_styled
 def over_training(steps: Sequence[float], values: Sequence[float], label: str) -> Figure:
-    """One scalar over the steps."""
+    """Plots one scalar over the steps."""
     figure = _figure(330, 180)
     axes = figure.subplots()
     axes.plot(*thin(steps, values), color=TEXT_COLOUR, linewidth=1.5)
@@ -180,7 +180,7 @@ def _layers_over_training(
 
 @_styled
 def mrd_by_layer(before: Sequence[float] | None, after: Sequence[float], band: Sequence[float] | None) -> Figure:
-    """MRD distance along the depth of the model before and after (the curves of the paper's Figures 2 and 3)."""
+    """Plots the MRD distance by layer before and after training (the curves of the paper's Figures 2 and 3)."""
     figure = _figure(360, 250)
     axes = figure.subplots()
     layers = np.arange(1, len(after) + 1)
@@ -202,11 +202,11 @@ def mrd_by_layer(before: Sequence[float] | None, after: Sequence[float], band: S
 
 @_styled
 def expert_heat_maps(before: Any | None, after: Any, top: float) -> Figure:
-    """Share of one modality's token slots per layer and expert, before and after (the paper's Figure 4).
+    """Plots the share of one modality's token slots per layer and expert, before and after (the paper's Figure 4).
 
     Args:
-        before: [L, E], nested lists or an array, rows sum to 1; None for one map alone.
-        after: [L, E].
+        before: Shares before training [L, E], nested lists or an array; rows sum to 1. None to plot only `after`.
+        after: Shares after training [L, E].
         top: Share at the dark end of the scale, the same for both modalities.
     """
     ends = ("0%", f"{top / 2:.0%}", f"{top:.0%}")
@@ -215,11 +215,11 @@ def expert_heat_maps(before: Any | None, after: Any, top: float) -> Figure:
 
 @_styled
 def preference_heat_maps(text: Mapping[str, Any], vision: Mapping[str, Any]) -> Figure:
-    """Vision share minus text share of every expert, before and after: which modality an expert prefers.
+    """Plots the vision share minus the text share of every expert, before and after: which modality it prefers.
 
     Args:
-        text: {"before": [L, E], "after": [L, E]}; "before" may be left out of both.
-        vision: The same for vision tokens.
+        text: Shares of text tokens, {"before": [L, E], "after": [L, E]}; "before" may be left out of both arguments.
+        vision: Shares of vision tokens, in the same form.
     """
     moments = {when: np.asarray(vision[when], float) - np.asarray(text[when], float) for when in text}
     before, after = moments.get("before"), moments["after"]
@@ -231,7 +231,7 @@ def preference_heat_maps(text: Mapping[str, Any], vision: Mapping[str, Any]) -> 
 
 @_styled
 def losses(history: Mapping[str, Any]) -> Figure:
-    """Every loss of a stage over its steps, one above the other, with validation losses as dots."""
+    """Plots every loss of a stage over its steps in a separate panel, with validation losses as dots."""
     names = loss_names(history)
     figure = _figure(330, 50 + 130 * max(1, len(names)))
     for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names, strict=True):
@@ -253,7 +253,7 @@ def losses(history: Mapping[str, Any]) -> Figure:
 
 @_styled
 def accuracy_by_kind(kinds: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Accuracy per kind of question as bars, best first, with the accuracy of guessing as a mark on each."""
+    """Plots the accuracy per kind of question as bars, best first, with a mark for the accuracy of guessing."""
     ordered = best_first(kinds)[::-1]
     accuracy = np.array([kinds[kind]["accuracy"] for kind in ordered], dtype=float)
     chance = np.array([kinds[kind]["chance"] for kind in ordered], dtype=float)
@@ -261,7 +261,7 @@ def accuracy_by_kind(kinds: Mapping[str, Mapping[str, float]]) -> Figure:
     axes = figure.subplots()
     rows = np.arange(len(ordered))
     axes.barh(rows, accuracy, height=0.62, color=TEXT_COLOUR)
-    # A light edge keeps the mark visible on the bar as well as beside it.
+    # A light edge keeps the mark visible both on the bar and next to it.
     axes.plot(chance, rows, "D", color=VISION_COLOUR, markeredgecolor=PAGE, markersize=7, label="chance", clip_on=False)
     for row, value in enumerate(accuracy):
         axes.annotate(f"{value:.0%}" if np.isfinite(value) else "–", (1.015, row), va="center", annotation_clip=False)
@@ -276,7 +276,7 @@ def accuracy_by_kind(kinds: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def top_share(*shares: Any) -> float:
-    """The upper end of a scale that all these shares fit on: round, as its half is."""
+    """Returns the upper end of a scale for all these shares; the end and its half are round numbers."""
     known = np.concatenate([np.ravel(np.asarray(share, dtype=float)) for share in shares])
     largest = known[np.isfinite(known)].max(initial=0)
     ends = (0.02, 0.04, 0.06, 0.08, *(tenths / 10 for tenths in range(1, 10)))
@@ -284,17 +284,17 @@ def top_share(*shares: Any) -> float:
 
 
 def best_first(kinds: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Kinds of questions by falling accuracy, unmeasured ones last."""
+    """Returns the kinds of questions by descending accuracy, with unmeasured kinds last."""
     return sorted(kinds, key=lambda kind: -kinds[kind]["accuracy"] if is_finite(kinds[kind]["accuracy"]) else 1)
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an inline SVG element that takes its colours and fonts from the page.
+    """Converts a figure to an inline SVG element that takes its colours and fonts from the page.
 
     Args:
-        figure: From one of the functions above.
-        name: Unique on the page; goes in front of every id.
-        label: What a screen reader says instead of the picture.
+        figure: A figure from one of the functions above.
+        name: Prefix of every id; unique on the page.
+        label: Text for screen readers.
     """
     target = io.StringIO()
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
@@ -314,31 +314,31 @@ def svg(figure: Figure, name: str, label: str) -> str:
 
 
 def _band(axes: Axes, band: Sequence[float], values: Sequence[float]) -> None:
-    """Shades [d_min, d_max], names it, and makes room for it and the values."""
+    """Shades and labels [d_min, d_max], and sets the axis limits to include it and the values."""
     d_min, d_max = band
     known = np.asarray(values, dtype=float)
     highest = max([d_max, *known[np.isfinite(known)]])
     axes.set_ylim(0, highest * 1.08)
     axes.axhspan(d_min, d_max, color=BAND, linewidth=0, zorder=0)
-    name = f"shaded: band {d_min:g} to {d_max:g}"  # above the plot, where it hides no point
+    name = f"shaded: band {d_min:g} to {d_max:g}"  # above the plot, where it covers no point
     axes.text(1, 1.01, name, transform=axes.transAxes, ha="right", va="bottom", color=MUTED, fontsize=9)
 
 
 def _spread(items: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the items, evenly spaced, first and last among them."""
+    """Returns at most `count` of the items, evenly spaced, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def _line_end(x: np.ndarray, y: np.ndarray, name: str, colour: str) -> list[tuple[float, float, str, str]]:
-    """The last point of a line that can be drawn, for `_end_labels`."""
-    drawn = np.flatnonzero(np.isfinite(y))
-    return [(float(x[drawn[-1]]), float(y[drawn[-1]]), name, colour)] if len(drawn) else []
+    """Returns the last finite point of a line, for `_end_labels`."""
+    finite = np.flatnonzero(np.isfinite(y))
+    return [(float(x[finite[-1]]), float(y[finite[-1]]), name, colour)] if len(finite) else []
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names each line beside its end, moved apart where lines end together."""
+    """Labels each line at its end; labels of lines that end close together are moved apart."""
     if not ends:
         return
     ends = sorted(ends, key=lambda end: end[1])
@@ -347,7 +347,7 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
     heights = [y for _, y, _, _ in ends]
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
-    # Pushed past the top: come down from there.
+    # Labels pushed past the top move down again.
     limit = high
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], limit)
@@ -366,8 +366,8 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 
 
 def _fade(colour: str) -> np.ndarray:
-    """From transparent, where the page shows through, be it light or dark, to a colour: [128, 4]."""
-    # The power lifts small shares to where the eye tells them apart; the drawn scale shows it too.
+    """Returns a colour map [128, 4] from transparent, which works on light and dark pages, to a colour."""
+    # The power makes small shares distinguishable; the plotted colour bar shows it too.
     return np.column_stack([np.tile(to_rgb(colour), (128, 1)), np.linspace(0, 1, 128) ** 0.75])
 
 
@@ -379,7 +379,7 @@ def _heat_maps(
     label: str,
     ends: tuple[str, ...],
 ) -> Figure:
-    """Heat maps [L, E] side by side on one scale, which is drawn under them with `ends` spread along it."""
+    """Plots heat maps [L, E] side by side on one scale, with its colour bar below, labelled evenly with `ends`."""
     num_layers, num_experts = np.asarray(after).shape
     figure = _figure(330, 120 + float(np.clip(20 * num_layers, 80, 380)))
     maps = {"after": after} if before is None else {"before": before, "after": after}
@@ -406,12 +406,12 @@ def _heat_maps(
     scale = figure.colorbar(image, ax=list(panels), location="bottom", shrink=0.7, aspect=26, label=label)
     scale.set_ticks(list(np.linspace(*limits, len(ends))), labels=list(ends))
     scale.ax.tick_params(length=2)
-    # As vectors, its 128 translucent steps would show seams.
+    # As vector graphics, its 128 translucent steps would have visible seams.
     if scale.solids is not None:
         scale.solids.set_rasterized(True)
     return figure
 
 
 def _counting(number: int) -> Locator:
-    """Ticks at 1, 2, 3 … as far as they fit."""
+    """Returns a locator with ticks at 1, 2, 3 ..., or fewer where there are more than 8."""
     return MultipleLocator(1) if number <= 8 else MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 8, 10])

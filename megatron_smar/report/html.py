@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An HTML page that needs nothing else: inline SVG figures, pictures as data URIs, no script."""
+"""A self-contained HTML page: inline SVG figures, images as data URIs, no script."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PIXEL_ART_SIDE = 128
 
 
 class Markup(str):
-    """Text that is HTML already. `tag` escapes every string that is not."""
+    """Text that is already HTML. `tag` escapes every other string."""
 
 
 def tag(element: str, /, *children: str, **attributes: str) -> Markup:
-    """An HTML element; `class_="x"` gives class="x"."""
+    """Returns an HTML element; `class_="x"` gives class="x"."""
     given = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
     if element in ("img", "meta"):
         return Markup(f"<{element}{given}>")
@@ -36,17 +36,17 @@ def _safe(text: str) -> str:
 
 
 def join(parts: Sequence[Markup] | Iterator[Markup]) -> Markup:
-    """Elements one below the other."""
+    """Joins elements with line breaks."""
     return Markup("\n".join(parts))
 
 
 def section(title: str, *children: Markup) -> Markup:
-    """A section of the page with its heading."""
+    """Returns a section of the page with its heading."""
     return tag("section", tag("h2", title), *children)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], class_: str = "") -> Markup:
-    """A table whose first column names the rows, in a box of its own that scrolls where the screen is narrow."""
+    """Returns a table whose first column names the rows, in a box that scrolls on narrow screens."""
     head = tag("tr", *(tag("th", name, scope="col") for name in header))
     body = (tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows)
     cells = tag("table", tag("thead", head) if header else Markup(), tag("tbody", *body))
@@ -54,13 +54,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], class_: str = ""
 
 
 def drawing(figure: Figure, name: str, title: str, caption: str) -> Markup:
-    """A figure as inline SVG, with its title and caption; `name` is unique on the page."""
+    """Returns a figure as inline SVG, with its title and caption; `name` must be unique on the page."""
     image = Markup(figures.svg(figure, name, f"{title}. {caption}".strip()))
     return tag("figure", tag("h3", title), image, tag("figcaption", caption) if caption else Markup())
 
 
 def document(title: str, sections: Sequence[Markup]) -> str:
-    """The whole page; empty sections are left out."""
+    """Returns the complete page; empty sections are left out."""
     head = join(
         [
             tag("meta", charset="utf-8"),
@@ -80,7 +80,7 @@ def _colours() -> str:
 
 
 def picture(source: bytes | str | Path) -> Markup:
-    """An <img> that holds its picture, made smaller where it is large."""
+    """Returns an <img> element that contains its image, reduced in size if it is large."""
     name = "a picture" if isinstance(source, bytes) else str(source)
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How numbers are written: the same on the terminal and on the page."""
+"""The formatting of numbers, the same on the terminal and on the page."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import numpy as np
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, or NaN or None for one that was not measured."""
+    """Whether a value is a number, or NaN or None for a number that was not measured."""
     return value is None or (isinstance(value, (int, float, np.number)) and not isinstance(value, bool))
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
-    """Whether it is a number that can be shown."""
+    """Whether a value is a finite number."""
     return value is not None and is_number(value) and math.isfinite(value)
 
 
 def percent(value: float | None) -> str:
-    """A share, such as 87.3%; "-" where there is none."""
+    """Formats a share, such as 87.3%; "-" if it was not measured."""
     return f"{value:.1%}" if is_finite(value) else "-"
 
 
 def decimal(value: float | None) -> str:
-    """A number with two decimals; "-" where there is none."""
+    """Formats a number with two decimals; "-" if it was not measured."""
     return f"{value:,.2f}" if is_finite(value) else "-"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, such as 4 min 05 s; "-" where there are none."""
+    """Formats seconds, such as 4 min 05 s; "-" if they were not measured."""
     if not is_finite(seconds):
         return "-"
     if round(seconds, 1) < 60:
@@ -42,7 +42,7 @@ def duration(seconds: float | None) -> str:
 
 
 def aligned(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
-    """A table with a rule under its first row; the columns in `left` are aligned there, numbers at the right."""
+    """Formats a table with a rule under its first row; the columns in `left` are left-aligned, others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -55,7 +55,7 @@ def aligned(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> list[str]
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: null for NaN and infinities, lists for arrays, and the text of anything else."""
+    """Converts a value for JSON: null for NaN and infinities, lists for arrays, and the text of anything else."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if hasattr(value, "tolist"):

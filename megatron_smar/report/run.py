@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of any run of `pretrain_vlm.py`, from what it left in its folder: report.json, report.html and a table."""
+"""The report of any run of `pretrain_vlm.py`, from the files in its folder: report.json, report.html and a table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_smar.report.numbers import aligned, decimal, duration, percent, pl
 from megatron_smar.report.scalars import Series, read_last_images, read_scalars, read_step_seconds
 from megatron_smar.routing.strategies import STRATEGIES
 
-# Arguments that a run sets itself: what they hold is no setting.
+# Arguments that a run sets itself, which are not settings.
 _STATE = (
     "iteration",
     "curr_iteration",
@@ -36,25 +36,25 @@ _STATE = (
 )
 DEFINITIONS = {
     "First and last": "Means over the first and the last twentieth of the logged points, at least one.",
-    "Seconds per step": "From the times at which the run logged its loss; starts are left out.",
+    "Seconds per step": "From the times at which the run logged its loss; the start of each run is left out.",
     **sections.DEFINITIONS,
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left.
+    """The data of a run's report.
 
     Attributes:
-        name: Its folder's name.
-        arguments: Megatron's and this project's, as its checkpoint has them; None without a checkpoint.
-        scalars: What it logged, by tag.
+        name: Name of the run's folder.
+        arguments: Megatron's and this project's arguments, as stored in the checkpoint; None without a checkpoint.
+        scalars: Logged scalars by tag.
         step_seconds: Seconds per step.
         load_maps: The last heat map of the experts' load by modality, PNG.
-        rejected: Samples that were skipped, by reason.
-        before: Results of evaluate.py before the run; None where there are none.
-        after: The same after it.
-        image_root: Where the paths of the results' images start; None leaves the images out.
+        rejected: Number of skipped samples by reason.
+        before: Results of evaluate.py before the run; None if there are none.
+        after: Results of evaluate.py after the run; None if there are none.
+        image_root: Folder that the results' image paths are relative to; None leaves the images out.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """The band of the SMAR loss; None where the strategy has none, or the arguments are not known."""
+        """The band of the SMAR loss; None if the strategy has no band, or the arguments are not known."""
         name = getattr(self.arguments, "modality_routing", None)
         if name not in STRATEGIES or self.arguments is None:
             return None
@@ -88,12 +88,12 @@ def read_run(
     """Reads a run's folder.
 
     Args:
-        folder: What the run had as --save, or as --tensorboard-dir.
-        tensorboard: Its --tensorboard-dir, where it is neither the folder, nor `tensorboard` in it, nor what its
-            checkpoint names.
-        results: Results of evaluate.py after the run; by default results.json in the folder, if it is there.
-        before: The same before the run.
-        image_root: As for evaluate.py, to show the examples' images.
+        folder: The run's --save or --tensorboard-dir.
+        tensorboard: The run's --tensorboard-dir; only needed if it is neither the folder, nor `tensorboard` in it, nor
+            the --tensorboard-dir in the checkpoint.
+        results: File with results of evaluate.py after the run; by default results.json in the folder, if it exists.
+        before: File with results of evaluate.py before the run.
+        image_root: Folder of the images, as for evaluate.py, to show the examples' images.
 
     Raises:
         ValueError: A folder or file is missing or cannot be read.
@@ -120,7 +120,7 @@ def read_run(
 def _arguments(folder: Path) -> Namespace | None:
     try:
         find_checkpoint(folder)
-    except ValueError:  # a folder of logs alone
+    except ValueError:  # a folder with logs only
         return None
     return run_arguments(folder)
 
@@ -165,12 +165,12 @@ def write_run_report(run: Run, folder: Path) -> tuple[Path, Path]:
 
 
 def format_summary(run: Run) -> str:
-    """The summary as a table for the terminal."""
+    """Returns the summary as a table for the terminal."""
     return "\n".join([run.name, "", *aligned([("", "first", "last"), *summary_rows(run)], left=(0,))])
 
 
 def summary_rows(run: Run) -> list[tuple[str, str, str]]:
-    """Measure, first, last: what the run logged at its start and at its end, and what was evaluated."""
+    """Returns rows (measure, first, last): values logged at the run's start and end, and evaluation results."""
     own = STRATEGIES[name].metrics if (name := getattr(run.arguments, "modality_routing", None)) in STRATEGIES else ()
     wanted = ["lm loss", "lm loss validation", *(metric.name for metric in own), "mrd distance", "msi", "grad-norm"]
     rows = [_row(name, run.scalars[name].values, decimal) for name in wanted if name in run.scalars]
@@ -208,7 +208,7 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
 
 
 def changed_settings(arguments: Namespace | None) -> dict[str, dict[str, Any]]:
-    """The run's arguments that differ from the parser's defaults, by the parser's group."""
+    """Returns the run's arguments that differ from the parser's defaults, by the parser's group."""
     if arguments is None:
         return {}
     parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False, conflict_handler="resolve")))
@@ -223,7 +223,7 @@ def changed_settings(arguments: Namespace | None) -> dict[str, dict[str, Any]]:
 
 
 def render(run: Run) -> str:
-    """The page of a run."""
+    """Returns the HTML page of a run."""
     return document(
         run.name,
         [
@@ -262,11 +262,11 @@ def _results(run: Run, when: str, key: str) -> Any:
 def _header(run: Run) -> Markup:
     strategy = getattr(run.arguments, "modality_routing", None)
     steps = max(run.scalars["lm loss"].steps) if "lm loss" in run.scalars else 0
-    said = f"{steps:,} steps" + (f" with --modality-routing {strategy}" if strategy else "")
+    text = f"{steps:,} steps" + (f" with --modality-routing {strategy}" if strategy else "")
     if run.step_seconds.values:
-        said += f", {duration(median(run.step_seconds.values))} a step (median)"
+        text += f", {duration(median(run.step_seconds.values))} a step (median)"
     shown = table(("", "First", "Last"), summary_rows(run), "headline")
-    return tag("header", tag("h1", run.name), tag("p", f"{said}.", class_="summary"), shown)
+    return tag("header", tag("h1", run.name), tag("p", f"{text}.", class_="summary"), shown)
 
 
 def _throughput(run: Run) -> Markup:

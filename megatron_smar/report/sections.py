@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections of a run's page, each a function from plain data to HTML; one without data is empty."""
+"""Sections of a run's page, each a function from plain data to HTML; a section without data is empty."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_smar.report.numbers import is_finite, percent
 
 DEFINITIONS = {
     "MRD distance": "The symmetric Kullback-Leibler distance, in nats, between the modality routing distributions of "
-    "vision and text tokens in one MoE layer (Eq. 6 to 12). 0 means that both modalities use the experts alike.",
-    "Band": "[d_min, d_max] of the SMAR loss (Eq. 13): inside it a distance costs nothing, outside it as much as it is "
-    "off.",
-    "Expert share": "Of all token slots (tokens times experts per token) of one modality in one layer, the part that "
+    "vision and text tokens in one MoE layer (Eq. 6 to 12). 0 means that both modalities use the experts equally.",
+    "Band": "[d_min, d_max] of the SMAR loss (Eq. 13): the loss is 0 inside the band and equals the distance to it "
+    "outside.",
+    "Expert share": "The share of all token slots (tokens times experts per token) of one modality in one layer that "
     "an expert receives. Each row of a heat map sums to 100%.",
 }
-IN_THE_BAND = "SMAR wants the distance in the shaded band: far enough apart for experts to specialise, no further."
+IN_THE_BAND = "SMAR keeps the distance in the shaded band: large enough for experts to specialize, but no larger."
 MAX_EXAMPLES = 24
 
 History = Mapping[str, Any]  # {tag: {"steps", "values"}}
@@ -33,14 +33,14 @@ def distances(
     after: Sequence[float] | None,
     stage: str,
 ) -> Markup:
-    """MRD distance by layer, over training and along the model.
+    """Shows the MRD distance by layer, over training and along the model.
 
     Args:
         history: The stage's scalars.
-        band: [d_min, d_max], or None where the run has no band.
-        before: Distance of each MoE layer on held-out data before the stage; None where it was not measured.
-        after: The same after the stage.
-        stage: What the stage is called in titles.
+        band: [d_min, d_max], or None if the run has no band.
+        before: Distance of each MoE layer on held-out data before the stage; None if it was not measured.
+        after: Distance of each MoE layer on held-out data after the stage; None if it was not measured.
+        stage: Name of the stage in titles.
     """
     layers = figures.layer_series(history)
     if layers:
@@ -60,28 +60,22 @@ def distances(
         drawings.append(drawing(figures.mrd_by_layer(before, after, band), "mrd-layers", "Along the model", caption))
     parts = [tag("div", *drawings, class_="two")]
     if band is not None:
-        parts.insert(
-            0,
-            tag(
-                "p",
-                "SMAR wants the distance in the shaded band: far enough apart for experts to specialise, no further.",
-            ),
-        )
+        parts.insert(0, tag("p", IN_THE_BAND))
     return section("How differently vision and text are routed", *parts)
 
 
 def means(points: int) -> str:
-    """What a caption says of curves that are drawn as means of neighbouring points."""
+    """Returns the caption's sentence on curves that are plotted as means of adjacent points."""
     block = figures.block_size(points)
     return f"Each point is the mean of {block} logged values." if block > 1 else ""
 
 
 def experts(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Markup:
-    """Heat maps of the experts' shares by modality.
+    """Shows heat maps of the experts' shares by modality.
 
     Args:
-        before: {modality: [layers x experts]} before the stage; None where it was not measured.
-        after: The same after it.
+        before: {modality: [layers x experts]} before the stage; None if it was not measured.
+        after: {modality: [layers x experts]} after the stage.
     """
     moments = [share for share in (before, after) if share is not None]
     top = figures.top_share(*(share for when in moments for share in when.values()))
@@ -103,19 +97,19 @@ def experts(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Marku
                 figures.preference_heat_maps(sides["text"], sides["vision"]),
                 "experts-preference",
                 "The difference",
-                "Blue experts serve text more, orange ones vision.",
+                "Blue experts receive more text tokens, orange experts more vision tokens.",
             )
         )
-    note = tag("p", "All four maps of text and vision tokens have the same scale, so that their shades compare.")
+    note = tag("p", "All four maps of text and vision tokens have the same scale, so that they can be compared.")
     return section("Which experts serve which modality", *([note] if before else []), tag("div", *maps, class_="three"))
 
 
 def losses(histories: Mapping[str, History], titles: Mapping[str, str]) -> Markup:
-    """The losses of each stage.
+    """Shows the losses of each stage.
 
     Args:
         histories: Scalars by stage.
-        titles: What a stage is called.
+        titles: Titles by stage.
     """
     drawings = []
     for number, (stage, history) in enumerate(histories.items()):
@@ -127,11 +121,11 @@ def losses(histories: Mapping[str, History], titles: Mapping[str, str]) -> Marku
 
 
 def load(history: History, images: Mapping[str, bytes]) -> Markup:
-    """The experts' load during training: largest share of an expert by layer, and the last heat maps that were logged.
+    """Shows the experts' load during training: the largest share of an expert by layer, and the last logged heat maps.
 
     Args:
         history: The run's scalars.
-        images: PNG files by modality, as the monitor logged them.
+        images: PNG files by modality, as logged by the monitoring.
     """
     names = sorted({tag_.rpartition("/")[2] for tag_ in history if tag_.startswith("moe/max_load_layer_")})
     drawings = []
@@ -156,7 +150,7 @@ def load(history: History, images: Mapping[str, bytes]) -> Markup:
 
 
 def questions(kinds: Mapping[str, Mapping[str, float]], title: str) -> Markup:
-    """Accuracy by kind of question; kinds without a `chance` have no mark for it."""
+    """Shows the accuracy by kind of question; kinds without a `chance` have no mark for it."""
     if not kinds:
         return Markup()
     full = {kind: {"chance": float("nan"), **values} for kind, values in kinds.items()}
@@ -165,7 +159,7 @@ def questions(kinds: Mapping[str, Mapping[str, float]], title: str) -> Markup:
         figures.accuracy_by_kind(full),
         "vqa",
         title,
-        "Bars: the model. Diamonds: guessing, without the picture." if known else "",
+        "Bars: the model. Diamonds: guessing without the picture." if known else "",
     )
     rows = [
         (kind, percent(full[kind]["accuracy"]), percent(full[kind]["chance"]), f"{full[kind]['count']:,}")
@@ -178,7 +172,11 @@ def questions(kinds: Mapping[str, Mapping[str, float]], title: str) -> Markup:
 
 
 def examples(items: Sequence[Mapping[str, Any]]) -> Markup:
-    """Questions with the model's answers, as [{image, question, answer, prediction, correct}]; an image may be None."""
+    """Shows questions with the model's answers.
+
+    Args:
+        items: [{image, question, answer, prediction, correct}]; an image may be None.
+    """
     if not items:
         return Markup()
     cards = tag("div", *(_example(item) for item in items[:MAX_EXAMPLES]), class_="cards")
@@ -198,11 +196,11 @@ def _example(item: Mapping[str, Any]) -> Markup:
 
 
 def settings(groups: Mapping[str, Any], first: Markup | None = None) -> Markup:
-    """Settings as tables, one for each group; what is not a group is under `general`.
+    """Shows settings as tables, one for each group; values that are not in a group are under `general`.
 
     Args:
         groups: {group: {name: value}} or {name: value}.
-        first: A table to go before them.
+        first: A table to show before them.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for name, value in groups.items():
@@ -227,7 +225,7 @@ def _text(value: Any) -> str:
 
 
 def terms(definitions: Mapping[str, str]) -> Markup:
-    """How the numbers were measured."""
+    """Shows how the numbers were measured."""
     return section(
         "How the numbers were measured",
         tag("dl", *(tag("div", tag("dt", a), tag("dd", b)) for a, b in definitions.items()), class_="terms"),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modality-aware routing.
 
-`modalities`, `statistics` and `mrd` are SMAR's mathematics, equation by equation, and need torch alone, as do the
-measures in `specialization`. `strategies` has one file per published routing; `router` and `moe_layer` put them into
-Megatron.
+`modalities`, `statistics` and `mrd` are SMAR's mathematics, equation by equation. They need only torch, as do the
+measures in `specialization`. `strategies` has one file per published routing; `router` and `moe_layer` integrate the
+strategies into Megatron.
 """
 
 from megatron_smar.routing.modalities import (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the modalities take part in routing: what holds for every strategy, and the strategy's own settings."""
+"""The configuration of modality-aware routing: what all strategies share, and the chosen strategy's own settings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_smar.routing.strategies.none import NoneConfig
 
 @dataclass(frozen=True)
 class ModalityRoutingConfig:
-    """How the modalities take part in routing.
+    """The configuration of modality-aware routing.
 
     Attributes:
         strategy: The strategy with its settings; one of `routing.strategies.STRATEGIES`.
         eps: Smoothing of the routing distributions; see `modality_routing_distribution`.
-        scope: `global`: statistics over every token of the micro-batch step on all ranks. `local`: over this
-            data-parallel replica's micro-batch.
-        router_bias: Whether each MoE layer has the bias b in R^{M x E}.
+        scope: Tokens that the routing statistics cover. `global`: every token of the micro-batch step on all ranks;
+            `local`: this data-parallel replica's micro-batch.
+        router_bias: Whether each MoE layer has the modality bias b in R^{M x E}.
         modalities: The run's table of modalities.
     """
 
@@ -40,19 +40,19 @@ class ModalityRoutingConfig:
 
     @property
     def num_modalities(self) -> int:
-        """M."""
+        """M, the number of modalities."""
         return len(self.modalities)
 
     def allowed(self, layer: int, num_experts: int) -> Tensor | None:
-        """The strategy's table of allowed experts, [M, E] bool on the CPU; None where each token may choose any.
+        """Returns the strategy's table of allowed experts, [M, E] bool on the CPU; None where all experts are allowed.
 
         Args:
             layer: The layer's number, from 1.
-            num_experts: E.
+            num_experts: E, the number of experts.
         """
         return self.strategy.allowed(layer, self.modalities.names, num_experts)
 
     @property
     def trains_bias(self) -> bool:
-        """Whether the modality bias is there and learns."""
+        """Whether the modality bias exists and is trained."""
         return self.router_bias and self.strategy.trains_modality_bias

@@ -12,18 +12,18 @@ from megatron_smar.routing.statistics import RoutingStatistics
 
 
 def modality_routing_distribution(statistics: RoutingStatistics, top_k: int, eps: float = 1e-6) -> Tensor:
-    """MRD of each modality, [M, E], rows that sum to 1.
+    """Returns the MRD of each modality, [M, E]; each row sums to 1.
 
-    F = counts / (K tokens) (Eq. 6), R = weights / tokens (Eq. 7), Q = F R normalised over the experts (Eq. 8, 9), then
-    smoothed, since F is exactly 0 for an expert that a modality never chose and the KL divergence would be infinite:
-    Q~ = (Q / sum Q + eps) / (1 + E eps). F is a count and has no gradient; the gradient flows through R.
+    F = counts / (K tokens) (Eq. 6), R = weights / tokens (Eq. 7), Q = F R normalised over the experts (Eq. 8, 9). Q is
+    then smoothed, because F is exactly 0 for an expert that a modality never chose and the KL divergence would be
+    infinite: Q~ = (Q / sum Q + eps) / (1 + E eps). F is a count and has no gradient; the gradient flows through R.
 
-    A modality without tokens has no preference: its row is uniform (and `mrd_distance` leaves it out).
+    The row of a modality without tokens is uniform (and `mrd_distance` leaves it out).
 
     Args:
         statistics: Sums over tokens; counts and weights [M, E], tokens [M].
         top_k: K, experts per token.
-        eps: Smoothing. The distance depends on it where an expert is not used by a modality.
+        eps: Smoothing term. The distance depends on it where a modality does not use an expert.
     """
     counts, weights, tokens = statistics
     tokens = tokens.clamp(min=1).unsqueeze(1)
@@ -38,19 +38,19 @@ def modality_routing_distribution(statistics: RoutingStatistics, top_k: int, eps
 
 
 def mrd_distance(mrd: Tensor, present: Tensor | None = None) -> Tensor:
-    """Symmetric Kullback-Leibler distance between modalities, a scalar in nats (Eq. 10 to 12).
+    """Returns the symmetric Kullback-Leibler distance between modalities, a scalar in nats (Eq. 10 to 12).
 
-    (KL(p||q) + KL(q||p)) / 2 = sum_e (p_e - q_e) (log p_e - log q_e) / 2. For more than two modalities, the mean over
-    the unordered pairs of those that are present; 0 where fewer than two are.
+    (KL(p||q) + KL(q||p)) / 2 = sum_e (p_e - q_e) (log p_e - log q_e) / 2. For more than two modalities this is the mean
+    over the unordered pairs of modalities that are present; 0 if fewer than two are present.
 
     Args:
-        mrd: [M, E], strictly positive rows.
+        mrd: Routing distributions [M, E], strictly positive.
         present: [M] bool, the modalities that have tokens; None means all.
     """
     pairs = list(combinations(range(mrd.shape[0]), 2))
     if not pairs:
         return mrd.new_zeros(())
-    # Few operations: on a GPU each is a kernel, in every MoE layer. Row by row, since indices would have to be copied.
+    # Few operations: on a GPU each is one kernel per MoE layer. Row by row, because an index would need a host copy.
     first, second = (torch.stack([mrd[pair[side]] for pair in pairs]) for side in (0, 1))
     pairwise = 0.5 * ((first - second) * (first.log() - second.log())).sum(dim=-1)
     if present is None:
@@ -60,11 +60,16 @@ def mrd_distance(mrd: Tensor, present: Tensor | None = None) -> Tensor:
 
 
 def layer_distance(statistics: RoutingStatistics, top_k: int, eps: float) -> tuple[Tensor, Tensor]:
-    """One layer's MRD distance, and whether it means anything.
+    """Returns one layer's MRD distance, and whether it is defined.
+
+    Args:
+        statistics: Sums over the layer's tokens; counts and weights [M, E], tokens [M].
+        top_k: K, experts per token.
+        eps: Smoothing term of the distributions.
 
     Returns:
-        (distance, comparable), scalars. `comparable` is 1 where at least two modalities have tokens, else 0, and then
-        the distance is 0 too.
+        (distance, comparable), scalars. `comparable` is 1 where at least two modalities have tokens. Otherwise both are
+        0.
     """
     present = statistics.tokens > 0
     distance = mrd_distance(modality_routing_distribution(statistics, top_k, eps), present)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's top-k router, extended by what the modalities need.
+"""Megatron's top-k router with modality-aware routing.
 
-The strategy says what the modalities do to logits, choice and losses (`strategies.base`). The router does what is the
-same for all strategies: it applies that, adds the bias per modality (SMAR, Eq. 1 and 2), sums up the routing statistics
-with one asynchronous reduction, and attaches the auxiliary losses.
+The strategy defines how the modalities affect logits, the choice of experts and losses (`strategies.base`). The router
+does what is the same for all strategies: it applies the strategy, adds the bias per modality (SMAR, Eq. 1 and 2), sums
+the routing statistics with one asynchronous all-reduce, and attaches the auxiliary losses.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ MRD_DISTANCE = "mrd distance"
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """What a layer has to say of one micro-batch.
+    """What a layer reports for one micro-batch.
 
     Attributes:
-        layer: Its number, from 1; those of multi-token prediction follow the others.
-        num_layers: How many there are.
-        statistics: Of all ranks that take part in the reduction.
-        losses: The strategy's losses by name; none in passes that do not learn (evaluation, the first of a recomputed
-            layer's two).
-        measures: Its weighted metrics, with the MRD distance; none in passes that do not learn.
+        layer: The layer's number, from 1; multi-token prediction layers follow the others.
+        num_layers: The number of layers.
+        statistics: Routing statistics over all ranks that take part in the reduction.
+        losses: The strategy's losses by name; empty in passes without gradients (evaluation, and the first of the two
+            passes of a recomputed layer).
+        measures: The strategy's weighted metrics and the MRD distance, by name; empty in passes without gradients.
     """
 
     layer: int
@@ -64,17 +64,17 @@ Observer = Callable[[RoutingReport], None]
 class ModalityAwareRouter(TopKRouter):
     """Top-k router that knows each token's modality.
 
-    Takes Megatron's `padding_mask` argument as the one-hot modality mask [s, b, M] of `routing.modalities`. Top-K and
-    the weights that combine the experts' outputs stay the backbone's own.
+    Megatron's `padding_mask` argument carries the one-hot modality mask [s, b, M] of `routing.modalities`. The top-k
+    choice and the weights that combine the experts' outputs remain the backbone's.
 
-    The reduction of the statistics is launched here, before the tokens are dispatched; `finish` waits for it.
+    The router launches the all-reduce of the statistics before the tokens are dispatched; `finish` waits for it.
 
     Args:
-        config: Megatron's.
-        pg_collection: Process groups.
-        is_mtp_layer: Whether it is in a layer of multi-token prediction.
-        modality_routing: The strategy and what is measured.
-        step: The model's training step; one of its own by default.
+        config: Megatron's TransformerConfig.
+        pg_collection: Megatron's process groups.
+        is_mtp_layer: Whether the router belongs to a multi-token prediction layer.
+        modality_routing: The configuration of modality-aware routing.
+        step: The model's training step, shared by its routers; by default this router creates one for itself.
     """
 
     allowed: Tensor | None
@@ -91,7 +91,7 @@ class ModalityAwareRouter(TopKRouter):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.capacity_factor = config.moe_expert_capacity_factor
-        if self.capacity_factor is not None:  # Megatron's own dropping knows no padding: it happens here instead
+        if self.capacity_factor is not None:  # Megatron's dropping does not know padding: `_drop` replaces it
             self.config = copy.copy(config)
             self.config.moe_expert_capacity_factor = None
         self.modality_routing = modality_routing
@@ -107,22 +107,22 @@ class ModalityAwareRouter(TopKRouter):
         self.is_global = modality_routing.scope == "global"
         self.statistics_group = self.tp_dp_cp_group if self.is_global else self.tp_cp_group
         self.replicas = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
-        self.observers: list[Observer] = []  # of passes that learn
-        self.recorders: list[Observer] = []  # of all passes, evaluation's too
+        self.observers: list[Observer] = []  # called in training passes only
+        self.recorders: list[Observer] = []  # called in all passes, also in evaluation
         self._modality_mask: Tensor | None = None
         self._pending: PendingStatistics | None = None
         self._updated_in: int | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Takes the layer's number, from 1, on which the allowed experts may depend."""
+        """Sets the layer's number, from 1, on which the allowed experts may depend."""
         super().set_layer_number(layer_number)
         self.allowed = self.modality_routing.allowed(layer_number, self.num_experts)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Routes as Megatron does, by the logits of the strategy.
+        """Routes as Megatron does, with the strategy's logits.
 
         Args:
-            input: [s, b, h].
+            input: Hidden states [s, b, h].
             padding_mask: The modality mask, [s, b, M] bool.
 
         Returns:
@@ -136,23 +136,23 @@ class ModalityAwareRouter(TopKRouter):
         if self.training and self._updated_in != self.step.iteration:
             self.strategy.update()
             self._updated_in = self.step.iteration
-        self._modality_mask = padding_mask  # `gating` is not given it
+        self._modality_mask = padding_mask  # Megatron does not pass it to `gating`
         return super().forward(input, padding_mask)
 
     def gating(self, input: Tensor) -> Tensor:
-        """The strategy's logits [s, b, E] for the router's input [s, b, h]."""
+        """Returns the strategy's logits [s, b, E] for the router's input [s, b, h]."""
         assert self._modality_mask is not None
         return self.strategy.logits(input, self._modality_mask, super().gating)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Chooses as Megatron does, with the modality's bias and experts, and launches the statistics' reduction.
+        """Chooses experts as Megatron does, with the modality's bias and allowed experts; launches the all-reduce.
 
         Args:
-            logits: [s, b, E].
+            logits: Router logits [s, b, E].
             padding_mask: The modality mask, [s, b, M] bool.
 
         Returns:
-            As `forward`.
+            probs [s * b, E] and routing_map [s * b, E], as Megatron's router.
         """
         modality_mask = padding_mask
         assert modality_mask is not None
@@ -169,15 +169,15 @@ class ModalityAwareRouter(TopKRouter):
 
     @contextmanager
     def _allowed_only(self, logits: Tensor, modality_mask: Tensor) -> Iterator[Tensor]:
-        """Logits of -inf for what a token's modality may not choose; padding may choose anything.
+        """Sets the logits of experts that a token's modality may not choose to -inf; padding may choose any expert.
 
-        Sigmoid scores of such logits are 0, which Megatron's bias for balance could still lift above others: it is -inf
-        there too, [N, E] instead of [E], while Megatron chooses.
+        The sigmoid score of such a logit is 0, and Megatron's expert bias (load balancing) could still raise it above
+        others. While Megatron chooses, the expert bias is therefore -inf there too, with shape [N, E] instead of [E].
         """
         if self.allowed is None:
             yield logits
             return
-        # No product with -inf, which would be NaN: a one-hot product of zeros and ones, then a choice.
+        # 0 * -inf would be NaN, so the one-hot product is of zeros and ones, and -inf is filled in afterwards.
         one_hot = modality_mask.to(torch.float32)
         forbidden = (one_hot @ (~self.allowed).to(torch.float32)) > 0
         bias = self.expert_bias
@@ -191,11 +191,11 @@ class ModalityAwareRouter(TopKRouter):
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Attaches the z-loss (ST-MoE, arXiv 2202.08906, Eq. 5) to the logits: its mean over the micro-batch's tokens.
 
-        Megatron 0.19.2 averages the means of tensor- and context-parallel shards, which is another loss where they hold
-        unequally many tokens.
+        Megatron 0.19.2 averages the means of tensor- and context-parallel shards, which gives a different loss where
+        the shards have different numbers of tokens.
 
         Args:
-            logits: [N, E].
+            logits: Router logits [N, E].
             padding_mask: [N] bool, True for padding.
         """
         coeff = self.config.moe_z_loss_coeff
@@ -206,7 +206,7 @@ class ModalityAwareRouter(TopKRouter):
             squares, number = squares * ~padding_mask, (~padding_mask).sum().to(logits.dtype)
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(number, group=self.tp_cp_group)
-        z_loss = squares.sum() / number.clamp(min=1)  # this shard's part of the micro-batch's
+        z_loss = squares.sum() / number.clamp(min=1)  # this shard's part of the micro-batch's z-loss
         layers, layer = self._place()
         get_moe_metrics_tracker().record(
             "z_loss", (z_loss * self.tp_cp_group.size()).detach(), layer, layers, avg_group=self.tp_dp_cp_group
@@ -215,9 +215,9 @@ class ModalityAwareRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(logits, z_loss * coeff * scale)
 
     def _drop(self, probs: Tensor, routing_map: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """Drops what exceeds the experts' capacity (--moe-expert-capacity-factor); padding [N] takes no slot.
+        """Drops tokens beyond the experts' capacity (--moe-expert-capacity-factor); padding [N] uses no slot.
 
-        The capacity is Megatron's, a share of all positions: their number is known without reading the device.
+        As in Megatron, the capacity is a share of all positions, whose number is known without reading the device.
         """
         taken = ~padding.unsqueeze(-1)
         probs, routing_map = apply_router_token_dropping(
@@ -231,17 +231,17 @@ class ModalityAwareRouter(TopKRouter):
         return probs, routing_map
 
     def _launch_statistics(self, logits: Tensor, probs: Tensor, routing_map: Tensor, modality_mask: Tensor) -> None:
-        """Sums equations 6 and 7 over this rank's tokens and launches their reduction; the host waits for nothing."""
-        # Equation 5, whatever way the backbone normalises: softmax after or before top-k, sigmoid, scaled.
+        """Sums equations 6 and 7 over this rank's tokens and launches the all-reduce, without blocking the host."""
+        # Equation 5, however the backbone normalizes: softmax before or after top-k, sigmoid, scaled.
         weights = probs / probs.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
         tokens = RoutedTokens(logits.flatten(0, 1), weights, routing_map, modality_mask.flatten(0, 1))
         local = statistics_from_mask(weights, routing_map, tokens.modality_mask)
         self._pending = PendingStatistics(local, self.statistics_group, self.strategy.sums(tokens))
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Counts per expert without padding: Megatron 0.19.2 combines [N, E] with [N], which needs one more axis.
+        """Counts tokens per expert without padding: Megatron 0.19.2 combines [N, E] with [N], which lacks an axis.
 
-        With a capacity the count comes after dropping, as Megatron's does: see `_drop`.
+        With a capacity limit the tokens are counted after dropping, as in Megatron: see `_drop`.
         """
         if self.capacity_factor is None:
             super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask.unsqueeze(-1))
@@ -250,10 +250,10 @@ class ModalityAwareRouter(TopKRouter):
         """Waits for the statistics, and attaches the layer's auxiliary losses to the layer's output.
 
         Args:
-            output: [s, b, h], any tensor on the way to the loss.
+            output: [s, b, h], any tensor that the loss depends on.
 
         Returns:
-            The same values; its backward pass adds the gradients of the losses (SMAR: Eq. 14).
+            A tensor with the same values, whose backward pass adds the gradients of the losses (SMAR: Eq. 14).
         """
         if self._pending is None:
             return output
@@ -271,11 +271,11 @@ class ModalityAwareRouter(TopKRouter):
         values = {name: loss.value for name, loss in (losses | own).items()}
         self._report(RoutingReport(layer, layers, statistics, values, measures), self.observers + self.recorders)
         output = self._attach(output, losses, self.is_global)
-        # All ranks have the whole of such a loss, and their gradients are added up.
+        # Every rank computes such a loss in full, and the ranks' gradients are summed.
         return self._attach(output, own, True, self.tp_dp_cp_group.size())
 
     def _attach(self, output: Tensor, losses: Mapping[str, AuxiliaryLoss], is_global: bool, parts: int = 1) -> Tensor:
-        """The output, whose backward pass adds the losses' gradients, each divided by `parts`."""
+        """Attaches losses to the output, whose backward pass then adds their gradients, each divided by `parts`."""
         for loss in losses.values():
             if loss.coefficient != 0:
                 scale = self.step.reductions(is_global, self.replicas, self.calculate_per_token_loss) / parts
@@ -291,7 +291,7 @@ class ModalityAwareRouter(TopKRouter):
             observer(report)
 
     def _place(self) -> tuple[int, int]:
-        """How many layers the metrics tracker has, and which of them this is, from 1."""
+        """Returns the number of layers in the metrics tracker, and this layer's number among them, from 1."""
         layers = self.config.num_layers
         number = self.layer_number + (layers if self.is_mtp_layer else 0)
         return layers + (self.config.mtp_num_layers or 0), number

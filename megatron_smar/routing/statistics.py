@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing statistics of one MoE layer, and the one asynchronous reduction that makes them global.
+"""Routing statistics of one MoE layer, and the single asynchronous all-reduce that makes them global.
 
-SMAR, section 3.1, equations 6 and 7, before the divisions: sums are what can be added up over ranks.
+They are equations 6 and 7 of SMAR, section 3.1, before the divisions, because only sums can be added up over ranks.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class RoutingStatistics(NamedTuple):
     """Sums over tokens, per modality m and expert e.
 
     Attributes:
-        counts: [M, E], tokens of modality m that chose expert e; no gradient flows through it.
-        weights: [M, E], sum of the renormalised top-k weights (Eq. 5); carries the gradient.
-        tokens: [M], tokens of modality m.
+        counts: Number of tokens of modality m that chose expert e, [M, E]; has no gradient.
+        weights: Sum of the renormalised top-k weights (Eq. 5), [M, E]; carries the gradient.
+        tokens: Number of tokens of modality m, [M].
     """
 
     counts: Tensor
@@ -33,23 +33,23 @@ class RoutingStatistics(NamedTuple):
 def routing_statistics(
     weights: Tensor, routing_map: Tensor, modality_ids: Tensor, num_modalities: int
 ) -> RoutingStatistics:
-    """Sums of equations 6 and 7 over the given tokens.
+    """Returns the sums of equations 6 and 7 over the given tokens.
 
     Args:
-        weights: [N, E], top-k weights renormalised over the chosen experts (Eq. 5), 0 where not chosen.
-        routing_map: [N, E] bool, the chosen experts.
-        modality_ids: [N] int, 0 .. M-1, or -1 for padding, which counts nowhere.
-        num_modalities: M.
+        weights: Top-k weights renormalised over the chosen experts (Eq. 5), 0 where not chosen, [N, E].
+        routing_map: The chosen experts, [N, E] bool.
+        modality_ids: Modality ids [N], int: 0 .. M-1, or -1 for padding, which is not counted.
+        num_modalities: M, the number of modalities.
 
     Returns:
-        The sums, in float32 (float64 if the weights are).
+        The sums, in float32 (float64 if the weights are float64).
     """
     mask = modality_mask_from_ids(modality_ids, num_modalities)
     return statistics_from_mask(weights, routing_map, mask)
 
 
 def statistics_from_mask(weights: Tensor, routing_map: Tensor, modality_mask: Tensor) -> RoutingStatistics:
-    """As `routing_statistics`, with one-hot modalities [N, M] bool: three sums, no indexing, no synchronisation."""
+    """Same as `routing_statistics`, from one-hot modalities [N, M] bool: no indexing, no device synchronization."""
     dtype = torch.promote_types(weights.dtype, torch.float32)
     one_hot = modality_mask.to(dtype).t()
     counts = one_hot @ routing_map.to(dtype)
@@ -57,17 +57,17 @@ def statistics_from_mask(weights: Tensor, routing_map: Tensor, modality_mask: Te
 
 
 class PendingStatistics:
-    """A reduction under way: launched when routing is known, waited for after the experts have run.
+    """An all-reduce in progress: launched when the routing is known, waited for after the experts have run.
 
-    One all-reduce of M * (2E + 1) floats and the strategy's own sums. The counts and tokens are constants; the other
+    It is one all-reduce of M * (2E + 1) floats and the strategy's own sums. Counts and tokens are constants. The other
     sums are differentiable without any communication in the backward pass: every rank computes the same loss from the
-    same global sums, so the derivative of the loss by the global sum *is* its derivative by this rank's share,
-    W = sum_r W_r.
+    same global sums, W = sum_r W_r, so the derivative of the loss with respect to the global sum *is* its derivative
+    with respect to this rank's share.
 
     Args:
         local: This rank's sums.
-        group: The ranks; None for this one alone.
-        sums: The strategy's own sums of this rank, by name, of any shape.
+        group: Process group of the all-reduce; None for this rank only.
+        sums: This rank's strategy-specific sums, by name, of any shape.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PendingStatistics:
         self._work = dist.all_reduce(self._packed, group=group, async_op=True) if reduces else None
 
     def wait(self) -> tuple[RoutingStatistics, dict[str, Tensor]]:
-        """The global sums, those of the statistics and the strategy's; gradients reach this rank's own tokens."""
+        """Waits, and returns the global statistics and strategy sums; gradients flow to this rank's tokens."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -93,5 +93,5 @@ class PendingStatistics:
 
 
 def _with_gradient(total: Tensor, local: Tensor) -> Tensor:
-    """The total, with the gradient of this rank's share: what is added is exactly zero."""
+    """Returns the total with the gradient of this rank's share; the term that is added is exactly zero."""
     return total + (local - local.detach())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step under way, as the routers of a model see it."""
+"""The current training step, as the routers of a model see it."""
 
 from __future__ import annotations
 
@@ -10,28 +10,34 @@ from torch import Tensor
 
 @dataclass
 class TrainingStep:
-    """What is constant within a training step: recomputation and interleaved schedules read the same values.
+    """Values that are constant within a training step, so that recomputation and interleaved schedules read the same.
 
-    A model has one, which its forward step sets and its routers read.
+    Each model has one instance, which its forward step sets and its routers read.
 
     Attributes:
         iteration: Number of the step, from 0.
         tokens: Loss tokens per micro-batch step, over all replicas. Needed with --calculate-per-token-loss, where
-            Megatron adds up gradients over micro-batches and replicas and divides them by the step's loss tokens, while
-            an auxiliary loss is to be averaged over micro-batches.
+            Megatron sums gradients over micro-batches and replicas and divides them by the step's loss tokens, while an
+            auxiliary loss must be averaged over micro-batches.
     """
 
     iteration: int = 0
     tokens: Tensor | None = None
 
     def reductions(self, is_global: bool, replicas: int, per_token: bool) -> float | Tensor:
-        """The factor that makes an auxiliary gradient whole after Megatron's reductions over data-parallel replicas.
+        """Returns the factor that corrects an auxiliary loss for Megatron's reductions over data-parallel replicas.
 
-        Without per-token loss Megatron averages over the replicas, with it it adds up.
+        Without per-token loss Megatron averages gradients over the replicas; with it, Megatron sums them and divides
+        them by the step's loss tokens. The factor is, with T = `tokens`:
+
+        |                    | without per-token loss | with per-token loss |
+        |--------------------|------------------------|---------------------|
+        | `is_global`        | replicas               | T                   |
+        | not `is_global`    | 1                      | T / replicas        |
 
         Args:
             is_global: Whether every replica computes the same loss, from all replicas' tokens.
-            replicas: Their number.
+            replicas: Number of data-parallel replicas.
             per_token: Whether --calculate-per-token-loss is given.
 
         Raises:

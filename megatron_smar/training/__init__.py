@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Megatron's `pretrain()` is given: model and data providers, the forward step, and the routing metrics."""
+"""What is passed to Megatron's `pretrain()`: model and data providers, the forward step, and the routing metrics."""

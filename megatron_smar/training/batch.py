@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a micro-batch of the loader to the model's inputs on this rank."""
+"""Converts a micro-batch of the loader into the model's inputs on this rank."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from megatron_smar.routing.modalities import TEXT, modality_ids_from_tokens
 
 @dataclass(frozen=True)
 class ModelBatch:
-    """The model's inputs and the loss's, on this rank's device; s is this context-parallel rank's share.
+    """The inputs of the model and of the loss, on this rank's device; s is this context-parallel rank's share.
 
     Attributes:
-        input_ids: [b, s].
-        position_ids: [b, s].
-        modality_ids: [b, s]: rows of the table of modalities (0 text, 1 vision, ...), -1 padding.
-        vision_index: [b, s], for a position that a feature fills its row among the features of all tiles; -1 elsewhere.
-        labels: [b, s].
-        loss_mask: [b, s] float.
-        pixel_values: [tiles, 3, H, W]; None but on the first pipeline stage.
+        input_ids: Token ids [b, s].
+        position_ids: Positions [b, s].
+        modality_ids: Modality ids [b, s]: rows of the table of modalities (0 text, 1 vision, ...), -1 padding.
+        vision_index: Row of the vision feature that fills each position, among the features of all tiles, [b, s]; -1
+            where none does.
+        labels: Target token ids [b, s].
+        loss_mask: Weight of each position in the loss, [b, s] float.
+        pixel_values: Tiles [tiles, 3, H, W]; None except on the first pipeline stage.
         packed_seq_params: Where the sequences of a pack begin and end, on the host; None without packing.
-        shares: What is logged as a share: name -> [part, whole].
+        shares: What is logged as a share: name -> [part, total].
         step_tokens: See `TrainingStep.tokens`; None without --calculate-per-token-loss.
-        context_tokens: Loss tokens over the shares of all context-parallel ranks, [] float; None where there is one.
+        context_tokens: Loss tokens over all context-parallel ranks, [] float; None without context parallelism.
     """
 
     input_ids: Tensor
@@ -61,7 +62,7 @@ class DataWait:
         self._previous = time.monotonic()
 
     def next(self, iterator: Iterator[VisionLanguageBatch]) -> tuple[VisionLanguageBatch, tuple[float, float]]:
-        """The next micro-batch, and the seconds that went into waiting for it of those since the previous one."""
+        """Returns the next micro-batch, and (seconds spent waiting for it, seconds since the previous micro-batch)."""
         begin = time.monotonic()
         batch = next(iterator)
         previous, self._previous = self._previous, time.monotonic()
@@ -69,15 +70,15 @@ class DataWait:
 
 
 class CountedSteps:
-    """Reads a step's micro-batches together, so that its loss tokens are known before its first backward pass.
+    """Reads all micro-batches of a step together, so that its loss tokens are known before the first backward pass.
 
-    For --calculate-per-token-loss, see `TrainingStep.tokens`. One all-reduce of one number per step; the samples and
-    their order stay the same. The loader's state is saved between steps, when nothing is kept here; within a step, the
-    tiles of all its micro-batches are in the host's memory.
+    Used with --calculate-per-token-loss, see `TrainingStep.tokens`. It costs one all-reduce of one number per step; the
+    samples and their order stay the same. The loader's state is saved between steps, when nothing is buffered here;
+    within a step, the tiles of all its micro-batches are in the host's memory.
 
     Args:
-        iterator: The loader's.
-        data_parallel: The replicas' group, without context parallelism: its ranks read the same samples.
+        iterator: The loader's iterator.
+        data_parallel: Process group of the replicas, without context parallelism, whose ranks read the same samples.
     """
 
     def __init__(self, iterator: Iterator[VisionLanguageBatch], data_parallel: dist.ProcessGroup) -> None:
@@ -89,18 +90,18 @@ class CountedSteps:
         return self
 
     def __next__(self) -> VisionLanguageBatch:
-        """The next micro-batch, which has its step's `step_tokens`."""
+        """Returns the next micro-batch, with its step's `step_tokens`."""
         if not self._step:
             batches = [next(self.iterator) for _ in range(get_num_microbatches())]
             tokens = _on_device(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
             dist.all_reduce(tokens, group=self.data_parallel)
-            # Megatron divides by one token where there is none.
+            # Megatron divides by one token where there are none.
             tokens = tokens.clamp(min=1) / get_num_microbatches()
             self._step.extend(replace(batch, step_tokens=tokens) for batch in batches)
         return self._step.popleft()
 
     def save_state(self) -> Any:
-        """The loader's state, for Megatron's checkpoint."""
+        """Returns the loader's state, for Megatron's checkpoint."""
         return self.iterator.save_state()  # type: ignore[attr-defined]
 
 
@@ -112,18 +113,18 @@ def prepare_batch(
     pg_collection: ProcessGroupCollection,
     data_wait: tuple[float, float] | None = None,
 ) -> ModelBatch:
-    """Turns one micro-batch into what the model is given on this rank.
+    """Converts one micro-batch into the model's inputs on this rank.
 
-    Every rank of a data-parallel replica reads the same samples itself: no broadcast, so no rank can wait for another,
-    and each pipeline stage knows the modalities. Only the first stage has images.
+    Every rank of a data-parallel replica reads the same samples itself. There is no broadcast, so no rank waits for
+    another, and each pipeline stage knows the modalities. Only the first stage has images.
 
     Args:
         batch: The micro-batch, on the host.
         placeholders: Token ids of the placeholders, one for each kind of images, in the order of the modalities.
         tokens_per_tile: Vision tokens per tile.
         with_images: Whether this is the first pipeline stage.
-        pg_collection: Process groups.
-        data_wait: As `DataWait.next` gives it.
+        pg_collection: Megatron's process groups.
+        data_wait: Waiting time and total time, as returned by `DataWait.next`; None to log no share of them.
 
     Raises:
         ValueError: The tiles do not fill the placeholders exactly.
@@ -131,7 +132,7 @@ def prepare_batch(
     modality_ids = modality_ids_from_tokens(batch.input_ids, placeholders, batch.padding_mask)
     is_vision = modality_ids > TEXT
     if with_images:
-        # Counted on the host, where the batch still is: a device would have to be synchronised with.
+        # Counted on the host, where the batch still is: on the device it would need a synchronization.
         places, features = int(is_vision.sum()), batch.pixel_values.shape[0] * tokens_per_tile
         if places != features:
             raise ValueError(
@@ -149,7 +150,7 @@ def prepare_batch(
     }
     cp = pg_collection.cp
     if batch.lengths is not None and cp.size() > 1:
-        # Megatron's own cut of packs needs Transformer Engine; this is the same one.
+        # Megatron's sharding of packs needs Transformer Engine; this gives the same shards.
         held = zigzag_positions(batch.lengths.tolist(), cp.size())[cp.rank()]
         sequences = {name: tensor[:, held] for name, tensor in sequences.items()}
     sequences = {name: _on_device(tensor) for name, tensor in sequences.items()}
@@ -160,22 +161,22 @@ def prepare_batch(
         pixel_values=_on_device(batch.pixel_values) if with_images else None,
         packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
         shares=_shares(batch, data_wait),
-        # Each of these ranks has read the whole sequences: nothing has to be reduced.
+        # Each context-parallel rank has read the full sequences, so no reduction is needed.
         step_tokens=batch.step_tokens,
         context_tokens=_on_device(batch.loss_mask.sum()) if cp.size() > 1 else None,
     )
 
 
 def _on_device(tensor: Tensor) -> Tensor:
-    """The tensor on this rank's device, by a copy that nothing waits for: such a copy starts from pinned memory.
+    """Copies a tensor to this rank's device without blocking, for which it must be in pinned memory.
 
-    The loader's tensors are pinned already; what is made of them is not.
+    The loader's tensors are already pinned; tensors computed from them are not.
     """
     return tensor.contiguous().pin_memory().cuda(non_blocking=True)
 
 
 def _shares(batch: VisionLanguageBatch, data_wait: tuple[float, float] | None) -> dict[str, Tensor]:
-    """What is logged of a micro-batch: name -> [part, whole], which Megatron adds up before dividing."""
+    """Returns the shares logged for a micro-batch: name -> [part, total], which Megatron sums before dividing."""
     shares: dict[str, tuple[float, float]] = {
         "text-only ratio": (batch.num_text_only, len(batch.__key__)),
         "fill": (int((~batch.padding_mask).sum()), batch.padding_mask.numel()),
@@ -187,7 +188,7 @@ def _shares(batch: VisionLanguageBatch, data_wait: tuple[float, float] | None) -
 
 
 def _position_ids(batch: VisionLanguageBatch) -> Tensor:
-    """Positions [b, s]: from 0 in each row, and in each sequence of a pack."""
+    """Returns positions [b, s], counted from 0 in each row, or in each sequence of a pack."""
     positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
     if batch.lengths is None:
         return positions
@@ -195,12 +196,13 @@ def _position_ids(batch: VisionLanguageBatch) -> Tensor:
 
 
 def _packed_seq_params(lengths: Tensor) -> PackedSeqParams:
-    """Sequences of these lengths, one behind the other without gaps, for all context-parallel ranks together.
+    """Returns the parameters of sequences of these lengths, one after another without gaps, for all CP ranks together.
 
-    They stay on the host, where the local layers read them; the model copies them for those that want the device's.
+    The tensors stay on the host, where the local layers read them; the model copies them to the device for layers that
+    need them there.
 
-    The longest length is that of a sequence: told the whole pack's, Megatron's rotary embedding would let positions run
-    on through the pack. Its angles are relative, so that only long packs would show it, in bf16.
+    The maximum length is that of the longest sequence. Given the length of the pack, Megatron's rotary embedding would
+    continue positions through the pack. Its angles are relative, so this would be visible only in long packs in bf16.
     """
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())

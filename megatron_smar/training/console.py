@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run shows of itself: a line per interval with the time that is left, and a file with all arguments."""
+"""A run's console output: a line per interval with the remaining time, and a file with all arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_smar.runtime import console
 ARGUMENTS = "arguments.txt"
 _STEP = re.compile(r"^ \[[\d-]+ (?P<time>[\d:]+)\.\d+\] iteration +(?P<step>\d+)/ *(?P<last>\d+) \|")
 _COLUMN = re.compile(r" ([^|:]+): +([^|]+?) \|")
-# Name in Megatron's line, name here, form; None: not shown (constant, or in another column).
+# Number format by column of Megatron's line.
 _COLUMNS = {
     "learning rate": "{:.2E}",
     "grad norm": "{:8.3f}",
@@ -31,7 +31,7 @@ _COUNTS = {"number of skipped iterations", "number of nan iterations"}
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, with days where there are any."""
+    """Formats seconds as hours, minutes and seconds, with days if there are any."""
     minutes, second = divmod(round(max(seconds, 0)), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -39,11 +39,11 @@ def duration(seconds: float) -> str:
 
 
 def step_line(line: str) -> str:
-    """Megatron's line of an interval with columns of fixed width and the time left; any other line as it is.
+    """Reformats Megatron's line of an interval, with fixed-width columns and the remaining time; keeps other lines.
 
-    `iteration N/ M |` and `name: value |` stay in the form that programs read. What never changes in a run is left out,
-    and steps that were skipped or not finite are named only where there are some; what the batches were like is in
-    TensorBoard. All columns come with --all-messages.
+    `iteration N/ M |` and `name: value |` keep the form that programs parse. Values that never change in a run are left
+    out, and numbers of skipped or nan iterations are shown only if they are not 0. Properties of the batches are in
+    TensorBoard. With --all-messages all columns are shown.
     """
     found = _STEP.match(line)
     if not found:
@@ -65,10 +65,10 @@ def step_line(line: str) -> str:
 
 
 def write_arguments(args: Namespace) -> Path | None:
-    """Writes all arguments, as Megatron would print them, to --save or else --tensorboard-dir; the last rank's writer.
+    """Writes all arguments, in the form in which Megatron prints them, to --save or else to --tensorboard-dir.
 
     Returns:
-        The file; None where the run has no folder: nothing is to be written where nobody asked for it.
+        The file; None if the run has neither folder, since nothing is written where nobody asked for it.
     """
     folder = args.save or args.tensorboard_dir
     if not folder:
@@ -81,6 +81,6 @@ def write_arguments(args: Namespace) -> Path | None:
 
 
 def show_step_lines() -> None:
-    """Has the lines of Megatron's training loop pass through `step_line`."""
+    """Makes the lines of Megatron's training loop pass through `step_line`."""
     if step_line not in console.rewrite:
         console.rewrite.append(step_line)

@@ -19,25 +19,26 @@ def lm_loss(
     context_tokens: Tensor | None = None,
     context_parallel_size: int = 1,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss of one micro-batch in the form that Megatron's schedules expect.
+    """Computes the loss of one micro-batch in the form that Megatron's schedules expect.
 
-    Megatron divides the sum by the number, and averages gradients over replicas and context-parallel ranks. With this
-    rank's number that is the mean of the means of a sequence's shares; with the number of all shares, and the sum times
-    the number of ranks, it is the mean over the micro-batch's tokens, as one process has it.
+    Megatron divides the sum by the number of tokens, and averages gradients over replicas and context-parallel ranks.
+    With this rank's number of tokens, that would be the mean of the means of a sequence's shares. With the number of
+    tokens of all shares, and the sum multiplied by the number of ranks, it is the mean over the micro-batch's tokens,
+    as in one process.
 
     Args:
-        loss_mask: [b, s], this context-parallel rank's share.
-        shares: What is logged beside the loss: name -> [part, whole].
-        check_for_nan: Whether Megatron runs the step of a loss that is not finite again, to tell data from hardware.
-            Such a step is never applied, whatever this is (`runtime.finite_steps`).
-        output_tensor: [b, s], cross-entropy per token.
-        context_tokens: Tokens of the micro-batch that count, over all context-parallel ranks, []; None where Megatron
-            adds up over these ranks before it divides (--calculate-per-token-loss) or there is one.
-        context_parallel_size: How many context-parallel ranks there are.
+        loss_mask: This context-parallel rank's share of the loss mask, [b, s].
+        shares: What is logged in addition to the loss: name -> [part, total].
+        check_for_nan: Whether Megatron reruns a step whose loss is not finite, to distinguish a data error from a
+            hardware error. Such a step is never applied, whatever this value is (`runtime.finite_steps`).
+        output_tensor: Cross-entropy per token, [b, s].
+        context_tokens: Loss tokens of the micro-batch over all context-parallel ranks, []; None without context
+            parallelism, or where Megatron sums over these ranks before it divides (--calculate-per-token-loss).
+        context_parallel_size: Number of context-parallel ranks.
 
     Returns:
-        The sum over the tokens that count, their number, and what is logged: this rank's sum and number, which Megatron
-        adds up over micro-batches and ranks before dividing.
+        The sum over the loss tokens, their number, and what is logged: this rank's sum and number, which Megatron sums
+        over micro-batches and ranks before dividing.
     """
     mask = loss_mask.flatten().float()
     total = (output_tensor.flatten().float() * mask).sum()

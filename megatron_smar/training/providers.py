@@ -32,7 +32,7 @@ from megatron_smar.training.loss import lm_loss
 from megatron_smar.training.resume import SavedPositions, restore
 from megatron_smar.training.summary import data_lines, place_lines, summary
 
-_CHUNKS: list[VisionLanguageModel] = []  # of this rank, as they were built
+_CHUNKS: list[VisionLanguageModel] = []  # this rank's model chunks, in the order in which they were built
 
 TrainIterator = EnergonIterator | SavedPositions | RecordedSamples | CountedSteps
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -68,7 +68,7 @@ def model_provider(
 
 
 def _show_summary(args: Namespace) -> None:
-    """Prints what the run is, on rank 0; every rank counts its parameters."""
+    """Prints the summary of the run on rank 0; every rank counts its parameters."""
     arguments = write_arguments(args) if dist.get_rank() == 0 else None
     lines = summary(_CHUNKS, args, data_lines(args), place_lines(args, arguments))
     print_rank_0("\n".join(lines))
@@ -80,8 +80,8 @@ def data_iterators_provider(
     """Builds this rank's training and validation iterators (Megatron's `external` dataloaders).
 
     Args:
-        num_samples: Samples of training, validation and test that Megatron will ask for.
-        vp_stage: Virtual pipeline stage; each reads the same samples.
+        num_samples: Number of training, validation and test samples that Megatron will request.
+        vp_stage: Virtual pipeline stage; all stages read the same samples.
     """
     args = get_args()
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -89,7 +89,7 @@ def data_iterators_provider(
     assert config is not None
     place = (groups.dp.rank(), groups.dp.size())
     settings = {
-        "decode_images": groups.pp.rank() == 0 and not vp_stage,  # the vision encoder is in the first chunk alone
+        "decode_images": groups.pp.rank() == 0 and not vp_stage,  # only the first chunk has the vision encoder
         "announce_rejects": groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0 and not vp_stage,
     }
     if not vp_stage:
@@ -120,7 +120,7 @@ opened: list[EnergonIterator] = []
 
 
 def close_loaders() -> None:
-    """Ends the data workers of this process."""
+    """Stops the data workers of this process."""
     while opened:
         opened.pop().close()
 
@@ -129,23 +129,23 @@ data_iterators_provider.is_distributed = True  # type: ignore[attr-defined]  # e
 
 
 def build_forward_step() -> ForwardStep:
-    """The forward step for the parsed arguments."""
-    # The data loaders would find a missing token too, but only after the model has been built.
+    """Builds the forward step of the run."""
+    # The data loaders would also report a missing token, but only after the model has been built.
     run = get_run_config()
     encoder = TextEncoder(get_tokenizer(), template_for(run.template, get_tokenizer()).special_tokens, run.modalities)
     return make_forward_step(encoder.image_tokens.placeholder_ids, run.tokens_per_tile)
 
 
 def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardStep:
-    """The forward step that Megatron's schedules call for each micro-batch.
+    """Makes the forward step that Megatron's schedules call for each micro-batch.
 
     Args:
         placeholders: Token ids of the placeholders, one for each kind of images, in the order of the modalities.
         tile_tokens: Vision tokens per tile.
 
     Returns:
-        A function of the data iterator and the model, which gives this stage's output and the function that makes the
-        loss of it.
+        A function of the data iterator and the model, which returns this stage's output and the function that computes
+        the loss from it.
     """
     data_wait = DataWait()
 
@@ -171,7 +171,7 @@ def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardS
             labels=batch.labels,
             packed_seq_params=batch.packed_seq_params,
         )
-        # Megatron would print each of them as a validation loss, with its perplexity.
+        # In validation Megatron would print each share as a validation loss, with its perplexity.
         shares = batch.shares if model.training else {}
         return output, partial(
             lm_loss,

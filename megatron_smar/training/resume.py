@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the data loaders stood: saved by Megatron with each checkpoint, found and restored here."""
+"""The data loaders' state: saved by Megatron with each checkpoint, found and restored here."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ from megatron_smar.runtime.signals import StopSignals
 
 
 def dataloader_state_folder(checkpoint: str) -> str:
-    """Where the loader's state lies: beside the iterations, whose own folders Megatron wants to find empty."""
+    """Returns the folder of the loader's states: not in the iterations' folders, which must be empty for Megatron."""
     return os.path.join(checkpoint, "dataloader")
 
 
 def take_over_folder(args: Namespace) -> None:
-    """Sets where loader states go (`loader_state_folder`), and whether Megatron is to save them (`dataloader_save`)."""
+    """Sets the loader states' folder (`loader_state_folder`), and whether Megatron saves them (`dataloader_save`)."""
     args.loader_state_folder = args.dataloader_save or (dataloader_state_folder(args.save) if args.save else None)
     args.dataloader_save = None if args.virtual_pipeline_model_parallel_size else args.loader_state_folder
 
 
 def restore(iterator: EnergonIterator, data_parallel_rank: int, data_parallel_size: int) -> None:
-    """Goes on in the data where the checkpoint that was loaded stood.
+    """Restores the loader to the position in the data of the loaded checkpoint.
+
+    Args:
+        iterator: The training loader's iterator.
+        data_parallel_rank: This rank's index among those that read different samples.
+        data_parallel_size: Number of ranks that read different samples.
 
     Raises:
         DataError: The state cannot be read, or does not fit this run.
@@ -39,7 +44,7 @@ def restore(iterator: EnergonIterator, data_parallel_rank: int, data_parallel_si
     args = get_args()
     if not args.iteration or not args.load_dataloader_state:
         return
-    # The run before kept it with its checkpoints, or was told to keep it where this one is told to.
+    # Look next to the checkpoint first, then in --dataloader-save.
     folders = [folder for folder in (dataloader_state_folder(args.load), args.loader_state_folder) if folder]
     folder = next((folder for folder in folders if _state_file(folder, args.iteration, 0).exists()), folders[0])
     state = load_rank_state(
@@ -53,7 +58,7 @@ def restore(iterator: EnergonIterator, data_parallel_rank: int, data_parallel_si
 
 
 def _state_file(folder: str, iteration: int, rank: int) -> Path:
-    """The state of one data-parallel rank, under the name that Megatron gave it."""
+    """Returns the file with the state of one data-parallel rank, under the name that Megatron gives it."""
     files = [
         Path(
             get_checkpoint_name(
@@ -69,21 +74,21 @@ def _state_file(folder: str, iteration: int, rank: int) -> Path:
         )
         for pipeline in (get_args().pipeline_model_parallel_size > 1, get_args().pipeline_model_parallel_size == 1)
     ]
-    # Runs with and without pipelines name their folders differently, and what was saved last is what was loaded.
+    # Runs with and without pipeline parallelism name their folders differently; the newest file is the checkpoint's.
     return max((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, default=files[0])
 
 
 class SavedPositions:
-    """Saves the loader's state itself, for virtual pipeline stages.
+    """Saves the loader's state instead of Megatron, for virtual pipeline stages.
 
-    Megatron 0.19.2 saves the state of one iterator, and fails on the list of all virtual stages' iterators. They read
-    the same samples, so that the first chunk's speaks for all. Between two steps nothing is read: the state behind a
-    step's last micro-batch belongs to a checkpoint after that step, and is written before there can be one.
+    Megatron 0.19.2 saves the state of one iterator, and fails on the list of all virtual stages' iterators. All virtual
+    stages read the same samples, so the first chunk's state is sufficient. Nothing is read between two steps: the state
+    after a step's last micro-batch belongs to a checkpoint after that step, and is written before that checkpoint.
 
     Args:
-        iterator: The training loader's.
+        iterator: The training loader's iterator.
         data_parallel_rank: This rank's index among those that read different samples.
-        folder: Where the states go, under Megatron's own names.
+        folder: Folder of the states, which have Megatron's file names.
     """
 
     def __init__(self, iterator: EnergonIterator, data_parallel_rank: int, folder: str) -> None:
@@ -98,7 +103,7 @@ class SavedPositions:
         return self
 
     def __next__(self) -> VisionLanguageBatch:
-        """The next micro-batch; with the last one of a step, the state behind it is saved."""
+        """Returns the next micro-batch; after the last micro-batch of a step, saves the state."""
         self._left = self._left or get_num_microbatches()
         batch = next(self.iterator)
         self._left -= 1
@@ -109,11 +114,11 @@ class SavedPositions:
         return batch
 
     def save_state(self) -> dict[str, Any]:
-        """The loader's state."""
+        """Returns the loader's state."""
         return self.iterator.save_state()
 
     def _forget_unused(self) -> None:
-        """Takes the last state away again if no checkpoint was saved with it."""
+        """Deletes the last saved state if no checkpoint was saved with it."""
         if self._written is not None and not os.path.isdir(get_checkpoint_name(get_args().save, self._written, True)):
             _state_file(self._folder, self._written, self._rank).unlink(missing_ok=True)
         self._written = None
@@ -128,7 +133,7 @@ class SavedPositions:
 
 
 def _may_be_saved(step: int) -> bool:
-    """Whether Megatron's loop may save a checkpoint after a step, other than because it was asked to end."""
+    """Whether Megatron's loop may save a checkpoint after a step, apart from a signal to end."""
     args = get_args()
     if args.exit_duration_in_mins or args.non_persistent_save_interval:
         return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's start, for every program that trains or evaluates: flags, checks, process groups, model."""
+"""Megatron's initialization, for every program that trains or evaluates: flags, checks, process groups, model."""
 
 from __future__ import annotations
 
@@ -41,12 +41,15 @@ from megatron_smar.training.resume import take_over_folder
 def parse_arguments(
     argv: Sequence[str] | None = None, needs_data: bool = True, defaults: Mapping[str, Any] | None = None
 ) -> Namespace:
-    """Parses Megatron's flags and ours, checks them, and builds the tokenizer and Megatron's other globals.
+    """Parses and checks Megatron's and this project's flags, and builds the tokenizer and Megatron's other globals.
 
     Args:
-        argv: Flags; None for the command line's. Megatron's parser reads sys.argv and nothing else.
+        argv: The flags; None for the command line's. They replace sys.argv, since Megatron's parser reads only that.
         needs_data: Whether the program reads --data-path.
         defaults: Values of arguments whose flags are not given, by argument (`stored_flags`).
+
+    Returns:
+        The validated arguments.
 
     Raises:
         SystemExit: With one sentence, for flags that cannot train.
@@ -76,9 +79,9 @@ def parse_arguments(
         args = given = parse_and_validate_args(add_flags)
         if args.use_checkpoint_args:
             check_shape(args)
-        transformer_config(args)  # its checks come now, before any rank waits for another
+        transformer_config(args)  # runs its checks now, before any rank waits for another
         check_identity(args, get_tokenizer())
-        # Kept in checkpoints, with all other arguments.
+        # Stored in checkpoints, with all other arguments.
         args.program = {"megatron_smar": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
         args.program["device"] = runtime.device()
         _set_biases_apart(args)
@@ -96,10 +99,10 @@ def parse_arguments(
 
 
 def _resume(args: Namespace, point: StartPoint) -> None:
-    """Checks what a run resumes from against its flags, and says where it starts.
+    """Checks the checkpoint that a run resumes from against its flags, and prints where the run starts.
 
     Raises:
-        CheckpointMismatchError: It cannot be resumed with these flags.
+        CheckpointMismatchError: The run cannot be resumed with these flags.
     """
     state = resumed_state(args)
     keep_origin(args, point, state)
@@ -110,11 +113,12 @@ def _resume(args: Namespace, point: StartPoint) -> None:
 
 
 def _set_biases_apart(args: Namespace) -> None:
-    """Has the modality biases, float32 in a model of half precision, optimised in a parameter group of their own.
+    """Puts the modality biases, float32 in a half-precision model, into a separate parameter group of the optimizer.
 
-    Within a group Megatron 0.19.2's distributed optimizer puts float32 parameters before the others, but looks their
-    state up in the model's order when it saves (`model_param_group_index_map`): a group with both cannot be saved. What
-    `--decoupled-lr` applies to has its own group, whatever the rate; the biases are marked as such (`ModalityBias`).
+    Within a group Megatron 0.19.2's distributed optimizer puts float32 parameters before the others, but looks up their
+    state in the model's order when it saves (`model_param_group_index_map`): a group with both cannot be saved. The
+    parameters that `--decoupled-lr` applies to have a separate group, whatever its value, and the biases are marked as
+    such parameters (`ModalityBias`).
     """
     if (args.bf16 or args.fp16) and args.decoupled_lr is None:
         args.decoupled_lr, args.decoupled_min_lr = args.lr, args.min_lr
@@ -124,26 +128,26 @@ def fail(error: BaseException, args: Namespace | None = None) -> NoReturn:
     """Ends this rank with one sentence.
 
     Args:
-        error: What stopped it.
-        args: The flags, for errors of Megatron's that do not name them.
+        error: The error that stopped it.
+        args: The parsed flags, for errors from Megatron that do not name them.
     """
-    if isinstance(error, CheckpointException):  # torch's, around what happened on each rank
+    if isinstance(error, CheckpointException):  # torch's wrapper of the errors of all ranks
         error = next(inner for inner, _ in error.failures.values())
     failure.end(sentence(error, args))
 
 
 def fail_before_training(error: BaseException) -> None:
-    """Ends this rank with one sentence if no step was begun; otherwise the error is not one of the flags'."""
+    """Ends this rank with one sentence if no step has begun; after that, the flags are not the cause of the error."""
     if getattr(get_args(), "curr_iteration", None) is None:
         fail(error, get_args())
 
 
 def start(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> tuple[list[Any], Any, Any]:
-    """Initialises Megatron and builds (or loads) the model as `pretrain()` would, without training.
+    """Initializes Megatron and builds (or loads) the model as `pretrain()` would, without training.
 
     Args:
-        argv: As for `parse_arguments`.
-        defaults: As there.
+        argv: The flags, as for `parse_arguments`.
+        defaults: Values of arguments whose flags are not given, as for `parse_arguments`.
 
     Returns:
         (model chunks, optimizer, learning-rate scheduler); the last two are None with --skip-train.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a run that was asked to end: what was saved, and the command that resumes it."""
+"""The end of a run that was stopped by a signal: what was saved, and the command that resumes it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron_smar.training.providers import close_loaders
 
 
 def end_after_a_signal(args: Namespace) -> None:
-    """Ends a run that was asked to end: data workers, process groups, and the line that says how to resume.
+    """Ends a run that was stopped by a signal: stops the data workers and prints how to resume.
 
-    Returns if nobody asked, for Megatron's other exits.
+    Returns if there was no signal, for Megatron's other exits.
     """
     handler = StopSignals.current
     if handler is None or not handler.stopped:
@@ -26,11 +26,11 @@ def end_after_a_signal(args: Namespace) -> None:
     close_loaders()
     if args.rank == 0:
         print(f"{Path(sys.argv[0]).name}: {describe_stop(args)}", flush=True)
-    sys.exit(128 + (handler.received or handler.sig))  # not 0: `stage1 && stage2` would go on with half of stage 1
+    sys.exit(128 + (handler.received or handler.sig))  # 0 would let `stage1 && stage2` start stage 2
 
 
 def describe_stop(args: Namespace) -> str:
-    """What was saved of a run that was asked to end, and how to resume it, in one line."""
+    """Returns one line with what was saved of a run that was stopped, and how to resume it."""
     step = args.curr_iteration + 1
     if not args.save:
         return f"stopped after step {step}; nothing was saved, since there is no --save"
@@ -38,14 +38,14 @@ def describe_stop(args: Namespace) -> str:
 
 
 def resume_command(save: str, command: Sequence[str] | None = None) -> str:
-    """The command that this process was started by, with what it needs to begin at the checkpoint in `save`.
+    """Returns the command that started this process, changed so that it resumes from the checkpoint in `save`.
 
     Args:
         save: The folder of --save.
-        command: The command; None for this process's, torchrun included.
+        command: The command; None for this process's command, including torchrun.
     """
     parts = _own_command() if command is None else command
-    if "--config" in parts:  # a file's start is not on the command line; the same command resumes from --save
+    if "--config" in parts:  # --load is in the file; the same command resumes from --save
         return shlex.join(parts)
     return shlex.join(apply_start(parts, StartPoint(save, False, {}, resumes_from_save=True)))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is, in a few lines before its first step: model, layout, data, strategy, schedule, memory, places."""
+"""The summary of a run, printed before its first step: model, layout, data, strategy, schedule, memory, folders."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ GIB = 1024.0**3
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank, computed from its parameters.
+    """Memory on one rank in bytes, computed from its parameters.
 
     Attributes:
-        weights: The model's parameters, in their type.
-        gradients: The buffers that Megatron accumulates gradients in.
-        optimizer: Adam's two moments and, where the weights are of half precision, their float32 copies.
+        weights: Bytes of the model's parameters, in their data type.
+        gradients: Bytes of the buffers in which Megatron accumulates gradients.
+        optimizer: Bytes of Adam's two moments and, for half-precision weights, of their float32 copies.
     """
 
     weights: int = 0
@@ -38,19 +38,22 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Altogether."""
+        """The sum of all three."""
         return self.weights + self.gradients + self.optimizer
 
 
 def own_parameters(chunks: Iterable[nn.Module], groups: ProcessGroupCollection) -> dict[str, int]:
-    """Parameters by part that this rank counts, so that the sum over all ranks is the model's.
+    """Counts parameters by part, each on one rank only, so that the sum over all ranks is the model's.
 
-    Of the ranks that hold the same parameter, or the same shard of one, the first counts it. Embeddings that a last
-    pipeline stage shares with the first are the first's.
+    Of the ranks with the same parameter, or the same shard of it, the first counts it. Embeddings that the last
+    pipeline stage shares with the first are counted on the first.
 
     Args:
-        chunks: The pipeline stages of this rank.
+        chunks: The model chunks (pipeline stages) of this rank.
         groups: Megatron's process groups.
+
+    Returns:
+        Number of parameters by part.
     """
     counts: dict[str, int] = {}
     for chunk in chunks:
@@ -70,12 +73,14 @@ def _is_first_holder(parameter: nn.Parameter, groups: ProcessGroupCollection) ->
 
 
 def memory_of(chunks: Iterable[nn.Module], args: Namespace, groups: ProcessGroupCollection) -> Memory:
-    """What this rank's weights, gradients and optimizer take, without activations, buffers for messages and fragments.
+    """Computes the memory of this rank's weights, gradients and optimizer state.
+
+    Activations, communication buffers and fragmentation are not included.
 
     Args:
-        chunks: The pipeline stages of this rank.
-        args: Megatron's.
-        groups: Its process groups; the distributed optimizer divides its state among the replicas of a parameter.
+        chunks: The model chunks (pipeline stages) of this rank.
+        args: Megatron's arguments.
+        groups: Megatron's process groups; the distributed optimizer shards its state over a parameter's replicas.
     """
     weights = gradients = optimizer = 0
     for chunk in chunks:
@@ -95,13 +100,13 @@ def memory_of(chunks: Iterable[nn.Module], args: Namespace, groups: ProcessGroup
 
 
 def summary(chunks: Sequence[nn.Module], args: Namespace, sources: Sequence[str], places: Sequence[str]) -> list[str]:
-    """The lines of the summary; all ranks call it, since they hold different parts of the model.
+    """Returns the lines of the summary; all ranks must call it, since they have different parts of the model.
 
     Args:
-        chunks: The pipeline stages of this rank.
-        args: Megatron's and ours.
-        sources: What is read, a line each.
-        places: Where the run writes, a line each.
+        chunks: The model chunks (pipeline stages) of this rank.
+        args: The run's arguments.
+        sources: The lines about the data.
+        places: The lines about the folders that the run writes to.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     found: list[Any] = [None] * dist.get_world_size()
@@ -113,7 +118,7 @@ def summary(chunks: Sequence[nn.Module], args: Namespace, sources: Sequence[str]
     lines += [*_training_lines(args)]
     lines.append(
         f"  {'memory':12}{_size(largest.total)} on the fullest rank, computed: weights {_size(largest.weights)}, "
-        f"gradients {_size(largest.gradients)}, optimizer {_size(largest.optimizer)}; activations come on top"
+        f"gradients {_size(largest.gradients)}, optimizer {_size(largest.optimizer)}; activations not included"
     )
     lines += [f"  {'writes' if not i else '':12}{line}" for i, line in enumerate(places)]
     return [*lines, "-" * 100]
@@ -166,7 +171,7 @@ def _size(number: float) -> str:
 
 
 def data_lines(args: Namespace) -> list[str]:
-    """What is read: the folder, or each source of a blend with its share."""
+    """Returns the lines about the data: the folder, or each source of a blend with its share."""
     path = Path(args.data_path[0]) if args.data_path else None
     lines = [f"{path}, template {args.conversation_template}"] if path else ["none"]
     if args.text_only_ratio is not None:
@@ -175,7 +180,7 @@ def data_lines(args: Namespace) -> list[str]:
 
 
 def blend_shares(path: Path, most: int = 8) -> list[str]:
-    """The sources of a blend file's training split, each with its share; of those beyond `most`, the number."""
+    """Returns a line for each source of a blend file's training split, with its share, and the number beyond `most`."""
     import yaml
 
     train = (yaml.safe_load(path.read_text(encoding="utf-8")).get("splits") or {}).get("train") or {}
@@ -186,7 +191,7 @@ def blend_shares(path: Path, most: int = 8) -> list[str]:
 
 
 def place_lines(args: Namespace, arguments: Path | None) -> list[str]:
-    """Where the run writes."""
+    """Returns the lines about the folders that the run writes to."""
     every = f", every {args.save_interval} steps" if args.save_interval else ""
     return [
         f"checkpoints: {args.save}{every}" if args.save else "no checkpoints (--save)",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layouts are compared with one process, on which models, batches and settings."""
+"""The parallel layouts that are compared with one process, with their models, batches and settings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from tests.launch import SMALL_MODEL
 IMAGE, CHART, SIDE, TOKENS_PER_TILE, ROWS, LENGTH, VOCABULARY = 5, 4, 32, 4, 8, 32, 128
 PACKS, PACK_LENGTH = 2, 128
 
-# Everything that a case may override; the band lies where every layer's distance is outside of it.
+# Everything that a case may override; every layer's distance is outside the band.
 COMMON = [
     *SMALL_MODEL,
     *f"""
@@ -23,9 +23,9 @@ COMMON = [
     """.split(),
 ]
 
-# With a learning rate of 1 the difference of the weights is the gradient g itself ...
+# With SGD and a learning rate of 1 the difference of the weights is the gradient g.
 DESCENT = "--optimizer sgd --sgd-momentum 0".split()
-# ... and with Adam, which the distributed optimizer asks for, g / (|g| + 1): no moments, eps 1.
+# With Adam, which the distributed optimizer requires, without moments and with eps 1 it is g / (|g| + 1).
 SIGNED = "--optimizer adam --adam-beta1 0 --adam-beta2 0 --adam-eps 1".split()
 
 MODELS: dict[str, list[str]] = {
@@ -53,17 +53,17 @@ MODELS: dict[str, list[str]] = {
 
 
 def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
-    """A global batch of 8 rows of 32 positions; another seed fills the same places with other tokens and pictures.
+    """Makes a global batch of 8 rows of 32 positions; another seed gives other tokens and images at the same positions.
 
-    `mixed`: pure text, mostly pictures, pictures and padding; every row has 8 loss tokens, since Megatron averages the
-    means of micro-batches and replicas; two context-parallel shares of it have 6 and 2, or 0 and 8 of them.
-    `uneven`: very different numbers of loss tokens in the rows too.
-    `one share`: loss tokens in the second of two context-parallel shares alone, and no padding.
-    `other padding`: as `mixed`, with other ids where there is padding.
-    `extremes`: by pairs of rows: text alone, vision alone, padding alone, everything.
-    `no images`: text alone.
-    `three modalities`: as `mixed`, and every other tile is of a second kind of image.
-    `packed`: the rows of `mixed` without their padding, four of them one behind the other in a row of 128.
+    `mixed`: rows of text only, mostly images, images and padding. Every row has 8 loss tokens, since Megatron averages
+    the means of micro-batches and replicas; its two context-parallel shares have 6 and 2, or 0 and 8 of them.
+    `uneven`: rows with very different numbers of loss tokens.
+    `one share`: loss tokens only in the second of two context-parallel shares, and no padding.
+    `other padding`: same as `mixed`, with other ids in the padding.
+    `extremes`: pairs of rows with only text, only vision, only padding, and all of these.
+    `no images`: only text.
+    `three modalities`: same as `mixed`, but every other tile is of a second kind of image.
+    `packed`: the rows of `mixed` without their padding, concatenated four at a time in a row of 128.
     """
     if name == "packed":
         return _packed(make_batch("mixed", seed))
@@ -124,14 +124,14 @@ def _packed(batch: dict[str, Any]) -> dict[str, Any]:
         end = int(lengths[pack].sum())
         for name in ("ids", "labels", "mask", "padding"):
             packs[name][pack, :end] = torch.cat([batch[name][row][~batch["padding"][row]] for row in rows])
-    # Both packs are of the same lengths; the padding behind the last sample is a sequence of its own.
+    # Both packs have samples of the same lengths; the padding after the last sample is a separate sequence.
     assert lengths[0].tolist() == [32, 32, 28, 20] and sorted(lengths[1].tolist()) == [20, 28, 32, 32]
     return packs | {"lengths": [[*pack, PACK_LENGTH - sum(pack)] for pack in lengths.tolist()]}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the result whatever the layout: one run of one process serves all cases of a setting.
+    """What determines the result, whatever the layout: one run of one process is the reference of all its cases.
 
     Attributes:
         model: One of `MODELS`.
@@ -151,13 +151,13 @@ class Case:
     """One layout, to be compared with one process.
 
     Attributes:
-        name: Shown, and the first column of the table.
-        ranks: How many processes.
-        data_parallel: Replicas that the batch is cut for.
-        layout: Flags of the layout.
+        name: Name of the case, and the first column of the table.
+        ranks: Number of processes.
+        data_parallel: Number of data-parallel replicas, over which the batch is split.
+        layout: Flags of the parallel layout.
         setting: What is trained.
-        reference: Setting of the process that it is compared with, where that differs.
-        dtype: float64, except where Megatron takes nothing but float32, or is asked for bfloat16.
+        reference: Setting of the one process that the case is compared with, if it differs.
+        dtype: float64, except where Megatron supports only float32, or bfloat16 is tested.
         adam: Whether the optimizer is `SIGNED`.
         core: Part of `make test`; the others run with `make test-matrix`.
     """
@@ -173,7 +173,7 @@ class Case:
     core: bool = False
 
     def flags(self) -> list[str]:
-        """The whole command line behind the batch and the folder."""
+        """Returns the complete command line except for the batch and the folder."""
         setting = self.setting
         packed = setting.batch == "packed"
         total = PACKS if packed else ROWS
@@ -183,7 +183,7 @@ class Case:
         if packed:
             layout += ["--seq-length", str(PACK_LENGTH), "--max-position-embeddings", str(PACK_LENGTH)]
         model = MODELS[setting.model]
-        # Megatron refuses the two together, and a switch cannot be taken back.
+        # Megatron refuses the two flags together, and a switch cannot be unset by a later flag.
         common = [
             flag for flag in COMMON if flag != "--group-query-attention" or "--multi-latent-attention" not in model
         ]
@@ -214,7 +214,7 @@ FREEZES = {
 
 
 def cases() -> Iterator[Case]:
-    """All of them; every ability appears at least once."""
+    """Yields all cases; every feature appears at least once."""
     deep = Setting(model="four layers")
     yield Case("DP 2", 2, 2, "", core=True)
     yield Case("DP 4", 4, 4, "")
@@ -246,20 +246,21 @@ def cases() -> Iterator[Case]:
 
 
 def _packs() -> Iterator[Case]:
-    """Packs against the same samples in rows of their own, with the same samples in each micro-batch."""
-    packs, alone = Setting(batch="packed", micro_batches=2), Setting(micro_batches=2)
-    yield Case("packed, one process", 1, 1, "", packs, alone)
+    """Yields packs compared with the same samples in separate rows, with the same samples in each micro-batch."""
+    packs, separate = Setting(batch="packed", micro_batches=2), Setting(micro_batches=2)
+    yield Case("packed, one process", 1, 1, "", packs, separate)
     yield Case("packed, DP 2", 2, 2, "", Setting(batch="packed"), Setting(), core=True)
-    yield Case("packed, CP 2", 2, 1, CP, packs, alone, core=True)
-    yield Case("packed, TP 2 + SP", 2, 1, TP_SP, packs, alone)
-    yield Case("packed, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", packs, alone)
-    yield Case("packed, PP 2", 2, 1, PP, packs, alone)
+    yield Case("packed, CP 2", 2, 1, CP, packs, separate, core=True)
+    yield Case("packed, TP 2 + SP", 2, 1, TP_SP, packs, separate)
+    yield Case("packed, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", packs, separate)
+    yield Case("packed, PP 2", 2, 1, PP, packs, separate)
     yield Case("packed, full recomputation, EP 2", 2, 2, f"{EP} {RECOMPUTE_ALL}", Setting(batch="packed"), Setting())
-    yield Case("packed, recomputation of attention", 1, 1, "--recompute-granularity selective", packs, alone)
+    yield Case("packed, recomputation of attention", 1, 1, "--recompute-granularity selective", packs, separate)
 
 
 def _losses() -> Iterator[Case]:
-    # With as many loss tokens in every row it is the same loss: this one does not take the reference's scale on trust.
+    # With the same number of loss tokens in every row the loss is the same as without the flag, so this case also
+    # checks the scale, which the other cases have in common with their reference.
     even = Setting(flags=PER_TOKEN)
     yield Case("per-token loss as without it, DP 2", 2, 2, "", even, Setting(), core=True)
     pieces = Setting(micro_batches=4, flags=PER_TOKEN)
@@ -275,14 +276,17 @@ def _losses() -> Iterator[Case]:
     yield Case("per-token loss, PP 2 interleaved", 2, 1, VIRTUAL, pipelined, dtype="float32")
     yield Case("uneven loss tokens, CP 2", 2, 1, CP, Setting(batch="uneven"), core=True)
     yield Case("uneven loss tokens, CP 2, 4 micro-batches", 2, 1, CP, Setting(batch="uneven", micro_batches=4))
-    # Statistics per replica: with global ones, two replicas share what two micro-batches do not.
-    alone = (*PLAIN, "--smar-scope", "local")
-    replicas, halves = (Setting(batch="uneven", micro_batches=number, flags=alone) for number in (1, 2))
+    # Statistics per replica: global statistics are shared by two replicas, but not by two micro-batches.
+    local_scope = (*PLAIN, "--smar-scope", "local")
+    replicas, halves = (Setting(batch="uneven", micro_batches=number, flags=local_scope) for number in (1, 2))
     yield Case("uneven loss tokens, CP 2 x EP 2 x DP 2", 4, 2, f"{CP} {EP}", replicas, halves)
     yield Case("no loss tokens in a share, CP 2", 2, 1, CP, Setting(batch="one share"))
-    for name, flags in (("z-loss", alone), ("z-loss, per-token loss", (*alone, "--calculate-per-token-loss"))):
+    for name, flags in (
+        ("z-loss", local_scope),
+        ("z-loss, per-token loss", (*local_scope, "--calculate-per-token-loss")),
+    ):
         logits, halves = (Setting(micro_batches=n, flags=(*flags, "--moe-z-loss-coeff", "0.1")) for n in (1, 2))
-        yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, logits, core=flags == alone)
+        yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, logits, core=flags == local_scope)
         yield Case(f"{name}, CP 2", 2, 1, CP, logits)
         yield Case(f"{name}, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", logits)
         yield Case(f"{name}, DP 2", 2, 2, "", logits, halves)
@@ -306,9 +310,9 @@ def _losses() -> Iterator[Case]:
         TP_SP,
         Setting(flags=(*everywhere, "0.1")),
     )
-    # Megatron 0.19.2 averages this loss's gradient over the replicas that share it: half of alpha is left on two.
-    whole, half = (Setting(flags=(*everywhere, alpha)) for alpha in ("0.1", "0.05"))
-    yield Case("global balance loss, DP 2 (alpha / 2 on one)", 2, 2, "", whole, half)
+    # Megatron 0.19.2 averages this loss's gradient over the replicas that share it: on two replicas alpha is halved.
+    full, half = (Setting(flags=(*everywhere, alpha)) for alpha in ("0.1", "0.05"))
+    yield Case("global balance loss, DP 2 (alpha / 2 on one)", 2, 2, "", full, half)
 
 
 def _execution() -> Iterator[Case]:
@@ -368,12 +372,12 @@ def _backbones() -> Iterator[Case]:
     yield Case("dense layers between, PP 2", 2, 1, PP, Setting(model="dense layers between"))
     yield Case("shared experts, TP 2 + SP", 2, 1, TP_SP, Setting("shared experts"))
     for model in ("parallel block", "norms per head", "norms over all heads", "latent attention"):
-        core = model != "norms per head"  # which are Megatron's own
+        core = model != "norms per head"  # these are Megatron's
         yield Case(f"{model}, TP 2 + SP", 2, 1, TP_SP, Setting(model), core=core)
         yield Case(f"{model}, PP 2", 2, 1, PP, Setting(model))
         yield Case(f"{model}, CP 2", 2, 1, CP, Setting(model))
-        packs, alone = Setting(model, "packed", 2), Setting(model, micro_batches=2)
-        yield Case(f"{model}, packed, TP 2 + SP", 2, 1, TP_SP, packs, alone)
+        packs, separate = Setting(model, "packed", 2), Setting(model, micro_batches=2)
+        yield Case(f"{model}, packed, TP 2 + SP", 2, 1, TP_SP, packs, separate)
     yield Case("parallel block, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, Setting("parallel block"))
     yield Case("without SMAR, EP 2", 2, 2, EP, Setting(flags=PLAIN))
     yield Case("without SMAR, CP 2", 2, 1, CP, Setting(flags=PLAIN))
@@ -389,8 +393,8 @@ def _strategies() -> Iterator[Case]:
     yield Case("hard routing, PP 2", 2, 1, PP, own)
     yield Case("hard routing, CP 2", 2, 1, CP, own)
     yield Case("hard routing, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, own)
-    packs, alone = replace(own, batch="packed", micro_batches=2), replace(own, micro_batches=2)
-    yield Case("hard routing, packed, CP 2", 2, 1, CP, packs, alone)
+    packs, separate = replace(own, batch="packed", micro_batches=2), replace(own, micro_batches=2)
+    yield Case("hard routing, packed, CP 2", 2, 1, CP, packs, separate)
     split = ("--modality-routing", "layer_split", "--layer-split-layers", "2", "--freeze", "vision")
     yield Case("layer split, PP 2", 2, 1, PP, Setting("four layers", flags=split))
     biased = replace(own, model="sigmoid scores with expert bias")
@@ -398,7 +402,7 @@ def _strategies() -> Iterator[Case]:
 
 
 def _modalities() -> Iterator[Case]:
-    """Text and two kinds of images, in all layouts of the fast core."""
+    """Yields text and two kinds of images, in all layouts of the fast core."""
     three = Setting(batch="three modalities", flags=(*SMAR, "--image-modalities", "vision", "chart"))
     yield Case("three modalities, DP 2", 2, 2, "", three, core=True)
     yield Case("three modalities, EP 2", 2, 2, EP, three, core=True)

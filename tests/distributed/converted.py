@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The logits of converted checkpoints under given layouts, one after another in one start of the program.
+"""Computes the logits of converted checkpoints under given layouts, all in one start of the program.
 
 torchrun --nproc-per-node N converted.py JOBS.json
 
 Each job is {"checkpoint", "layout", "ids", "logits"}: a folder that an import wrote, the flags of a layout, a file of
-token ids [b, s], and the file to be written. A job that fails is written to "logits" as the text of its error.
+token ids [b, s], and the output file. If a job fails, its error is written next to "logits", as a text file.
 """
 
 import json
@@ -32,7 +32,7 @@ SETTINGS = """
 
 
 def run_job(job: dict[str, str]) -> torch.Tensor:
-    """One job in a process group and a Megatron of its own."""
+    """Runs one job in its own process group and with its own Megatron state."""
     checkpoint, ids = Path(job["checkpoint"]), torch.load(job["ids"])
     dist.init_process_group("gloo", init_method=f"file://{job['logits']}.store", rank=RANK, world_size=RANKS)
     vocabulary = json.loads((checkpoint / "hf" / "config.json").read_text())["text_config"]["vocab_size"]

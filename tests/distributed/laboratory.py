@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs jobs of steps.py, as many as possible in one program: importing Megatron takes longer than most of them."""
+"""Runs jobs of steps.py, as many as possible in one program, since importing Megatron takes longer than most jobs."""
 
 import json
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from typing import Any
 
 from tests.launch import run
 
-IDLE = 120  # seconds without a sign of life, after which a job has hung
+IDLE = 120  # seconds without output after which a job is considered hung
 
 
 def run_jobs(jobs: Sequence[dict[str, Any]], ranks: int, listed: Path) -> None:
-    """Runs jobs in one launch; behind one that fails, or hangs, in another one.
+    """Runs jobs in one launch; after a job that fails or hangs, the remaining jobs run in another launch.
 
     Args:
-        jobs: As steps.py takes them.
-        ranks: How many processes.
+        jobs: The jobs, in the form of steps.py.
+        ranks: Number of processes.
         listed: File for the list of jobs.
     """
     listed.write_text(json.dumps(jobs))
@@ -29,11 +29,11 @@ def run_jobs(jobs: Sequence[dict[str, Any]], ranks: int, listed: Path) -> None:
 
 
 def read_values(folder: Path) -> list[dict[str, float]]:
-    """What a job logged, step by step."""
+    """Returns what a job logged in each step."""
     assert not (folder / "error.txt").exists(), (folder / "error.txt").read_text()
     return json.loads((folder / "values.json").read_text())
 
 
 def _is_over(folder: Path) -> bool:
-    """Whether a job has ended, well or not."""
+    """Whether a job has ended, successfully or not."""
     return any((folder / name).exists() for name in ("values.json", "error.txt"))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an MoE layer does in which order, on two ranks: prints the events of one forward and backward pass.
+"""Prints the order of operations in the MoE layers, as the events of one forward and backward pass on two ranks.
 
 torchrun --nproc-per-node 2 order.py <flags of pretrain_vlm.py>
 
 Events: `bias`, `statistics`, `launch` (any all-reduce as large as the statistics'), `dispatch`, `experts`, `combine`,
-`finish`, `wait`, and `backward` where that pass begins. Operations that make the host wait for a device are refused
-where our own code runs: the modality bias, the sums and their launch, `finish`.
+`finish`, `wait`, and `backward` where that pass begins. Operations that make the host wait for a device are refused in
+this project's code: the modality bias, the sums and their launch, `finish`.
 """
 
 import json
@@ -29,7 +29,7 @@ SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Raises on operations whose result or shape the host has to read from the device."""
+    """Raises on operations whose result or shape the host must read from the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -37,7 +37,7 @@ class NoSynchronisation(TorchDispatchMode):
             isinstance(i, torch.Tensor) and i.dtype == torch.bool for part in args[1:] for i in _flat(part)
         )
         if name in SYNCHRONISING or by_mask:
-            raise AssertionError(f"{name} synchronises host and device")
+            raise AssertionError(f"{name} synchronizes host and device")
         return func(*args, **(kwargs or {}))
 
 
@@ -48,7 +48,7 @@ def _flat(value: Any) -> list[Any]:
 def watch(
     target: Any, name: str, event: str, events: list[str], guarded: bool = False, size: int | None = None
 ) -> None:
-    """Writes down the calls of a function; `size`: only those with a tensor of so many elements."""
+    """Records the calls of a function; with `size`, only calls with a tensor of that many elements."""
     function = getattr(target, name)
 
     def watched(*args: Any, **kwargs: Any) -> Any:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps on given global batches, under whatever layouts their flags ask for.
+"""Runs training steps on given global batches, each job with the parallel layout of its flags.
 
 torchrun --nproc-per-node N steps.py JOBS.json
 
 Each job is {"batches", "folder", "save_before", "dtype", "flags"}. It trains from the step of the checkpoint in --load,
-or the first, to --train-iters, on one batch after the other. It leaves in its folder a checkpoint every --save-interval
-steps and one after the last, with `save_before` one of those before the first (`start`), and last the logged values
-of each step (`values.json`). A job that fails leaves `error.txt` and ends the program, which goes on behind it when
-started again.
+or from the first step, to --train-iters, on one batch after another. It writes to its folder a checkpoint every
+--save-interval steps and after the last step, with `save_before` also a checkpoint before the first step (`start`), and
+finally the logged values of each step (`values.json`). A job that fails writes `error.txt` and ends the program, which
+continues with the next job when started again.
 """
 
 import json
@@ -52,17 +52,17 @@ RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class Values(dict[str, float]):
-    """Takes what Megatron would write to TensorBoard."""
+    """Records what Megatron would write to TensorBoard."""
 
     def add_scalar(self, name: str, value: Any, iteration: int) -> None:
         self[name] = float(value)
 
     def add_image(self, *args: Any, **kwargs: Any) -> None:
-        """Images repeat the scalars."""
+        """Ignores images, which repeat the scalars."""
 
 
 def micro_batches(batch: dict[str, Any], rank: int, ranks: int) -> list[VisionLanguageBatch]:
-    """This replica's rows of every micro-batch step; the steps cut the global batch in the same way for all layouts."""
+    """Returns this replica's rows of every micro-batch step; all layouts split the global batch into the same steps."""
     rows = len(batch["ids"]) // get_num_microbatches()
     share = rows // ranks
     starts = [step * rows + rank * share for step in range(get_num_microbatches())]
@@ -83,7 +83,7 @@ def _rows(batch: dict[str, Any], rows: slice) -> VisionLanguageBatch:
 
 
 def step(batch: dict[str, Any], iteration: int, model: list[Any], optimizer: Any, scheduler: Any) -> Values:
-    """One optimizer step as `pretrain()` takes it; returns what it would log."""
+    """Runs one optimizer step as `pretrain()` does, and returns what `pretrain()` would log."""
     args, groups = get_args(), ProcessGroupCollection.use_mpu_process_groups()
     mine = micro_batches(batch, groups.dp.rank(), groups.dp.size())
     config = get_model_config(model[0])
@@ -129,7 +129,7 @@ def _balancing() -> list[str]:
 
 
 def save(iteration: int, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-    """A checkpoint as Megatron's loop writes it: the gathering of parameters may be under way."""
+    """Saves a checkpoint as Megatron's loop does: an all-gather of parameters may be in progress."""
     hooked = should_disable_forward_pre_hook(get_args())
     if hooked:
         disable_forward_pre_hook(model, optimizer)
@@ -139,7 +139,7 @@ def save(iteration: int, model: list[Any], optimizer: Any, scheduler: Any) -> No
 
 
 def run_job(job: dict[str, Any]) -> None:
-    """One job in a process group and a Megatron of its own."""
+    """Runs one job in its own process group and with its own Megatron state."""
     folder = Path(job["folder"])
     dist.init_process_group("gloo", init_method=f"file://{folder}.store", rank=RANK, world_size=RANKS)
     args = parse_arguments(job["flags"], needs_data=False)

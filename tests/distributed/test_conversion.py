@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A converted checkpoint gives transformers' logits under every layout, and comes out as it went in.
+"""A converted checkpoint gives transformers' logits under every layout, and its export equals the original.
 
-Every architecture is imported by the converter's own path, with a vision tower and a fresh connector, loaded by the
-trainer's own start under each layout, and exported again. One launch of two ranks goes through all of them.
+Every architecture is imported with the converter's code, with a vision tower and a newly initialized connector, loaded
+with the trainer's initialization under each layout, and exported again. One launch of two ranks runs all of them.
 """
 
 import json
@@ -21,11 +21,11 @@ DENSE = {"TP 2": "--tensor-model-parallel-size 2 --sequence-parallel", "PP 2": P
 MOE = {"TP 2": TP_SP, "PP 2": PP, "EP 2": EP, "TP 2 x EP 2": f"{TP_SP} {EP}"}
 HAS_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 RUNS = [(kind, name) for kind in FIRST for name in (MOE if kind in HAS_EXPERTS else DENSE)]
-IMAGE = VOCABULARY - 1  # the placeholder, which no text has
+IMAGE = VOCABULARY - 1  # the placeholder, which does not occur in text
 
 
 def import_model(hf: Any, tower: Path, folder: Path) -> None:
-    """Writes a language model as a checkpoint, as convert.py does; its vocabulary has the image tokens already."""
+    """Writes a language model as a checkpoint, as convert.py does; its vocabulary already has the image tokens."""
     from megatron_smar.conversion.importer import write_model
 
     write_model(composite_source(hf, tower, folder / "language"), folder / "checkpoint")
@@ -33,7 +33,7 @@ def import_model(hf: Any, tower: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory: pytest.TempPathFactory, single_rank: Any) -> tuple[Path, dict[str, Tensor]]:
-    """A folder with every architecture's checkpoint and its logits under every layout, and transformers' logits."""
+    """Returns a folder with every architecture's checkpoint and logits under every layout, and transformers' logits."""
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
     folder = tmp_path_factory.mktemp("conversion")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every layout gives what one process with the whole batch gives: losses, distances, and every parameter's gradient.
+"""Every layout gives the same result as one process with the full batch: losses, distances, all parameters' gradients.
 
-The gradients are compared after all of Megatron's reductions, as the weights that one optimizer step leaves, through
-the checkpoint that the layout writes. Everything is float64 but what Megatron forces into float32: the router's softmax
-and the cross-entropy, whose last bits depend on the order of sums. `cases.py` has the layouts; `make test-matrix` runs
-all of them and writes docs/exactness.md.
+The gradients are compared after all of Megatron's reductions: they are computed from the weights after one optimizer
+step, read from the checkpoint that the layout saves. Everything is float64 except what Megatron forces into float32:
+the router's softmax and the cross-entropy, whose last bits depend on the order of sums. `cases.py` has the layouts;
+`make test-matrix` runs all of them and writes docs/exactness.md.
 """
 
 import os
@@ -23,8 +23,8 @@ from tests.launch import ROOT, load_weights
 
 Weights = dict[str, Tensor]
 REFERENCE, WITHOUT_SMAR = Setting(), Setting(flags=PLAIN)
-# Largest deviation of a gradient as a share of its parameter's largest: rounding of the float32 parts (6e-8 each) after
-# two layers; in float32 the subtraction of weights of size 1 also loses absolute accuracy (1.2e-7).
+# Largest deviation of a gradient, as a share of the parameter's largest gradient: rounding of the float32 parts (6e-8
+# each) over two layers. In float32 the subtraction of weights of size 1 also loses absolute accuracy (1.2e-7).
 RELATIVE = {"float64": 5e-6, "float32": 2e-4, "bfloat16": 0.2}
 ABSOLUTE = {"float64": 1e-9, "float32": 3e-7, "bfloat16": 4e-3}
 
@@ -39,7 +39,7 @@ class Job:
 
 
 class Laboratory:
-    """Runs the jobs of the session, those of as many ranks in one program, and reads what they leave."""
+    """Runs all jobs of the session, those with the same number of ranks in one program, and reads their results."""
 
     def __init__(self, folder: Path, cases: Sequence[Case]) -> None:
         from tests.models import build_hf_model
@@ -48,11 +48,11 @@ class Laboratory:
         self.rows: dict[str, list[str]] = {case.name: ["did not run", ""] for case in cases}
         build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(folder / "vision")
         settings = dict.fromkeys([REFERENCE, WITHOUT_SMAR, *(case.reference or case.setting for case in cases)])
-        alone = [Job(Case("one process", 1, 1, "", s), folder / f"reference_{i}") for i, s in enumerate(settings)]
-        self.references = {job.case.setting: job for job in alone}
+        single = [Job(Case("one process", 1, 1, "", s), folder / f"reference_{i}") for i, s in enumerate(settings)]
+        self.references = {job.case.setting: job for job in single}
         self.jobs = {case.name: self._job(case, i) for i, case in enumerate(cases)}
         for ranks in (1, 2, 4):
-            jobs = [self._described(job) for job in (*alone, *self.jobs.values()) if job.case.ranks == ranks]
+            jobs = [self._described(job) for job in (*single, *self.jobs.values()) if job.case.ranks == ranks]
             run_jobs(jobs, ranks, folder / f"jobs_{ranks}.json")
 
     def _job(self, case: Case, number: int) -> Job:
@@ -73,13 +73,13 @@ class Laboratory:
         }
 
     def gradients(self, job: Job) -> tuple[Weights, dict[str, float]]:
-        """The gradient of every parameter (and the change of every buffer), and the logged values."""
+        """Returns the gradient of every parameter (and the change of every buffer), and the logged values."""
         values = read_values(job.folder)[-1]
         before = load_weights((job.loads or job.folder / "start") / "iter_0000001")
         after = load_weights(job.folder / "iter_0000001")
         assert set(after) == set(before)
         steps = {n: before[n].double() - w.double() for n, w in after.items() if w.is_floating_point()}
-        if job.case.adam:  # without moments its step is u = g / (|g| + 1)
+        if job.case.adam:  # without moments Adam's step is u = g / (|g| + 1)
             steps = {name: u / (1 - u.abs()) for name, u in steps.items()}
         return steps, values
 
@@ -117,7 +117,7 @@ def test_layout_equals_one_process_with_the_whole_batch(laboratory: Laboratory, 
 
 
 def test_the_reference_itself_has_smar_in_it(laboratory: Laboratory) -> None:
-    """Without this, equal gradients could all be without SMAR's part."""
+    """If this failed, the gradients could be equal because none of them has SMAR's part."""
     smar, values = laboratory.gradients(laboratory.references[REFERENCE])
     plain, _ = laboratory.gradients(laboratory.references[WITHOUT_SMAR])
     routers = [name for name in smar if "router" in name and "expert_bias" not in name]
@@ -132,7 +132,7 @@ def test_the_reference_itself_has_smar_in_it(laboratory: Laboratory) -> None:
 
 
 def test_each_of_three_modalities_has_a_bias_that_learns(laboratory: Laboratory) -> None:
-    """Without this, the third modality could be counted as one of the other two in every layout."""
+    """If this failed, every layout could count the third modality as one of the other two."""
     (setting,) = {case.setting for case in CASES.values() if case.name == "three modalities, DP 2"}
     gradients, _ = laboratory.gradients(laboratory.references[setting])
     (bias,) = [gradient for name, gradient in gradients.items() if name.endswith("modality_bias.bias")]
@@ -141,14 +141,14 @@ def test_each_of_three_modalities_has_a_bias_that_learns(laboratory: Laboratory)
 
 
 def write_table(path: Path, rows: dict[str, list[str]]) -> None:
-    """The result table of `make test-matrix`."""
+    """Writes the result table of `make test-matrix`."""
     lines = [
         "# Exactness: every layout against one process",
         "",
         "Written by `make test-matrix` (tests/distributed/test_exactness.py; the layouts are in cases.py). One "
-        "optimizer step of a small model through Megatron's `train_step` and our forward step, in float64 but for what "
-        "Megatron forces into float32 (the router's softmax, the cross-entropy). *Gradients*: the largest deviation of "
-        "any parameter's gradient as a share of that parameter's largest; a layout passes below "
+        "optimizer step of a small model through Megatron's `train_step` and this project's forward step, in float64 "
+        "except for what Megatron forces into float32 (the router's softmax, the cross-entropy). *Gradients*: the "
+        "largest deviation of any parameter's gradient as a share of that parameter's largest; a layout passes below "
         f"{RELATIVE['float64']:g} (float32: {RELATIVE['float32']:g}, bfloat16: {RELATIVE['bfloat16']:g}). "
         "*Values*: the largest relative deviation of the logged losses and distances, per layer. All ran on the CPU "
         "with Gloo, none on a GPU.",
@@ -157,9 +157,9 @@ def write_table(path: Path, rows: dict[str, list[str]]) -> None:
         "|---|---|---|",
         *(f"| {name} | {gradients} | {values} |" for name, (gradients, values) in rows.items()),
         "",
-        "## Whole training steps",
+        "## Training steps of the program",
         "",
-        "`pretrain_vlm.py` on shards of pictures and texts, six steps with SMAR active and AdamW, in float32 "
+        "`pretrain_vlm.py` on shards of images and texts, six steps with SMAR active and AdamW, in float32 "
         "(tests/functional/test_training.py): the largest absolute deviation of a logged value from one process.",
         "",
         "| layout | loss | MRD distance | gradient norm |",

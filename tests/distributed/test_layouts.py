@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of one layout continues under another one: weights, optimizer, scheduler, and the losses that follow.
+"""A checkpoint of one layout is resumed under another layout, with the same weights, optimizer, scheduler and losses.
 
-Each transition trains under the layout before, saves on the way and trains on; the layout after takes up the checkpoint
-and has to log what the first run logged, uninterrupted, for the same steps. A step without the optimizer's moments, or
-with the learning rate of another step, is far outside of that (the last test shows it).
+For each transition, a run with the first layout saves a checkpoint on the way and continues. A run with the second
+layout loads this checkpoint and must log the same values as the uninterrupted run for the same steps. Without the
+optimizer's moments, or with the learning rate of another step, the values differ far more (shown by the last test).
 """
 
 from dataclasses import dataclass, replace
@@ -17,16 +17,16 @@ import torch
 from tests.distributed.cases import COMMON, CP, EP, IMAGE, MODELS, PP, ROWS, SMAR, TP, TP_SP, VIRTUAL, make_batch
 from tests.distributed.laboratory import read_values, run_jobs
 
-STEPS, SAVED = 4, 2  # of the uninterrupted run, and where its checkpoint is taken up
+STEPS, SAVED = 4, 2  # steps of the uninterrupted run, and the step of the checkpoint that is loaded
 MICRO_BATCHES = 2
-TOLERANCE = 1e-4  # of the losses, absolute; they lie between 1 and 10
+TOLERANCE = 1e-4  # absolute deviation of the losses, which are between 1 and 10
 SHARDED = "--use-distributed-optimizer"
 TRAINING = [
     *COMMON,
     *MODELS["four layers"],
     *SMAR,
     *"--optimizer adam --lr 5e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 1 --clip-grad 1".split(),
-    # Another padding of the vocabulary under TP 1 (144 rows) than under TP 2 (192): neither takes part in a loss.
+    # The vocabulary is padded to 144 rows under TP 1 and to 192 under TP 2; the padding has no effect on a loss.
     *"--make-vocab-size-divisible-by 48".split(),
     *f"--weight-decay 0.1 --global-batch-size {ROWS} --train-iters {STEPS} --lr-decay-iters {STEPS}".split(),
 ]
@@ -34,7 +34,7 @@ TRAINING = [
 
 @dataclass(frozen=True)
 class Layout:
-    """How the model and the batch lie on the ranks, and the model where it is not the usual one."""
+    """A parallel layout of model and batch, and whether the model's embeddings are tied."""
 
     ranks: int
     data_parallel: int
@@ -42,7 +42,7 @@ class Layout:
     is_tied: bool = False
 
     def job(self, folder: Path, name: str, *more: str) -> dict[str, Any]:
-        """As steps.py takes it."""
+        """Returns the job in the form of steps.py."""
         training = [flag for flag in TRAINING if not (self.is_tied and "untie" in flag)]
         rows = ROWS // MICRO_BATCHES // self.data_parallel
         flags = [*training, *self.flags.split(), "--micro-batch-size", str(rows), *more]
@@ -56,12 +56,12 @@ class Layout:
 
 
 def sharded(layout: Layout) -> Layout:
-    """The same with the distributed optimizer."""
+    """Returns the same layout with the distributed optimizer."""
     return replace(layout, flags=f"{layout.flags} {SHARDED}")
 
 
 def tied(layout: Layout) -> Layout:
-    """The same with one matrix for embedding and output layer."""
+    """Returns the same layout with one matrix for embedding and output layer."""
     return replace(layout, is_tied=True)
 
 
@@ -89,11 +89,11 @@ ON_FOUR_RANKS = {
     "VPP 2 x TP 2 x ETP 2 to EP 2": (VPP_2_TP_2, EP_2),
 }
 ALL = TRANSITIONS | ON_FOUR_RANKS
-CONTROL = "TP 2 to PP 2"  # once more without the optimizer's state
+CONTROL = "TP 2 to PP 2"  # is also run without the optimizer's state
 
 
 class Runs:
-    """All runs of the session, those on as many ranks in one program."""
+    """Runs all jobs of the session, those with the same number of ranks in one program."""
 
     def __init__(self, folder: Path, wanted: list[str]) -> None:
         from tests.models import build_hf_model
@@ -110,7 +110,7 @@ class Runs:
         then = [(ALL[name][1], after, *self._loading(name)) for name, after in self.after.items()]
         if CONTROL in wanted:
             then.append((ALL[CONTROL][1], "forgetful", *self._loading(CONTROL), "--no-load-optim"))
-        # What runs on two ranks lies in the middle, so that one launch does for both.
+        # The runs on two ranks are in the middle of the list, so that one launch runs those of both halves.
         first.sort(key=lambda run: -abs(run[0].ranks - 2))
         then.sort(key=lambda run: abs(run[0].ranks - 2))
         for number, (ranks, runs) in enumerate(groupby(first + then, key=lambda run: run[0].ranks)):
@@ -120,7 +120,7 @@ class Runs:
         return "--load", str(self.folder / self.before[ALL[name][0]]), "--ckpt-step", str(SAVED)
 
     def logged(self, name: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-        """What the uninterrupted run logged after the checkpoint, and what the one that took it up did."""
+        """Returns what the uninterrupted run logged after the checkpoint, and what the resumed run logged."""
         return read_values(self.folder / self.before[ALL[name][0]])[SAVED:], read_values(self.folder / self.after[name])
 
 
@@ -131,7 +131,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def largest_difference(expected: list[dict[str, float]], found: list[dict[str, float]]) -> float:
-    """Of the losses and distances, over all steps."""
+    """Returns the largest difference of the losses and distances over all steps."""
     pairs = list(zip(expected, found, strict=True))
     assert len(pairs) == STEPS - SAVED
     names = [name for name in expected[0] if "loss" in name or "mrd" in name]
@@ -149,6 +149,6 @@ def test_a_checkpoint_continues_under_another_layout(runs: Runs, name: str) -> N
     assert largest_difference(expected, found) <= TOLERANCE
 
 
-def test_losses_without_the_optimizers_state_would_be_noticed(runs: Runs) -> None:
+def test_losses_without_the_optimizers_state_differ_noticeably(runs: Runs) -> None:
     expected, _ = runs.logged(CONTROL)
     assert largest_difference(expected, read_values(runs.folder / "forgetful")) > 10 * TOLERANCE

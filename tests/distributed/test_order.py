@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The statistics' reduction hides behind the experts, costs one collective, and nothing of it waits for a device."""
+"""The statistics' all-reduce overlaps with the experts, is one collective per layer, and never waits for a device."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.distributed.cases import COMMON, DESCENT, IMAGE, SMAR
 from tests.launch import run
 
 
-def test_one_collective_a_layer_is_launched_before_dispatch_and_waited_for_after_the_experts(tmp_path: Path) -> None:
+def test_each_layer_launches_one_collective_before_dispatch_and_waits_for_it_after_the_experts(tmp_path: Path) -> None:
     from tests.models import build_hf_model
 
     build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's files, small and real: pictures, records, shards, a tokenizer, a vision encoder."""
+"""A user's files, small and real: images, records, shards, a tokenizer, a vision encoder."""
 
 import json
 import random
@@ -16,11 +16,11 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), 
 
 @dataclass(frozen=True)
 class World:
-    """Where everything is.
+    """The user's files and flags.
 
     Attributes:
-        root: Folder of it all.
-        flags: The model's flags and paths, as for pretrain_vlm.py.
+        root: Folder of all files.
+        flags: The model's flags and paths, for pretrain_vlm.py.
     """
 
     root: Path
@@ -31,11 +31,11 @@ class World:
         return run("pretrain_vlm.py", *self.flags, *flags, ranks=ranks, **options)
 
     def errors(self, *flags: object, ranks: int = 2, **options: object) -> list[str]:
-        """Runs pretrain_vlm.py with flags that it must refuse, and returns the sentence of each rank."""
+        """Runs pretrain_vlm.py with flags that it must refuse, and returns the error message of each rank."""
         command = ["pretrain_vlm.py", *self.flags, *flags]
         sentences = []
         for done in run_each_rank(*command, ranks=ranks, check=False, timeout=120, **options):
-            assert done.returncode != 0, "a rank took the flags"
+            assert done.returncode != 0, "a rank accepted the flags"
             assert "iteration        1/" not in done.stdout, "training began"
             said = [line for line in done.stdout.splitlines() if line.startswith("pretrain_vlm.py: error: ")]
             assert len(said) == 1, f"one sentence per rank, not:\n{done.stdout[-3000:]}"
@@ -44,7 +44,7 @@ class World:
 
 
 def make_records(root: Path, number: int) -> list[dict]:
-    """Questions on the colours of plain pictures: one picture, two, or none."""
+    """Makes questions about the colours of plain images, with one image, two, or none."""
     from PIL import Image
 
     rng = random.Random(5)
@@ -60,7 +60,7 @@ def make_records(root: Path, number: int) -> list[dict]:
 
 
 def train_tokenizer(path: Path) -> None:
-    """A sentencepiece model of real English, with the image tokens."""
+    """Trains a sentencepiece model on English text, with the image tokens."""
     import sentencepiece
 
     text = [line.strip() for line in (ROOT / "LICENSE").read_text().splitlines() if line.strip()]
@@ -81,7 +81,7 @@ def train_tokenizer(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
-    """Made once for all functional tests, with the project's own programs."""
+    """Makes the files once for all functional tests, with the project's programs."""
     import torch
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
@@ -112,7 +112,7 @@ def world(tmp_path_factory) -> World:
 
 @pytest.fixture
 def convert(capsys, monkeypatch, single_rank):
-    """Runs the program within this process, which has imported Megatron already; its exit status and what it wrote."""
+    """Runs convert.py in this process, which has already imported Megatron; returns exit status and output."""
     from megatron_smar.commands.convert import main
 
     def call(*argv: object) -> tuple[int, str]:
@@ -131,7 +131,7 @@ def convert(capsys, monkeypatch, single_rank):
 
 @pytest.fixture(scope="session")
 def saved(world, tmp_path_factory) -> Path:
-    """The world's model after two steps, as --save left it; not to be written to."""
+    """Returns the --save folder of the world's model after two steps; tests must not write to it."""
     folder = tmp_path_factory.mktemp("saved")
     world.train(*TWO_STEPS, "--save", folder, "--save-interval", "2")
     return folder

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pretrain_vlm.py with one fault: the environment's FAULT is kind, step, value and a part of a parameter's name.
+"""Runs pretrain_vlm.py with one fault, which FAULT in the environment defines: kind, step, value, parameter name.
 
-The kinds: `weight` sets one number of the first parameter whose name has the given part, as the model is built;
-`gradient` one number of its gradient, in the given step, on rank 0 alone, and `copy` on the last rank alone, whose copy
-of a weight that is not split the gradient norm leaves out under tensor parallelism; `loss` adds the value to the losses
-of the last rank, which leaves the gradient as it is.
+The fault is in the first parameter whose name contains the given one. The kinds are:
+
+- `weight` sets one element of the parameter when the model is built;
+- `gradient` sets one element of its gradient in the given step, only on rank 0;
+- `copy` does so only on the last rank, for a parameter that is not sharded: under tensor parallelism the gradient norm
+  leaves out that rank's copy;
+- `loss` adds the value to the losses of the last rank, which leaves the gradient unchanged.
 """
 
 import functools
@@ -44,7 +47,7 @@ def faulty_model(*args, **kwargs):
 
 
 def spoil(parameter, gradient):
-    if in_step():  # Megatron's layers add to main_grad themselves, and what a hook returns is ignored
+    if in_step():  # Megatron's layers add to main_grad themselves; the hook's return value is ignored
         parameter.main_grad.view(-1)[0] = float(VALUE)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's mistakes: one sentence with the flag, the value and the fix, on every rank, before training starts."""
+"""A user's mistake gets one sentence with the flag, its value and the fix, on every rank, before training starts."""
 
 import json
 import re
@@ -35,7 +35,7 @@ MISTAKES = {
     ),
     "a flag that is none": (
         ["--tensor-model-paralel-size", "2"],
-        ["--tensor-model-paralel-size is no flag", "--tensor-model-parallel-size"],
+        ["--tensor-model-paralel-size is not a flag", "--tensor-model-parallel-size"],
     ),
     "batch sizes": (
         ["--global-batch-size", "12"],
@@ -46,7 +46,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_flag_ends_with_its_sentence_on_every_rank(world, mistake):
+def test_a_wrong_flag_is_refused_with_the_same_sentence_on_every_rank(world, mistake):
     flags, said = MISTAKES[mistake]
     errors = world.errors(*SIZES, *flags)
     assert errors[0] == errors[1]
@@ -54,8 +54,8 @@ def test_a_wrong_flag_ends_with_its_sentence_on_every_rank(world, mistake):
         assert part in errors[0]
 
 
-def test_a_blend_file_with_a_mistake_or_with_code_is_refused_on_every_rank_before_it_is_read(world, tmp_path):
-    """The folder's dataset.yaml names a file beside it, which energon would run."""
+def test_a_blend_file_with_a_mistake_or_with_code_is_refused_on_every_rank_before_it_is_loaded(world, tmp_path):
+    """The folder's dataset.yaml names a Python file next to it, which energon would run."""
     shutil.copytree(world.root / "shards" / "text", tmp_path / "text")
     meta = tmp_path / "text" / ".nv-meta"
     (meta / "sample_loader.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
@@ -97,8 +97,8 @@ def test_a_checkpoint_that_does_not_fit_the_flags_is_refused_in_one_sentence(wor
     assert "names no step but ''" in refusal("--save", tmp_path / "run")  # Megatron ends with status 0
 
 
-def test_a_sample_with_a_missing_picture_is_named_skipped_and_counted(world, tmp_path):
-    """Prepared by hand, since the preparation program would leave it out."""
+def test_a_sample_with_a_missing_image_is_reported_skipped_and_counted(world, tmp_path):
+    """The image is removed after the preparation, since the preparation program would leave the sample out."""
     records = json.loads((world.root / "train.json").read_text())
     (tmp_path / "train.json").write_text(json.dumps(records))
     prepared = ["--train", tmp_path / "train.json", "--image-root", world.root, "--output", tmp_path / "shards"]
@@ -112,8 +112,8 @@ def test_a_sample_with_a_missing_picture_is_named_skipped_and_counted(world, tmp
     assert "iteration       20/      20" in output
 
 
-def test_too_many_samples_that_cannot_be_used_end_the_run_on_every_rank_with_the_table(world):
-    """Two ranks with different samples: the one that stops first must not leave the other waiting."""
+def test_too_many_unusable_samples_end_the_run_on_every_rank_with_a_table(world):
+    """Two ranks with different samples: the rank that stops first must not leave the other waiting."""
     flags = ["--train-iters", "200", "--log-interval", "100", "--seq-length", "32"]
     done = world.train(*SIZES, *flags, ranks=2, check=False, timeout=180)
     assert done.returncode != 0
@@ -123,7 +123,7 @@ def test_too_many_samples_that_cannot_be_used_end_the_run_on_every_rank_with_the
 
 
 def _drop_one_picture(shards) -> None:
-    """Takes the first picture out of a shard, and has the index made anew."""
+    """Removes the first image of a shard, and rebuilds the index."""
     import tarfile
 
     from megatron.energon.flavors.webdataset import BaseWebdatasetFactory

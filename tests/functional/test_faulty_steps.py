@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step that is not finite: never applied, never saved, and the run ends on every rank with the same sentence."""
+"""A step that is not finite is never applied or saved, and the run ends on every rank with the same message."""
 
 import re
 
@@ -22,7 +22,7 @@ EXPERT = "experts.local_experts.0.linear_fc1.weight"
 
 
 def sentence_of(world, monkeypatch, fault, *flags, ranks=1):
-    """Runs with a fault and returns what every rank says at its end, which must be the same and all."""
+    """Runs with a fault and returns the error message, which must be the same on every rank."""
     monkeypatch.setenv("FAULT", fault)
     done = run_each_rank(DRIVER, *world.flags, *FOUR_STEPS, *flags, ranks=ranks, check=False, timeout=200)
     said = [re.findall(r"error: (step .*)", rank.stdout) for rank in done]
@@ -46,7 +46,7 @@ def test_a_nan_in_a_weight_stops_the_first_step_and_names_the_weight(world, tmp_
         pytest.param(["--rerun-mode", "disabled"], id="no reruns", marks=pytest.mark.matrix),
     ],
 )
-def test_a_fault_in_a_later_step_leaves_the_last_good_checkpoint_the_newest(world, tmp_path, monkeypatch, reruns):
+def test_after_a_fault_in_a_later_step_the_newest_checkpoint_is_the_last_good_one(world, tmp_path, monkeypatch, reruns):
     fault = f"gradient,3,nan,{EXPERT}"
     layout = ["--expert-model-parallel-size", 2, "--save", tmp_path, "--save-interval", 1]
     said = sentence_of(world, monkeypatch, fault, *layout, *reruns, ranks=2)
@@ -57,7 +57,7 @@ def test_a_fault_in_a_later_step_leaves_the_last_good_checkpoint_the_newest(worl
 
 
 @pytest.mark.matrix
-def test_an_infinite_loss_on_one_replica_with_a_finite_gradient_stops_all(world, monkeypatch):
+def test_an_infinite_loss_on_one_replica_with_a_finite_gradient_stops_all_ranks(world, monkeypatch):
     said = sentence_of(world, monkeypatch, "loss,1,inf,", "--clip-grad", 0, ranks=2)
     assert said.startswith("step 1 was not applied, since its loss is NaN or infinite; every weight is finite")
 
@@ -83,13 +83,13 @@ def test_a_nan_in_a_frozen_part_stops_the_first_step(world, monkeypatch, frozen)
 
 
 @pytest.mark.matrix
-def test_a_fault_in_a_copy_that_the_gradient_norm_leaves_out_stops_all(world, monkeypatch):
+def test_a_fault_in_a_copy_that_the_gradient_norm_leaves_out_stops_all_ranks(world, monkeypatch):
     said = sentence_of(world, monkeypatch, "copy,1,nan,connector", *LAYOUTS["tensor"][1], ranks=2)
     assert said.startswith("step 1 was not applied, since its gradient, not its loss,") and "(rank 1)" in said
 
 
 @pytest.mark.matrix
-def test_a_nan_in_a_weight_is_no_overflow_that_fp16_skips_for_ever(world, tmp_path, monkeypatch):
+def test_a_nan_in_a_weight_is_not_skipped_forever_as_an_fp16_overflow(world, tmp_path, monkeypatch):
     flags = ["--fp16", "--use-distributed-optimizer", "--save", tmp_path, "--save-interval", 4]
     said = sentence_of(world, monkeypatch, f"weight,0,nan,{EXPERT}", *flags)
     assert said.startswith("step 1 was not applied, since its loss") and EXPERT in said
@@ -97,7 +97,7 @@ def test_a_nan_in_a_weight_is_no_overflow_that_fp16_skips_for_ever(world, tmp_pa
 
 
 @pytest.mark.matrix
-def test_the_loss_scaling_of_fp16_keeps_its_skips(world, monkeypatch):
+def test_the_loss_scaling_of_fp16_still_skips_overflows(world, monkeypatch):
     monkeypatch.setenv("FAULT", f"gradient,2,inf,{EXPERT}")
     done = run(DRIVER, *world.flags, *FOUR_STEPS, "--fp16", "--initial-loss-scale", 1024, ranks=1)
     steps = re.findall(r"iteration +(\d+)/ +4 \|(.*)", done.stdout)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that dies goes on as if it had not: the same samples, and losses that are equal to the last bit."""
+"""A run that was killed resumes with the same samples and bit-identical losses."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ SIZES = [*SMAR, "--micro-batch-size", 2, "--global-batch-size", 8, "--num-worker
 
 
 def kill_in_step(step, samples, *command, ranks):
-    """Starts a program on so many ranks and kills them all, without warning, in a step or soon after it."""
+    """Starts a program on several ranks and kills them all with SIGKILL, in a step or soon after it."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "MEGATRON_SMAR_DEVICE": "cpu",
@@ -47,8 +47,8 @@ def kill_in_step(step, samples, *command, ranks):
             process.wait()
 
 
-def test_a_killed_run_goes_on_by_the_same_command_with_the_same_samples_and_losses(world, tmp_path):
-    """A second stage, whose command says where it starts: given again, it must not start there again."""
+def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_samples_and_losses(world, tmp_path):
+    """The run is a second stage: its command names the first stage's checkpoint, and must not start there again."""
     layout = ["--expert-model-parallel-size", 2]
     first = ["--train-iters", 1, "--save", tmp_path / "first", "--freeze", "vision", "language", "--no-save-optim"]
     first += ["--save-interval", 1]
@@ -64,7 +64,7 @@ def test_a_killed_run_goes_on_by_the_same_command_with_the_same_samples_and_loss
         }
         return [*common, *(part for flag, folder in folders.items() for part in (flag, tmp_path / folder))]
 
-    world.train(*flags("whole"), ranks=2)
+    world.train(*flags("uninterrupted"), ranks=2)
     kill_in_step(5, tmp_path / "killed-keys", "pretrain_vlm.py", *world.flags, *flags("killed"), ranks=2)
     assert (tmp_path / "killed" / "latest_checkpointed_iteration.txt").read_text() == "3"
     before = read_recorded(tmp_path / "killed-keys")
@@ -72,18 +72,18 @@ def test_a_killed_run_goes_on_by_the_same_command_with_the_same_samples_and_loss
     assert "iteration        4/       8" in output and "iteration        3/       8" not in output
     assert f"--save {tmp_path / 'killed'} holds this run up to step 3: it resumes there" in output
 
-    whole, killed = (read_recorded(tmp_path / f"{name}-keys") for name in ("whole", "killed"))
-    assert list(whole) == list(range(1, 9)) and [len(whole[1][rank]) for rank in (0, 1)] == [2, 2]
-    assert before[4] == whole[4], "the killed run had not begun what the resumed one repeats"
-    assert killed == whole, "other samples after resuming"
+    uninterrupted, killed = (read_recorded(tmp_path / f"{name}-keys") for name in ("uninterrupted", "killed"))
+    assert list(uninterrupted) == list(range(1, 9)) and [len(uninterrupted[1][rank]) for rank in (0, 1)] == [2, 2]
+    assert before[4] == uninterrupted[4], "the killed run had not begun the step that the resumed run repeats"
+    assert killed == uninterrupted, "the samples differ after resuming"
     for name in ("lm loss", "smar loss", "grad-norm"):
-        series = [read_scalars(tmp_path / f"{run}-log")[name] for run in ("whole", "killed")]
+        series = [read_scalars(tmp_path / f"{run}-log")[name] for run in ("uninterrupted", "killed")]
         (expected, resumed) = (dict(zip(s.steps, s.values, strict=True)) for s in series)
         assert {step: resumed[step] for step in range(4, 9)} == {step: expected[step] for step in range(4, 9)}, name
 
 
 def plain(state):
-    """A state with lists for tensors, which can be compared."""
+    """Returns a state with lists instead of tensors, so that it can be compared."""
     if isinstance(state, dict):
         return {name: plain(item) for name, item in state.items()}
     if isinstance(state, list | tuple):
@@ -91,17 +91,17 @@ def plain(state):
     return state.tolist() if hasattr(state, "tolist") else state
 
 
-def test_virtual_pipeline_stages_take_up_the_data_and_save_where_they_stand(world, tmp_path):
-    """Two stages of two chunks each go on from one rank's checkpoint, and save what that rank saves there."""
+def test_virtual_pipeline_stages_restore_and_save_the_loaders_state(world, tmp_path):
+    """Two stages of two chunks each resume from one rank's checkpoint, and save the same state as that rank."""
     common = [*SMAR, "--micro-batch-size", 2, "--global-batch-size", 8, "--num-workers", 0, "--num-layers", 4]
     common += ["--save-interval", 2, "--train-iters", 4]
     virtual = ["--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1]
     one, two = (["--save", tmp_path / run, "--record-samples", tmp_path / f"{run}-keys"] for run in ("one", "two"))
     world.train(*common, *one, ranks=1)
     world.train(*common, *virtual, *two, "--load", tmp_path / "one", "--ckpt-step", 2, ranks=2)
-    whole, piped = (read_recorded(tmp_path / f"{run}-keys") for run in ("one", "two"))
-    assert list(whole) == [1, 2, 3, 4]
-    assert piped == {step: whole[step] for step in (3, 4)}
+    uninterrupted, piped = (read_recorded(tmp_path / f"{run}-keys") for run in ("one", "two"))
+    assert list(uninterrupted) == [1, 2, 3, 4]
+    assert piped == {step: uninterrupted[step] for step in (3, 4)}
     files = [next((tmp_path / run / "dataloader").glob("iter_0000004/*/*.pt")) for run in ("one", "two")]
-    assert files[0].parent.name != files[1].parent.name, "pipelines have folders of their own"
+    assert files[0].parent.name != files[1].parent.name, "Megatron names the folders of pipelines differently"
     assert plain(load_loader_state(files[0])) == plain(load_loader_state(files[1]))

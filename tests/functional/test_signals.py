@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is asked to end finishes its step, saves and says how to resume; asked again, it ends at once."""
+"""After a signal a run finishes its step, saves and prints how to resume; a second signal ends it immediately."""
 
 import os
 import re
@@ -20,7 +20,7 @@ SIZES = [
 
 
 class Started:
-    """A program that runs, and what it writes."""
+    """A running program and its output."""
 
     def __init__(self, folder: Path, *command: object) -> None:
         self.keys, self.log = folder / "keys", folder / "log"
@@ -45,7 +45,7 @@ class Started:
             time.sleep(0.02)
 
     def family(self) -> list[int]:
-        """The process and all that descend from it: torchrun, ranks, data workers."""
+        """Returns the ids of the process and its descendants: torchrun, ranks, data workers."""
         parents = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -58,7 +58,7 @@ class Started:
         return found
 
     def signal_all(self, sig: signal.Signals) -> None:
-        """As a terminal or a cluster manager does it: every process gets the signal."""
+        """Sends the signal to every process, as a terminal or a cluster manager does."""
         for pid in self.family():
             os.kill(pid, sig)
 
@@ -87,14 +87,14 @@ def _is_running(pid: int) -> bool:
 
 
 def resume_line(output: str) -> tuple[int, list[str]]:
-    """The step that was saved, and the command that resumes."""
+    """Returns the step that was saved, and the command that resumes."""
     (line,) = re.findall(
         r"^pretrain_vlm\.py: stopped after step (\d+) and saved to .*; resume with: (.*)$", output, re.M
     )
     return int(line[0]), shlex.split(line[1])
 
 
-def test_ctrl_c_saves_at_the_end_of_the_step_and_the_printed_command_goes_on_there(world, tmp_path):
+def test_ctrl_c_saves_at_the_end_of_the_step_and_the_printed_command_resumes_there(world, tmp_path):
     save = tmp_path / "with space"
     run = Started(tmp_path, "pretrain_vlm.py", *world.flags, *SIZES, "--save", save)
     run.wait_for_step(3)
@@ -103,7 +103,7 @@ def test_ctrl_c_saves_at_the_end_of_the_step_and_the_printed_command_goes_on_the
     step, command = resume_line(run.output)
     assert "Traceback" not in run.output and "DataLoader worker" not in run.output
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(step) and step >= 3
-    assert list(read_recorded(run.keys)) == list(range(1, step + 1)), "nothing behind the saved step was read"
+    assert list(read_recorded(run.keys)) == list(range(1, step + 1)), "data after the saved step was read"
     done = subprocess.run(
         [*command, "--exit-interval", str(step + 1)],
         cwd=ROOT,
@@ -113,7 +113,7 @@ def test_ctrl_c_saves_at_the_end_of_the_step_and_the_printed_command_goes_on_the
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(read_recorded(run.keys)) == list(range(1, step + 2)), "the next step, and no other, came then"
+    assert list(read_recorded(run.keys)) == list(range(1, step + 2)), "not exactly the next step"
 
 
 def test_sigterm_to_every_process_of_two_ranks_saves_once_and_ends_them_together(world, tmp_path):
@@ -129,24 +129,24 @@ def test_sigterm_to_every_process_of_two_ranks_saves_once_and_ends_them_together
     assert {len(ranks) for ranks in read_recorded(run.keys).values()} == {2}
 
 
-def test_one_signalled_rank_of_two_ends_both_and_virtual_stages_save_their_place_in_the_data(world, tmp_path):
-    """Two stages of two chunks each, whose place Megatron does not save."""
+def test_a_signal_to_one_rank_of_two_ends_both_and_virtual_stages_save_the_loaders_state(world, tmp_path):
+    """Two stages of two chunks each, whose position in the data Megatron does not save."""
     virtual = ["--num-layers", 4, "--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "pretrain_vlm.py"]
     run = Started(tmp_path, *launch, *world.flags, *SIZES, *virtual, "--save", tmp_path / "save")
     run.wait_for_step(2)
     children = [pid for pid in run.family() if b"pretrain_vlm.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(children[2], signal.SIGTERM)  # behind torchrun and the other rank
+    os.kill(children[2], signal.SIGTERM)  # the list starts with torchrun and the other rank
     assert run.end(60) != 0
     step = resume_line(run.output)[0]
     assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == str(step)
     states = [
         path.relative_to(tmp_path / "save" / "dataloader") for path in (tmp_path / "save").rglob("train_data*.pt")
     ]
-    assert [path.parts[0] for path in states] == [f"iter_{step:07d}"], "the place of this step and of no other"
+    assert [path.parts[0] for path in states] == [f"iter_{step:07d}"], "not exactly the state of the saved step"
 
 
-def test_a_second_signal_ends_a_long_step_at_once_with_its_workers(world, tmp_path):
+def test_a_second_signal_ends_a_long_step_immediately_with_its_workers(world, tmp_path):
     long_step = [*SIZES, "--global-batch-size", 100_000, "--save", tmp_path / "save"]
     run = Started(tmp_path, "pretrain_vlm.py", *world.flags, *long_step)
     run.wait_for_step(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training program as a user runs it."""
+"""Runs the training program as a user does."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def losses(log_dir, name="lm loss") -> dict[int, float]:
 
 ALONE = [*SMAR, "--smar-scope", "local", "--micro-batch-size", 4, "--global-batch-size", 8, "--train-iters", 10]
 TENSOR = ["--tensor-model-parallel-size", 2, "--sequence-parallel", "--expert-tensor-parallel-size", 1]
-TENSOR += ["--make-vocab-size-divisible-by", 32]  # as much padding as one rank has
+TENSOR += ["--make-vocab-size-divisible-by", 32]  # the same padded vocabulary as on one rank
 ONE_REPLICA = {
     "TP 2 + SP": TENSOR,
     "PP 2": ["--pipeline-model-parallel-size", 2],
@@ -30,12 +30,12 @@ ONE_REPLICA = {
     "CP 2": ["--context-parallel-size", 2],
     "CP 2 x EP 2": ["--context-parallel-size", 2, "--expert-model-parallel-size", 2],
 }
-STEPS = {"lm loss": 1e-5, "mrd distance": 1e-4, "grad-norm": 1e-4}  # what is compared, and the largest deviation
+STEPS = {"lm loss": 1e-5, "mrd distance": 1e-4, "grad-norm": 1e-4}  # compared values, and their largest deviation
 
 
 @pytest.fixture(scope="module")
 def start(world, tmp_path_factory):
-    """The flags to begin with the same weights under any layout."""
+    """Returns the flags to start from the same weights under any layout."""
     folder = tmp_path_factory.mktemp("start")
     world.train(
         *ALONE,
@@ -55,14 +55,14 @@ def start(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_rank(world, start, tmp_path_factory):
-    """TensorBoard's folder of ten steps on one rank with two data workers."""
+    """Returns the TensorBoard folder of ten steps on one rank with two data workers."""
     folder = tmp_path_factory.mktemp("one_rank")
     world.train(*ALONE, *start, "--num-workers", 2, "--tensorboard-dir", folder, ranks=1)
     return folder
 
 
 def test_ten_losses_agree_between_one_rank_and_two_with_expert_parallelism(world, start, one_rank, tmp_path):
-    """The same micro-batches reach both: one rank with two data workers, two ranks with one each."""
+    """Both runs read the same micro-batches: one rank with two data workers, two ranks with one each."""
     two = [*start, "--num-workers", 1, "--expert-model-parallel-size", 2, "--tensorboard-dir", tmp_path]
     world.train(*ALONE, *two, ranks=2)
     for name in ("lm loss", "smar loss", "mrd distance"):
@@ -75,8 +75,8 @@ def test_ten_losses_agree_between_one_rank_and_two_with_expert_parallelism(world
 @pytest.mark.parametrize(
     "layout", [pytest.param(n, marks=[] if n == "CP 2" else pytest.mark.matrix) for n in ONE_REPLICA]
 )
-def test_whole_training_steps_depend_on_the_layout(world, start, one_rank, tmp_path, layout):
-    """Six steps on real sequences, of which context-parallel shares hold unequally many tokens that count."""
+def test_training_steps_depend_on_the_layout(world, start, one_rank, tmp_path, layout):
+    """Six steps on real sequences, whose context-parallel shares have different numbers of loss tokens."""
     flags = [*ALONE, *start, *ONE_REPLICA[layout], "--exit-interval", 6, "--num-workers", 2]
     world.train(*flags, "--tensorboard-dir", tmp_path, ranks=2)
     worst = {}
@@ -96,7 +96,7 @@ EXPERTS = ["--expert-model-parallel-size", 2]
 RESUMED = {
     "stage 2, experts, distributed optimizer": [*SMAR, *EXPERTS, "--use-distributed-optimizer"],
     "stage 2, per-token loss": [*SMAR, *EXPERTS, "--calculate-per-token-loss", "--smar-warmup-iters", 6],
-    # A whole stage, half of the experts' ranks or of the optimizer's shards has nothing to train.
+    # A complete pipeline stage, half of the experts' ranks or half of the optimizer's shards has nothing to train.
     "stage 1, pipeline": [*STAGE_1, *PIPELINE],
     "stage 1, pipeline, distributed optimizer": [*STAGE_1, *PIPELINE, "--use-distributed-optimizer"],
     "stage 1, experts": [*STAGE_1, *EXPERTS],
@@ -115,25 +115,25 @@ OFTEN += ["stage 1, pipeline, distributed optimizer"]
 def test_resuming_gives_bit_identical_losses(world, tmp_path, setting):
     common = ["--micro-batch-size", 4, "--global-batch-size", 8, "--num-workers", 1, "--train-iters", 8]
     common += [*RESUMED[setting], "--save-interval", 4]
-    world.train(*common, "--save", tmp_path / "a", "--tensorboard-dir", tmp_path / "whole", ranks=2)
+    world.train(*common, "--save", tmp_path / "a", "--tensorboard-dir", tmp_path / "uninterrupted", ranks=2)
     stop = ["--save", tmp_path / "b", "--load", tmp_path / "b"]
     if "stage 1" in setting:
-        stop += ["--dataloader-save", tmp_path / "loader"]  # the loader's state need not lie with the checkpoint
+        stop += ["--dataloader-save", tmp_path / "loader"]  # not with the checkpoint
     world.train(*common, *stop, "--exit-interval", 4, "--tensorboard-dir", tmp_path / "first", ranks=2)
     world.train(*common, *stop, "--tensorboard-dir", tmp_path / "second", ranks=2)
     for name in ("lm loss", "smar loss", "grad-norm"):
-        whole = losses(tmp_path / "whole", name)
+        uninterrupted = losses(tmp_path / "uninterrupted", name)
         resumed = losses(tmp_path / "first", name) | losses(tmp_path / "second", name)
         assert sorted(losses(tmp_path / "second", name)) == [5, 6, 7, 8]
-        assert resumed == whole, f"{name} differs after resuming"
-    assert losses(tmp_path / "whole", "grad-norm")[8] > 0, "nothing was trained"
+        assert resumed == uninterrupted, f"{name} differs after resuming"
+    assert losses(tmp_path / "uninterrupted", "grad-norm")[8] > 0, "nothing was trained"
     if PACKS[-1] in common:
-        text_only = losses(tmp_path / "whole", "text-only ratio").values()
+        text_only = losses(tmp_path / "uninterrupted", "text-only ratio").values()
         assert abs(sum(text_only) / len(text_only) - 0.25) < 0.05
-        assert min(losses(tmp_path / "whole", "fill").values()) > 0.5
+        assert min(losses(tmp_path / "uninterrupted", "fill").values()) > 0.5
 
 
-def test_validation_alone_runs_without_a_training_step(world):
+def test_validation_runs_without_a_training_step(world):
     flags = ["--micro-batch-size", 4, "--global-batch-size", 8, "--num-workers", 0, "--train-iters", 8]
     output = world.train(*SMAR, *flags, "--skip-train", "--eval-iters", 1).stdout
     assert "validation loss at" in output
@@ -168,7 +168,7 @@ LAYOUTS = {"TP 2 x EP 2": MODEL_PARALLEL, "PP 2": PIPELINE, "DP 2": ["--use-dist
 @pytest.mark.parametrize(
     "layout", [pytest.param(n, marks=[] if n == "TP 2 x EP 2" else pytest.mark.matrix) for n in LAYOUTS]
 )
-def test_four_steps_print_a_page_whose_parameters_are_those_of_the_checkpoint(world, tmp_path, layout):
+def test_the_printed_summary_has_the_parameter_counts_of_the_checkpoint(world, tmp_path, layout):
     flags = [*SMAR, *LAYOUTS[layout], "--micro-batch-size", 4, "--global-batch-size", 8, "--train-iters", 4]
     flags += ["--num-workers", 0, "--save", tmp_path, "--save-interval", 4]
     lines = world.train(*flags, ranks=2).stdout.splitlines()
@@ -188,15 +188,15 @@ def test_four_steps_print_a_page_whose_parameters_are_those_of_the_checkpoint(wo
 
 @pytest.mark.parametrize("freeze", [["vision", "language"], ["vision"]], ids=["stage 1", "stage 2"])
 def test_batches_without_images_train_in_every_stage(world, freeze):
-    """No rank may skip its backward pass, whose collectives the others wait in; a hang is a timeout."""
+    """No rank may skip its backward pass, in whose collectives the others wait; a hang would run into the timeout."""
     flags = [*SMAR, "--freeze", *freeze, "--micro-batch-size", 4, "--global-batch-size", 8, "--train-iters", 2]
     flags += ["--num-workers", 0, "--expert-model-parallel-size", 2, "--use-distributed-optimizer"]
     output = world.train(*flags, "--data-path", world.root / "shards" / "text", ranks=2, timeout=120).stdout
     assert "smar loss: 0.000000E+00" in output
-    assert "number of nan iterations" not in output, "named only where there are some"
+    assert "number of nan iterations" not in output, "shown although there are none"
 
 
-def test_evaluation_takes_the_model_from_the_checkpoint_and_measures_it_under_another_layout(world, tmp_path):
+def test_evaluation_loads_the_model_from_the_checkpoint_and_gives_the_same_under_another_layout(world, tmp_path):
     flags = [*SMAR, "--micro-batch-size", 8, "--global-batch-size", 16, "--train-iters", 30, "--num-workers", 1]
     world.train(*flags, "--expert-model-parallel-size", 2, "--save", tmp_path, "--save-interval", 30, ranks=2)
     items = [
@@ -218,14 +218,14 @@ def test_evaluation_takes_the_model_from_the_checkpoint_and_measures_it_under_an
     assert results[1]["mrd_distance_by_layer"] == pytest.approx(results[2]["mrd_distance_by_layer"], rel=1e-3)
     for share in results[1]["expert_share"]["vision"]:
         assert sum(share) == pytest.approx(1)
-    for example in results[1]["examples"]:  # greedy decoding and the likelihood of the answer tell the same story
+    for example in results[1]["examples"]:  # checked against vqa_accuracy below
         assert isinstance(example["prediction"], str)
     exact = sum(e["prediction"] == e["answer"] for e in results[1]["examples"])
     assert results[1]["vqa_accuracy"] >= exact / len(items)
 
 
-def test_every_line_after_a_start_shows_its_own_interval(world, tmp_path):
-    """Megatron's second line is the mean of two steps where every step has a line."""
+def test_every_console_line_covers_only_its_own_interval(world, tmp_path):
+    """With a line per step, Megatron's second line would be the mean of two steps."""
     done = world.train(*TWO_STEPS, "--train-iters", 3, "--tensorboard-dir", tmp_path)
     shown = [float(value) for value in re.findall(r" lm loss: (\S+)", done.stdout)]
     assert shown == pytest.approx(list(read_scalars(tmp_path)["lm loss"].values), rel=1e-5) and len(set(shown)) == 3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routing strategies, each in a file of its own on the hook of `base`; a new one is a file and a line here."""
+"""The routing strategies, one file each, built on the interface in `base`; a new strategy is a file and a line here."""
 
 from argparse import Namespace
 
@@ -15,10 +15,10 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
 
 
 def stored_strategy(args: Namespace) -> StrategyConfig:
-    """The strategy of a trained model, as far as it is needed to run it; `none` where nothing is said of one.
+    """Returns a trained model's strategy, with the settings needed to run it; `none` if the flags name no strategy.
 
     Args:
-        args: The run's, as its checkpoint stores them.
+        args: The run's flags, as its checkpoint stores them.
 
     Raises:
         ValueError: This version does not know the strategy.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a routing strategy can do; the router does everything else, the same for all of them.
+"""The interface of a routing strategy; the router does everything that is the same for all strategies.
 
-A strategy is one file with a config, which knows its flags, its checks and what it reports, and a module, of which each
-MoE layer has one:
+A strategy is one file with a config, which defines its flags, its checks and its metrics, and a module, which each MoE
+layer has an instance of:
 
     gate -> logits -> modality bias -> allowed -> Megatron's top-k -> sums -> one all-reduce -> losses
 """
@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 from megatron_smar.routing.statistics import RoutingStatistics
 
-NO_FLAG: Mapping[str, Any] = {"flag": False}  # metadata of a config's field that is no flag
+NO_FLAG: Mapping[str, Any] = {"flag": False}  # metadata of a config field that is not a flag
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of each MoE layer that a strategy reports.
+    """A number that a strategy reports for each MoE layer.
 
     Attributes:
-        name: On the console, and in TensorBoard and W&B. That of a loss ends in "loss", by which Megatron tells what to
-            average over micro-batches.
+        name: The metric's name on the console, in TensorBoard and in W&B. The name of a loss ends in "loss", by which
+            Megatron recognizes what to average over micro-batches.
         weighted: False for a loss, which is reported as the main loss is: the mean over steps on the console, the
             step's value elsewhere. True for a measure: a mean over micro-batches, each with its own weight.
-        on_console: Whether a measure's mean over the layers is in the console's line; losses always are.
+        on_console: Whether a measure's mean over the layers is printed on the console; losses always are.
 
     Raises:
         ValueError: The name of a loss does not end in "loss".
@@ -51,11 +51,11 @@ class RoutedLayer:
     """The MoE layer that a strategy routes.
 
     Attributes:
-        num_experts: E.
+        num_experts: E, the number of experts.
         top_k: K, experts per token.
-        hidden_size: h.
-        num_modalities: M.
-        sequence_parallel: Whether each tensor-parallel rank sees its own shard of the sequence.
+        hidden_size: h, the model's hidden size.
+        num_modalities: M, the number of modalities.
+        sequence_parallel: Whether each tensor-parallel rank has its own shard of the sequence.
     """
 
     num_experts: int
@@ -69,10 +69,11 @@ class RoutedTokens(NamedTuple):
     """This rank's tokens of a micro-batch, after the choice of experts.
 
     Attributes:
-        logits: [N, E], with the modality bias; -inf for experts that a token's modality may not choose (`allowed`).
-        weights: [N, E], top-k weights renormalised over the chosen experts (SMAR, Eq. 5), 0 where not chosen.
-        routing_map: [N, E] bool, the chosen experts.
-        modality_mask: [N, M] bool, one-hot; False everywhere for padding.
+        logits: Router logits with the modality bias, [N, E]; -inf for experts that a token's modality may not choose
+            (`allowed`).
+        weights: Top-k weights renormalised over the chosen experts (SMAR, Eq. 5), 0 where not chosen, [N, E].
+        routing_map: The chosen experts, [N, E] bool.
+        modality_mask: One-hot modalities, [N, M] bool; all False for padding.
     """
 
     logits: Tensor
@@ -86,11 +87,11 @@ class LayerRouting(NamedTuple):
 
     Attributes:
         number: The layer's number, from 1.
-        iteration: The step's, from 0.
+        iteration: The step's number, from 0.
         statistics: Counts, weights and tokens per modality.
-        sums: The strategy's own, by name.
+        sums: The strategy's own sums, by name.
         distance: MRD distance, a scalar.
-        comparable: 1 where at least two modalities have tokens, else 0, and then the distance is 0 too.
+        comparable: 1 where at least two modalities have tokens. Otherwise 0, and the distance is 0 too.
     """
 
     number: int
@@ -105,8 +106,8 @@ class AuxiliaryLoss(NamedTuple):
     """A loss of one layer and micro-batch.
 
     Attributes:
-        value: A scalar, as it is reported. Factors for replicas, micro-batches and tokens are the router's business.
-        coefficient: What it is multiplied by in this step; with 0 it is reported only.
+        value: The loss as reported, a scalar. The router applies the factors for replicas, micro-batches and tokens.
+        coefficient: The loss's weight in this step; with 0 it is only reported.
     """
 
     value: Tensor
@@ -121,10 +122,10 @@ class Weighted(NamedTuple):
 
 
 class RoutingStrategy(nn.Module):
-    """What one MoE layer does with the modalities. A strategy overrides what it needs.
+    """What one MoE layer does with the modalities. A strategy overrides the methods it needs.
 
     Parameters and persistent buffers are saved in checkpoints, under `router.strategy`. Buffers, which hold statistics
-    of many steps, stay in the precision they were made in when the model is converted to half precision.
+    of many steps, keep their precision when the model is converted to half precision.
 
     Args:
         config: The strategy's settings.
@@ -146,71 +147,72 @@ class RoutingStrategy(nn.Module):
         return self
 
     def logits(self, hidden: Tensor, modality_mask: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
-        """The router's logits, [s, b, E], before the modality bias.
+        """Returns the router's logits, [s, b, E], before the modality bias.
 
         Args:
             hidden: The router's input, [s, b, h].
-            modality_mask: [s, b, M] bool.
-            gate: The backbone's own, [s, b, h] to [s, b, E].
+            modality_mask: One-hot modalities, [s, b, M] bool.
+            gate: The backbone's gate, a function from [s, b, h] to [s, b, E].
         """
         return gate(hidden)
 
     def sums(self, tokens: RoutedTokens) -> dict[str, Tensor]:
-        """Sums over this rank's tokens, by name, which join the layer's one all-reduce; gradients pass through them."""
+        """Returns sums over this rank's tokens, by name; they join the layer's all-reduce and carry gradients."""
         return {}
 
     def losses(self, routing: LayerRouting) -> dict[str, AuxiliaryLoss]:
-        """The layer's auxiliary losses, by the name of their metric; the same on all ranks."""
+        """Returns the layer's auxiliary losses, by the name of their metric; the same on all ranks."""
         return {}
 
     def weight_losses(self, gate: Tensor, iteration: int) -> dict[str, AuxiliaryLoss]:
-        """Losses of the router's weights alone, by the name of their metric, each counted once per step.
+        """Returns losses that depend only on the router's weights, by metric name, each counted once per step.
 
-        Parameters of the strategy that they depend on must be marked `sequence_parallel` where the layer is: only then
-        does Megatron add up their gradients over the tensor-parallel ranks, each of which gives a share.
+        Strategy parameters that they depend on must be marked `sequence_parallel` if the layer is: only then does
+        Megatron sum their gradients over the tensor-parallel ranks, each of which contributes a share.
 
         Args:
             gate: The backbone's router weight, [E, h].
-            iteration: The step's, from 0.
+            iteration: The step's number, from 0.
         """
         return {}
 
     def measures(self, routing: LayerRouting) -> dict[str, Weighted]:
-        """The weighted metrics of one micro-batch, by name."""
+        """Returns the weighted metrics of one micro-batch, by name."""
         return {}
 
     def accumulate(self, routing: LayerRouting) -> None:
-        """Adds one micro-batch to the strategy's state, without gradients; its config has `keeps_state`."""
+        """Adds one micro-batch to the strategy's state, without gradients; the strategy's config sets `keeps_state`."""
 
     def update(self) -> None:
-        """Updates the strategy's state from what was accumulated in the step before.
+        """Updates the strategy's state from what was accumulated in the previous step.
 
-        Called at the start of each step and of each run, so that what was accumulated is part of the state: with
-        nothing accumulated it must change nothing.
+        Called at the start of each step and of each run, so the accumulated statistics must be part of the saved state.
+        If nothing was accumulated, it must change nothing.
         """
 
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    """Settings of a strategy. Each field of a subclass is a flag, `--<name>-<field>`, with its line of `Attributes`.
+    """Settings of a strategy.
 
-    A field that is no flag has `metadata=NO_FLAG`.
+    Each field of a subclass is a flag, `--<name>-<field>`, whose help is its line of `Attributes`. A field that is not
+    a flag has `metadata=NO_FLAG`.
 
     Attributes:
-        name: What --modality-routing calls it.
+        name: The strategy's name in --modality-routing.
         title: One line of --help, after the name.
-        metrics: What it reports: one for each loss and each measure.
-        trains_modality_bias: Whether the modality bias learns. It exists, at zero, under the others too, so that the
-            checkpoints of a run's stages have one shape.
-        of_a_run: Fields that a run cannot change when it resumes.
-        of_inference: Fields without which a trained model cannot be run; none where routing then is the backbone's own
-            with the modality bias.
-        collapse_remedy: What the warning of collapsing routing advises to do with its flags.
-        keeps_state: Whether the strategy accumulates statistics over steps. With --smar-scope local the replicas would
-            accumulate different ones, of which a checkpoint holds one: refused.
-        needs_experts: Whether it has something to do in MoE layers alone, so that a dense model is refused.
-        exported: Whether the backbone's gate, the modality bias and `allowed` are all that an export needs. Else it is
-            refused by name.
+        metrics: The strategy's metrics, one for each loss and each measure.
+        trains_modality_bias: Whether the modality bias is trained. It exists, at zero, under the other strategies too,
+            so that the checkpoints of all stages have the same parameters.
+        of_a_run: Fields that cannot change when a run is resumed.
+        of_inference: Fields without which a trained model cannot be run; empty if inference needs only the backbone's
+            routing and the modality bias.
+        collapse_remedy: What the warning about collapsing routing advises to do with the strategy's flags.
+        keeps_state: Whether the strategy accumulates statistics over steps. It is then refused with --smar-scope local,
+            since the replicas would accumulate different statistics and a checkpoint stores only one replica's.
+        needs_experts: Whether the strategy has an effect only in MoE layers, so that a dense model is refused.
+        exported: Whether the backbone's gate, the modality bias and `allowed` are all that an export needs. If not, the
+            export is refused and names the strategy.
     """
 
     name: ClassVar[str]
@@ -225,16 +227,16 @@ class StrategyConfig:
     exported: ClassVar[bool] = True
 
     def build(self, layer: RoutedLayer) -> RoutingStrategy:
-        """The strategy of one layer."""
+        """Builds the strategy's module for one layer."""
         return RoutingStrategy(self, layer)
 
     def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
-        """The experts that tokens of each modality may choose, [M, E] bool on the CPU; None for all.
+        """Returns the experts that tokens of each modality may choose, [M, E] bool on the CPU; None for all.
 
         Args:
             layer: The layer's number, from 1.
             modalities: Names of the M modalities, by id.
-            num_experts: E.
+            num_experts: E, the number of experts.
 
         Raises:
             ValueError: The settings do not fit these numbers.
@@ -243,25 +245,25 @@ class StrategyConfig:
 
     @classmethod
     def flag_fields(cls) -> list[Field[Any]]:
-        """The fields that are flags."""
+        """Returns the fields that are flags."""
         return [field for field in fields(cls) if field.metadata.get("flag", True)]
 
     @classmethod
     def flag(cls, field: str) -> str:
-        """The flag of a field."""
+        """Returns the flag of a field."""
         return f"--{cls.name}_{field}".replace("_", "-")
 
     @classmethod
     def from_arguments(cls, args: Namespace) -> Self:
-        """The config that parsed flags ask for."""
+        """Builds the config from parsed flags."""
         return cls._of(vars(args), [field.name for field in cls.flag_fields()])
 
     @classmethod
     def from_checkpoint(cls, args: Namespace) -> Self:
-        """The config as far as a trained model needs it to be run.
+        """Builds the config with the settings that a trained model needs to be run.
 
         Args:
-            args: The run's, as its checkpoint stores them; a field that they lack has its default.
+            args: The run's flags, as its checkpoint stores them; a field missing in them has its default.
         """
         return cls._of(vars(args), cls.of_inference)
 
@@ -271,10 +273,10 @@ class StrategyConfig:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
-        """Checks what only all flags together show.
+        """Checks the settings against the run's other flags.
 
         Args:
-            args: As parsed.
+            args: The parsed flags.
             moe_layers: Numbers of the model's MoE layers, from 1; None where a checkpoint gives the model's shape.
 
         Raises:
@@ -283,12 +285,12 @@ class StrategyConfig:
 
     @classmethod
     def check_unused(cls, args: Namespace) -> None:
-        """Refuses flags that have no effect, where another strategy is chosen.
+        """Refuses this strategy's flags that would have no effect because another strategy is chosen.
 
         Raises:
             ValueError: With the flag.
         """
 
     def describe(self) -> str:
-        """The strategy and its settings, in half a line."""
+        """Returns the strategy and its settings, in half a line."""
         return f"{self.name}: {self.title}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hard routing: experts of their own for each modality (Mono-InternVL, arXiv 2410.08202; MoMa, arXiv 2407.21770)."""
+"""Hard routing: separate experts for each modality (Mono-InternVL, arXiv 2410.08202; MoMa, arXiv 2407.21770)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class HardConfig(StrategyConfig):
     """Settings of hard routing.
 
     Attributes:
-        experts: The experts of each modality, all of them divided between the modalities: numbers from 0, as text=0-3
-            vision=4-7 or text=0,2-5 vision=1,6,7, or shares of them in order, as text=0.75 vision=0.25. Default: equal
-            shares.
+        experts: The experts of each modality; each expert belongs to exactly one modality. Given as numbers from 0,
+            such as text=0-3 vision=4-7 or text=0,2-5 vision=1,6,7, or as shares in order, such as text=0.75
+            vision=0.25. Default: equal shares.
     """
 
     name = "hard"
-    title = "each modality has experts of its own (Mono-InternVL, MoMa)"
+    title = "each modality has its own experts (Mono-InternVL, MoMa)"
     of_a_run: ClassVar[tuple[str, ...]] = ("experts",)
     of_inference: ClassVar[tuple[str, ...]] = ("experts",)
 
@@ -35,7 +35,7 @@ class HardConfig(StrategyConfig):
 
     @classmethod
     def check_unused(cls, args: Namespace) -> None:
-        """Refuses experts of modalities that nothing reads."""
+        """Refuses --hard-experts where another strategy is chosen."""
         given = getattr(args, f"{cls.name}_experts")
         if given:
             raise ValueError(
@@ -44,11 +44,11 @@ class HardConfig(StrategyConfig):
             )
 
     def describe(self) -> str:
-        """The strategy and its settings, in half a line."""
+        """Returns the strategy and its settings, in half a line."""
         return f"{self.name}: experts {' '.join(self.experts) or 'in equal shares'}"
 
     def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
-        """The experts of each modality, [M, E] bool, the same in all layers."""
+        """Returns the experts of each modality, [M, E] bool, the same in all layers."""
         equal = dict.fromkeys(modalities, str(1 / len(modalities)))
         parts = dict(part.partition("=")[::2] for part in self.experts) or equal
         given = f"{self.flag('experts')} {' '.join(self.experts)}"
@@ -72,9 +72,11 @@ class HardConfig(StrategyConfig):
 
 
 def _numbers(text: str, given: str) -> list[int]:
-    """The numbers of "0,2-5"."""
+    """Parses a list of numbers such as "0,2-5"."""
     try:
         ends = [span.partition("-") for span in text.split(",")]
         return [number for first, _, last in ends for number in range(int(first), int(last or first) + 1)]
     except ValueError as error:
-        raise ValueError(f"{given}: {text!r} is no list of experts such as 0-3 or 0,2-5, and no share.") from error
+        raise ValueError(
+            f"{given}: {text!r} is neither a list of experts, such as 0-3 or 0,2-5, nor a share."
+        ) from error

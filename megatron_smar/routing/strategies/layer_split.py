@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer split: hard routing in the lower layers, all experts for all above (VL-MoE, arXiv 2303.07226)."""
+"""Layer split: hard routing in the lower layers, all experts for all modalities above (VL-MoE, arXiv 2303.07226)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class LayerSplitConfig(HardConfig):
     """Settings of layer split.
 
     Attributes:
-        experts: The experts of each modality in the lower layers, as --hard-experts has them. Default: equal shares.
-        layers: How many layers, from the first, are the lower ones, MoE layers or not.
+        experts: The experts of each modality in the lower layers, in the form of --hard-experts. Default: equal shares.
+        layers: Number of lower layers, counted from the first, whether or not they are MoE layers.
     """
 
     name = "layer_split"
@@ -30,15 +30,15 @@ class LayerSplitConfig(HardConfig):
     layers: int = 0
 
     def describe(self) -> str:
-        """The strategy and its settings, in half a line."""
+        """Returns the strategy and its settings, in half a line."""
         return f"{super().describe()}, in layers 1 to {self.layers}"
 
     def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
-        """The experts of each modality in a lower layer, [M, E] bool; None above."""
+        """Returns the experts of each modality in a lower layer, [M, E] bool; None in the layers above."""
         return super().allowed(layer, modalities, num_experts) if layer <= self.layers else None
 
     def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
-        """Checks that there are MoE layers on both sides."""
+        """Checks that there are MoE layers both among the lower layers and above them."""
         if moe_layers and not min(moe_layers) <= self.layers < max(moe_layers):
             raise ValueError(
                 f"--layer-split-layers is {self.layers}, and the MoE layers are {list(moe_layers)}: give a number that "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbone's own routing, measured: SMAR's loss too, so that runs with and without it can be compared."""
+"""The backbone's own routing, measured. SMAR's loss is reported too, to compare runs with and without it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatron_smar.routing.strategies.smar import Smar, SmarConfig
 
 @dataclass(frozen=True)
 class NoneConfig(StrategyConfig):
-    """Routes as the backbone does.
+    """Settings of the backbone's own routing.
 
     Attributes:
-        band: Of the SMAR loss that is reported and does not act.
+        band: Settings of the SMAR loss that is reported but not added to the training loss.
     """
 
     name = "none"
@@ -28,9 +28,9 @@ class NoneConfig(StrategyConfig):
 
     @classmethod
     def from_arguments(cls, args: Namespace) -> Self:
-        """The config that parsed flags ask for."""
+        """Builds the config from parsed flags."""
         return cls(SmarConfig.from_arguments(args))
 
     def build(self, layer: RoutedLayer) -> Smar:
-        """The strategy of one layer."""
+        """Builds the strategy's module for one layer."""
         return Smar(replace(self.band, coeff=0.0), layer)

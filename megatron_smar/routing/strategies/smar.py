@@ -25,7 +25,7 @@ SMAR_LOSS = "smar loss"
 
 
 def smar_loss(distance: Tensor, d_min: float, d_max: float) -> Tensor:
-    """How far a distance is outside of the band [d_min, d_max]; 0 inside, slope -1 below and +1 above (Eq. 13)."""
+    """Returns how far a distance is outside the band [d_min, d_max]: 0 inside, slope -1 below and +1 above (Eq. 13)."""
     return (distance - distance.clamp(d_min, d_max)).abs()
 
 
@@ -38,11 +38,11 @@ class SmarConfig(StrategyConfig):
         d_min: Lower end of the tolerance band on the distance between the modalities' routing distributions, in nats
             (the paper: 1.0 for MoE-LLaVA).
         d_max: Upper end of the band (the paper: 1.5 for MoE-LLaVA).
-        band_file: Bands of single layers, a JSON object of layer numbers (from 1), as {"1": [0.5, 1.0]}. Layers that it
-            leaves out have [--smar-d-min, --smar-d-max].
+        band_file: Bands of individual layers, a JSON object by layer number (from 1), such as {"1": [0.5, 1.0]}. Layers
+            that it leaves out have [--smar-d-min, --smar-d-max].
         start_iter: Step from which the SMAR loss acts.
-        warmup_iters: Steps in which --smar-coeff rises linearly from 0; with 0 all of it acts from the start.
-        bands: What `band_file` holds: (d_min, d_max) by layer number.
+        warmup_iters: Steps over which --smar-coeff rises linearly from 0; with 0 it has its full value from the start.
+        bands: The content of `band_file`: (d_min, d_max) by layer number.
     """
 
     name = "smar"
@@ -65,13 +65,13 @@ class SmarConfig(StrategyConfig):
             object.__setattr__(self, "bands", read_bands(self.band_file))
         if not 0 <= self.d_min <= self.d_max:
             raise ValueError(
-                f"--smar-d-min {self.d_min} and --smar-d-max {self.d_max} are no band: "
+                f"--smar-d-min {self.d_min} and --smar-d-max {self.d_max} are not a band: "
                 "give 0 <= d_min <= d_max (the paper's are 1.5 and 2.0)."
             )
         for layer, (d_min, d_max) in self.bands.items():
             if not 0 <= d_min <= d_max:
                 raise ValueError(
-                    f"--smar-band-file gives layer {layer} [{d_min}, {d_max}], which is no band: "
+                    f"--smar-band-file gives layer {layer} [{d_min}, {d_max}], which is not a band: "
                     "give 0 <= d_min <= d_max."
                 )
         for name in ("start_iter", "warmup_iters"):
@@ -81,20 +81,20 @@ class SmarConfig(StrategyConfig):
             raise ValueError(f"--smar-coeff is {self.coeff}; it must be 0 or more (the paper's is 0.01).")
 
     def build(self, layer: RoutedLayer) -> Smar:
-        """The strategy of one layer."""
+        """Builds the strategy's module for one layer."""
         return Smar(self, layer)
 
     def band(self, layer: int) -> tuple[float, float]:
-        """The tolerance band (d_min, d_max) of a layer, by its number from 1."""
+        """Returns the tolerance band (d_min, d_max) of a layer, by its number from 1."""
         return self.bands.get(layer, (self.d_min, self.d_max))
 
     def warmup(self, iteration: int) -> float:
-        """The share of beta that acts in a step, from 0: none before `start_iter`, then a linear rise to 1."""
+        """Returns the share of beta that acts in a step (numbered from 0): 0 before `start_iter`, then rising to 1."""
         steps = iteration - self.start_iter + 1
         return min(max(steps, 0) / max(self.warmup_iters, 1), 1.0)
 
     def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
-        """Checks that the bands' layers are MoE layers."""
+        """Checks that the layers in --smar-band-file are MoE layers."""
         without = [] if moe_layers is None else sorted(set(self.bands) - set(moe_layers))
         if without:
             raise ValueError(
@@ -104,14 +104,14 @@ class SmarConfig(StrategyConfig):
 
     @classmethod
     def check_unused(cls, args: Namespace) -> None:
-        """Refuses a file of bands that nothing reads."""
+        """Refuses --smar-band-file where another strategy is chosen."""
         if args.smar_band_file:
             raise ValueError(
                 f"--smar-band-file has no effect with --modality-routing {args.modality_routing}; leave it out."
             )
 
     def describe(self) -> str:
-        """The strategy and its settings, in half a line."""
+        """Returns the strategy and its settings, in half a line."""
         bands = f", bands of {self.band_file}" if self.band_file else ""
         return f"SMAR: band [{self.d_min:g}, {self.d_max:g}]{bands}, coefficient {self.coeff:g}"
 
@@ -120,7 +120,7 @@ def read_bands(path: Path) -> dict[int, tuple[float, float]]:
     """Reads --smar-band-file: (d_min, d_max) by layer number from 1.
 
     Raises:
-        ValueError: The file cannot be read, or is not of that form.
+        ValueError: The file cannot be read, or does not have that form.
     """
     form = 'a JSON object such as {"1": [0.5, 1.0], "2": [1.0, 1.5]}'
     try:
@@ -139,6 +139,6 @@ class Smar(RoutingStrategy):
     config: SmarConfig
 
     def losses(self, routing: LayerRouting) -> dict[str, AuxiliaryLoss]:
-        """The SMAR loss: 0 where fewer than two modalities have tokens, since pure text is no violation of the band."""
+        """Returns the SMAR loss; 0 where fewer than two modalities have tokens, and there is no distance."""
         value = smar_loss(routing.distance, *self.config.band(routing.number)) * routing.comparable
         return {SMAR_LOSS: AuxiliaryLoss(value, self.config.coeff * self.config.warmup(routing.iteration))}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the flags become, and what is refused; the programs' own tests run the same as a user would."""
+"""The configs built from flags, and the flags that are refused; the functional tests run the same as a user would."""
 
 import sys
 
@@ -62,7 +62,7 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         (["--moe-pad-expert-input-to-capacity"], "--moe-pad-expert-input-to-capacity"),
         (["--moe-router-load-balancing-type", "quantile_balancing"], "quantile_balancing"),
         (["--dataloader-type", "cyclic"], "--dataloader-type is cyclic"),
-        (["--qk-l2-norm"], "--qk-l2-norm is in none of the layers"),
+        (["--qk-l2-norm"], "--qk-l2-norm is implemented in none of the layers"),
         (["--optimizer-cuda-graph"], "--optimizer-cuda-graph replays"),
         (["--use-megatron-fsdp"], "--use-megatron-fsdp is not supported"),
         (["--modality-routing", "hard", "--hard-experts", "text=0", "vision=1-3"], "leaves text tokens 1 experts"),
@@ -86,7 +86,7 @@ def test_what_cannot_train_is_refused_in_one_sentence(monkeypatch, vision, flags
     assert "\n" not in str(error.value)
 
 
-def test_latent_attention_without_yarn_is_refused_where_rope_fusion_would_meet_it(monkeypatch, vision):
+def test_latent_attention_without_yarn_is_refused_with_rope_fusion(monkeypatch, vision):
     from megatron_smar.config.checks import check_shape
 
     args = parse(monkeypatch, vision, "--multi-latent-attention", "--rope-type", "rope")
@@ -96,7 +96,7 @@ def test_latent_attention_without_yarn_is_refused_where_rope_fusion_would_meet_i
         check_shape(args)
 
 
-def test_bands_of_single_layers_are_read_and_the_others_have_the_common_one(monkeypatch, vision, tmp_path):
+def test_layers_without_a_band_in_the_file_have_the_common_band(monkeypatch, vision, tmp_path):
     from megatron_smar.config.build import modality_routing_config
 
     (tmp_path / "bands.json").write_text('{"2": [0.5, 1]}')
@@ -116,7 +116,7 @@ def test_bands_of_single_layers_are_read_and_the_others_have_the_common_one(monk
         ('{"3": [1, 2]}', "names layer 3, but the MoE layers are \\[1, 2\\]"),
     ],
 )
-def test_a_band_file_that_is_none_is_refused_in_one_sentence(monkeypatch, vision, tmp_path, content, said):
+def test_an_invalid_band_file_is_refused_in_one_sentence(monkeypatch, vision, tmp_path, content, said):
     from megatron_smar.config.checks import check_arguments
 
     (tmp_path / "bands.json").write_text(content)
@@ -126,8 +126,8 @@ def test_a_band_file_that_is_none_is_refused_in_one_sentence(monkeypatch, vision
     assert "\n" not in str(error.value)
 
 
-def test_help_lists_our_groups(monkeypatch, vision, capsys):
-    """Megatron 0.19.2's own --help dies of a percent sign."""
+def test_help_lists_the_groups_of_this_project(monkeypatch, vision, capsys):
+    """Megatron 0.19.2's own --help fails on a percent sign."""
     with pytest.raises(SystemExit) as end:
         parse(monkeypatch, vision, "--help")
     assert end.value.code == 0
@@ -152,7 +152,7 @@ def test_normalisation_is_the_vision_models_own(tmp_path):
     assert normalisation(vision) == ((0.1, 0.2, 0.3), (1, 2, 3))
 
 
-def test_a_check_of_megatrons_names_the_flags_behind_its_arguments_and_their_values(vision, monkeypatch):
+def test_a_failed_check_of_megatrons_is_reported_with_the_flags_of_its_arguments_and_their_values(vision, monkeypatch):
     from megatron_smar.config.flag_errors import sentence
 
     args = parse(monkeypatch, vision, "--num-layers", "3", "--pipeline-model-parallel-size", "2")
@@ -177,12 +177,12 @@ def test_a_check_of_megatrons_names_the_flags_behind_its_arguments_and_their_val
         (["--micro-batch-size", "4", "--global-batch-size", "6"], "--global-batch-size 6 .* --micro-batch-size 4"),
         (
             ["--micro-batch-size", "2", "--global-batch-size", "8", "--eval-global-batch-size", "3"],
-            "--eval-global-batch-size 3 is no multiple of --micro-batch-size 2",
+            "--eval-global-batch-size 3 is not a multiple of --micro-batch-size 2",
         ),
         (["--num-experts", "4", "--moe-token-dispatcher-type", "flex"], "flex .*DeepEP"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused_with_flags_that_were_given(vision, monkeypatch, flags, said):
+def test_an_impossible_layout_is_refused_with_the_given_flags(vision, monkeypatch, flags, said):
     from megatron_smar.config.checks import check_arguments
 
     with pytest.raises(ValueError, match=said):

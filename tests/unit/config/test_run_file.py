@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run files: what a file means on the command line, and what is said of one that means nothing."""
+"""Run files: the command line that a file gives, and the errors for files that are not valid."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_files_flags_come_before_the_command_lines_so_that_these_win(file):
+def test_flags_of_the_command_line_override_those_of_the_file(file):
     from megatron_smar.config.run_file import expand
 
     words = expand(["--lr", "2", "--config", str(file), "--layout", "8", "--save", "x"])
@@ -38,7 +38,7 @@ def test_a_files_flags_come_before_the_command_lines_so_that_these_win(file):
     assert words == flags.split()
 
 
-def test_a_layouts_flags_win_over_those_of_its_file_and_a_later_file_over_both(file, tmp_path):
+def test_a_layout_overrides_its_file_and_a_later_file_overrides_both(file, tmp_path):
     from megatron_smar.config.run_file import expand
 
     (tmp_path / "more.yaml").write_text("num-layers: 7\n")
@@ -69,7 +69,7 @@ def test_a_switch_of_the_file_can_be_left_out_on_the_command_line(file):
         ("lr: 1", ["--unset", "bf16"], "--unset bf16 is not in"),
     ],
 )
-def test_a_file_that_no_flags_can_be_made_of_is_refused_in_one_sentence(text, options, message, tmp_path):
+def test_an_invalid_run_file_is_refused_in_one_sentence(text, options, message, tmp_path):
     from megatron_smar.config.run_file import expand
 
     path = tmp_path / "run.yaml"
@@ -79,14 +79,14 @@ def test_a_file_that_no_flags_can_be_made_of_is_refused_in_one_sentence(text, op
     assert "\n" not in str(raised.value)
 
 
-def test_options_of_a_file_are_refused_where_there_is_none():
+def test_layout_without_a_run_file_is_refused():
     from megatron_smar.config.run_file import expand
 
-    with pytest.raises(ValueError, match="--layout 8 speaks of a file of flags: give the file as --config"):
+    with pytest.raises(ValueError, match="--layout 8 refers to a file of flags: give the file as --config"):
         expand(["--layout", "8"])
 
 
-def test_the_file_that_a_run_writes_gives_its_command_line_again(tmp_path):
+def test_the_run_file_that_a_run_writes_gives_the_same_command_line(tmp_path):
     from megatron_smar.config.run_file import expand, read_flags, write_run_file
 
     argv = "--num-layers 2 --freeze vision connector --swiglu --lr 1e-3 --vision-feature-layer -2 --save=x y".split()
@@ -98,7 +98,7 @@ def test_the_file_that_a_run_writes_gives_its_command_line_again(tmp_path):
     assert sorted(words) == sorted([*argv[:-2], "--save", "x y", "--moe-layer-freq", "([0]+[1]*3)"])
 
 
-def test_every_run_file_of_the_examples_has_flags_alone():
+def test_every_run_file_of_the_examples_has_only_flags():
     from megatron_smar.config.run_file import expand
     from tests.launch import ROOT
 

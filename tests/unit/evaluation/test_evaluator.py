@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores and greedy continuations of a real model, against the logits taken whole."""
+"""Scores and greedy continuations of a real model, compared with those computed from its full logits."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def model(single_rank, tmp_path_factory):
     torch.manual_seed(5)
     model = build_model(str(folder)).eval()
     for parameter in model.language_model.output_layer.parameters():
-        parameter.data.mul_(20)  # a random model is sure of nothing
+        parameter.data.mul_(20)  # a random model's probabilities are almost equal
     return model
 
 
@@ -53,7 +53,7 @@ def evaluator_of(model, **settings):
     return Evaluator(model, [IMAGE], 4, PAD, **settings)
 
 
-def test_scores_are_those_of_the_whole_logits_however_they_are_cut(model, monkeypatch):
+def test_scores_equal_those_of_the_full_logits_whatever_the_chunks(model, monkeypatch):
 
     samples = [sample(length, seed, targets) for length, seed, targets in ((9, 1, 3), (14, 2, 5), (11, 3, 1))]
     sure = logits_of(model, samples[2].input_ids, samples[2].pixel_values)[-1].argmax()
@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_whole_logits_however_they_are_cut(model, monkey
     assert scores[2].words == scores[2].words_completed == int(sure % 2 == 0)
 
 
-def test_a_continuation_takes_the_most_likely_token_of_each_prompts_own_end(model):
+def test_a_continuation_takes_the_most_likely_token_at_the_end_of_each_prompt(model):
     prompts = [sample(length, seed, 0) for length, seed in ((7, 4), (12, 5))]
     expected = []
     for prompt in prompts:
@@ -87,8 +87,8 @@ def test_a_continuation_takes_the_most_likely_token_of_each_prompts_own_end(mode
     assert stopped[0] == expected[0][: expected[0].index(expected[0][1])]
 
 
-def test_a_batch_of_scores_and_a_new_token_of_all_prompts_are_one_read_each(model, monkeypatch):
-    """Every read waits for the device, and there are thousands of samples."""
+def test_the_scores_of_a_batch_are_read_from_the_device_in_one_copy(model, monkeypatch):
+    """Every read waits for the device, so a read per sample would be slow."""
 
     labels, logits = torch.zeros(4, 6, dtype=torch.int64), torch.randn(4, 6, 128)
     reads = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is logged of the experts' load, when it is reduced, and the warning of collapse."""
+"""The logged metrics of the experts' load, when they are reduced, and the collapse warning."""
 
 import math
 import os
@@ -15,13 +15,13 @@ from megatron_smar.monitoring.load_map import LEFT, TOP
 from megatron_smar.routing import RoutingStatistics
 from tests.launch import on_two_ranks
 
-# Counts [M][E] of two layers, 8 tokens each, top-2: the first shares nothing between text and vision, the second all.
+# Counts [M][E] of two layers, 8 tokens each, top-2: text and vision share no expert in the first, all in the second.
 APART = [[8, 8, 0, 0], [0, 0, 8, 8]]
 ALIKE = [[6, 4, 4, 2], [6, 4, 4, 2]]
 
 
 class Writer(dict):
-    """Takes what goes to TensorBoard, and to W&B by `log` and `Image`."""
+    """Records what is written to TensorBoard, and to W&B with `log` and `Image`."""
 
     Image = staticmethod(lambda image: image)
 
@@ -49,7 +49,7 @@ def statistics(counts, top_k=2) -> RoutingStatistics:
 
 
 def observe(tracker, found: RoutingStatistics, layer: int, layers: int, distance: float | None = None) -> None:
-    """One layer's micro-batch, with a distance or nothing to compare."""
+    """Reports one layer's micro-batch to the tracker; without a distance, the modalities are not comparable."""
     from megatron_smar.routing.router import MRD_DISTANCE, RoutingReport
     from megatron_smar.routing.strategies.base import Weighted
 
@@ -91,8 +91,8 @@ def test_scalars_of_both_layers_reach_tensorboard_and_wandb(single_rank):
         "moe/token_share/vision": 0.5,
     }
     for writer in (board, wandb):
-        ours = {name: v for name, v in writer.items() if name != "smar loss" and not name.startswith("moe/load/")}
-        assert ours == pytest.approx(expected)
+        scalars = {name: v for name, v in writer.items() if name != "smar loss" and not name.startswith("moe/load/")}
+        assert scalars == pytest.approx(expected)
     assert line.endswith(" msi: 0.500 |")
 
 
@@ -101,14 +101,14 @@ def test_images_show_the_share_of_tokens_that_choose_each_expert(single_rank):
     record(tracker, APART, ALIKE)
     report(tracker, 1, board, wandb)
     shares = np.array([[8, 8, 0, 0], [6, 4, 4, 2]]) / 8
-    drawn = board["moe/load/text"]
+    image = board["moe/load/text"]
     high = wide = 40  # pixels of a cell
     for layer, expert in np.ndindex(2, 4):
-        cell = drawn[TOP + layer * high : TOP + (layer + 1) * high, LEFT + expert * wide : LEFT + (expert + 1) * wide]
+        cell = image[TOP + layer * high : TOP + (layer + 1) * high, LEFT + expert * wide : LEFT + (expert + 1) * wide]
         colour = 255 * np.array(colormaps["viridis"](math.sqrt(shares[layer, expert]))[:3])
         assert abs(cell - colour).max() <= 4, (layer, expert)
     assert (wandb["moe/load/vision"] == board["moe/load/vision"]).all()
-    assert (board["moe/load/vision"] != drawn).any()
+    assert (board["moe/load/vision"] != image).any()
 
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 4), (32, 8), (61, 256), (94, 128)])
@@ -117,26 +117,29 @@ def test_heat_maps_have_the_numbers_of_layers_and_experts_at_their_cells_and_a_s
 
     shares = np.zeros((layers, experts))
     shares[-1, -1] = 1.0
-    drawn = LoadMap(layers, experts, "vision tokens by expert")
-    axes, scale = drawn.figure.axes
+    heat_map = LoadMap(layers, experts, "vision tokens by expert")
+    axes, scale = heat_map.figure.axes
     assert axes.get_title("left") == "vision tokens by expert"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert (from 0)", "layer (from 1)")
     assert scale.get_ylabel() == "share of tokens"
     assert {label.get_text() for label in scale.get_yticklabels()} >= {"0%", "1%", "10%", "50%", "100%"}
-    picture = drawn.draw(shares)
+    picture = heat_map.draw(shares)
     yellow = 255 * np.array(colormaps["viridis"](1.0)[:3])
     height = picture.shape[0]
-    for number, size, axis, place in ((layers, drawn.cell[0], 1, axes.yaxis), (experts, drawn.cell[1], 0, axes.xaxis)):
+    for number, size, axis, place in (
+        (layers, heat_map.cell[0], 1, axes.yaxis),
+        (experts, heat_map.cell[1], 0, axes.xaxis),
+    ):
         ticks = [tick for tick in place.get_majorticklocs() if axis <= tick <= number - 1 + axis]
         assert ticks and all(tick == int(tick) for tick in ticks)
         point = (0, number) if axis else (number - 1, 1)
         at = axes.transData.transform(point)[axis]
         first = (TOP if axis else LEFT) + (number - 1) * size
         assert first <= (height - at if axis else at) <= first + size, "a label is at the cell that it names"
-    rows, columns = TOP + layers * drawn.cell[0], LEFT + experts * drawn.cell[1]
-    last = picture[rows - drawn.cell[0] : rows, columns - drawn.cell[1] : columns]
+    rows, columns = TOP + layers * heat_map.cell[0], LEFT + experts * heat_map.cell[1]
+    last = picture[rows - heat_map.cell[0] : rows, columns - heat_map.cell[1] : columns]
     assert abs(last - yellow).max() <= 1
-    assert (drawn.draw(shares) == picture).all(), "drawing leaves nothing behind"
+    assert (heat_map.draw(shares) == picture).all(), "drawing changes the map's state"
 
 
 def test_real_tensorboard_takes_scalars_and_images(single_rank, tmp_path):
@@ -150,11 +153,11 @@ def test_real_tensorboard_takes_scalars_and_images(single_rank, tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("moe/msi_layer_1")[0].value == 1
     image = events.Images("moe/load/vision")[0]
-    assert image.height > 2 * 40 and image.width > 4 * 40, "the cells, and what stands around them"
+    assert image.height > 2 * 40 and image.width > 4 * 40, "the image has only the cells"
 
 
-def test_intervals_cover_all_steps_since_the_last_time_and_nothing_is_reduced_between(single_rank, monkeypatch):
-    """Scalars every 2 steps and lines every 4: each covers its own steps, weighted by tokens, none twice."""
+def test_intervals_cover_all_steps_since_the_last_and_nothing_is_reduced_between_them(single_rank, monkeypatch):
+    """Scalars every 2 steps and lines every 4: each covers the steps since its last, weighted by tokens, none twice."""
     from megatron_smar.monitoring.tracker import WINDOW, RoutingMetricsTracker
 
     reduced = []
@@ -169,8 +172,8 @@ def test_intervals_cover_all_steps_since_the_last_time_and_nothing_is_reduced_be
         writer = Writer()
         lines.append("msi: " in report(tracker, step, writer, layers=1))
         written.append(writer.get("msi"))
-        tracker.clear()  # Megatron's, every step and after evaluation
-    assert lines == [True, False, False, True, False, False, False, True], "Megatron prints after step 1, too"
+        tracker.clear()  # as Megatron does after every step and after evaluation
+    assert lines == [True, False, False, True, False, False, False, True], "Megatron also prints after step 1"
     # Steps 1 and 2: two of three micro-batches are APART; halves of the sums: text 22:20:4:2, vision 6:4:20:18 of 48.
     assert written == [None, pytest.approx(2 / 3), None, 1, None, 0, None, 0]
     assert reduced.count(WINDOW) == 5, "once after step 1, then every two steps"
@@ -185,7 +188,7 @@ def test_console_covers_the_whole_interval(single_rank):
 
 
 def test_distances_are_means_over_the_micro_batches_since_the_last_point_and_line(single_rank):
-    """Points every 2 steps, lines every 4; steps 3 and 6 have nothing to compare, step 7 two micro-batches."""
+    """Points every 2 steps, lines every 4; steps 3 and 6 have no distance, step 7 has two micro-batches."""
     from megatron_smar.routing.strategies import STRATEGIES
 
     metrics = STRATEGIES["smar"].metrics
@@ -242,17 +245,17 @@ def test_counting_does_not_touch_the_graph_and_stays_exact_over_millions_of_toke
     assert writer["msi"] == 0
 
 
-def test_collapse_is_told_once_and_again_only_after_recovery(single_rank, capsys):
+def test_collapse_is_reported_once_and_again_only_after_recovery(single_rank, capsys):
     collapsed = [[40, 40, 40, 40], [79, 1, 40, 40]]  # 79 of 80 vision tokens choose expert 0
     absent = [[40, 40, 40, 40], [0, 0, 0, 0]]
     tracker = tracker_of(console_interval=2)
-    told = []
+    warned = []
     for step, counts in enumerate([ALIKE, collapsed, *[collapsed] * 4, absent, absent, *[collapsed] * 2], start=1):
         record(tracker, ALIKE, counts)
         report(tracker, step)
-        told.append("WARNING" in capsys.readouterr().out)
+        warned.append("WARNING" in capsys.readouterr().out)
     # Over steps 1 and 2 it is 85 of 88 tokens.
-    assert told == [False, True] + [False] * 8, "told once while it lasts; an interval without vision recovers nothing"
+    assert warned == [False, True] + [False] * 8, "one warning while it lasts; an interval without vision is skipped"
     healthy = [[60, 40, 40, 20], [60, 40, 40, 20]]
     for step, counts in enumerate([healthy, healthy, collapsed, collapsed], start=11):
         record(tracker, ALIKE, counts)
@@ -278,14 +281,14 @@ def test_collapse_is_told_once_and_again_only_after_recovery(single_rank, capsys
     ids=[
         "switched off",
         "every expert is always chosen",
-        "three of four experts are chosen, which even load brings near to the threshold",
+        "three of four experts are chosen, so that even load is near the threshold",
         "the router is frozen",
-        "fewer tokens than it takes",
+        "fewer tokens than collapse_tokens",
         "fewer tokens than 16 per expert",
         "below the threshold",
     ],
 )
-def test_no_collapse_is_told(single_rank, capsys, config, counts):
+def test_no_collapse_is_reported(single_rank, capsys, config, counts):
     tracker = tracker_of(**config)
     observe(tracker, statistics(counts, config.get("top_k", 2)), 1, 1)
     report(tracker, 1, layers=1)
@@ -312,7 +315,7 @@ def test_many_collapses_are_one_line(single_rank, capsys):
 
 
 @pytest.mark.parametrize("threshold", [0.0, -0.1, 1.1, math.nan])
-def test_a_threshold_that_is_no_share_is_refused(threshold):
+def test_a_threshold_that_is_not_a_share_is_refused(threshold):
     from megatron_smar.monitoring.config import MonitorConfig
 
     with pytest.raises(ValueError, match=rf"--moe-collapse-threshold is {re.escape(str(threshold))}"):
@@ -341,7 +344,7 @@ def test_config_comes_from_the_flags():
     smar = STRATEGIES["smar"]
     assert config == MonitorConfig(
         8, 2, ("text", "vision", "chart"), "local", 10, 10, True, 0.8, 1024, False, smar.collapse_remedy, smar.metrics
-    ), "without a writer nothing is due between lines"
+    ), "without a writer nothing is reduced between lines"
     assert MonitorConfig.from_arguments(SimpleNamespace(**flags | {"tensorboard_dir": "x"})).scalar_interval == 5
     stage_2 = MonitorConfig.from_arguments(
         SimpleNamespace(**flags | {"freeze": ["vision"], "modality_routing": "none"})
@@ -349,7 +352,7 @@ def test_config_comes_from_the_flags():
     assert (stage_2.router_learns, stage_2.collapse_remedy, stage_2.metrics) == (True, "", smar.metrics)
 
 
-def test_the_routers_of_a_model_feed_the_tracker_in_training_alone(single_rank, tmp_path):
+def test_the_routers_of_a_model_report_to_the_tracker_only_in_training(single_rank, tmp_path):
     from tests.models import build_hf_model, build_model, prepare
 
     build_hf_model(image_token_id=5).model.vision_tower.save_pretrained(tmp_path)
@@ -373,7 +376,7 @@ def test_the_routers_of_a_model_feed_the_tracker_in_training_alone(single_rank, 
 
 
 def _report_on_a_rank(rank: int, store: str, results) -> None:
-    """One of two ranks. `pp`: layers 1 and 2 on their own stages; `dp`: each replica has its own tokens of layer 1."""
+    """Runs one of two ranks. `pp`: layers 1 and 2 on separate stages; `dp`: replicas with different tokens."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", OMP_NUM_THREADS="1")
     from megatron_smar import runtime
 
@@ -398,7 +401,7 @@ def _report_on_a_rank(rank: int, store: str, results) -> None:
 
 
 @pytest.mark.slow
-def test_stages_and_replicas_are_put_together_on_every_rank(tmp_path):
+def test_sums_of_stages_and_replicas_are_combined_on_every_rank(tmp_path):
     results = on_two_ranks(_report_on_a_rank, tmp_path)
     for rank in (0, 1):
         stages, again = results[f"pp {rank}"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every report is made of: scalars read back, figures, how numbers are written."""
+"""The parts of every report: scalars read from event files, figures, the formatting of numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_smar.report.scalars import read_scalars
     ("seconds", "text"),
     [(5.04, "5.0 s"), (59.99, "1 min 00 s"), (245.2, "4 min 05 s"), (7260, "2 h 01 min"), (None, "-")],
 )
-def test_durations_read_well(seconds: float | None, text: str) -> None:
+def test_durations_are_formatted(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -52,7 +52,7 @@ def test_later_run_wins_where_both_logged_a_step(tmp_path: Path) -> None:
     assert scalars["only.1"].steps == list(range(1, 7))
 
 
-def test_all_of_a_long_run_is_read(tmp_path: Path) -> None:
+def test_every_step_of_a_long_run_is_read(tmp_path: Path) -> None:
     with SummaryWriter(tmp_path) as writer:
         for step in range(12_000):
             writer.add_scalar("lm loss", step, step)
@@ -62,6 +62,6 @@ def test_all_of_a_long_run_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"), [("absent", "is not a folder"), ("", "holds no TensorBoard event files")]
 )
-def test_folder_without_events_is_named_in_one_sentence(name: str, sentence: str, tmp_path: Path) -> None:
+def test_a_folder_without_event_files_is_refused_in_one_sentence(name: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         read_scalars(tmp_path / name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SMAR's equations in NumPy, float64, token by token, written from the paper and from nothing else."""
+"""SMAR's equations in NumPy, float64, token by token, written only from the paper."""
 
 import math
 
@@ -64,7 +64,7 @@ def layer(
     d_min: float,
     d_max: float,
 ) -> tuple[float, float]:
-    """Distance and loss of one layer; modalities without tokens take no part, padding (-1) counts nowhere."""
+    """Returns distance and loss of one layer; modalities without tokens and padding (-1) are left out."""
     present = [m for m in range(modalities) if (ids == m).any()]
     if len(present) < 2:
         return 0.0, 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The router beside Megatron's: what padding may not do."""
+"""The router compared with Megatron's: padding must not affect the routing of real tokens."""
 
 import math
 from typing import Any
@@ -9,11 +9,11 @@ import torch
 
 from tests.models import route, router_of
 
-LENGTHS, WIDTH = (8, 3), 48  # of two samples, padded to one length
+LENGTHS, WIDTH = (8, 3), 48  # lengths of two samples, padded to the same length
 
 
 def make_router(**config: Any) -> Any:
-    """A router in float64 that sends most of what `padded_batch` gives to expert 0."""
+    """Makes a router in float64 that sends most tokens of `padded_batch` to expert 0."""
     torch.manual_seed(3)
     router = router_of(None, **config)
     router.weight.data[0] = 0.05
@@ -21,7 +21,7 @@ def make_router(**config: Any) -> Any:
 
 
 def padded_batch(padding: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs [s, b, h] with `padding` behind each sample, and their modality mask [s, b, M]."""
+    """Returns inputs [s, b, h] with `padding` after each sample, and their modality mask [s, b, M]."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(max(LENGTHS), len(LENGTHS), WIDTH, generator=generator, dtype=torch.float64) + 0.5
     mask = torch.zeros(*inputs.shape[:2], 2, dtype=torch.bool)
@@ -46,7 +46,7 @@ def test_padding_takes_a_slot_of_an_experts_capacity(single_rank, topk, factor):
         asking = [(unlimited[s, b, expert].item(), s, b) for s, b in real.nonzero() if wanted[s, b, expert]]
         for _, s, b in sorted(asking, reverse=True)[:capacity]:
             kept[s, b, expert] = True
-    assert kept.sum() < (wanted & real.unsqueeze(-1)).sum(), "nothing is dropped here: the test shows nothing"
+    assert kept.sum() < (wanted & real.unsqueeze(-1)).sum(), "nothing is dropped, so the test shows nothing"
     torch.testing.assert_close(chosen, kept)
     torch.testing.assert_close(probs, unlimited * kept)
     counts = torch.stack([kept[mask[..., modality]].sum(0) for modality in range(2)])
@@ -54,7 +54,7 @@ def test_padding_takes_a_slot_of_an_experts_capacity(single_rank, topk, factor):
 
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
-def test_what_stands_in_the_padding_changes_which_tokens_are_dropped(single_rank, policy):
+def test_the_content_of_padding_changes_which_tokens_are_dropped(single_rank, policy):
     router = make_router(moe_expert_capacity_factor=0.5, moe_token_drop_policy=policy)
     results = [route(router, *padded_batch(padding)) for padding in (0.0, 5.0, -5.0)]
     for probs, chosen, _ in results[1:]:
@@ -82,15 +82,15 @@ def test_the_balance_of_expert_biases_counts_a_dropped_token(single_rank):
 
 
 @pytest.mark.parametrize("padding", [0.0, 5.0])
-def test_the_z_loss_is_another_than_the_mean_over_real_tokens(single_rank, padding):
+def test_the_z_loss_differs_from_the_mean_over_real_tokens(single_rank, padding):
     router = make_router(moe_z_loss_coeff=0.3)
     inputs, mask = padded_batch(padding)
     inputs.requires_grad_()
     probs, _ = router(inputs, mask)
-    # The auxiliary gradients alone: those of the output are zero.
+    # Only the auxiliary gradients, since those of the output are zero.
     (gradient,) = torch.autograd.grad((probs * 0).sum(), inputs)
-    alone = inputs.detach().requires_grad_()
-    logits = alone[mask.any(-1)] @ router.weight.T
-    (expected,) = torch.autograd.grad(0.3 * logits.logsumexp(-1).square().mean(), alone)
+    leaf = inputs.detach().requires_grad_()
+    logits = leaf[mask.any(-1)] @ router.weight.T
+    (expected,) = torch.autograd.grad(0.3 * logits.logsumexp(-1).square().mean(), leaf)
     torch.testing.assert_close(gradient, expected)
     assert expected.abs().max() > 1e-4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equations 6 to 13 against the independent NumPy evaluation, and their gradient against finite differences."""
+"""Equations 6 to 13 compared with the independent NumPy evaluation, and their gradient with finite differences."""
 
 import numpy as np
 import pytest
@@ -64,19 +64,19 @@ def test_distributions_equal_the_papers_and_sum_to_one(routing):
 
 @settings(max_examples=100, deadline=None)
 @given(routings(), st.integers(0, 2**32 - 1))
-def test_statistics_of_shards_add_up_to_the_whole(routing, seed):
+def test_statistics_of_shards_add_up_to_those_of_all_tokens(routing, seed):
     weights, chosen, ids = as_torch(*routing[:3])
     m = routing[3]
-    cut = int(np.random.default_rng(seed).integers(0, len(ids) + 1))
-    whole = routing_statistics(weights, chosen, ids, m)
-    parts = [routing_statistics(weights[s], chosen[s], ids[s], m) for s in (slice(0, cut), slice(cut, None))]
-    for total, a, b in zip(whole, *parts, strict=True):
+    boundary = int(np.random.default_rng(seed).integers(0, len(ids) + 1))
+    combined = routing_statistics(weights, chosen, ids, m)
+    parts = [routing_statistics(weights[s], chosen[s], ids[s], m) for s in (slice(0, boundary), slice(boundary, None))]
+    for total, a, b in zip(combined, *parts, strict=True):
         torch.testing.assert_close(total, a + b)
 
 
 @settings(max_examples=50, deadline=None)
 @given(routings())
-def test_padding_counts_nowhere(routing):
+def test_padding_is_not_counted(routing):
     weights, chosen, ids = as_torch(*routing[:3])
     m = routing[3]
     kept = ids >= 0
@@ -88,8 +88,8 @@ def test_padding_counts_nowhere(routing):
 
 @pytest.mark.parametrize(("m", "k"), [(2, 1), (2, 2), (3, 2), (2, 4)])
 @pytest.mark.parametrize("band", [(4.0, 5.0), (0.0, 0.01)], ids=["below", "above"])
-def test_gradient_by_logits_and_biases_is_exact(m, k, band):
-    """Top-K and F are held where they are, as Eq. 6 has it: F is a count, and R alone carries the gradient."""
+def test_gradient_with_respect_to_logits_and_biases_is_exact(m, k, band):
+    """Top-k and F are constants, as in Eq. 6: F is a count, and only R carries the gradient."""
     generator = torch.Generator().manual_seed(7)
     experts, tokens = 4, 18
     logits = torch.randn(tokens, experts, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -106,7 +106,7 @@ def test_gradient_by_logits_and_biases_is_exact(m, k, band):
 
     assert loss(logits, bias) > 0, "inside the band the gradient is zero and proves nothing"
     assert torch.autograd.gradcheck(loss, (logits, bias), atol=1e-8)
-    if k == 1:  # the weight of a single expert is 1 whatever the logits: SMAR has no gradient there, only a distance
+    if k == 1:  # the weight of a single expert is always 1: SMAR has a distance, but no gradient
         return
     (gradient,) = torch.autograd.grad(loss(logits, bias), bias)
     assert gradient.abs().max() > 1e-6

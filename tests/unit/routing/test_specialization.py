@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Modality Specialization Index as its definition reads, expert by expert, and the properties that it promises."""
+"""The Modality Specialization Index compared with its definition, expert by expert, and its properties."""
 
 import math
 
@@ -13,7 +13,7 @@ from megatron_smar.routing import dropped_share, expert_load, load_entropy, moda
 
 @st.composite
 def token_counts(draw, modalities=None):
-    """Counts [M][E] with experts and whole modalities that may have nothing."""
+    """Generates counts [M][E], in which experts and entire modalities may have no tokens."""
     experts = draw(st.integers(1, 6))
     row = st.lists(st.sampled_from([0, 0, 1, 2, 7, 1000]), min_size=experts, max_size=experts)
     number = modalities or draw(st.integers(1, 4))
@@ -25,7 +25,7 @@ def index_of(counts) -> float:
 
 
 def definition(counts) -> float:
-    """Every expert's mix of modalities against the uniform one, weighted by what the expert receives."""
+    """Compares every expert's mix of modalities with the uniform mix, weighted by the load that the expert receives."""
     loads = [[count / sum(row) for count in row] for row in counts if sum(row)]
     number = len(loads)
     if number < 2:
@@ -41,7 +41,7 @@ def definition(counts) -> float:
 
 @settings(max_examples=300, deadline=None)
 @given(token_counts())
-def test_index_is_its_definition_and_stays_between_none_and_all(counts):
+def test_index_equals_its_definition_and_is_between_0_and_1(counts):
     index = index_of(counts)
     assert index == pytest.approx(definition(counts), abs=1e-12)
     assert -1e-12 <= index <= 1 + 1e-12
@@ -78,12 +78,12 @@ def test_index_of_two_modalities_is_the_total_variation_between_their_loads(coun
     assert index_of(counts) == pytest.approx(expected, abs=1e-12)
 
 
-def test_absent_modalities_leave_the_index_of_the_others_alone():
+def test_absent_modalities_do_not_change_the_index_of_the_others():
     assert index_of([[3, 1], [0, 0], [1, 3]]) == pytest.approx(index_of([[3, 1], [1, 3]])) == pytest.approx(0.5)
     assert index_of([[3, 1], [0, 0]]) == 0
 
 
-def test_layers_are_measured_at_once():
+def test_all_layers_are_measured_in_one_call():
     counts = torch.tensor([[[4.0, 0.0], [0.0, 2.0]], [[2.0, 2.0], [5.0, 5.0]], [[2.0, 2.0], [0.0, 0.0]]])
     load = expert_load(counts)
     assert modality_specialization_index(load).tolist() == [1, 0, 0]

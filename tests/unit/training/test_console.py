@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The line of an interval."""
+"""The console line of an interval."""
 
 import pytest
 
@@ -13,7 +13,7 @@ LINE = (
 )
 
 
-def test_a_steps_line_has_the_losses_in_readable_form_and_the_time_left():
+def test_a_steps_line_has_the_losses_and_the_remaining_time():
     line = step_line(LINE.format(scale="1.0", skipped=0))
     assert line.startswith(" [15:09:50] iteration        3/      63 | consumed samples: 24 | ")
     assert " lm loss: 5.361396E+00 |" in line and line.endswith("1500.0 ms/step | ETA 0:01:30 |")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of wrong flags."""
+"""The error messages for wrong flags."""
 
 from argparse import ArgumentParser
 
@@ -9,14 +9,14 @@ import pytest
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--hiden-size", "4"], "--hiden-size is no flag (close to it: --hidden-size"),
-        (["--hiden-size=4"], "--hiden-size is no flag (close to it: --hidden-size"),
-        (["--qqqqqqqqqq"], "--qqqqqqqqqq is no flag; --help lists all flags."),
+        (["--hiden-size", "4"], "--hiden-size is not a flag (close to it: --hidden-size"),
+        (["--hiden-size=4"], "--hiden-size is not a flag (close to it: --hidden-size"),
+        (["--qqqqqqqqqq"], "--qqqqqqqqqq is not a flag; --help lists all flags."),
         (["stray"], "stray belongs to no flag"),
         (["--hidden-size", "four"], "argument --hidden-size: invalid int value: 'four'"),
     ],
 )
-def test_a_mistyped_flag_gets_its_neighbours_in_one_line_and_no_usage(capsys, given, said):
+def test_a_mistyped_flag_is_reported_with_similar_flags_in_one_line_without_usage(capsys, given, said):
     from megatron_smar.config.flag_errors import explain_unknown_flags
 
     parser = ArgumentParser(prog="pretrain_vlm.py", allow_abbrev=False)

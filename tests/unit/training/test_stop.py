@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run that was asked to end says."""
+"""The message of a run that was stopped by a signal."""
 
 from argparse import Namespace
 
@@ -18,11 +18,11 @@ from megatron_smar.training.stop import describe_stop, resume_command
         ("python p.py --load-main-params-from-ckpt", "python p.py --load-main-params-from-ckpt --load out"),
     ],
 )
-def test_the_command_that_resumes_begins_at_the_checkpoint_and_not_where_the_run_began(command, expected):
+def test_the_resume_command_starts_from_the_checkpoint_and_not_where_the_run_started(command, expected):
     assert resume_command("out", command.split()) == expected
 
 
-def test_the_command_that_resumes_can_be_pasted_whatever_the_folder_is_called():
+def test_the_resume_command_is_quoted_for_the_shell():
     assert resume_command("my runs/a;b", ["p.py", "--name", "a b"]) == "p.py --name 'a b' --load 'my runs/a;b'"
 
 
@@ -31,6 +31,6 @@ def test_a_run_without_a_folder_to_save_in_says_that_nothing_was_saved():
     assert said == "stopped after step 7; nothing was saved, since there is no --save"
 
 
-def test_the_command_drops_how_the_start_was_taken_up_or_the_optimizer_would_be_lost():
+def test_the_resume_command_drops_the_flags_of_the_first_start_or_the_optimizer_would_be_lost():
     command = "p.py --load a --no-load-optim --no-load-rng --ckpt-step 3 --no-load-dataloader-state --lr 1"
     assert resume_command("out", command.split()) == "p.py --lr 1 --load out"

@@ -33,21 +33,21 @@ def loss_of(model, batch: dict) -> torch.Tensor:
     return model(**batch, labels=labels)[:, :16].mean()
 
 
-def test_batch_tells_modalities_and_places_of_features(single_rank):
+def test_a_batch_has_the_modalities_and_the_positions_of_the_features(single_rank):
     batch = inputs()
     assert batch["modality_ids"][0, :12].tolist() == [1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0]
     assert batch["modality_ids"][1].tolist() == [0] * 16 + [-1] * 8
     assert batch["vision_index"][0, :12].tolist() == [0, 1, 2, 3, -1, -1, 4, 5, 6, 7, -1, -1]
 
 
-def test_placeholders_that_no_tile_fills_are_refused(single_rank):
+def test_placeholders_without_a_tile_are_refused(single_rank):
     ids = torch.full((1, 8), IMAGE)
     with pytest.raises(ValueError, match="8 image placeholder tokens but its 1 tiles give 4"):
         prepare(ids, torch.zeros_like(ids, dtype=torch.bool), torch.randn(1, 3, SIDE, SIDE), IMAGE)
 
 
 def pack_of(lengths: list[int], ids: torch.Tensor, images: int = 0) -> dict:
-    """The model's inputs for one row of sequences of these lengths, the last of them padding."""
+    """Returns the model's inputs for one row of sequences of these lengths, the last of which is padding."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_smar.data.batch import VisionLanguageBatch
@@ -69,7 +69,7 @@ def pack_of(lengths: list[int], ids: torch.Tensor, images: int = 0) -> dict:
     return vars(prepare_batch(batch, [IMAGE], TOKENS, True, groups, data_wait=(0.5, 2.0)))
 
 
-def test_positions_begin_anew_in_each_sequence_of_a_pack(single_rank):
+def test_positions_start_from_0_in_each_sequence_of_a_pack(single_rank):
     batch = pack_of([3, 5, 4], torch.full((1, 12), 9))
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3]]
     packed = batch["packed_seq_params"]
@@ -78,7 +78,7 @@ def test_positions_begin_anew_in_each_sequence_of_a_pack(single_rank):
     assert packed.max_seqlen_q == packed.max_seqlen_kv == 5
 
 
-def test_what_is_logged_of_a_micro_batch_is_parts_and_wholes(single_rank):
+def test_shares_of_a_micro_batch_are_logged_as_parts_and_totals(single_rank):
     shares = pack_of([3, 5, 4], torch.full((1, 12), 9))["shares"]
     assert {name: share.tolist() for name, share in shares.items()} == {
         "text-only ratio": [2, 2],
@@ -105,8 +105,8 @@ def test_samples_of_a_pack_do_not_see_each_other(single_rank, vision):
     assert not torch.allclose(before[6:12], after[6:12])
 
 
-def test_nothing_is_copied_to_the_device_but_from_pinned_memory(single_rank, monkeypatch):
-    """A copy from other memory is not asynchronous, whatever `non_blocking` says; views are pinned whole."""
+def test_all_copies_to_the_device_are_from_pinned_memory(single_rank, monkeypatch):
+    """A copy from other memory is synchronous even with `non_blocking`."""
     pinned = []
 
     def pin(tensor: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_nothing_is_copied_to_the_device_but_from_pinned_memory(single_rank, mon
 
 
 def test_text_positions_share_no_row_of_the_features_with_each_other():
-    """They are read and thrown away, but their gradients, zeros, are added up: on CUDA one by one in each row."""
+    """These rows are read and discarded, but their zero gradients are summed: on CUDA one after another in each row."""
     from megatron_smar.model.vlm import _spread
 
     index = torch.full((3, 40), -1)
@@ -140,7 +140,7 @@ def test_text_positions_share_no_row_of_the_features_with_each_other():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_loss_that_is_not_finite_has_its_step_run_again(single_rank, value):
+def test_a_step_with_a_loss_that_is_not_finite_is_rerun(single_rank, value):
     from megatron.core import rerun_state_machine
 
     from megatron_smar.training.loss import lm_loss
@@ -214,12 +214,12 @@ def test_a_frozen_encoder_stays_in_evaluation_mode(single_rank, vision):
 
 
 def test_smar_adds_beta_times_the_band_losses_of_all_layers_to_the_loss(single_rank, vision):
-    """The gradient of a model with SMAR equals that of main + beta * sum of the losses, formed outside of the model."""
+    """The gradient of a model with SMAR equals that of main + beta * sum of losses computed outside the model."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     band = {"eps": 1e-3, "d_min": 3.0, "d_max": 4.0}
-    own = {2: (0.0, 0.01)}  # the second layer's, which pulls its modalities together
+    own = {2: (0.0, 0.01)}  # the second layer's band, which pulls its modalities together
     model = build_model(vision, routing={"strategy": "smar", "coeff": 0.25, "bands": own, **band}).train()
     plain = build_model(vision).train()
     plain.load_state_dict(model.state_dict())
@@ -252,14 +252,14 @@ def test_bias_is_float32_in_half_precision_without_weight_decay_and_ignores_padd
     module.bfloat16()
     (name, bias), *_ = module.named_parameters()
     assert bias.dtype == torch.float32
-    assert torch.equal(bias.data, torch.full((2, 4), 0.1)), "it went through bfloat16"
+    assert torch.equal(bias.data, torch.full((2, 4), 0.1)), "it was rounded to bfloat16"
     assert name.endswith(".bias"), "Megatron decays every other parameter of two dimensions"
     assert bias.sequence_parallel
     mask = torch.tensor([[True, False], [False, False]])
     assert module["modality_bias"](mask).tolist() == [[pytest.approx(0.1)] * 4, [0.0] * 4]
 
 
-def test_recorded_routing_adds_up_over_batches_and_leaves_nothing_behind(single_rank, vision):
+def test_recorded_routing_is_summed_over_batches_and_the_recorder_is_removed(single_rank, vision):
     from megatron_smar.monitoring.recorder import recorded_routing
 
     model = build_model(vision).eval()
@@ -290,7 +290,7 @@ def test_metrics_average_over_layers_and_comparable_micro_batches(single_rank):
     tracker, writer = RoutingMetricsTracker(MonitorConfig(metrics=SmarConfig.metrics)), Writer()
     nothing = RoutingStatistics(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2))
     for layer, distance in ((1, 2.0), (2, 4.0)):
-        for comparable in (1.0, 0.0):  # the second micro-batch is pure text
+        for comparable in (1.0, 0.0):  # the second micro-batch is only text
             measures = {MRD_DISTANCE: Weighted(torch.tensor(distance * comparable), torch.tensor(comparable))}
             tracker.observe(RoutingReport(layer, 2, nothing, {SMAR_LOSS: torch.tensor(comparable)}, measures))
     totals: dict[str, torch.Tensor] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the router does for any strategy, shown with one that uses all of the hook."""
+"""What the router does for every strategy, tested with a strategy that uses the complete interface."""
 
 from dataclasses import dataclass
 
@@ -23,14 +23,14 @@ from tests.models import router_of
 
 @dataclass(frozen=True)
 class ProbeConfig(StrategyConfig):
-    """Uses every part of the hook.
+    """Settings of the test strategy.
 
     Attributes:
         coeff: Weight of its losses.
     """
 
     name = "probe"
-    title = "every part of the hook"
+    title = "every part of the interface"
     metrics = (Metric("probe loss"), Metric("gate loss"), Metric("probe mean", weighted=True))
 
     coeff: float = 0.5
@@ -40,7 +40,7 @@ class ProbeConfig(StrategyConfig):
 
 
 class Probe(RoutingStrategy):
-    """A gate of its own, a loss of the mean logit per modality, one of the gate, and a mean load over all steps."""
+    """Has its own gates, a loss of the mean logits per modality, a loss of the gate, and a load over all steps."""
 
     def __init__(self, config: ProbeConfig, layer: RoutedLayer) -> None:
         super().__init__(config, layer)
@@ -88,7 +88,7 @@ def test_accumulated_statistics_stay_exact_in_a_model_of_half_precision(single_r
 
 @pytest.fixture
 def step(single_rank):
-    """A router, its input and mask, and what one micro-batch of it gives."""
+    """Returns a router, its input and its modality mask."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
@@ -102,7 +102,7 @@ def step(single_rank):
     return router, inputs, mask
 
 
-def test_logits_sums_and_both_kinds_of_losses_give_the_gradients_that_are_formed_by_hand(step):
+def test_logits_sums_and_both_kinds_of_losses_give_the_gradients_computed_by_hand(step):
     router, inputs, mask = step
     output = router.finish(router(inputs, mask)[0])
     (output * 0).sum().backward()
@@ -116,7 +116,7 @@ def test_logits_sums_and_both_kinds_of_losses_give_the_gradients_that_are_formed
     torch.testing.assert_close(router.strategy.gates.grad, gates.grad)
 
 
-def test_losses_and_measures_are_reported_and_nothing_of_them_in_evaluation(step):
+def test_losses_and_measures_are_reported_in_training_but_not_in_evaluation(step):
     router, inputs, mask = step
     reports = []
     router.recorders.append(reports.append)
@@ -131,7 +131,7 @@ def test_losses_and_measures_are_reported_and_nothing_of_them_in_evaluation(step
     torch.testing.assert_close(evaluation.statistics.counts, training.statistics.counts)
 
 
-def test_state_is_updated_once_per_step_and_a_resumed_run_takes_over_what_was_accumulated(step):
+def test_state_is_updated_once_per_step_and_a_resumed_run_has_the_accumulated_statistics(step):
     router, inputs, mask = step
     strategy = router.strategy
 
@@ -162,7 +162,7 @@ def test_a_recomputed_layer_counts_once(step):
 
 
 def _own_sums(rank: int, store: str, results) -> None:
-    """One of two ranks, each with its own numbers; a loss of the global sums."""
+    """Runs one of two ranks, each with its own numbers, and computes a loss of the global sums."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     share = (torch.arange(6, dtype=torch.float64).view(2, 3) * (rank + 1)).requires_grad_()
     local = RoutingStatistics(torch.ones(2, 4).double(), torch.ones(2, 4).double(), torch.ones(2).double())
@@ -172,7 +172,7 @@ def _own_sums(rank: int, store: str, results) -> None:
     dist.destroy_process_group()
 
 
-def test_a_strategys_own_sums_are_those_of_all_ranks_and_give_each_rank_its_share_of_the_gradient(tmp_path):
+def test_a_strategys_sums_are_over_all_ranks_and_each_rank_gets_its_share_of_the_gradient(tmp_path):
     results = on_two_ranks(_own_sums, tmp_path)
     total = 3 * torch.arange(6, dtype=torch.float64).view(2, 3)
     for counts, a, b, gradient in results.values():
@@ -182,7 +182,7 @@ def test_a_strategys_own_sums_are_those_of_all_ranks_and_give_each_rank_its_shar
         torch.testing.assert_close(gradient, 2 * total + 1)
 
 
-def test_a_pass_that_nobody_learns_from_or_records_launches_no_reduction(step):
+def test_a_pass_without_gradients_and_recorders_launches_no_reduction(step):
     router, inputs, mask = step
     with torch.no_grad():
         router(inputs, mask)

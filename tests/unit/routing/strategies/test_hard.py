@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hard routing: whose tokens reach which experts."""
+"""Hard routing: which modality's tokens reach which experts."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def allowed(*experts: str, modalities: int = 2, number: int = 8) -> list[list[in
     return [row.nonzero().flatten().tolist() for row in table]
 
 
-def test_numbers_spans_shares_and_nothing_are_read_as_the_partition_that_they_say():
+def test_experts_can_be_given_as_numbers_ranges_or_shares_and_are_equal_shares_by_default():
     assert allowed() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert allowed("vision=0,2-5", "text=1,6,7") == [[1, 6, 7], [0, 2, 3, 4, 5]]
     assert allowed("text=0.75", "vision=0.25") == [[0, 1, 2, 3, 4, 5], [6, 7]]
@@ -41,12 +41,12 @@ def test_equal_shares_of_any_number_give_each_expert_to_one_modality(modalities,
         (["text=0-3", "vision=4-6"], "must give each of the experts 0-7 to one modality"),
         (["text=0.5", "vision=0.6"], "must give each of the experts 0-7 to one modality"),
         (["text=0.5", "vision=0.49"], "to one modality: shares add up to 1"),
-        (["text=a", "vision=0-7"], "'a' is no list of experts"),
-        (["text", "vision=0-7"], "'' is no list of experts"),
-        (["text=a.b", "vision=0.5"], "'a.b' is no list of experts"),
+        (["text=a", "vision=0-7"], "'a' is neither a list of experts"),
+        (["text", "vision=0-7"], "'' is neither a list of experts"),
+        (["text=a.b", "vision=0.5"], "'a.b' is neither a list of experts"),
     ],
 )
-def test_what_is_no_partition_is_refused(experts, said):
+def test_experts_that_are_not_a_partition_are_refused(experts, said):
     with pytest.raises(ValueError, match=said) as error:
         allowed(*experts)
     assert f"--hard-experts {' '.join(experts)}" in str(error.value)
@@ -60,8 +60,8 @@ SCORES = {
 
 
 @pytest.mark.parametrize("scores", SCORES)
-def test_no_token_reaches_another_modalitys_expert_and_its_own_weights_are_the_backbones(single_rank, scores):
-    """Against a router of the allowed experts alone; the bias for balance favours what is forbidden."""
+def test_no_token_reaches_another_modalitys_expert_and_its_weights_are_the_backbones(single_rank, scores):
+    """Compared with a router that has only the allowed experts; the expert bias favors forbidden experts."""
     experts = {"text": [0, 3, 5], "vision": [1, 2, 4, 6, 7]}
     config = HardConfig(tuple(f"{name}={','.join(map(str, own))}" for name, own in experts.items()))
     router = router_of(config, num_moe_experts=8, **SCORES[scores])
@@ -79,13 +79,13 @@ def test_no_token_reaches_another_modalitys_expert_and_its_own_weights_are_the_b
         others = [expert for expert in range(8) if expert not in own]
         assert not chosen[rows][:, others].any() and (chosen[rows].sum(1) == 2).all()
         assert not statistics.counts[modality, others].any()
-        alone = router_of(None, num_moe_experts=len(own), **SCORES[scores])
-        alone.weight.data = router.weight.data[own]
+        reference = router_of(None, num_moe_experts=len(own), **SCORES[scores])
+        reference.weight.data = router.weight.data[own]
         if router.expert_bias is not None:
-            alone.expert_bias = router.expert_bias[own]
+            reference.expert_bias = router.expert_bias[own]
         lone_mask = torch.zeros(int(rows.sum()), 1, 2, dtype=torch.bool)
         lone_mask[..., modality] = True
-        expected, _, _ = route(alone, inputs[rows].unsqueeze(1), lone_mask)
+        expected, _, _ = route(reference, inputs[rows].unsqueeze(1), lone_mask)
         torch.testing.assert_close(probs[rows][:, own], expected.squeeze(1))
         total = total + (probs[rows][:, own] ** 2).sum()
     (gradient,) = torch.autograd.grad(total, inputs)
@@ -93,7 +93,7 @@ def test_no_token_reaches_another_modalitys_expert_and_its_own_weights_are_the_b
     assert (chosen[~mask.any(-1)].sum(1) == 2).all(), "padding is routed like any token, as without the strategy"
 
 
-def test_the_bias_for_balance_is_the_same_after_the_choice(single_rank):
+def test_the_expert_bias_is_unchanged_after_the_choice(single_rank):
     router = router_of(HardConfig(), moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
     before = router.expert_bias.clone()
     mask = torch.zeros(3, 1, 2, dtype=torch.bool)

@@ -16,13 +16,13 @@ def test_the_lower_layers_are_hard_and_those_above_are_free():
     assert config.allowed(2, NAMES, 4).int().tolist() == [[1, 1, 1, 0], [0, 0, 0, 1]]
 
 
-def test_its_sentences_name_its_own_flags():
+def test_error_messages_name_the_flags_of_layer_split():
     with pytest.raises(ValueError, match="--layer-split-experts text=0-3 must name each of text, vision once"):
         LayerSplitConfig(("text=0-3",), layers=1).allowed(1, NAMES, 4)
 
 
 @pytest.mark.parametrize(("layers", "moe_layers"), [(0, [1, 2]), (2, [1, 2]), (1, [2, 4]), (4, [2, 4])])
-def test_a_number_with_moe_layers_on_one_side_alone_is_refused(layers, moe_layers):
+def test_a_number_with_moe_layers_only_above_or_only_below_is_refused(layers, moe_layers):
     with pytest.raises(ValueError, match=f"--layer-split-layers is {layers}"):
         LayerSplitConfig(layers=layers).check(SimpleNamespace(), moe_layers)
     LayerSplitConfig(layers=3).check(SimpleNamespace(), [2, 4])
