@@ -22,7 +22,8 @@ def give_experts_their_own_optimizer(experts: nn.Module) -> None:
         experts: The experts of a MoE layer.
     """
     for parameter in experts.parameters():
-        parameter.allreduce = False  # reduced over the experts' replicas, which without EP are all replicas
+        # Reduced over the experts' replicas, which without EP are all replicas.
+        parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 class ModalityAwareMoELayer(MoELayer):
