@@ -55,9 +55,9 @@ class RoutingMetricsTracker(MoEMetricsTracker):
 
     - the strategy's losses (`smar loss`) and Megatron's own auxiliary losses, reported as Megatron reports the main
       loss: on the console the mean over the steps since the last line, elsewhere the step's value;
-    - `mrd distance`: the mean over the layers and over the micro-batches since the last line or point in which at least
-      two modalities had tokens; by layer in `moe/mrd_distance_layer_N`, N from 1, not on the console. The strategy's
-      weighted metrics likewise, each with its own weights;
+    - `mrd distance`: the mean over the layers and over those micro-batches since the last line or point in which at
+      least two modalities had tokens. By layer it is `moe/mrd_distance_layer_N`, N from 1, not on the console. The
+      strategy's weighted metrics are reported in the same way, each with its own weights;
     - `msi`, over all tokens since the last line or point; the other scalars of `load_scalars` are not on the console.
 
     Every --log-interval steps, over all tokens since the previous interval: the images of `load_images`, and a warning
@@ -125,7 +125,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         writes = iteration % self.config.scalar_interval == 0
         ends = iteration % self.config.console_interval == 0
         due = (writer, wandb_writer) if writes else (None, None)
-        kwargs["force_initialize"] = False
+        kwargs["force_initialize"] = False  # the loop above has initialized them
         kwargs["per_layer_logging"] = writes and kwargs.get("per_layer_logging", False)  # it reads them on every rank
         log = super().report(loss_scale, iteration, *due, track_names=names, **kwargs)
         if writes or ends or first:

@@ -20,14 +20,15 @@ _COLUMNS = {
     "mrd distance": "{:.4f}",
     "msi": "{:.3f}",
 }
-_CONSTANT = {
+# Not shown: constant, in another column, or in TensorBoard.
+_HIDDEN = {
     "global batch size",
     "elapsed time per iteration (ms)",
     "text-only ratio",
     "fill",
     "data wait",
 }
-_COUNTS = {"number of skipped iterations", "number of nan iterations"}
+_COUNTS = {"number of skipped iterations", "number of nan iterations"}  # shown only if not 0
 
 
 def duration(seconds: float) -> str:
@@ -52,7 +53,7 @@ def step_line(line: str) -> str:
     step, last = int(found["step"]), int(found["last"])
     shown = [f" [{found['time']}] iteration {step:8d}/{last:8d}"]
     for name, value in values.items():
-        if name in _CONSTANT or (name in _COUNTS and value == "0"):
+        if name in _HIDDEN or (name in _COUNTS and value == "0"):
             continue
         if name == "loss scale" and float(value) == 1:
             continue
