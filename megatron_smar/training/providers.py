@@ -67,6 +67,11 @@ def model_provider(
     return model
 
 
+def release_model() -> None:
+    """Drops the references to the model's chunks: process groups, with their threads, live as long as those do."""
+    _CHUNKS.clear()
+
+
 def _show_summary(args: Namespace) -> None:
     """Prints the summary of the run on rank 0; every rank counts its parameters."""
     arguments = write_arguments(args) if dist.get_rank() == 0 else None

@@ -10,6 +10,7 @@ finally the logged values of each step (`values.json`). A job that fails writes 
 continues with the next job when started again.
 """
 
+import gc
 import json
 import os
 import sys
@@ -45,7 +46,7 @@ from megatron.training.training import (
 
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.training.batch import CountedSteps
-from megatron_smar.training.providers import make_forward_step, model_provider
+from megatron_smar.training.providers import make_forward_step, model_provider, release_model
 from megatron_smar.training.setup import parse_arguments
 
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -167,8 +168,11 @@ def run_job(job: dict[str, Any]) -> None:
     if RANK == RANKS - 1:  # the last pipeline stage has the loss
         (folder / "values.json").write_text(json.dumps(values))
     dist.barrier()
+    del model, optimizer, scheduler
+    release_model()
     destroy_global_state()
     dist.destroy_process_group()
+    gc.collect()  # models refer to themselves, and keep the threads of their process groups
 
 
 def main() -> None:
