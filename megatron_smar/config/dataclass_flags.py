@@ -7,6 +7,7 @@ import inspect
 import re
 from argparse import _ArgumentGroup
 from dataclasses import MISSING, Field
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -50,4 +51,4 @@ def _parsing(kind: Any) -> dict[str, Any]:
         return {"nargs": "+", "metavar": "PART"}
     if kind is bool:
         return {"action": "store_true"}
-    return {"type": kind}
+    return {"type": kind} | ({"metavar": "FILE"} if kind is Path else {})

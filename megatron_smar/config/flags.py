@@ -59,7 +59,7 @@ def _add_routing_arguments(parser: ArgumentParser) -> None:
         choices=list(STRATEGIES),
         default=common.strategy.name,
         help="Routing strategy. "
-        + "".join(f"{name}: {config.title}; " for name, config in STRATEGIES.items())
+        + "".join(f"{name}: {config.title}; " for name, config in STRATEGIES.items()).replace("%", "%%")
         + "default: %(default)s.",
     )
     for config in STRATEGIES.values():
