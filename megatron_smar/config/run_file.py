@@ -16,7 +16,7 @@ A later file overrides an earlier one, and the command line overrides files.
 
 from __future__ import annotations
 
-from argparse import Action, ArgumentParser
+from argparse import Action, ArgumentError, ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -50,9 +50,12 @@ def expand(argv: Sequence[str]) -> list[str]:
     Raises:
         ValueError: A file cannot be read, or has a key or value that is not valid for a flag.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_run_file_options(parser)
-    own, rest = parser.parse_known_args(argv)
+    try:
+        own, rest = parser.parse_known_args(argv)
+    except ArgumentError as error:
+        raise ValueError(f"{error}; docs/run_files.md describes it.") from error
     if own.config is None:
         if own.layout is not None or own.unset:
             flag = f"--layout {own.layout}" if own.layout is not None else f"--unset {' '.join(own.unset)}"

@@ -98,6 +98,29 @@ def test_the_run_file_that_a_run_writes_gives_the_same_command_line(tmp_path):
     assert sorted(words) == sorted([*argv[:-2], "--save", "x y", "--moe-layer-freq", "([0]+[1]*3)"])
 
 
+def test_an_option_without_its_value_is_refused_in_one_sentence():
+    from megatron_smar.config.run_file import expand
+
+    with pytest.raises(ValueError, match="argument --config: expected at least one argument; docs/run_files.md"):
+        expand(["--num-layers", "2", "--config"])
+
+
+def test_a_command_line_without_a_file_stays_as_it_is():
+    from megatron_smar.config.run_file import expand
+
+    argv = [
+        "--vision-feature-layer",
+        "-2",
+        "--save=a b",
+        "--freeze",
+        "--moe-layer-freq",
+        "([0]+[1]*3)",
+        "--lr",
+        "-1e-3",
+    ]
+    assert expand(argv) == argv
+
+
 def test_every_run_file_of_the_examples_has_only_flags():
     from megatron_smar.config.run_file import expand
     from tests.launch import ROOT
