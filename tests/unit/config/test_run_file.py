@@ -101,7 +101,7 @@ def test_the_run_file_that_a_run_writes_gives_the_same_command_line(tmp_path):
 def test_an_option_without_its_value_is_refused_in_one_sentence():
     from megatron_smar.config.run_file import expand
 
-    with pytest.raises(ValueError, match="argument --config: expected at least one argument; docs/run_files.md"):
+    with pytest.raises(ValueError, match="argument --config: expected at least one argument; docs"):
         expand(["--num-layers", "2", "--config"])
 
 
