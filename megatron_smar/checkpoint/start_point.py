@@ -2,8 +2,9 @@
 """Where a run starts: at the newest checkpoint in --save if there is one, else at --load, else with new weights.
 
 So one command starts a run and, given again, resumes it. The flags that say how --load is loaded (--finetune and the
-like) apply to the first start only. Each checkpoint stores its run's origin (the checkpoint that the run started from)
-and the flags that identify the run; by these the checkpoints in --save are recognized as this run's.
+like) apply to the first start only, unless --load is --save and --finetune is not given. Each checkpoint stores its
+run's origin (the checkpoint that the run started from) and the flags that identify the run; by these the checkpoints in
+--save are recognized as this run's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_smar.checkpoint.metadata import saved_arguments
 from megatron_smar.model.parts import frozen_parts
 from megatron_smar.routing.strategies import STRATEGIES
 
-# Flags that say how a checkpoint is loaded, with the number of their values: they apply to a run's first start.
+# Flags that say how a checkpoint is loaded, with the number of their values; left out when the run resumes from --save.
 _LOADING_FLAGS = {
     "--load": 1,
     "--pretrained-checkpoint": 1,
@@ -32,9 +33,10 @@ _LOADING_FLAGS = {
     "--no-load-rng": 0,
     "--no-load-dataloader-state": 0,
 }
-# The flags that name the start itself; `apply_start` replaces them by the start that was found.
+# Those of them that name the start itself; `apply_start` always replaces them by the start that was found.
 _START_FLAGS = ("--load", "--pretrained-checkpoint", "--finetune")
-# Arguments that identify a run, besides its origin: another value is another run. The schedule is checked separately.
+# Arguments that identify a run, besides its origin: another value is another run. `checkpoint.continuation` checks the
+# schedules of learning rate and weight decay.
 _RUN_IDENTITY = (
     "num_layers",
     "hidden_size",
@@ -58,10 +60,11 @@ class StartPoint:
 
     Attributes:
         load: Folder of the checkpoints to load from; None for new weights.
-        finetune: Whether a new run starts from the weights there.
-        origin: The first start, as the run's checkpoints store it: {"folder", "checkpoint", "fingerprint", "finetune"};
-            empty for a start with new weights.
-        resumes_from_save: Whether the run resumes from --save although the flags name another start.
+        finetune: Whether a new run starts from the weights there (--finetune).
+        origin: The run's origin, as its checkpoints store it: {"folder", "checkpoint", "fingerprint", "finetune"}.
+            Empty if the flags name no start, and where a run resumes with its --save as --load: `keep_origin` then
+            takes the stored origin.
+        resumes_from_save: Whether the run resumes from --save although the flags name another start or none.
         notes: Lines to print.
     """
 
@@ -138,7 +141,7 @@ def keep_origin(args: Namespace, start: StartPoint, state: dict[str, Any] | None
     Args:
         args: The run's validated arguments.
         start: The result of `find_start`.
-        state: The result of `fit.resumed_state`.
+        state: The result of `fit.resumed_state`; None if the run does not resume.
 
     Raises:
         CheckpointMismatchError: The checkpoints in --save are another run's.
@@ -170,7 +173,10 @@ def _check_flags(args: Namespace) -> None:
 
 
 def _given_start(args: Namespace) -> tuple[str | None, bool]:
-    """Returns folder and --finetune as the flags give them; --pretrained-checkpoint acts as --load with --finetune."""
+    """Returns the folder to load from and --finetune, as the flags give them.
+
+    --pretrained-checkpoint acts as --load with --finetune, unless --load holds a checkpoint.
+    """
     if args.pretrained_checkpoint is not None:
         has_own = args.load is not None and locate("--load", args.load).checkpoint is not None
         if not has_own:
@@ -215,7 +221,7 @@ def _resumed(args: Namespace, saved: Location, load: str | None, finetune: bool)
 
 
 def _origin_if_there(args: Namespace, load: str | None, finetune: bool) -> dict[str, Any]:
-    """Returns the origin that a run started now would store; once a run has started, --load may be gone or damaged."""
+    """Returns the origin that a run started now would store; the --load of a resumed run may be gone or damaged."""
     if load is None:
         return {}
     if same_place(load, args.save):  # one folder holds a converted model and the run that started from it
@@ -236,7 +242,7 @@ def _origin(source: Location | None, finetune: bool) -> dict[str, Any]:
     return {
         "folder": str(source.path.resolve()),
         "checkpoint": source.checkpoint.name if source.checkpoint else None,
-        # torch stores a new identifier in .metadata at each save, so every save has another hash.
+        # torch stores a new identifier in .metadata at each save, so no two saves have the same hash.
         "fingerprint": hashlib.sha256(contents.read_bytes()).hexdigest() if contents else None,
         "finetune": finetune or source.is_release,
     }
@@ -294,7 +300,7 @@ def _shown(value: Any) -> str:
 
 
 def _notes(flag: str, place: Location | None) -> tuple[str, ...]:
-    """Returns a line about half-written checkpoints, which are not loaded; empty without any."""
+    """Returns a line about half-written checkpoints, which are not loaded; empty if there are none."""
     if place is None or not place.half_written:
         return ()
     names = ", ".join(place.half_written)
@@ -306,7 +312,7 @@ def _are(place: Location) -> str:
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuses a --save in which nothing can be written, before any training is lost."""
+    """Refuses a --save that cannot be written to, before the run trains what it could not save."""
     there = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"--save {folder}: nothing can be written in {there}; give another folder.")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses flags that cannot train before Megatron starts anything, with one sentence, the same on every rank."""
+"""Refuses flags with which no run can train, before Megatron starts anything.
+
+The error message is one sentence, the same on every rank.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,10 @@ def check_shape(args: Namespace, is_known: bool = True) -> None:
 
     Args:
         args: The parsed flags.
-        is_known: Whether the model's shape is known; it is not before a checkpoint has given it
-            (--use-checkpoint-args).
+        is_known: Whether the model's shape is known; with --use-checkpoint-args it is not until the checkpoint is read.
+
+    Raises:
+        ValueError: A flag cannot be used; the message gives the flag, its value and the fix.
     """
     _check_freeze(args, is_known)
     _check_routing(args, modality_routing_config(args), is_known)
@@ -30,14 +35,14 @@ def check_shape(args: Namespace, is_known: bool = True) -> None:
 
 
 def check_arguments(args: Namespace, needs_data: bool = True) -> None:
-    """Refuses flags that cannot train, with the same sentence on every rank.
+    """Refuses flags with which no run can train, with the same sentence on every rank.
 
     Args:
         args: The parsed flags, before Megatron validates its own.
         needs_data: Whether the program reads --data-path.
 
     Raises:
-        ValueError: With the flag, its value and the fix.
+        ValueError: A flag cannot be used; the message gives the flag, its value and the fix.
     """
     runtime.check_flags(args)
     if args.vision_model is None:
@@ -79,7 +84,7 @@ def _check_freeze(args: Namespace, shape_is_known: bool) -> None:
 
 
 def _check_allowed(args: Namespace, routing: ModalityRoutingConfig) -> None:
-    """Refuses allowed experts that leave a token fewer than K experts, or that a fused kernel would not respect."""
+    """Refuses allowed experts that leave a token fewer than K experts, and flags with which they cannot be applied."""
     for layer in _moe_layers(args):
         allowed = routing.allowed(layer, args.num_experts)
         if allowed is None:
@@ -214,7 +219,10 @@ def _check_heads(args: Namespace) -> None:
 
 
 def _check_batch_sizes(args: Namespace) -> None:
-    """Checks batch sizes, since Megatron's messages name no flags or come after the process groups are created."""
+    """Checks the number of ranks and the batch sizes.
+
+    Megatron checks them too, but its messages name no flags or come after the process groups are created.
+    """
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % model:
         raise ValueError(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight tables, which map Hugging Face's weights to Megatron's: one per architecture, read in both directions.
 
-A Megatron weight is either one Hugging Face tensor, or consists of runs of rows of several: each query group's
-queries, key and value one after another, or the gate's rows above the up projection's. A table has one row per
-Megatron weight. An import reads the table from Hugging Face to Megatron, an export in the other direction.
+A Megatron weight is one Hugging Face tensor, or is concatenated from runs of rows of one or several: for each query
+group its queries, key and value, or the rows of gate_proj, then those of up_proj. A weight without a Hugging Face
+counterpart is newly initialized. A table has one row per Megatron weight. An import reads the table from Hugging Face
+to Megatron, an export in the other direction.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ class Weight:
     """One row of a weight table: a Megatron weight and the Hugging Face tensors that it consists of.
 
     Attributes:
-        megatron: Name in the state dict of the full model (one rank), with layers and experts counted from 0.
+        megatron: Name in the state dict of the unsharded model, with layers and experts counted from 0.
         hf: Names of the Hugging Face tensors on disk.
-        runs: Runs of rows of `hf` that make up the weight, in order; empty if the weight is the one tensor in `hf`.
-        make: For a weight without `hf`, makes a new one, given shape and data type (a new connector or router).
+        runs: Runs of rows of the tensors in `hf` that make up the weight, in order; empty if the weight is the only
+            tensor in `hf`, or has none.
+        make: Returns a new weight of a given shape and data type, for a weight that is not read (a new connector or
+            router).
         rows: Number of rows of the Hugging Face tensor if Megatron's weight has more (a padded or grown vocabulary).
-        change: Changes the rows that were read, given them and the number of the first (upcycling's noise).
+        change: Maps the rows that were read, and the index of the first of them in the weight, to the rows to write
+            (upcycling's noise).
         dtype: Fixed data type of the weight, whatever --dtype asks for; None if it follows --dtype.
         keeps_float32: Whether the weight stays in float32 in a conversion to half precision, as in transformers' model.
     """
@@ -76,11 +80,11 @@ class Weight:
 def per_layer(
     layers: Iterable[int], megatron: str, *hf: str, runs: Sequence[Run] = (), experts: int | None = None
 ) -> list[Weight]:
-    """Returns table rows of the same form for several layers, and for each of their experts.
+    """Returns the table rows of one kind of weight, for several layers and each of their experts.
 
     Args:
         layers: Numbers of the layers, from 0.
-        megatron: Megatron's name, with {layer}, and {expert} if there are experts.
+        megatron: Megatron's name, with the placeholders {layer} and, if there are experts, {expert}.
         *hf: Hugging Face's names, with the same placeholders.
         runs: Runs of rows, as in `Weight`.
         experts: Number of experts; None for a weight that each layer has once.
@@ -97,7 +101,7 @@ def per_layer(
 
 
 def query_key_value(heads: int, groups: int, head_dim: int) -> tuple[Run, ...]:
-    """Returns the runs of Megatron's `linear_qkv` in q_proj, k_proj and v_proj: for each query group q, k and v."""
+    """Returns the runs of q_proj, k_proj and v_proj in Megatron's `linear_qkv`: for each query group q, k and v."""
     queries = heads // groups * head_dim
     return tuple(
         run
@@ -111,14 +115,14 @@ def query_key_value(heads: int, groups: int, head_dim: int) -> tuple[Run, ...]:
 
 
 def fused_query_key_value(heads: int, groups: int, head_dim: int) -> tuple[Run, ...]:
-    """Returns the runs of `linear_qkv` in one tensor that holds all queries, then all keys, then all values (Phi-3)."""
+    """Returns the runs of `linear_qkv` from one tensor of all queries, then all keys, then all values (Phi-3)."""
     starts = (0, heads * head_dim, (heads + groups) * head_dim)
     runs = query_key_value(heads, groups, head_dim)
     return tuple(Run(0, starts[run.source] + run.start, run.length) for run in runs)
 
 
 def stacked(*lengths: int) -> tuple[Run, ...]:
-    """Returns the runs of tensors stacked along the rows, given each one's number of rows (`linear_fc1`: gate, up)."""
+    """Returns the runs of tensors concatenated along the rows, given each tensor's rows (`linear_fc1`: gate, up)."""
     return tuple(Run(source, 0, length) for source, length in enumerate(lengths))
 
 
@@ -128,7 +132,7 @@ def rows_of(start: int, length: int) -> tuple[Run, ...]:
 
 
 def generator_of(name: str, seed: int) -> torch.Generator:
-    """Returns the generator for a new weight; it depends on name and seed only, not on what else is converted."""
+    """Returns a weight's random generator; it depends on name and seed only, not on what else is converted."""
     return torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
 
 
@@ -138,8 +142,8 @@ class Piece:
 
     Attributes:
         name: Name of the tensor that is read.
-        start: First row in the tensor that is read; None for the full tensor, whatever its shape.
-        length: Number of rows.
+        start: First row in the tensor that is read; None if it is the only source of the tensor that is written.
+        length: Number of rows; 0 for all rows, if `start` is None.
         target: First row in the tensor that is written.
     """
 

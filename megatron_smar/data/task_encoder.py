@@ -49,10 +49,10 @@ from megatron_smar.data.tokens import TextEncoder
 
 @edataclass
 class RawSample(Sample):
-    """A sample as stored in the shard.
+    """A sample as stored in a shard.
 
     Attributes:
-        parts: Rest of a file's name after the key (`json`, `0.jpg`) -> content of the file.
+        parts: The sample's files: the file's name without the sample's key (`json`, `0.jpg`) -> the file's content.
     """
 
     parts: dict[str, bytes]
@@ -60,13 +60,13 @@ class RawSample(Sample):
 
 @stateless
 def cook(sample: CrudeSample) -> RawSample:
-    """Wraps a crude sample unchecked; errors are found and counted when it is encoded."""
+    """Wraps one of energon's crude samples unchecked; errors are found and counted when the sample is encoded."""
     parts = {name: content for name, content in sample.items() if not name.startswith("__")}
     return RawSample(**basic_sample_keys(sample), parts=parts)
 
 
 class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, VisionLanguageBatch]):
-    """Encodes conversations with images: first the tokens, and the images' tiles after packing.
+    """Encodes conversations with images: tokenizes each sample first, and decodes its images only after packing.
 
     Args:
         config: Data configuration.
@@ -77,7 +77,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
     """
 
     cookers = (Cooker(cook),)
-    decoder = None  # images are decoded in this class, to report what is wrong with an image
+    decoder = None  # this class decodes the images, not energon, so that it can report what is wrong with an image
 
     def __init__(
         self, config: DataConfig, encoder: TextEncoder, rejects: RejectLog, *, decode_images: bool = True
@@ -199,7 +199,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def select_samples_to_pack(self, samples: list[TokenizedSample]) -> list[list[TokenizedSample]]:
-        """Chooses which of the samples share a sequence of at most --seq-length and --packing-max-tiles."""
+        """Chooses which samples share a sequence of at most --seq-length tokens and --packing-max-tiles tiles."""
         multiple = self.config.packing_multiple_of
         packs = pack(
             [padded_length(len(sample.input_ids), multiple) for sample in samples],
@@ -222,7 +222,7 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
 
     @stateless
     def batch(self, samples: list[Any]) -> VisionLanguageBatch:
-        """Pads samples, or the samples of packs, to a micro-batch, which always has `micro_batch_size` rows."""
+        """Pads samples, or packs of samples, to a micro-batch, which always has `micro_batch_size` rows."""
         config = self.config
         packs = config.packing_buffer_size is not None
         rows = [sample.samples if packs else [sample] for sample in samples]
@@ -245,9 +245,10 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         shuffle_buffer_size: int | None = None,
         **batching: Any,
     ) -> SavableDataset[VisionLanguageBatch]:
-        """Builds energon's chain of datasets; with --text-only-ratio, text-only and image samples come in that ratio.
+        """Builds energon's chain of datasets; with --text-only-ratio, that share of the samples is text-only.
 
-        The two kinds are mixed after tokenization, so that samples that are rejected there do not change the ratio.
+        Text-only samples and samples with images are mixed after tokenization, so that samples that are rejected there
+        do not change the ratio.
         """
         self._labels = _labels(datasets)
         place = f"--data-path {self.config.data_path}"
@@ -271,9 +272,9 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
     def build_val_datasets(
         self, *, datasets: list[LoadedDataset], worker_config: WorkerConfig, limit: int | None = None, **batching: Any
     ) -> SavableDataset[VisionLanguageBatch]:
-        """Builds energon's chain of datasets for validation, in which a blend keeps its shares.
+        """Builds energon's chain of datasets for validation, in which the sources of a blend keep their weights.
 
-        energon would read one source after the other, so that a short pass would read only the first source.
+        By itself, energon would read one source after the other, so that a short evaluation would read only the first.
         """
         self._labels = _labels(datasets)
         place = f"{'--valid-data-path' if self.config.valid_data_path else '--data-path'} {self.rejects.source}"
@@ -296,14 +297,15 @@ class ConversationTaskEncoder(TaskEncoder[RawSample, Any, VisionLanguageBatch, V
         return LimitDataset(batches, length=limit, worker_config=worker_config, reset_after_epoch=True)
 
     def build_batch(self, dataset: SavableDataset[Any], *, batch_size: int | None, **settings: Any) -> Any:
-        """Batches a dataset; without a batch size, as for one kind of a mix, returns it with undecoded images."""
+        """Batches a dataset; without a batch size (a dataset that is still to be mixed), returns it undecoded."""
         return dataset if batch_size is None else super().build_batch(dataset, batch_size=batch_size, **settings)
 
 
 def _labels(datasets: Sequence[LoadedDataset]) -> dict[str, str]:
-    """Returns a name for each source of a blend: its folder's if that is unique, else its path; {} for a single source.
+    """Returns a name for each source of a blend, by path; {} for a single source.
 
-    The names are needed because all prepared folders number their samples in the same way.
+    The name is that of the source's folder if no other source has it, else the path. A sample's key alone does not
+    identify it, because all prepared folders number their samples in the same way.
     """
     paths = sorted({str(path) for dataset in datasets for path in dataset.dataset.paths})
     folders = Counter(PurePosixPath(path).name for path in paths)

@@ -56,13 +56,16 @@ class RoutingMetricsTracker(MoEMetricsTracker):
     - the strategy's losses (`smar loss`) and Megatron's own auxiliary losses, reported as Megatron reports the main
       loss: on the console the mean over the steps since the last line, elsewhere the step's value;
     - `mrd distance`: the mean over the layers and over those micro-batches since the last line or point in which at
-      least two modalities had tokens. By layer it is `moe/mrd_distance_layer_N`, N from 1, not on the console. The
+      least two modalities had tokens. A layer's mean is `moe/mrd_distance_layer_N`, N from 1, not on the console. The
       strategy's weighted metrics are reported in the same way, each with its own weights;
-    - `msi`, over all tokens since the last line or point; the other scalars of `load_scalars` are not on the console.
+    - `msi`, the Modality Specialization Index, over all tokens since the last line or point; the other scalars of
+      `load_scalars` are not on the console.
+
+    Megatron also prints a line after a run's first step; the means on the next line include that step again.
 
     Every --log-interval steps, over all tokens since the previous interval: the images of `load_images`, and a warning
-    if routing collapses. Sums over steps are kept on the device; they are reduced and read only when something is
-    reported, which every rank derives from the step number.
+    if routing collapses. Sums over steps are kept on the device; they are reduced and read only in steps that report
+    something, which are the same on every rank: the run's first step, and those at the two intervals.
     """
 
     def __init__(self, config: MonitorConfig | None = None) -> None:
@@ -73,7 +76,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         self._weighted: Tensor | None = None  # [L, W, 2]
         own = [metric for metric in self.config.metrics if metric.weighted]
         self._weighted_metrics = [Metric(MRD_DISTANCE, weighted=True), *own]
-        self._unwritten = self._unprinted = Sums()  # over all ranks, since the last point and the last console line
+        self._unwritten = self._unprinted = Sums()  # over all ranks, since the last logged point and the last interval
         self._collapses = CollapseWatch(
             self.config.collapse_threshold,
             self.config.top_k,
@@ -121,12 +124,13 @@ class RoutingMetricsTracker(MoEMetricsTracker):
         names = [*(kwargs.pop("track_names", None) or []), *own]
         for name in names:
             self.ensure_initialized(name, layers)
-        first, self._begun = not self._begun, True  # Megatron also prints a line after its first step
+        first, self._begun = not self._begun, True  # Megatron also prints a line after a run's first step
         writes = iteration % self.config.scalar_interval == 0
         ends = iteration % self.config.console_interval == 0
         due = (writer, wandb_writer) if writes else (None, None)
         kwargs["force_initialize"] = False  # the loop above has initialized them
-        kwargs["per_layer_logging"] = writes and kwargs.get("per_layer_logging", False)  # it reads them on every rank
+        # Otherwise Megatron would read the values by layer from the device in each step, on ranks without a writer too.
+        kwargs["per_layer_logging"] = writes and kwargs.get("per_layer_logging", False)
         log = super().report(loss_scale, iteration, *due, track_names=names, **kwargs)
         if writes or ends or first:
             sums = self._reduced_sums(layers, kwargs.get("pg_collection"))
@@ -149,8 +153,9 @@ class RoutingMetricsTracker(MoEMetricsTracker):
     def _reduced_sums(self, layers: int, groups: Any) -> Sums:
         """Returns the sums of all layers and replicas since the last call, with one reduction and one device read.
 
-        They are reduced as Megatron reduces its own per-layer values: summed over the pipeline stages, which have
-        different layers, then averaged over replicas if the replicas differ, which changes no share and no mean.
+        The sums are reduced as Megatron reduces its own per-layer values: summed over the pipeline stages, which have
+        different layers, then averaged over the replicas if each has its own statistics (--smar-scope local). The
+        average divides all sums by the same number, so it changes no share and no mean.
         """
         config, weighted, window = self.config, self._weighted, self._window
         if window is None or weighted is None:  # a stage without MoE layers

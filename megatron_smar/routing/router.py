@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron's top-k router with modality-aware routing.
 
-The strategy defines how the modalities affect logits, the choice of experts and losses (`strategies.base`). The router
-does what is the same for all strategies: it applies the strategy, adds the bias per modality (SMAR, Eq. 1 and 2), sums
-the routing statistics with one asynchronous all-reduce, and attaches the auxiliary losses.
+The strategy defines how the modalities affect the logits, the choice of experts and the losses (`strategies.base`). The
+router does what is the same for all strategies: it applies the strategy, adds the modality bias (SMAR, Eq. 1 and 2),
+sums the routing statistics with one asynchronous all-reduce per micro-batch, and attaches the auxiliary losses.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RoutingReport:
 
     Attributes:
         layer: The layer's number, from 1; multi-token prediction layers follow the others.
-        num_layers: The number of layers.
+        num_layers: The number of layers, multi-token prediction layers included.
         statistics: Routing statistics over all ranks that take part in the reduction.
         losses: The strategy's losses by name; empty in passes without gradients (evaluation, and the first of the two
             passes of a recomputed layer).
@@ -107,8 +107,8 @@ class ModalityAwareRouter(TopKRouter):
         self.is_global = modality_routing.scope == "global"
         self.statistics_group = self.tp_dp_cp_group if self.is_global else self.tp_cp_group
         self.replicas = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
-        self.observers: list[Observer] = []  # called in training passes only
-        self.recorders: list[Observer] = []  # called in all passes, also in evaluation
+        self.observers: list[Observer] = []  # called in training, in passes with gradients only
+        self.recorders: list[Observer] = []  # called in every pass, with or without gradients
         self._modality_mask: Tensor | None = None
         self._pending: PendingStatistics | None = None
         self._updated_in: int | None = None
@@ -126,7 +126,10 @@ class ModalityAwareRouter(TopKRouter):
             padding_mask: The modality mask, [s, b, M] bool.
 
         Returns:
-            probs [s * b, E] and routing_map [s * b, E], as Megatron's router.
+            probs [s * b, E] and routing_map [s * b, E], as Megatron's router returns them.
+
+        Raises:
+            ValueError: `padding_mask` is not a modality mask.
         """
         if padding_mask is None or padding_mask.dim() != 3:
             raise ValueError(
@@ -152,7 +155,7 @@ class ModalityAwareRouter(TopKRouter):
             padding_mask: The modality mask, [s, b, M] bool.
 
         Returns:
-            probs [s * b, E] and routing_map [s * b, E], as Megatron's router.
+            probs [s * b, E] and routing_map [s * b, E], as Megatron's router returns them.
         """
         modality_mask = padding_mask
         assert modality_mask is not None
@@ -172,12 +175,13 @@ class ModalityAwareRouter(TopKRouter):
         """Sets the logits of experts that a token's modality may not choose to -inf; padding may choose any expert.
 
         The sigmoid score of such a logit is 0, and Megatron's expert bias (load balancing) could still raise it above
-        others. While Megatron chooses, the expert bias is therefore -inf there too, with shape [N, E] instead of [E].
+        other scores. While Megatron chooses experts, the expert bias of the same tokens and experts is therefore -inf
+        too, and has shape [N, E] instead of [E].
         """
         if self.allowed is None:
             yield logits
             return
-        # 0 * -inf would be NaN, so the one-hot product is of zeros and ones, and -inf is filled in afterwards.
+        # A one-hot product with a table of -inf would give 0 * -inf = NaN, so the table holds zeros and ones.
         one_hot = modality_mask.to(torch.float32)
         forbidden = (one_hot @ (~self.allowed).to(torch.float32)) > 0
         bias = self.expert_bias
@@ -189,10 +193,10 @@ class ModalityAwareRouter(TopKRouter):
             self.expert_bias = bias
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Attaches the z-loss (ST-MoE, arXiv 2202.08906, Eq. 5) to the logits: its mean over the micro-batch's tokens.
+        """Attaches the z-loss (ST-MoE, arXiv 2202.08906, Eq. 5), a mean over the micro-batch's tokens, to the logits.
 
-        Megatron 0.19.2 averages the means of tensor- and context-parallel shards, which gives a different loss where
-        the shards have different numbers of tokens.
+        Megatron 0.19.2 averages the means of the tensor- and context-parallel shards, which gives a different loss
+        where the shards have different numbers of tokens without padding.
 
         Args:
             logits: Router logits [N, E].
@@ -217,7 +221,8 @@ class ModalityAwareRouter(TopKRouter):
     def _drop(self, probs: Tensor, routing_map: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Drops tokens beyond the experts' capacity (--moe-expert-capacity-factor); padding [N] uses no slot.
 
-        As in Megatron, the capacity is a share of all positions, whose number is known without reading the device.
+        As in Megatron, the capacity is computed from the number of all positions, padding included, which is known
+        without a device synchronization.
         """
         taken = ~padding.unsqueeze(-1)
         probs, routing_map = apply_router_token_dropping(
@@ -231,17 +236,18 @@ class ModalityAwareRouter(TopKRouter):
         return probs, routing_map
 
     def _launch_statistics(self, logits: Tensor, probs: Tensor, routing_map: Tensor, modality_mask: Tensor) -> None:
-        """Sums equations 6 and 7 over this rank's tokens and launches the all-reduce, without blocking the host."""
-        # Equation 5, however the backbone normalizes: softmax before or after top-k, sigmoid, scaled.
+        """Computes this rank's sums for SMAR's Eq. 6 and 7 and launches the all-reduce, without blocking the host."""
+        # SMAR, Eq. 5, for any weights of the backbone: softmax before or after top-k, sigmoid, with a scaling factor.
         weights = probs / probs.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
         tokens = RoutedTokens(logits.flatten(0, 1), weights, routing_map, modality_mask.flatten(0, 1))
         local = statistics_from_mask(weights, routing_map, tokens.modality_mask)
         self._pending = PendingStatistics(local, self.statistics_group, self.strategy.sums(tokens))
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Counts tokens per expert without padding: Megatron 0.19.2 combines [N, E] with [N], which lacks an axis.
+        """Counts tokens per expert, without padding, for the update of Megatron's expert bias.
 
-        With a capacity limit the tokens are counted after dropping, as in Megatron: see `_drop`.
+        Megatron 0.19.2 would combine the routing map [N, E] with a padding mask [N]; here the mask is [N, 1]. With a
+        capacity limit the tokens are counted after dropping, as in Megatron: see `_drop`.
         """
         if self.capacity_factor is None:
             super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask.unsqueeze(-1))
@@ -271,7 +277,7 @@ class ModalityAwareRouter(TopKRouter):
         values = {name: loss.value for name, loss in (losses | own).items()}
         self._report(RoutingReport(layer, layers, statistics, values, measures), self.observers + self.recorders)
         output = self._attach(output, losses, self.is_global)
-        # Every rank computes such a loss in full, and the ranks' gradients are summed.
+        # Every rank computes a loss of the weights in full, and the ranks' gradients are summed.
         return self._attach(output, own, True, self.tp_dp_cp_group.size())
 
     def _attach(self, output: Tensor, losses: Mapping[str, AuxiliaryLoss], is_global: bool, parts: int = 1) -> Tensor:

@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass
 class TrainingStep:
-    """Values that are constant within a training step, so that recomputation and interleaved schedules read the same.
+    """Values that are constant within a training step, so that recomputed and interleaved passes read the same values.
 
-    Each model has one instance, which its forward step sets and its routers read.
+    Each model has one instance, which the forward step sets and the model's routers read.
 
     Attributes:
         iteration: Number of the step, from 0.
-        tokens: Loss tokens per micro-batch step, over all replicas. Needed with --calculate-per-token-loss, where
-            Megatron sums gradients over micro-batches and replicas and divides them by the step's loss tokens, while an
-            auxiliary loss must be averaged over micro-batches.
+        tokens: Loss tokens of the step, over all replicas, divided by the number of micro-batches per replica. Needed
+            with --calculate-per-token-loss, where Megatron sums gradients over micro-batches and replicas and divides
+            them by the step's loss tokens, while an auxiliary loss must be averaged over micro-batches.
     """
 
     iteration: int = 0
@@ -36,7 +36,8 @@ class TrainingStep:
         | not `is_global`    | 1                      | T / replicas        |
 
         Args:
-            is_global: Whether every replica computes the same loss, from all replicas' tokens.
+            is_global: Whether every replica computes the same loss, from all replicas' tokens, so that the replicas'
+                gradients must be summed. If not, each replica has its own loss, and their gradients must be averaged.
             replicas: Number of data-parallel replicas.
             per_token: Whether --calculate-per-token-loss is given.
 

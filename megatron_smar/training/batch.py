@@ -30,16 +30,17 @@ class ModelBatch:
     Attributes:
         input_ids: Token ids [b, s].
         position_ids: Positions [b, s].
-        modality_ids: Modality ids [b, s]: rows of the table of modalities (0 text, 1 vision, ...), -1 padding.
-        vision_index: Row of the vision feature that fills each position, among the features of all tiles, [b, s]; -1
-            where none does.
+        modality_ids: Modality ids [b, s]: row in the table of modalities (0 text, 1 vision, ...); -1 for padding.
+        vision_index: For each position, the row of its vision feature among the features of all tiles, [b, s]; -1 at
+            positions without one.
         labels: Target token ids [b, s].
         loss_mask: Weight of each position in the loss, [b, s] float.
         pixel_values: Tiles [tiles, 3, H, W]; None except on the first pipeline stage.
         packed_seq_params: Where the sequences of a pack begin and end, on the host; None without packing.
-        shares: What is logged as a share: name -> [part, total].
+        shares: The ratios to log: name -> [part, total].
         step_tokens: See `TrainingStep.tokens`; None without --calculate-per-token-loss.
-        context_tokens: Loss tokens over all context-parallel ranks, [] float; None without context parallelism.
+        context_tokens: Loss tokens of the micro-batch over all context-parallel ranks, [] float; None without context
+            parallelism.
     """
 
     input_ids: Tensor
@@ -78,7 +79,8 @@ class CountedSteps:
 
     Args:
         iterator: The loader's iterator.
-        data_parallel: Process group of the replicas, without context parallelism, whose ranks read the same samples.
+        data_parallel: Process group of the replicas, without context parallelism: context-parallel ranks read the same
+            samples.
     """
 
     def __init__(self, iterator: Iterator[VisionLanguageBatch], data_parallel: dist.ProcessGroup) -> None:
@@ -90,12 +92,12 @@ class CountedSteps:
         return self
 
     def __next__(self) -> VisionLanguageBatch:
-        """Returns the next micro-batch, with its step's `step_tokens`."""
+        """Returns the next micro-batch, with `step_tokens` set."""
         if not self._step:
             batches = [next(self.iterator) for _ in range(get_num_microbatches())]
             tokens = _on_device(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
             dist.all_reduce(tokens, group=self.data_parallel)
-            # Megatron divides by one token where there are none.
+            # A step without loss tokens counts as one token, as in Megatron.
             tokens = tokens.clamp(min=1) / get_num_microbatches()
             self._step.extend(replace(batch, step_tokens=tokens) for batch in batches)
         return self._step.popleft()
@@ -120,7 +122,7 @@ def prepare_batch(
 
     Args:
         batch: The micro-batch, on the host.
-        placeholders: Token ids of the placeholders, one for each kind of images, in the order of the modalities.
+        placeholders: Token ids of the placeholders, one for each image modality, in the order of the modalities.
         tokens_per_tile: Vision tokens per tile.
         with_images: Whether this is the first pipeline stage.
         pg_collection: Megatron's process groups.
@@ -132,7 +134,7 @@ def prepare_batch(
     modality_ids = modality_ids_from_tokens(batch.input_ids, placeholders, batch.padding_mask)
     is_vision = modality_ids > TEXT
     if with_images:
-        # Counted on the host, where the batch still is: on the device it would need a synchronization.
+        # Counted before the batch is copied to the device, where reading the count would need a synchronization.
         places, features = int(is_vision.sum()), batch.pixel_values.shape[0] * tokens_per_tile
         if places != features:
             raise ValueError(
@@ -161,14 +163,14 @@ def prepare_batch(
         pixel_values=_on_device(batch.pixel_values) if with_images else None,
         packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
         shares=_shares(batch, data_wait),
-        # Each context-parallel rank has read the full sequences, so no reduction is needed.
         step_tokens=batch.step_tokens,
+        # Each context-parallel rank has read the full sequences, so no reduction is needed.
         context_tokens=_on_device(batch.loss_mask.sum()) if cp.size() > 1 else None,
     )
 
 
 def _on_device(tensor: Tensor) -> Tensor:
-    """Copies a tensor to this rank's device without blocking, for which it must be in pinned memory.
+    """Copies a tensor to this rank's device without blocking, for which the tensor must be in pinned memory.
 
     The loader's tensors are already pinned; tensors computed from them are not.
     """
@@ -176,7 +178,7 @@ def _on_device(tensor: Tensor) -> Tensor:
 
 
 def _shares(batch: VisionLanguageBatch, data_wait: tuple[float, float] | None) -> dict[str, Tensor]:
-    """Returns the shares logged for a micro-batch: name -> [part, total], which Megatron sums before dividing."""
+    """Returns the shares logged for a micro-batch: name -> [part, total]; Megatron adds up both, then divides."""
     shares: dict[str, tuple[float, float]] = {
         "text-only ratio": (batch.num_text_only, len(batch.__key__)),
         "fill": (int((~batch.padding_mask).sum()), batch.padding_mask.numel()),
@@ -196,13 +198,14 @@ def _position_ids(batch: VisionLanguageBatch) -> Tensor:
 
 
 def _packed_seq_params(lengths: Tensor) -> PackedSeqParams:
-    """Returns the parameters of sequences of these lengths, one after another without gaps, for all CP ranks together.
+    """Returns the parameters of a pack of sequences of these lengths, without gaps, before context-parallel sharding.
 
     The tensors stay on the host, where the local layers read them; the model copies them to the device for layers that
     need them there.
 
-    The maximum length is that of the longest sequence. Given the length of the pack, Megatron's rotary embedding would
-    continue positions through the pack. Its angles are relative, so this would be visible only in long packs in bf16.
+    The maximum length must be that of the longest sequence: if it were the pack's length, Megatron's rotary embedding
+    would not restart positions at each sequence. Attention scores depend on relative positions only, so the error would
+    be visible only in long packs in bf16.
     """
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())

@@ -38,7 +38,7 @@ class LayerConfig:
     """Settings of the decoder's layers that Megatron's TransformerConfig does not have.
 
     Attributes:
-        parallel_block: Whether attention and feed-forward layer are in parallel, after one norm (Phi).
+        parallel_block: Whether the attention and the feed-forward layer run in parallel, after one shared norm (Phi).
         qk_norm_scope: What --qk-layernorm normalizes over: each head, or all heads together (OLMoE).
         latent_norm_epsilon: Epsilon of the norms of multi-latent attention; None for --norm-epsilon.
     """
@@ -107,7 +107,10 @@ def _attention(attention: ModuleSpec, config: TransformerConfig, layers: LayerCo
 
 
 def _parallel(parts: TransformerLayerSubmodules, config: TransformerConfig) -> ModuleSpec:
-    """Returns the spec of a layer with parallel halves: neither has its own norm, fused into a linear layer or not."""
+    """Returns the spec of a layer with parallel attention and feed-forward layer.
+
+    Neither of the two has a norm of its own, be it separate or fused into a linear layer.
+    """
     linear = get_backend(config.transformer_impl).column_parallel_linear()
     attention = parts.self_attention
     attention = dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, linear_qkv=linear))
@@ -132,10 +135,11 @@ def _norm(config: TransformerConfig) -> LayerNormBuilder:
 
 
 def _as_saved(build: LayerNormBuilder, config: TransformerConfig) -> LayerNormBuilder:
-    """Replaces Megatron's local norm by `build_norm`, and keeps Transformer Engine's extra state out of checkpoints.
+    """Returns the builder of a norm that is saved without extra state.
 
-    The extra state is for FP8, and a norm's is empty. But Megatron expects it in every checkpoint, and could not load a
-    checkpoint of local layers, which includes every imported checkpoint.
+    Megatron's local norm is replaced by `build_norm`; the extra state of Transformer Engine's norms is left out of
+    checkpoints. The extra state is for FP8, and that of a norm is empty. But a model with Transformer Engine's layers
+    expects it in every checkpoint, and could not load those that lack it: those of local layers, and all imported ones.
     """
     if config.transformer_impl == "local":
         return build_norm
@@ -154,7 +158,7 @@ def _drop_extra_state(module: Any, state: dict[str, Any], prefix: str, metadata:
 
 
 def _give_extra_state(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Sets a missing extra state to None: a missing key would be an error."""
+    """Sets the extra state to None if it is missing: a missing key would be an error."""
     state.setdefault(f"{prefix}_extra_state")
 
 
@@ -176,8 +180,9 @@ def _with_norms(parts: Any, names: tuple[str, ...], config: TransformerConfig) -
 def _transformer_engine_keys(config: TransformerConfig, is_moe: bool) -> dict[str, str]:
     """Returns the map from the local layer's norm keys to the keys of Transformer Engine's layer in a checkpoint.
 
-    Megatron 0.19.2's own map is right only for dense layers: Transformer Engine fuses a norm into the linear layer that
-    follows it, but no linear layer follows the norm before an MoE layer or before multi-latent attention.
+    Megatron 0.19.2's own map is right only for dense layers without multi-latent attention: in Transformer Engine's
+    spec the norms before `linear_qkv` and `linear_fc1` are fused into these linear layers, but the norms before an MoE
+    layer and before multi-latent attention are separate modules.
     """
     keys = {} if config.multi_latent_attention else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     return keys if is_moe else keys | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}

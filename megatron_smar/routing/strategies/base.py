@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of a routing strategy; the router does everything that is the same for all strategies.
 
-A strategy is one file with a config, which defines its flags, its checks and its metrics, and a module, which each MoE
-layer has an instance of:
+A strategy is one file with two classes: a config, which defines its flags, its checks and its metrics, and a module, of
+which each MoE layer has an instance. A micro-batch passes through a layer's router in this order:
 
     gate -> logits -> modality bias -> allowed -> Megatron's top-k -> sums -> one all-reduce -> losses
 """
@@ -28,7 +28,7 @@ class Metric:
 
     Attributes:
         name: The metric's name on the console, in TensorBoard and in W&B. The name of a loss ends in "loss", by which
-            Megatron recognizes what to average over micro-batches.
+            Megatron recognizes what to average over the steps since the last console line.
         weighted: False for a loss, which is reported as the main loss is: the mean over steps on the console, the
             step's value elsewhere. True for a measure: a mean over micro-batches, each with its own weight.
         on_console: Whether a measure's mean over the layers is printed on the console; losses always are.
@@ -48,7 +48,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """The MoE layer that a strategy routes.
+    """Sizes of the MoE layer that a strategy routes.
 
     Attributes:
         num_experts: E, the number of experts.
@@ -71,7 +71,7 @@ class RoutedTokens(NamedTuple):
     Attributes:
         logits: Router logits with the modality bias, [N, E]; -inf for experts that a token's modality may not choose
             (`allowed`).
-        weights: Top-k weights renormalised over the chosen experts (SMAR, Eq. 5), 0 where not chosen, [N, E].
+        weights: Top-k weights renormalized over the chosen experts (SMAR, Eq. 5), 0 where not chosen, [N, E].
         routing_map: The chosen experts, [N, E] bool.
         modality_mask: One-hot modalities, [N, M] bool; all False for padding.
     """
@@ -86,9 +86,9 @@ class LayerRouting(NamedTuple):
     """How one layer routed a micro-batch, over all ranks that take part in the reduction.
 
     Attributes:
-        number: The layer's number, from 1.
+        number: The layer's number, from 1; multi-token prediction layers are counted separately, from 1 too.
         iteration: The step's number, from 0.
-        statistics: Counts, weights and tokens per modality.
+        statistics: Sums of counts, weights and tokens per modality.
         sums: The strategy's own sums, by name.
         distance: MRD distance, a scalar.
         comparable: 1 where at least two modalities have tokens. Otherwise 0, and the distance is 0 too.
@@ -106,7 +106,7 @@ class AuxiliaryLoss(NamedTuple):
     """A loss of one layer and micro-batch.
 
     Attributes:
-        value: The loss as reported, a scalar. The router applies the factors for replicas, micro-batches and tokens.
+        value: The loss as reported, a scalar. The router corrects it for Megatron's reductions of the gradients.
         coefficient: The loss's weight in this step; with 0 it is only reported.
     """
 
@@ -122,7 +122,7 @@ class Weighted(NamedTuple):
 
 
 class RoutingStrategy(nn.Module):
-    """What one MoE layer does with the modalities. A strategy overrides the methods it needs.
+    """The routing strategy of one MoE layer. A subclass overrides the methods that it needs.
 
     Parameters and persistent buffers are saved in checkpoints, under `router.strategy`. Buffers, which hold statistics
     of many steps, keep their precision when the model is converted to half precision.
@@ -161,14 +161,17 @@ class RoutingStrategy(nn.Module):
         return {}
 
     def losses(self, routing: LayerRouting) -> dict[str, AuxiliaryLoss]:
-        """Returns the layer's auxiliary losses, by the name of their metric; the same on all ranks."""
+        """Returns the layer's auxiliary losses, by metric name.
+
+        Every rank that takes part in the reduction must return the same losses.
+        """
         return {}
 
     def weight_losses(self, gate: Tensor, iteration: int) -> dict[str, AuxiliaryLoss]:
         """Returns losses that depend only on the router's weights, by metric name, each counted once per step.
 
-        Strategy parameters that they depend on must be marked `sequence_parallel` if the layer is: only then does
-        Megatron sum their gradients over the tensor-parallel ranks, each of which contributes a share.
+        Strategy parameters that these losses depend on must be marked `sequence_parallel` if the layer is: only then
+        does Megatron sum the parameters' gradients over the tensor-parallel ranks, each of which contributes a share.
 
         Args:
             gate: The backbone's router weight, [E, h].
@@ -181,13 +184,16 @@ class RoutingStrategy(nn.Module):
         return {}
 
     def accumulate(self, routing: LayerRouting) -> None:
-        """Adds one micro-batch to the strategy's state, without gradients; the strategy's config sets `keeps_state`."""
+        """Adds one micro-batch to the strategy's state, without gradients.
+
+        A strategy that overrides this method sets `keeps_state` in its config.
+        """
 
     def update(self) -> None:
         """Updates the strategy's state from what was accumulated in the previous step.
 
-        Called at the start of each step and of each run, so the accumulated statistics must be part of the saved state.
-        If nothing was accumulated, it must change nothing.
+        Called before the first micro-batch of each step, also of a resumed run's first step, so the accumulated
+        statistics must be part of the saved state. If nothing was accumulated, this method must change nothing.
         """
 
 
@@ -203,9 +209,9 @@ class StrategyConfig:
         title: One line of --help, after the name.
         metrics: The strategy's metrics, one for each loss and each measure.
         trains_modality_bias: Whether the modality bias is trained. It exists, at zero, under the other strategies too,
-            so that the checkpoints of all stages have the same parameters.
+            so that the checkpoints of all stages have the same parameters (unless --no-modality-router-bias is given).
         of_a_run: Fields that cannot change when a run is resumed.
-        of_inference: Fields without which a trained model cannot be run; empty if inference needs only the backbone's
+        of_inference: Fields that inference with a trained model needs; empty if inference needs only the backbone's
             routing and the modality bias.
         collapse_remedy: What the warning about collapsing routing advises to do with the strategy's flags.
         keeps_state: Whether the strategy accumulates statistics over steps. It is then refused with --smar-scope local,
@@ -231,7 +237,7 @@ class StrategyConfig:
         return RoutingStrategy(self, layer)
 
     def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
-        """Returns the experts that tokens of each modality may choose, [M, E] bool on the CPU; None for all.
+        """Returns the experts that each modality's tokens may choose, [M, E] bool on the CPU; None for all experts.
 
         Args:
             layer: The layer's number, from 1.
@@ -260,7 +266,7 @@ class StrategyConfig:
 
     @classmethod
     def from_checkpoint(cls, args: Namespace) -> Self:
-        """Builds the config with the settings that a trained model needs to be run.
+        """Builds the config with the settings that inference with a trained model needs.
 
         Args:
             args: The run's flags, as its checkpoint stores them; a field missing in them has its default.
@@ -280,7 +286,7 @@ class StrategyConfig:
             moe_layers: Numbers of the model's MoE layers, from 1; None where a checkpoint gives the model's shape.
 
         Raises:
-            ValueError: With the flag, its value and the fix.
+            ValueError: A setting cannot be used; the message gives the flag, its value and the fix.
         """
 
     @classmethod
@@ -288,9 +294,9 @@ class StrategyConfig:
         """Refuses this strategy's flags that would have no effect because another strategy is chosen.
 
         Raises:
-            ValueError: With the flag.
+            ValueError: Such a flag was given; the message names it.
         """
 
     def describe(self) -> str:
-        """Returns the strategy and its settings, in half a line."""
+        """Returns a description of the strategy and its settings, no longer than half a line."""
         return f"{self.name}: {self.title}"
