@@ -192,21 +192,22 @@ def _actions() -> dict[str, Action]:
     """Returns the parser's flags by name."""
     return {
         option.removeprefix("--"): action
-        for action in _parser()._actions
+        for action in flag_parser()._actions
         for option in action.option_strings
         if option.startswith("--")
     }
 
 
 @cache
-def _parser() -> ArgumentParser:
+def flag_parser() -> ArgumentParser:
+    """Returns the parser of Megatron's and this project's flags, for their names, defaults and groups; built once."""
     return add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False, conflict_handler="resolve")))
 
 
 @cache
 def _group_of(name: str) -> str:
     action = _actions().get(name)
-    groups = _parser()._action_groups
+    groups = flag_parser()._action_groups
     return str(next((group.title for group in groups if action in group._group_actions), "general"))
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +12,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from megatron.training.arguments import add_megatron_arguments
-
 from megatron_smar.checkpoint.metadata import find_checkpoint, run_arguments
-from megatron_smar.config.flags import add_arguments
+from megatron_smar.config.run_file import flag_parser
 from megatron_smar.data.rejects import read_rejects
 from megatron_smar.report import figures, sections
 from megatron_smar.report.html import Markup, document, drawing, section, table, tag
@@ -152,7 +150,7 @@ def write_run_report(run: Run, folder: Path) -> tuple[Path, Path]:
         "name": run.name,
         "settings": changed_settings(run.arguments),
         "summary": [dict(zip(("measure", "first", "last"), row, strict=True)) for row in summary_rows(run)],
-        "history": {name: series._asdict() for name, series in run.scalars.items()},
+        "history": _history(run),
         "step_seconds": run.step_seconds._asdict(),
         "rejected": dict(run.rejected),
         "before": run.before,
@@ -211,7 +209,7 @@ def changed_settings(arguments: Namespace | None) -> dict[str, dict[str, Any]]:
     """Returns the run's arguments that differ from the parser's defaults, by the parser's group."""
     if arguments is None:
         return {}
-    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False, conflict_handler="resolve")))
+    parser = flag_parser()
     groups: dict[str, dict[str, Any]] = {}
     for group in parser._action_groups:
         for action in group._group_actions:
