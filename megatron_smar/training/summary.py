@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import nn
 
-from megatron_smar.config.build import modality_routing_config
+from megatron_smar.config.build import get_run_config
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts, part_of
 
 GIB = 1024.0**3
@@ -151,7 +151,7 @@ def _layout_lines(args: Namespace) -> list[str]:
 
 
 def _training_lines(args: Namespace) -> list[str]:
-    routing = modality_routing_config(args)
+    routing = get_run_config().routing
     strategy = routing.strategy.describe()
     if routing.strategy.name != "none":
         strategy += f", {routing.scope} statistics"
