@@ -202,6 +202,10 @@ SMAR = ("--modality-routing", "smar", "--freeze", "vision")
 PLAIN = ("--modality-routing", "none", "--freeze", "vision")
 STAGE_1 = ("--modality-routing", "none", "--freeze", "vision", "language")
 PER_TOKEN = (*SMAR, "--calculate-per-token-loss")
+# Each has all cases of `_every_layout`.
+STRATEGIES: dict[str, tuple[str, ...]] = {
+    "hard routing": ("--modality-routing", "hard", "--num-experts", "8", "--hard-experts", "text=0,5-7", "vision=1-4"),
+}
 FREEZES = {
     "nothing": (),
     "vision": ("vision",),
@@ -384,21 +388,32 @@ def _backbones() -> Iterator[Case]:
 
 
 def _strategies() -> Iterator[Case]:
-    hard = ("--modality-routing", "hard", "--num-experts", "8", "--hard-experts", "text=0,5-7", "vision=1-4")
-    own = Setting(flags=(*hard, "--freeze", "vision"))
+    for name, flags in STRATEGIES.items():
+        yield from _every_layout(name, Setting(flags=(*flags, "--freeze", "vision")))
     balance = ("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")
-    balanced = replace(own, flags=(*own.flags, *balance))
-    yield Case("hard routing, EP 2", 2, 2, EP, own, core=True)
-    yield Case("hard routing, TP 2 + SP", 2, 1, TP_SP, balanced, core=True)
-    yield Case("hard routing, PP 2", 2, 1, PP, own)
-    yield Case("hard routing, CP 2", 2, 1, CP, own)
-    yield Case("hard routing, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, own)
-    packs, separate = replace(own, batch="packed", micro_batches=2), replace(own, micro_batches=2)
-    yield Case("hard routing, packed, CP 2", 2, 1, CP, packs, separate)
+    hard = Setting(flags=(*STRATEGIES["hard routing"], "--freeze", "vision"))
+    yield Case("hard routing, balance loss, TP 2 + SP", 2, 1, TP_SP, replace(hard, flags=(*hard.flags, *balance)))
+    biased = replace(hard, model="sigmoid scores with expert bias")
+    yield Case("hard routing, sigmoid scores with expert bias, EP 2", 2, 2, EP, biased)
     split = ("--modality-routing", "layer_split", "--layer-split-layers", "2", "--freeze", "vision")
     yield Case("layer split, PP 2", 2, 1, PP, Setting("four layers", flags=split))
-    biased = replace(own, model="sigmoid scores with expert bias")
-    yield Case("hard routing, sigmoid scores with expert bias, EP 2", 2, 2, EP, biased)
+
+
+def _every_layout(name: str, setting: Setting) -> Iterator[Case]:
+    """Yields one case for each kind of parallelism and execution, of which two belong to the fast core."""
+    yield Case(f"{name}, DP 2", 2, 2, "", setting)
+    yield Case(f"{name}, EP 2", 2, 2, EP, setting, core=True)
+    yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, setting, core=True)
+    yield Case(f"{name}, PP 2", 2, 1, PP, setting)
+    pipelined = replace(setting, model="four layers", micro_batches=4)
+    yield Case(f"{name}, PP 2 interleaved", 2, 1, VIRTUAL, pipelined, dtype="float32")
+    yield Case(f"{name}, CP 2", 2, 1, CP, setting)
+    yield Case(f"{name}, EP 2, 4 micro-batches", 2, 2, EP, replace(setting, micro_batches=4))
+    yield Case(f"{name}, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, setting)
+    packs, separate = replace(setting, batch="packed", micro_batches=2), replace(setting, micro_batches=2)
+    yield Case(f"{name}, packed, CP 2", 2, 1, CP, packs, separate)
+    extremes = replace(setting, batch="extremes", flags=(*setting.flags, "--calculate-per-token-loss"))
+    yield Case(f"{name}, ranks of text, vision, padding, all", 4, 4, "", extremes)
 
 
 def _modalities() -> Iterator[Case]:
