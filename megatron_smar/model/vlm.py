@@ -17,13 +17,22 @@ from torch import Tensor
 
 from megatron_smar.model.connector import Connector, ConnectorType
 from megatron_smar.model.layers.parallel_block import add_output_bias
+from megatron_smar.model.layers.score_layer import AccumulatesScores
 from megatron_smar.model.layers.specs import LayerConfig, decoder_block_spec
 from megatron_smar.model.parts import freeze_parameters, frozen_parts
+from megatron_smar.model.score_transport import (
+    attach_scores,
+    detach_scores,
+    score_columns,
+    score_dtype,
+    with_wider_activations,
+)
 from megatron_smar.model.vision import VisionConfig, VisionEncoder
 from megatron_smar.model.vocabulary import mask_padding
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.modalities import modality_mask_from_ids
 from megatron_smar.routing.step import TrainingStep
+from megatron_smar.routing.token_columns import join_columns
 
 
 @dataclass(frozen=True)
@@ -119,12 +128,20 @@ class VisionLanguageModel(MegatronModule):
         if post_process and language.true_vocab_size is not None:
             sizes = language.true_vocab_size, language.vocab_size
             mask_padding(self.language_model.output_layer, *sizes, self.pg_collection.tp)
+        self.has_scores = modality_routing.strategy.needs_attention_scores
+        self._received: Tensor | None = None  # scores from the previous stage, [s, b, M]
+        if self.has_scores and not (pre_process and post_process):
+            width = score_columns(modality_routing.num_modalities, config.pipeline_dtype or config.params_dtype)
+            self.config = with_wider_activations(config, width)
         freeze_parameters(self, frozen_parts(freeze))
         self.trains = any(parameter.requires_grad for parameter in self.parameters())
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Sets the previous stage's activations [s, b, h]; called by Megatron's schedules."""
-        self.language_model.set_input_tensor(input_tensor)
+        """Sets the previous stage's activations [s, b, h], with its scores; called by Megatron's schedules."""
+        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if self.has_scores and received is not None:
+            received, self._received = detach_scores(received, self.language_model.config.hidden_size)
+        self.language_model.set_input_tensor(received)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Returns the tied embedding, whose gradient Megatron reduces between the first and the last stage."""
@@ -140,6 +157,7 @@ class VisionLanguageModel(MegatronModule):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        sample_ids: Tensor | None = None,
     ) -> Tensor:
         """Runs one micro-batch through this stage.
 
@@ -153,6 +171,7 @@ class VisionLanguageModel(MegatronModule):
             attention_mask: None for causal.
             packed_seq_params: Boundaries of the sequences of a pack, on the host, for b = 1; each sequence attends only
                 to itself.
+            sample_ids: Number of each position's sample, [b, s]; needed to train with a strategy that `needs_samples`.
 
         Returns:
             On the last stage the loss per token [b, s], or without labels the logits [b, s, vocabulary / tp]; on the
@@ -161,15 +180,52 @@ class VisionLanguageModel(MegatronModule):
         decoder_input = None
         if self.pre_process:
             decoder_input = self._embed(input_ids, position_ids, pixel_values, vision_index)
-        return self.language_model(
+        mask, sample_ids = self._own_shard(modality_ids, sample_ids)
+        columns, scores = mask, None
+        if self.training and self.modality_routing.strategy.needs_samples:
+            if sample_ids is None:
+                raise ValueError("the routing strategy sums over samples, and sample_ids is missing.")
+            columns = join_columns(mask, sample_ids, score_dtype(self.config.params_dtype))
+            scores = self._first_scores(mask) if self.has_scores else None
+        output = self.language_model(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
             decoder_input=decoder_input,
             labels=labels,
-            padding_mask=self._modality_mask(modality_ids),
+            padding_mask=columns,
             packed_seq_params=self._place_ends(packed_seq_params),
+            extra_block_kwargs={"context": scores},
         )
+        if self.has_scores and not self.post_process:
+            output = attach_scores(output, self._last_scores(scores, output))
+        return output
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns Megatron's sharded state dict, after the strategies' statistics of the last step are settled."""
+        self.step.settle()
+        return super().sharded_state_dict(*args, **kwargs)
+
+    def _first_scores(self, mask: Tensor) -> Tensor:
+        """Returns the scores that enter this stage's first layer, [s, b, M]: in the model's first layer hard labels."""
+        if self.pre_process:
+            return mask.transpose(0, 1).to(score_dtype(self.config.params_dtype))
+        assert self._received is not None
+        received, self._received = self._received, None
+        return received
+
+    def _last_scores(self, first: Tensor | None, output: Tensor) -> Tensor:
+        """Returns the scores that leave this stage's last layer, [s, b, M]; zeros where none are needed."""
+        if first is None:
+            shape = (*output.shape[:2], self.modality_routing.num_modalities)
+            return torch.zeros(shape, dtype=score_dtype(output.dtype), device=output.device)
+        layers = self.language_model.decoder.layers
+        if not len(layers):  # a stage without layers
+            return first
+        assert isinstance(layers[-1], AccumulatesScores)
+        last, layers[-1].last_scores = layers[-1].last_scores, None
+        assert last is not None
+        return last
 
     def _place_ends(self, packed: PackedSeqParams | None) -> PackedSeqParams | None:
         """Returns the boundaries of a pack's sequences on the device where the layers need them.
@@ -183,12 +239,16 @@ class VisionLanguageModel(MegatronModule):
         ends = packed.cu_seqlens_q.pin_memory().cuda(non_blocking=True)
         return replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
 
-    def _modality_mask(self, modality_ids: Tensor) -> Tensor:
-        """Returns this rank's shard of the modality mask: [b, s / tp, M] with sequence parallelism, else [b, s, M]."""
+    def _own_shard(self, modality_ids: Tensor, sample_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns this rank's shard of the modality mask [b, s, M] and of the sample numbers [b, s].
+
+        With sequence parallelism s is divided by the number of tensor-parallel ranks.
+        """
         if self.config.sequence_parallel:
             group = self.pg_collection.tp
             modality_ids = modality_ids.chunk(group.size(), dim=1)[group.rank()]
-        return modality_mask_from_ids(modality_ids, self.modality_routing.num_modalities)
+            sample_ids = None if sample_ids is None else sample_ids.chunk(group.size(), dim=1)[group.rank()]
+        return modality_mask_from_ids(modality_ids, self.modality_routing.num_modalities), sample_ids
 
     def _embed(
         self,

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from megatron_smar.routing.router import ModalityAwareRouter
+from megatron_smar.routing.token_columns import split_columns
 
 
 def give_experts_their_own_optimizer(experts: nn.Module) -> None:
@@ -33,10 +36,40 @@ class ModalityAwareMoELayer(MoELayer):
     """
 
     router: ModalityAwareRouter
+    moe_layer_recompute: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         give_experts_their_own_optimizer(self.experts)
+
+    def forward(
+        self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs the layer as Megatron does.
+
+        Args:
+            hidden_states: [s, b, h].
+            intermediate_tensors: Megatron's, for CUDA graphs.
+            padding_mask: The modality mask, [b, s, M] bool, or the columns of `routing.token_columns`.
+        """
+        if padding_mask is None or padding_mask.dtype == torch.bool:
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        if self.moe_layer_recompute and self.training:
+            return tensor_parallel.checkpoint(self._forward_columns, False, hidden_states, padding_mask)
+        return self._forward_columns(hidden_states, padding_mask)
+
+    def _forward_columns(self, hidden_states: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        router = self.router
+        mask, sample_ids, scores = split_columns(columns, router.modality_routing.num_modalities)
+        router.sample_ids = sample_ids.transpose(0, 1)
+        router.scores = None if scores is None else scores.transpose(0, 1)
+        # Megatron begins to recompute inside its forward pass, where a second pass would not find the columns again.
+        recomputes, self.moe_layer_recompute = self.moe_layer_recompute, False
+        try:
+            return super().forward(hidden_states, None, mask)
+        finally:
+            self.moe_layer_recompute = recomputes
+            router.sample_ids = router.scores = None
 
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
         """Returns Megatron's output [s, b, h] with the auxiliary losses attached."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.modality_bias import ModalityBias
 from megatron_smar.routing.mrd import layer_distance
+from megatron_smar.routing.samples import TokensOfSamples
 from megatron_smar.routing.statistics import PendingStatistics, RoutingStatistics, statistics_from_mask
 from megatron_smar.routing.step import TrainingStep
 from megatron_smar.routing.strategies.base import (
@@ -110,8 +111,11 @@ class ModalityAwareRouter(TopKRouter):
         self.observers: list[Observer] = []  # called in training, in passes with gradients only
         self.recorders: list[Observer] = []  # called in every pass, with or without gradients
         self._modality_mask: Tensor | None = None
+        self._hidden: Tensor | None = None
         self._pending: PendingStatistics | None = None
-        self._updated_in: int | None = None
+        self.sample_ids: Tensor | None = None  # of the pass that is about to run, [s, b]; set by the MoE layer
+        self.scores: Tensor | None = None  # the same, [s, b, M]
+        self._step_sums: dict[str, Tensor] = {}  # this rank's, since the strategy's last update
 
     def set_layer_number(self, layer_number: int) -> None:
         """Sets the layer's number, from 1, on which the allowed experts may depend."""
@@ -136,11 +140,13 @@ class ModalityAwareRouter(TopKRouter):
                 "ModalityAwareRouter got no modality mask [s, b, M]; pass one as the language model's padding_mask "
                 "(see megatron_smar.routing.modalities)."
             )
-        if self.training and self._updated_in != self.step.iteration:
-            self.strategy.update()
-            self._updated_in = self.step.iteration
+        if self.training:
+            self.step.begin()
         self._modality_mask = padding_mask  # Megatron does not pass it to `gating`
-        return super().forward(input, padding_mask)
+        self._hidden = input
+        routed = super().forward(input, padding_mask)
+        self._hidden = None
+        return routed
 
     def gating(self, input: Tensor) -> Tensor:
         """Returns the strategy's logits [s, b, E] for the router's input [s, b, h]."""
@@ -239,9 +245,37 @@ class ModalityAwareRouter(TopKRouter):
         """Computes this rank's sums for SMAR's Eq. 6 and 7 and launches the all-reduce, without blocking the host."""
         # SMAR, Eq. 5, for any weights of the backbone: softmax before or after top-k, sigmoid, with a scaling factor.
         weights = probs / probs.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
-        tokens = RoutedTokens(logits.flatten(0, 1), weights, routing_map, modality_mask.flatten(0, 1))
+        assert self._hidden is not None
+        tokens = RoutedTokens(
+            self._hidden.detach().flatten(0, 1),
+            logits.flatten(0, 1),
+            weights,
+            routing_map,
+            modality_mask.flatten(0, 1),
+            None if self.scores is None else self.scores.flatten(0, 1),
+            self._sample_sums(),
+        )
         local = statistics_from_mask(weights, routing_map, tokens.modality_mask)
-        self._pending = PendingStatistics(local, self.statistics_group, self.strategy.sums(tokens))
+        sums = self.strategy.sums(tokens) if self._learns() else {}
+        self._pending = PendingStatistics(local, self.statistics_group, sums)
+        if self._learns():
+            with torch.no_grad():
+                for name, part in self.strategy.step_sums(tokens).items():
+                    self._step_sums[name] = self._step_sums[name] + part if name in self._step_sums else part
+
+    def _sample_sums(self) -> TokensOfSamples | None:
+        if self.sample_ids is None:
+            return None
+        return TokensOfSamples(self.sample_ids.flatten(), self.step.samples, self.tp_cp_group)
+
+    def take_step_sums(self) -> dict[str, Tensor]:
+        """Returns this rank's sums of the step (`RoutingStrategy.step_sums`), and starts new ones."""
+        sums, self._step_sums = self._step_sums, {}
+        return sums
+
+    def update(self, sums: Mapping[str, Tensor]) -> None:
+        """Updates the strategy's state after a step; called by `TrainingStep.settle`."""
+        self.strategy.update(sums)
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Counts tokens per expert, without padding, for the update of Megatron's expert bias.
@@ -272,8 +306,10 @@ class ModalityAwareRouter(TopKRouter):
         routing = LayerRouting(self.layer_number, self.step.iteration, statistics, sums, distance, comparable)
         losses, own = self.strategy.losses(routing), self.strategy.weight_losses(self.weight, self.step.iteration)
         measures = {MRD_DISTANCE: Weighted(distance, comparable)} | self.strategy.measures(routing)
-        with torch.no_grad():
-            self.strategy.accumulate(routing)
+        if self.modality_routing.strategy.keeps_state:
+            with torch.no_grad():
+                self.strategy.accumulate(routing)
+            self.step.routers[self] = None
         values = {name: loss.value for name, loss in (losses | own).items()}
         self._report(RoutingReport(layer, layers, statistics, values, measures), self.observers + self.recorders)
         output = self._attach(output, losses, self.is_global)

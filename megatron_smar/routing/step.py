@@ -3,9 +3,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+class AccumulatingRouter(Protocol):
+    """A router whose strategy accumulates statistics over a step."""
+
+    statistics_group: dist.ProcessGroup
+
+    def take_step_sums(self) -> dict[str, Tensor]:
+        """Returns this rank's sums of the step, by name, and starts new ones."""
+        ...
+
+    def update(self, sums: Mapping[str, Tensor]) -> None:
+        """Updates the strategy's state with the sums over all ranks."""
+        ...
 
 
 @dataclass
@@ -19,10 +37,40 @@ class TrainingStep:
         tokens: Loss tokens of the step, over all replicas, divided by the number of micro-batches per replica. Needed
             with --calculate-per-token-loss, where Megatron sums gradients over micro-batches and replicas and divides
             them by the step's loss tokens, while an auxiliary loss must be averaged over micro-batches.
+        samples: The largest number of samples of a micro-batch so far. A pass that reads a larger number than its own
+            sums over samples that do not exist, which are 0.
+        routers: Routers whose strategies have accumulated statistics since the last `settle`.
     """
 
     iteration: int = 0
     tokens: Tensor | None = None
+    samples: int = 1
+    routers: dict[AccumulatingRouter, None] = field(default_factory=dict)
+    _begun: int | None = None
+
+    def begin(self) -> None:
+        """Settles the previous step when the first router runs in a new one."""
+        if self._begun != self.iteration:
+            self._begun = self.iteration
+            self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Reduces what the routers have accumulated, in one all-reduce for all layers, and updates their strategies.
+
+        Called before the first micro-batch of the next step and when a checkpoint is saved, whichever comes first, on
+        all ranks that share the routers. Does nothing if nothing was accumulated.
+        """
+        routers, self.routers = list(self.routers), {}
+        own = [router.take_step_sums() for router in routers]
+        parts = [part for sums in own for part in sums.values()]
+        if parts:
+            packed = torch.cat([part.flatten() for part in parts])
+            dist.all_reduce(packed, group=routers[0].statistics_group)
+            totals = iter(packed.split([part.numel() for part in parts]))
+            own = [{name: next(totals).view_as(part) for name, part in sums.items()} for sums in own]
+        for router, sums in zip(routers, own, strict=True):
+            router.update(sums)
 
     def reductions(self, is_global: bool, replicas: int, per_token: bool) -> float | Tensor:
         """Returns the factor that corrects an auxiliary loss for Megatron's reductions over data-parallel replicas.

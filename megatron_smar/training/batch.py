@@ -31,6 +31,7 @@ class ModelBatch:
         input_ids: Token ids [b, s].
         position_ids: Positions [b, s].
         modality_ids: Modality ids [b, s]: row in the table of modalities (0 text, 1 vision, ...); -1 for padding.
+        sample_ids: Number of each position's sample in the micro-batch, [b, s]: its row, or its sequence of a pack.
         vision_index: For each position, the row of its vision feature among the features of all tiles, [b, s]; -1 at
             positions without one.
         labels: Target token ids [b, s].
@@ -41,11 +42,13 @@ class ModelBatch:
         step_tokens: See `TrainingStep.tokens`; None without --calculate-per-token-loss.
         context_tokens: Loss tokens of the micro-batch over all context-parallel ranks, [] float; None without context
             parallelism.
+        samples: Number of samples of the micro-batch, padding after a pack's last sample included.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     modality_ids: Tensor
+    sample_ids: Tensor
     vision_index: Tensor
     labels: Tensor
     loss_mask: Tensor
@@ -54,6 +57,7 @@ class ModelBatch:
     shares: dict[str, Tensor]
     step_tokens: Tensor | None
     context_tokens: Tensor | None
+    samples: int
 
 
 class DataWait:
@@ -146,6 +150,7 @@ def prepare_batch(
         "input_ids": batch.input_ids,
         "position_ids": _position_ids(batch),
         "modality_ids": modality_ids,
+        "sample_ids": _sample_ids(batch),
         "vision_index": torch.where(is_vision, order, -1),
         "labels": batch.labels,
         "loss_mask": batch.loss_mask,
@@ -166,6 +171,7 @@ def prepare_batch(
         step_tokens=batch.step_tokens,
         # Each context-parallel rank has read the full sequences, so no reduction is needed.
         context_tokens=_on_device(batch.loss_mask.sum()) if cp.size() > 1 else None,
+        samples=batch.input_ids.shape[0] if batch.lengths is None else len(batch.lengths),
     )
 
 
@@ -195,6 +201,13 @@ def _position_ids(batch: VisionLanguageBatch) -> Tensor:
     if batch.lengths is None:
         return positions
     return positions - (batch.lengths.cumsum(0) - batch.lengths).repeat_interleave(batch.lengths)
+
+
+def _sample_ids(batch: VisionLanguageBatch) -> Tensor:
+    """Returns the number of each position's sample, [b, s]: its row, or its sequence of a pack."""
+    if batch.lengths is None:
+        return torch.arange(batch.input_ids.shape[0]).unsqueeze(1).expand_as(batch.input_ids)
+    return torch.arange(len(batch.lengths)).repeat_interleave(batch.lengths).unsqueeze(0)
 
 
 def _packed_seq_params(lengths: Tensor) -> PackedSeqParams:

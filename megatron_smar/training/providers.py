@@ -166,11 +166,13 @@ def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardS
         if model.training:
             step = get_attr_wrapped_model(model, "step")
             step.iteration, step.tokens = args.curr_iteration, batch.step_tokens
+            step.samples = max(step.samples, batch.samples)
         timers("batch-generator").stop()
         output = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             modality_ids=batch.modality_ids,
+            sample_ids=batch.sample_ids,
             pixel_values=batch.pixel_values,
             vision_index=batch.vision_index,
             labels=batch.labels,

@@ -23,7 +23,8 @@ from megatron_smar import __version__, runtime
 from megatron_smar.checkpoint.continuation import check_continuation
 from megatron_smar.checkpoint.fit import CheckpointMismatchError, leave_other_random_state, resumed_state
 from megatron_smar.checkpoint.loadable import check_loadable
-from megatron_smar.checkpoint.metadata import DamagedError
+from megatron_smar.checkpoint.location import locate
+from megatron_smar.checkpoint.metadata import DamagedError, run_arguments
 from megatron_smar.checkpoint.model_identity import check_identity
 from megatron_smar.checkpoint.start_point import StartPoint, apply_start, find_start, keep_origin
 from megatron_smar.config.build import RunConfig, set_run_config, transformer_config
@@ -32,6 +33,7 @@ from megatron_smar.config.flag_errors import FLAG_ERRORS, sentence
 from megatron_smar.config.flags import add_arguments
 from megatron_smar.config.run_file import add_run_file_options, expand, write_run_file
 from megatron_smar.monitoring.tracker import install_metrics
+from megatron_smar.routing.strategies import STRATEGIES
 from megatron_smar.runtime import failure
 from megatron_smar.training.console import show_step_lines
 from megatron_smar.training.providers import model_provider
@@ -74,6 +76,8 @@ def parse_arguments(
         point = find_start(parse_args(add_flags))
         sys.argv[1:] = apply_start(sys.argv[1:], point)
         given = parse_args(add_flags)
+        sys.argv[1:] += _strategy_defaults(given)
+        given = parse_args(add_flags)
         check_arguments(given, needs_data)
         check_loadable(given)
         args = given = parse_and_validate_args(add_flags)
@@ -96,6 +100,17 @@ def parse_arguments(
     show_step_lines()
     take_over_folder(args)
     return args
+
+
+def _strategy_defaults(args: Namespace) -> list[str]:
+    """Returns flags of the chosen strategy whose default depends on other flags or on the run that is resumed."""
+    resumes = args.load is not None and not args.finetune
+    found = locate("--load", args.load, args.ckpt_step) if resumes else None
+    saved = None
+    if found is not None and found.checkpoint is not None and not found.is_release:
+        saved = run_arguments(found.path, args.ckpt_step)
+    defaults = STRATEGIES[args.modality_routing].default_flags(args, saved)
+    return [part for flag, value in defaults.items() for part in (flag, str(value))]
 
 
 def _resume(args: Namespace, point: StartPoint) -> None:

@@ -18,7 +18,7 @@ COMMON = [
     *f"""
     --seq-length {LENGTH} --max-position-embeddings {LENGTH} --init-method-std 0.1 --tokenizer-type NullTokenizer
     --vocab-size {VOCABULARY} --clip-grad 0 --weight-decay 0 --lr 1
-    --lr-decay-style constant --train-iters 1
+    --lr-decay-style constant
     --smar-coeff 0.5 --smar-d-min 3 --smar-d-max 4 --smar-eps 1e-3
     """.split(),
 ]
@@ -138,12 +138,14 @@ class Setting:
         batch: Name for `make_batch`.
         micro_batches: Gradient accumulation steps.
         flags: Further flags: routing, loss, what is frozen.
+        steps: Number of optimizer steps. With two, the second depends on statistics that the first accumulated.
     """
 
     model: str = "mixtral"
     batch: str = "mixed"
     micro_batches: int = 1
     flags: tuple[str, ...] = ("--modality-routing", "smar", "--freeze", "vision")
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ class Case:
         common = [
             flag for flag in COMMON if flag != "--group-query-attention" or "--multi-latent-attention" not in model
         ]
-        return [*common, "--no-save-optim", *optimizer, *model, *setting.flags, *layout]
+        steps = ["--train-iters", str(setting.steps)]
+        return [*common, "--no-save-optim", *optimizer, *model, *steps, *setting.flags, *layout]
 
 
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -202,8 +205,13 @@ SMAR = ("--modality-routing", "smar", "--freeze", "vision")
 PLAIN = ("--modality-routing", "none", "--freeze", "vision")
 STAGE_1 = ("--modality-routing", "none", "--freeze", "vision", "language")
 PER_TOKEN = (*SMAR, "--calculate-per-token-loss")
+SMOES = (
+    *("--modality-routing", "smoes", "--smoes-bins", "2", "--smoes-information-coeff", "0.5"),
+    *("--smoes-balance-coeff", "0.5", "--smoes-decay", "0.5"),
+)
 # Each has all cases of `_every_layout`.
 STRATEGIES: dict[str, tuple[str, ...]] = {
+    **{f"SMoES, {scores} scores": (*SMOES, "--smoes-scores", scores) for scores in ("attention", "gaussian", "hard")},
     "hard routing": ("--modality-routing", "hard", "--num-experts", "8", "--hard-experts", "text=0,5-7", "vision=1-4"),
 }
 FREEZES = {
@@ -389,7 +397,8 @@ def _backbones() -> Iterator[Case]:
 
 def _strategies() -> Iterator[Case]:
     for name, flags in STRATEGIES.items():
-        yield from _every_layout(name, Setting(flags=(*flags, "--freeze", "vision")))
+        steps = 2 if "smoes" in flags else 1
+        yield from _every_layout(name, Setting(flags=(*flags, "--freeze", "vision"), steps=steps))
     balance = ("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")
     hard = Setting(flags=(*STRATEGIES["hard routing"], "--freeze", "vision"))
     yield Case("hard routing, balance loss, TP 2 + SP", 2, 1, TP_SP, replace(hard, flags=(*hard.flags, *balance)))

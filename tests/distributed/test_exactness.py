@@ -76,7 +76,7 @@ class Laboratory:
         """Returns the gradient of every parameter (and the change of every buffer), and the logged values."""
         values = read_values(job.folder)[-1]
         before = load_weights((job.loads or job.folder / "start") / "iter_0000001")
-        after = load_weights(job.folder / "iter_0000001")
+        after = load_weights(job.folder / f"iter_{job.case.setting.steps:07d}")
         assert set(after) == set(before)
         steps = {n: before[n].double() - w.double() for n, w in after.items() if w.is_floating_point()}
         if job.case.adam:  # without moments Adam's step is u = g / (|g| + 1)

@@ -27,6 +27,7 @@ from megatron_smar.model.layers.local_attention import ScaledDotProductAttention
 from megatron_smar.model.layers.local_experts import LocalExperts
 from megatron_smar.model.layers.norms import ProjectionNorm, build_norm
 from megatron_smar.model.layers.parallel_block import ParallelBlockLayer
+from megatron_smar.model.layers.score_layer import SCORE_LAYERS
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.moe_layer import ModalityAwareMoELayer
 from megatron_smar.routing.router import ModalityAwareRouter
@@ -67,6 +68,8 @@ def decoder_block_spec(
     )
     router = partial(ModalityAwareRouter, modality_routing=modality_routing, step=step)
     specs = [_extended(layer, config, router, layers or LayerConfig()) for layer in block.layer_specs]
+    if modality_routing.strategy.needs_attention_scores:
+        specs = [dataclasses.replace(layer, module=SCORE_LAYERS[layer.module]) for layer in specs]
     return dataclasses.replace(block, layer_specs=specs, layer_norm=_as_saved(block.layer_norm, config))
 
 

@@ -8,9 +8,10 @@ from megatron_smar.routing.strategies.hard import HardConfig
 from megatron_smar.routing.strategies.layer_split import LayerSplitConfig
 from megatron_smar.routing.strategies.none import NoneConfig
 from megatron_smar.routing.strategies.smar import SmarConfig
+from megatron_smar.routing.strategies.smoes import SmoesConfig
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
-    config.name: config for config in (NoneConfig, SmarConfig, HardConfig, LayerSplitConfig)
+    config.name: config for config in (NoneConfig, SmarConfig, SmoesConfig, HardConfig, LayerSplitConfig)
 }
 
 

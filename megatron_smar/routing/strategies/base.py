@@ -12,7 +12,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -65,21 +65,43 @@ class RoutedLayer:
     sequence_parallel: bool = False
 
 
+class SampleSums(Protocol):
+    """Sums over the tokens of each sample of a micro-batch."""
+
+    ranks: int
+    """Number of ranks that compute the same sums, because they share the replica's samples."""
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Returns the sums [S, C] of values [N, C] over the tokens of each sample, also those on other ranks.
+
+        S is at least the number of samples; the rows of samples that do not exist are 0. Gradients pass to this rank's
+        tokens.
+        """
+        ...
+
+
 class RoutedTokens(NamedTuple):
     """This rank's tokens of a micro-batch, after the choice of experts.
 
     Attributes:
+        hidden: The router's input, [N, h].
         logits: Router logits with the modality bias, [N, E]; -inf for experts that a token's modality may not choose
             (`allowed`).
         weights: Top-k weights renormalized over the chosen experts (SMAR, Eq. 5), 0 where not chosen, [N, E].
         routing_map: The chosen experts, [N, E] bool.
         modality_mask: One-hot modalities, [N, M] bool; all False for padding.
+        scores: Soft modality scores by attention, [N, M], all 0 for padding, without gradient; None unless the config
+            has `needs_attention_scores`.
+        sample_sums: Sums over the tokens of each sample; None unless the config has `needs_samples`.
     """
 
+    hidden: Tensor
     logits: Tensor
     weights: Tensor
     routing_map: Tensor
     modality_mask: Tensor
+    scores: Tensor | None = None
+    sample_sums: SampleSums | None = None
 
 
 class LayerRouting(NamedTuple):
@@ -184,16 +206,27 @@ class RoutingStrategy(nn.Module):
         return {}
 
     def accumulate(self, routing: LayerRouting) -> None:
-        """Adds one micro-batch to the strategy's state, without gradients.
+        """Adds one micro-batch to what the strategy accumulates over a step, without gradients.
 
-        A strategy that overrides this method sets `keeps_state` in its config.
+        What is accumulated need not be saved, since `update` is called before. A strategy that overrides this method
+        sets `keeps_state` in its config.
         """
 
-    def update(self) -> None:
-        """Updates the strategy's state from what was accumulated in the previous step.
+    def step_sums(self, tokens: RoutedTokens) -> dict[str, Tensor]:
+        """Returns sums over this rank's tokens of a micro-batch that are needed once per step, without gradients.
 
-        Called before the first micro-batch of each step, also of a resumed run's first step, so the accumulated
-        statistics must be part of the saved state. If nothing was accumulated, this method must change nothing.
+        They are added up over the step's micro-batches, and reduced once per step, those of all layers in one
+        all-reduce. A strategy that overrides this method sets `keeps_state` in its config.
+        """
+        return {}
+
+    def update(self, sums: Mapping[str, Tensor]) -> None:
+        """Updates the strategy's state once after each step.
+
+        Called before the first micro-batch of the next step, or earlier when a checkpoint is saved.
+
+        Args:
+            sums: `step_sums` over all tokens of the step on all ranks.
         """
 
 
@@ -214,8 +247,11 @@ class StrategyConfig:
         of_inference: Fields that inference with a trained model needs; empty if inference needs only the backbone's
             routing and the modality bias.
         collapse_remedy: What the warning about collapsing routing advises to do with the strategy's flags.
+        needs_samples: Whether the strategy sums over the tokens of each sample (`RoutedTokens.sample_sums`).
         keeps_state: Whether the strategy accumulates statistics over steps. It is then refused with --smar-scope local,
             since the replicas would accumulate different statistics and a checkpoint stores only one replica's.
+        training_state: Names of buffers that only training needs. They start anew where a checkpoint of another strategy
+            lacks them, and are left out where another strategy, or none, is chosen.
         needs_experts: Whether the strategy has an effect only in MoE layers, so that a dense model is refused.
         exported: Whether the backbone's gate, the modality bias and `allowed` are all that an export needs. If not, the
             export is refused and names the strategy.
@@ -228,9 +264,19 @@ class StrategyConfig:
     of_a_run: ClassVar[tuple[str, ...]] = ()
     of_inference: ClassVar[tuple[str, ...]] = ()
     collapse_remedy: ClassVar[str] = ""
+    needs_samples: ClassVar[bool] = False
     keeps_state: ClassVar[bool] = False
+    training_state: ClassVar[tuple[str, ...]] = ()
     needs_experts: ClassVar[bool] = True
     exported: ClassVar[bool] = True
+
+    @property
+    def needs_attention_scores(self) -> bool:
+        """Whether soft modality scores are accumulated along the layers' attention (`model.layers.score_layer`).
+
+        Only together with `needs_samples`.
+        """
+        return False
 
     def build(self, layer: RoutedLayer) -> RoutingStrategy:
         """Builds the strategy's module for one layer."""
@@ -277,6 +323,16 @@ class StrategyConfig:
     def _of(cls, args: Mapping[str, Any], names: Iterable[str]) -> Self:
         values = {name: args[f"{cls.name}_{name}"] for name in names if f"{cls.name}_{name}" in args}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    @classmethod
+    def default_flags(cls, args: Namespace, saved: Namespace | None) -> dict[str, Any]:
+        """Returns flags that were not given and whose default depends on other flags, with their values.
+
+        Args:
+            args: The flags as given, before they are checked.
+            saved: The arguments of the checkpoint that the run resumes from; None if it does not resume.
+        """
+        return {}
 
     def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
         """Checks the settings against the run's other flags.

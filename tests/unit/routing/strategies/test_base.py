@@ -31,6 +31,7 @@ class ProbeConfig(StrategyConfig):
 
     name = "probe"
     title = "every part of the interface"
+    keeps_state = True
     metrics = (Metric("probe loss"), Metric("gate loss"), Metric("probe mean", weighted=True))
 
     coeff: float = 0.5
@@ -47,6 +48,7 @@ class Probe(RoutingStrategy):
         self.gates = nn.Parameter(torch.zeros(layer.num_modalities, layer.num_experts, layer.hidden_size))
         self.register_buffer("seen", torch.zeros(layer.num_experts))
         self.register_buffer("load", torch.zeros(layer.num_experts))
+        self.register_buffer("tokens", torch.zeros(layer.num_modalities))
 
     def logits(self, hidden, modality_mask, gate) -> Tensor:
         return gate(hidden) + torch.einsum("sbh,meh,sbm->sbe", hidden, self.gates, modality_mask.to(hidden.dtype))
@@ -67,8 +69,12 @@ class Probe(RoutingStrategy):
     def accumulate(self, routing) -> None:
         self.seen += routing.statistics.counts.sum(0)
 
-    def update(self) -> None:
+    def step_sums(self, tokens) -> dict[str, Tensor]:
+        return {"tokens": tokens.modality_mask.sum(0).to(tokens.weights.dtype)}
+
+    def update(self, sums) -> None:
         self.load += self.seen
+        self.tokens += sums["tokens"]
         self.seen.zero_()
 
 
@@ -131,7 +137,7 @@ def test_losses_and_measures_are_reported_in_training_but_not_in_evaluation(step
     torch.testing.assert_close(evaluation.statistics.counts, training.statistics.counts)
 
 
-def test_state_is_updated_once_per_step_and_a_resumed_run_has_the_accumulated_statistics(step):
+def test_state_is_updated_once_per_step_and_a_saved_state_includes_the_last_step(step):
     router, inputs, mask = step
     strategy = router.strategy
 
@@ -142,15 +148,18 @@ def test_state_is_updated_once_per_step_and_a_resumed_run_has_the_accumulated_st
         router.step.iteration = iteration
         micro_batch(router)
         assert strategy.load.sum() == loads, "two micro-batches of 8 tokens and 2 experts in step 0, one in step 1"
+        assert strategy.tokens.sum() * 2 == loads
     router.eval()
     micro_batch(router)
     router.train()
+    router.step.settle()  # as the model does before it is saved
+    assert strategy.load.sum() == 64
     resumed = router_of(ProbeConfig())
     resumed.load_state_dict(router.state_dict())
     for each in (router, resumed):
         each.step.iteration = 3
         micro_batch(each)
-        assert each.strategy.load.sum() == 64, "evaluation counts nothing"
+        assert each.strategy.load.sum() == 64, "evaluation counts nothing, and nothing is counted twice"
 
 
 def test_a_recomputed_layer_counts_once(step):

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What strategies with soft modality scores need to know of each token, passed along like the modality mask.
+
+Megatron's `padding_mask` argument then carries one floating-point tensor instead of the mask of `routing.modalities`:
+
+    modality mask (M columns) | number of the token's sample (1 column) | soft modality scores (M columns, optional)
+
+The MoE layer splits it (`moe_layer.ModalityAwareMoELayer`), because Megatron applies `.bool()` to it after that point.
+Sample numbers are exact up to 2^24 in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenColumns(NamedTuple):
+    """The parts of a tensor of columns.
+
+    Attributes:
+        modality_mask: One-hot modalities, [b, s, M] bool; all False for padding.
+        sample_ids: Number of the sample within the micro-batch, [b, s] int64.
+        scores: Soft modality scores, [b, s, M]; None if there are none.
+    """
+
+    modality_mask: Tensor
+    sample_ids: Tensor
+    scores: Tensor | None
+
+
+def join_columns(modality_mask: Tensor, sample_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the columns [b, s, M + 1] of a mask [b, s, M] and sample numbers [b, s]."""
+    return torch.cat([modality_mask.to(dtype), sample_ids.to(dtype).unsqueeze(-1)], dim=-1)
+
+
+def with_scores(columns: Tensor, scores: Tensor) -> Tensor:
+    """Returns columns [b, s, M + 1] together with soft modality scores [s, b, M]: [b, s, 2 M + 1]."""
+    return torch.cat([columns, scores.transpose(0, 1)], dim=-1)
+
+
+def split_columns(columns: Tensor, num_modalities: int) -> TokenColumns:
+    """Splits columns, [b, s, M + 1] or [b, s, 2 M + 1]."""
+    mask, sample_ids = columns[..., :num_modalities].bool(), columns[..., num_modalities].long()
+    scores = columns[..., num_modalities + 1 :]
+    return TokenColumns(mask, sample_ids, scores if scores.shape[-1] else None)
