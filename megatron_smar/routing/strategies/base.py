@@ -250,7 +250,7 @@ class StrategyConfig:
         needs_samples: Whether the strategy sums over the tokens of each sample (`RoutedTokens.sample_sums`).
         keeps_state: Whether the strategy accumulates statistics over steps. It is then refused with --smar-scope local,
             since the replicas would accumulate different statistics and a checkpoint stores only one replica's.
-        training_state: Names of buffers that only training needs. They start anew where a checkpoint of another strategy
+        training_state: Names of buffers that only training needs. They start anew where another strategy's checkpoint
             lacks them, and are left out where another strategy, or none, is chosen.
         needs_experts: Whether the strategy has an effect only in MoE layers, so that a dense model is refused.
         exported: Whether the backbone's gate, the modality bias and `allowed` are all that an export needs. If not, the
