@@ -399,6 +399,7 @@ def _strategies() -> Iterator[Case]:
     for name, flags in STRATEGIES.items():
         steps = 2 if "smoes" in flags else 1
         yield from _every_layout(name, Setting(flags=(*flags, "--freeze", "vision"), steps=steps))
+    yield from _attention_scores()
     balance = ("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")
     hard = Setting(flags=(*STRATEGIES["hard routing"], "--freeze", "vision"))
     yield Case("hard routing, balance loss, TP 2 + SP", 2, 1, TP_SP, replace(hard, flags=(*hard.flags, *balance)))
@@ -406,6 +407,31 @@ def _strategies() -> Iterator[Case]:
     yield Case("hard routing, sigmoid scores with expert bias, EP 2", 2, 2, EP, biased)
     split = ("--modality-routing", "layer_split", "--layer-split-layers", "2", "--freeze", "vision")
     yield Case("layer split, PP 2", 2, 1, PP, Setting("four layers", flags=split))
+
+
+def _attention_scores() -> Iterator[Case]:
+    """Yields what scores by attention depend on: the kind of attention, where they travel, what is recomputed."""
+    flags = (*STRATEGIES["SMoES, attention scores"], "--freeze", "vision")
+    scores, name = Setting(flags=flags, steps=2), "SMoES, attention scores"
+    deep = replace(scores, model="four layers")
+    for model in ("latent attention", "parallel block", "norms over all heads", "dense layers between"):
+        yield Case(f"{name}, {model}, TP 2 + SP", 2, 1, TP_SP, replace(scores, model=model))
+    yield Case(f"{name}, latent attention, PP 2", 2, 1, PP, replace(scores, model="latent attention"))
+    yield Case(f"{name}, TP 2 x PP 2", 4, 1, f"{TP_SP} {PP}", deep)
+    yield Case(f"{name}, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", scores)
+    yield Case(f"{name}, PP 2 x CP 2", 4, 1, f"{PP} {CP}", deep)
+    yield Case(f"{name}, PP 2, 4 micro-batches", 2, 1, PP, replace(deep, micro_batches=4))
+    yield Case(f"{name}, PP 2, full recomputation", 2, 1, f"{PP} {RECOMPUTE_ALL}", replace(deep, micro_batches=4))
+    selective = "--recompute-granularity selective --recompute-modules"
+    yield Case(f"{name}, recomputation of MoE and attention, EP 2", 2, 2, f"{EP} {selective} moe core_attn", scores)
+    packs, separate = replace(scores, batch="packed", micro_batches=2), replace(scores, micro_batches=2)
+    yield Case(f"{name}, packed, TP 2 x CP 2", 4, 1, f"{TP_SP} {CP}", packs, separate)
+    yield Case(f"{name}, bfloat16, PP 2", 2, 1, f"{PP} --bf16", deep, dtype="bfloat16")
+    kinds = replace(scores, batch="three modalities", flags=(*flags, "--image-modalities", "vision", "chart"))
+    yield Case(f"{name}, three modalities, TP 2 + SP", 2, 1, TP_SP, kinds)
+    for objective in ("kl", "none"):
+        ablation = replace(scores, flags=(*flags, "--smoes-objective", objective, "--smoes-fixed-bins"))
+        yield Case(f"{name}, objective {objective}, fixed bins, EP 2", 2, 2, EP, ablation)
 
 
 def _every_layout(name: str, setting: Setting) -> Iterator[Case]:
