@@ -130,6 +130,41 @@ MUTATIONS = (
         "self._sums[name]",
         ("tests/unit/routing/strategies/test_base.py",),
     ),
+    Mutation(
+        "round soft scores to bf16 between pipeline stages",
+        "megatron_smar/model/score_transport.py",
+        "scores.contiguous().view(activations.dtype)",
+        "scores.to(activations.dtype).to(scores.dtype).contiguous().view(activations.dtype)",
+        ("tests/unit/model/test_score_layer.py",),
+    ),
+    Mutation(
+        "let padding have a soft score",
+        "megatron_smar/routing/soft_scores.py",
+        "return mixed * (scores.sum(dim=-1, keepdim=True) > 0)",
+        "return mixed",
+        ("tests/unit/routing/test_soft_scores.py",),
+    ),
+    Mutation(
+        "leave the tokens of a sample on other ranks out",
+        "megatron_smar/routing/samples.py",
+        "dist.all_reduce(total, group=self.group)",
+        "dist.barrier(group=self.group)",
+        (exactness("SMoES, hard scores, TP 2 + SP"),),
+    ),
+    Mutation(
+        "give each rank only a part of the gradient of a sample that it shares",
+        "megatron_smar/routing/samples.py",
+        "return value.detach() / ranks + (value - value.detach())",
+        "return value / ranks",
+        (exactness("SMoES, hard scores, TP 2 + SP"),),
+    ),
+    Mutation(
+        "average soft scores over this rank's attention heads only",
+        "megatron_smar/model/layers/score_layer.py",
+        "mean = reduce_scatter_to_sequence_parallel_region(mean, group=group) / group.size()",
+        "mean = mean.chunk(group.size())[group.rank()]",
+        (exactness("SMoES, attention scores, TP 2 + SP"),),
+    ),
 )
 
 
