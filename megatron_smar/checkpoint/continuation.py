@@ -34,6 +34,8 @@ _SCHEDULE_ARGUMENTS = (
     "lr_warmup_iters",
     "lr_warmup_samples",
 )
+# Which mean of the losses is minimized.
+_LOSS_ARGUMENTS = ("loss_weighting", "calculate_per_token_loss")
 _WEIGHT_DECAY_ARGUMENTS = ("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style")
 
 
@@ -60,8 +62,27 @@ def check_continuation(args: Namespace, state: dict[str, Any] | None) -> None:
         )
     if args.no_load_optim:
         return
+    check_loss(args, state)
     check_optimizer(args, state)
     check_schedule(args, state)
+
+
+def check_loss(args: Namespace, state: dict[str, Any]) -> None:
+    """Compares the mean that a run minimizes; the optimizer's moments are those of the checkpoint's.
+
+    Args:
+        args: The run's arguments.
+        state: The result of `fit.resumed_state`.
+
+    Raises:
+        CheckpointMismatchError: The run would go on with another loss.
+    """
+    changed = list(_changed(saved_arguments(state), args, _LOSS_ARGUMENTS))
+    if changed:
+        raise CheckpointMismatchError(
+            f"--load {args.load} minimized another mean of the losses: {', '.join(changed)}; give the same, or "
+            f"--no-load-optim to continue with a new optimizer and a schedule from its start{_or_a_new_run(args)}."
+        )
 
 
 def check_optimizer(args: Namespace, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_smar.data.config import DataConfig
+from megatron_smar.data.loss_weighting import LossWeighting
 from megatron_smar.data.tiling import ImageConfig
 from megatron_smar.modalities import Modalities
 from megatron_smar.model.connector import ConnectorType
@@ -133,6 +134,7 @@ class RunConfig:
         template: Name of the conversation template.
         monitor: What is watched of the routing.
         data: Which data is read; None for a program that reads none.
+        loss_weighting: How much each token counts in the loss; None for Megatron's mean.
     """
 
     routing: ModalityRoutingConfig
@@ -144,6 +146,7 @@ class RunConfig:
     template: str
     monitor: MonitorConfig
     data: DataConfig | None = None
+    loss_weighting: LossWeighting | None = None
 
     @classmethod
     def from_arguments(cls, args: Namespace, needs_data: bool = True) -> RunConfig:
@@ -163,6 +166,7 @@ class RunConfig:
             template=args.conversation_template,
             monitor=MonitorConfig.from_arguments(args),
             data=data_config(args) if needs_data else None,
+            loss_weighting=args.loss_weighting,
         )
 
     @property

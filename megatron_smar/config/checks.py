@@ -31,6 +31,7 @@ def check_shape(args: Namespace, is_known: bool = True) -> None:
     _check_freeze(args, is_known)
     _check_routing(args, modality_routing_config(args), is_known)
     _check_layers(args)
+    _check_loss(args)
     _check_parallelism(args)
 
 
@@ -186,6 +187,19 @@ def _check_layers(args: Namespace) -> None:
         raise ValueError(
             "--latent-norm-epsilon belongs to the norms in multi-latent attention; give --multi-latent-attention and "
             "--qk-layernorm, or leave it out."
+        )
+
+
+def _check_loss(args: Namespace) -> None:
+    if args.loss_weighting is not None and args.calculate_per_token_loss:
+        raise ValueError(
+            f"--loss-weighting {args.loss_weighting} and --calculate-per-token-loss are two means of the same loss "
+            "(--loss-weighting token is the mean over all tokens); leave out one of the two."
+        )
+    if args.mtp_num_layers:
+        raise ValueError(
+            f"--mtp-num-layers {args.mtp_num_layers} adds a loss of multi-token prediction layers, which are not built "
+            "here; leave it out."
         )
 
 

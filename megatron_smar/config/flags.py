@@ -9,6 +9,7 @@ from typing import get_args
 from megatron_smar import runtime
 from megatron_smar.config.dataclass_flags import add_config_flags
 from megatron_smar.config.flag_errors import explain_unknown_flags
+from megatron_smar.data.loss_weighting import LOSS_WEIGHTINGS
 from megatron_smar.modalities import Modalities
 from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.parts import PARTS
@@ -26,6 +27,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     _add_vision_arguments(parser)
     _add_language_arguments(parser)
     _add_stage_arguments(parser)
+    _add_loss_arguments(parser)
     _add_conversation_arguments(parser)
     _add_checkpoint_arguments(parser)
     parser.add_argument_group("console").add_argument(
@@ -197,6 +199,18 @@ def _add_stage_arguments(parser: ArgumentParser) -> None:
         "output layer), attention, norms, dense (feed-forward layers without experts), experts (also shared ones) and "
         "router (with the modality bias). To train only experts and router, as in MoE-LLaVA's last stage: vision "
         "connector embeddings attention norms dense. Default: vision.",
+    )
+
+
+def _add_loss_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument_group("loss", "The mean that is minimized; docs/routing.md compares the choices.").add_argument(
+        "--loss-weighting",
+        choices=LOSS_WEIGHTINGS,
+        help="Minimize sum(w * loss) / sum(w) over all tokens of a step on all replicas, with n the loss tokens of a "
+        "token's sample: token: w is 1; sample: 1 / n, every sample weighs the same; sqrt: 1 / sqrt(n), as Qwen3-VL "
+        "and InternVL3.5 do to keep long text answers and short visual ones in balance. Only the training loss is "
+        "weighted: the validation loss stays the mean over tokens. Default: Megatron's mean over a micro-batch's "
+        "tokens, then over micro-batches and replicas.",
     )
 
 

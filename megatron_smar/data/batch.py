@@ -75,6 +75,9 @@ class VisionLanguageBatch(Batch):
         num_text_only: Number of samples without an image.
         step_tokens: Loss tokens per micro-batch of the training step, over all replicas, [] on the device; None if
             nothing needs them.
+        loss_weights: [b, s] float32, the weight of each position in the loss; None without --loss-weighting.
+        step_weight: Sum of `loss_weights` per micro-batch of the training step, over all replicas, [] on the device;
+            None without --loss-weighting.
     """
 
     input_ids: torch.Tensor
@@ -85,6 +88,8 @@ class VisionLanguageBatch(Batch):
     lengths: torch.Tensor | None = None
     num_text_only: int = 0
     step_tokens: torch.Tensor | None = None
+    loss_weights: torch.Tensor | None = None
+    step_weight: torch.Tensor | None = None
 
 
 def collate(

@@ -19,6 +19,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_smar.data.batch import VisionLanguageBatch
+from megatron_smar.data.loss_weighting import LossWeighting, loss_weights
 from megatron_smar.model.context_parallel import zigzag_positions
 from megatron_smar.routing.modalities import TEXT, modality_ids_from_tokens
 
@@ -43,6 +44,8 @@ class ModelBatch:
         context_tokens: Loss tokens of the micro-batch over all context-parallel ranks, [] float; None without context
             parallelism.
         samples: Number of samples of the micro-batch, padding after a pack's last sample included.
+        loss_weights: Weight of each position with --loss-weighting, [b, s] float; None without.
+        step_weight: See `VisionLanguageBatch.step_weight`.
     """
 
     input_ids: Tensor
@@ -58,6 +61,8 @@ class ModelBatch:
     step_tokens: Tensor | None
     context_tokens: Tensor | None
     samples: int
+    loss_weights: Tensor | None
+    step_weight: Tensor | None
 
 
 class DataWait:
@@ -96,19 +101,73 @@ class CountedSteps:
         return self
 
     def __next__(self) -> VisionLanguageBatch:
-        """Returns the next micro-batch, with `step_tokens` set."""
+        """Returns the next micro-batch, with the numbers of its step set: `step_tokens`, or those of a subclass."""
         if not self._step:
-            batches = [next(self.iterator) for _ in range(get_num_microbatches())]
-            tokens = _on_device(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
-            dist.all_reduce(tokens, group=self.data_parallel)
-            # A step without loss tokens counts as one token, as in Megatron.
-            tokens = tokens.clamp(min=1) / get_num_microbatches()
-            self._step.extend(replace(batch, step_tokens=tokens) for batch in batches)
+            self._step.extend(self._counted([next(self.iterator) for _ in range(get_num_microbatches())]))
         return self._step.popleft()
+
+    def _counted(self, batches: list[VisionLanguageBatch]) -> list[VisionLanguageBatch]:
+        """Returns this replica's micro-batches of a step, with the step's numbers set."""
+        # A step without loss tokens counts as one token, as in Megatron.
+        tokens = self._mean_over_micro_batches([batch.loss_mask for batch in batches], at_least=1)
+        return [replace(batch, step_tokens=tokens) for batch in batches]
+
+    def _mean_over_micro_batches(self, values: list[Tensor], at_least: float = 0) -> Tensor:
+        """Returns the sum of all values of the step, over all replicas, divided by the number of micro-batches."""
+        total = _on_device(torch.stack([value.sum() for value in values]).sum())
+        dist.all_reduce(total, group=self.data_parallel)
+        return total.clamp(min=at_least) / len(values)
 
     def save_state(self) -> Any:
         """Returns the loader's state, for Megatron's checkpoint."""
         return self.iterator.save_state()  # type: ignore[attr-defined]
+
+
+class WeightedSteps(CountedSteps):
+    """Sets the loss weights of a step's micro-batches, and the sum of the step's, before the first backward pass.
+
+    Used with --loss-weighting. The weights are computed from complete sequences, which every context-parallel rank has
+    read, so a sample's loss tokens need no reduction.
+
+    Args:
+        iterator: As for `CountedSteps`.
+        data_parallel: As for `CountedSteps`.
+        weighting: Which weights.
+    """
+
+    def __init__(
+        self, iterator: Iterator[VisionLanguageBatch], data_parallel: dist.ProcessGroup, weighting: LossWeighting
+    ) -> None:
+        super().__init__(iterator, data_parallel)
+        self.weighting = weighting
+
+    def _counted(self, batches: list[VisionLanguageBatch]) -> list[VisionLanguageBatch]:
+        weights = [loss_weights(batch.loss_mask, batch.lengths, self.weighting) for batch in batches]
+        # In float64, so that the rounding of the sum does not depend on the layout.
+        step = self._mean_over_micro_batches([weight.double() for weight in weights]).float()
+        return [
+            replace(batch, loss_weights=weight, step_weight=step)
+            for batch, weight in zip(batches, weights, strict=True)
+        ]
+
+
+def read_ahead(
+    iterator: Iterator[VisionLanguageBatch],
+    data_parallel: dist.ProcessGroup,
+    per_token: bool,
+    weighting: LossWeighting | None,
+) -> Iterator[VisionLanguageBatch]:
+    """Returns the iterator, wrapped if the loss needs numbers of a whole step.
+
+    Args:
+        iterator: As for `CountedSteps`.
+        data_parallel: As for `CountedSteps`.
+        per_token: Whether --calculate-per-token-loss is given.
+        weighting: --loss-weighting.
+    """
+    if weighting is not None:
+        return WeightedSteps(iterator, data_parallel, weighting)
+    return CountedSteps(iterator, data_parallel) if per_token else iterator
 
 
 def prepare_batch(
@@ -155,6 +214,8 @@ def prepare_batch(
         "labels": batch.labels,
         "loss_mask": batch.loss_mask,
     }
+    if batch.loss_weights is not None:
+        sequences["loss_weights"] = batch.loss_weights
     cp = pg_collection.cp
     if batch.lengths is not None and cp.size() > 1:
         # Megatron's sharding of packs needs Transformer Engine; this gives the same shards.
@@ -164,6 +225,7 @@ def prepare_batch(
     if batch.lengths is None and cp.size() > 1:
         sequences = get_batch_on_this_cp_rank(sequences, is_hybrid_cp=False, cp_group=cp)
     return ModelBatch(
+        loss_weights=sequences.pop("loss_weights", None),
         **sequences,
         pixel_values=_on_device(batch.pixel_values) if with_images else None,
         packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
@@ -172,6 +234,7 @@ def prepare_batch(
         # Each context-parallel rank has read the full sequences, so no reduction is needed.
         context_tokens=_on_device(batch.loss_mask.sum()) if cp.size() > 1 else None,
         samples=batch.input_ids.shape[0] if batch.lengths is None else len(batch.lengths),
+        step_weight=batch.step_weight,
     )
 
 

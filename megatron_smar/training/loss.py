@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main loss: cross-entropy over the tokens that the loss mask keeps."""
+"""The main loss: cross-entropy over the tokens that the loss mask keeps, as a mean or as a weighted mean."""
 
 from __future__ import annotations
 
@@ -40,18 +40,57 @@ def lm_loss(
         The sum over the loss tokens, their number, and what is logged: this rank's sum and number, which Megatron sums
         over micro-batches and ranks before dividing.
     """
-    mask = loss_mask.flatten().float()
-    total = (output_tensor.flatten().float() * mask).sum()
-    number = mask.sum()
+    total, number = _sums(loss_mask, output_tensor, check_for_nan)
+    logged = {LM_LOSS: torch.stack([total.detach(), number]), **shares}
+    if context_tokens is not None:
+        total, number = total * context_parallel_size, context_tokens
+    return total, number.detach().int(), logged
+
+
+def weighted_lm_loss(
+    loss_weights: Tensor,
+    shares: dict[str, Tensor],
+    check_for_nan: bool,
+    output_tensor: Tensor,
+    *,
+    step_weight: Tensor,
+    ranks: int,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Computes one micro-batch's part of sum(w * loss) / sum(w) over the whole step (--loss-weighting).
+
+    Megatron divides what is returned by its number of tokens and by the number of micro-batches, and averages gradients
+    over replicas and context-parallel ranks. The number is 1 here, and the sum is multiplied by the number of these
+    ranks and divided by sum(w) per micro-batch: what remains is the division by sum(w).
+
+    Args:
+        loss_weights: This context-parallel rank's share of the weights w, [b, s]; 0 where the loss does not count.
+        shares: As for `lm_loss`.
+        check_for_nan: As for `lm_loss`.
+        output_tensor: Cross-entropy per token, [b, s].
+        step_weight: Sum of the weights of the step, over all replicas, divided by the number of micro-batches per
+            replica, [].
+        ranks: Number of ranks over which Megatron averages: replicas times context-parallel ranks.
+
+    Returns:
+        As `lm_loss`. Logged are this rank's sum of w * loss and of w, so that what Megatron logs is what is minimized.
+    """
+    total, weight = _sums(loss_weights, output_tensor, check_for_nan)
+    logged = {LM_LOSS: torch.stack([total.detach(), weight]), **shares}
+    # Without loss tokens in the step all weights are 0, and so is the loss.
+    divisor = step_weight.where(step_weight > 0, 1.0)
+    return total * ranks / divisor, torch.ones_like(weight, dtype=torch.int), logged
+
+
+def _sums(weights: Tensor, output_tensor: Tensor, check_for_nan: bool) -> tuple[Tensor, Tensor]:
+    """Returns the weighted sum of the losses and the sum of the weights, [] each; Megatron may rerun the step."""
+    weights = weights.flatten().float()
+    total = (output_tensor.flatten().float() * weights).sum()
     if check_for_nan:
         # One check for both, since each waits for the device; the error shows the value.
         get_rerun_state_machine().validate_result(
             result=total, rejection_func=_is_not_finite, message="found NaN or Inf in the lm loss", fatal=True
         )
-    logged = {LM_LOSS: torch.stack([total.detach(), number.detach()]), **shares}
-    if context_tokens is not None:
-        total, number = total * context_parallel_size, context_tokens
-    return total, number.detach().int(), logged
+    return total, weights.sum()
 
 
 def _is_not_finite(value: Tensor) -> Tensor:

@@ -26,15 +26,14 @@ from megatron_smar.data.tokens import TextEncoder
 from megatron_smar.model.vlm import VisionLanguageModel
 from megatron_smar.monitoring.tracker import watch_routing
 from megatron_smar.runtime.signals import begin_training
-from megatron_smar.training.batch import CountedSteps, DataWait, prepare_batch
+from megatron_smar.training.batch import DataWait, prepare_batch, read_ahead
 from megatron_smar.training.console import write_arguments
-from megatron_smar.training.loss import lm_loss
+from megatron_smar.training.loss import lm_loss, weighted_lm_loss
 from megatron_smar.training.resume import SavedPositions, restore
 from megatron_smar.training.summary import data_lines, place_lines, summary
 
 _CHUNKS: list[VisionLanguageModel] = []  # this rank's model chunks, in the order in which they were built
 
-TrainIterator = EnergonIterator | SavedPositions | RecordedSamples | CountedSteps
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Iterator[VisionLanguageBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
 
@@ -81,7 +80,7 @@ def _show_summary(args: Namespace) -> None:
 
 def data_iterators_provider(
     num_samples: list[int], vp_stage: int | None = None
-) -> tuple[TrainIterator | None, EnergonIterator | None, None]:
+) -> tuple[Iterator[VisionLanguageBatch] | None, EnergonIterator | None, None]:
     """Builds this rank's training and validation iterators (Megatron's `external` dataloaders).
 
     Args:
@@ -99,7 +98,7 @@ def data_iterators_provider(
     }
     if not vp_stage:
         _show_summary(args)
-    train: TrainIterator | None = None
+    train: Iterator[VisionLanguageBatch] | None = None
     valid = None
     if not args.skip_train:
         train = EnergonIterator(build_train_loader(config, get_tokenizer(), *place, **settings), config)
@@ -109,8 +108,8 @@ def data_iterators_provider(
             train = SavedPositions(train, place[0], args.loader_state_folder)
         if args.record_samples and settings["announce_rejects"]:
             train = RecordedSamples(train, args.record_samples, *place, args.iteration, lambda: args.curr_iteration + 1)
-        if args.calculate_per_token_loss:
-            train = CountedSteps(train, groups.dp)
+        weighting = get_run_config().loss_weighting
+        train = read_ahead(train, groups.dp, args.calculate_per_token_loss, weighting)
     if num_samples[1] > 0:
         batches = args.eval_iters * args.eval_global_batch_size // (args.eval_micro_batch_size * place[1])
         config = dataclasses.replace(config, micro_batch_size=args.eval_micro_batch_size)
@@ -153,6 +152,7 @@ def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardS
         the loss from it.
     """
     data_wait = DataWait()
+    weighting = get_run_config().loss_weighting
 
     def forward_step(
         data_iterator: Iterator[VisionLanguageBatch], model: torch.nn.Module
@@ -179,12 +179,20 @@ def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardS
             packed_seq_params=batch.packed_seq_params,
         )
         # In validation Megatron would print each share as a validation loss, with its perplexity.
-        shares = batch.shares if model.training else {}
+        shares, check = batch.shares if model.training else {}, args.check_for_nan_in_loss_and_grad
+        if model.training and weighting is not None:
+            if batch.loss_weights is None or batch.step_weight is None:
+                raise RuntimeError(
+                    f"--loss-weighting {weighting} needs the sum of a step's weights before its first micro-batch: "
+                    "wrap the iterator with megatron_smar.training.batch.read_ahead."
+                )
+            weights, ranks = batch.loss_weights, groups.dp_cp.size()
+            return output, partial(weighted_lm_loss, weights, shares, check, step_weight=batch.step_weight, ranks=ranks)
         return output, partial(
             lm_loss,
             batch.loss_mask,
             shares,
-            args.check_for_nan_in_loss_and_grad,
+            check,
             context_tokens=None if args.calculate_per_token_loss else batch.context_tokens,
             context_parallel_size=groups.cp.size(),
         )

@@ -20,6 +20,11 @@ from megatron_smar.config.build import get_run_config
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts, part_of
 
 GIB = 1024.0**3
+_LOSSES = {
+    "token": "the mean over all loss tokens of a step",
+    "sample": "the mean over all samples of a step, each the mean over its loss tokens",
+    "sqrt": "a weighted mean over all loss tokens of a step: 1 / sqrt(n), n the loss tokens of the sample",
+}
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,17 @@ def _training_lines(args: Namespace) -> list[str]:
         f"micro-batches, {args.seq_length} tokens at most",
         f"  {'':12}{args.optimizer}, learning rate {args.lr}, {args.lr_decay_style}, to {args.min_lr}, "
         f"warm-up {warmup}",
+        f"  {'loss':12}{_loss(args)}",
     ]
+
+
+def _loss(args: Namespace) -> str:
+    weighting = get_run_config().loss_weighting
+    if weighting is not None:
+        return f"{_LOSSES[weighting]} (--loss-weighting {weighting})"
+    if args.calculate_per_token_loss:
+        return f"{_LOSSES['token']} (--calculate-per-token-loss)"
+    return "the mean over each micro-batch's loss tokens, then over micro-batches and replicas"
 
 
 def _size(number: float) -> str:

@@ -63,10 +63,12 @@ def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
     `extremes`: pairs of rows with only text, only vision, only padding, and all of these.
     `no images`: only text.
     `three modalities`: same as `mixed`, but every other tile is of a second kind of image.
+    `no empty row`: rows with 2 to 16 loss tokens.
     `packed`: the rows of `mixed` without their padding, concatenated four at a time in a row of 128.
+    `packed uneven`: the same of the rows of `uneven`.
     """
-    if name == "packed":
-        return _packed(make_batch("mixed", seed))
+    if name.startswith("packed"):
+        return _packed(make_batch(name.removeprefix("packed").strip() or "mixed", seed))
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(6, VOCABULARY, (ROWS, LENGTH), generator=generator)
     padding = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
@@ -84,6 +86,8 @@ def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
         mask[0, 2:30] = 1
         mask[1], mask[4, 14:] = 0, 0
         mask[7, 20:32] = 1
+    if name == "no empty row":
+        mask = (torch.arange(LENGTH) >= LENGTH - 2 * (1 + torch.arange(ROWS)[:, None])).float()
     if name == "one share":
         mask[:, :] = 0
         mask[:, 8:24] = 1
@@ -162,6 +166,8 @@ class Case:
         dtype: float64, except where Megatron supports only float32, or bfloat16 is tested.
         adam: Whether the optimizer is `SIGNED`.
         core: Part of `make test`; the others run with `make test-matrix`.
+        logs_its_loss: Whether the reference logs the loss that it minimizes. Megatron logs the mean over all tokens
+            also where it minimizes the mean of the micro-batches' means.
     """
 
     name: str
@@ -173,11 +179,12 @@ class Case:
     dtype: str = "float64"
     adam: bool = False
     core: bool = False
+    logs_its_loss: bool = True
 
     def flags(self) -> list[str]:
         """Returns the complete command line except for the batch and the folder."""
         setting = self.setting
-        packed = setting.batch == "packed"
+        packed = setting.batch.startswith("packed")
         total = PACKS if packed else ROWS
         rows = total // setting.micro_batches // self.data_parallel
         optimizer = SIGNED if self.adam else DESCENT
@@ -250,6 +257,7 @@ def cases() -> Iterator[Case]:
     yield Case("DP 2, 4 micro-batches", 2, 2, "", Setting(micro_batches=4))
     yield from _packs()
     yield from _losses()
+    yield from _weightings()
     yield from _execution()
     yield from _contents()
     yield from _backbones()
@@ -325,6 +333,49 @@ def _losses() -> Iterator[Case]:
     # Megatron 0.19.2 averages this loss's gradient over the replicas that share it: on two replicas alpha is halved.
     full, half = (Setting(flags=(*everywhere, alpha)) for alpha in ("0.1", "0.05"))
     yield Case("global balance loss, DP 2 (alpha / 2 on one)", 2, 2, "", full, half)
+
+
+def _weightings() -> Iterator[Case]:
+    """Yields --loss-weighting, on rows with 0 to 28 loss tokens if nothing else is said."""
+    balance = ("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")
+    for weighting in ("sample", "sqrt"):
+        flags, name = (*SMAR, "--loss-weighting", weighting), f"{weighting} weighting"
+        is_sqrt = weighting == "sqrt"
+        rows = Setting(batch="uneven", flags=flags)
+        pieces, pipelined = replace(rows, micro_batches=4), replace(rows, model="four layers", micro_batches=4)
+        yield Case(f"{name}, DP 2", 2, 2, "", rows)
+        yield Case(f"{name}, EP 2, 4 micro-batches", 2, 2, EP, pieces, core=is_sqrt)
+        yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, rows)
+        yield Case(f"{name}, CP 2", 2, 1, CP, rows)
+        yield Case(f"{name}, CP 2 x EP 2 x DP 2", 4, 2, f"{CP} {EP}", rows)
+        yield Case(f"{name}, PP 2", 2, 1, PP, pipelined)
+        yield Case(f"{name}, PP 2 interleaved", 2, 1, VIRTUAL, pipelined, dtype="float32")
+        yield Case(f"{name}, distributed optimizer, DP 2", 2, 2, OVERLAP, pieces, dtype="float32", adam=True)
+        packs, halves = replace(rows, batch="packed uneven", micro_batches=2), replace(rows, micro_batches=2)
+        yield Case(f"{name}, packed, one process", 1, 1, "", packs, halves)
+        yield Case(f"{name}, packed, DP 2", 2, 2, "", replace(packs, micro_batches=1), rows)
+        yield Case(f"{name}, packed, CP 2", 2, 1, CP, packs, halves, core=is_sqrt)
+        extremes = replace(rows, batch="extremes")
+        yield Case(f"{name}, ranks of text, vision, padding, all", 4, 4, "", extremes)
+        balanced = (*SMAR, *balance)
+        # Rows with the same number of loss tokens weigh the same, so that these two are the losses without the flag,
+        # with every auxiliary loss at its usual scale.
+        even, plain = Setting(flags=(*flags, *balance)), Setting(flags=balanced)
+        yield Case(f"{name} of even rows as without it, TP 2 + SP", 2, 1, TP_SP, even, plain)
+        pieces, plain = Setting(micro_batches=4, flags=flags), Setting(micro_batches=4)
+        yield Case(f"{name} of even rows as without it, EP 2, 4 micro-batches", 2, 2, EP, pieces, plain)
+    # The same losses by other means: a micro-batch for each row, and Megatron's mean over all tokens. Nothing but the
+    # main loss may depend on the micro-batches here.
+    without = PLAIN
+    each = Setting(batch="no empty row", flags=(*without, "--loss-weighting", "sample"))
+    one_by_one = Setting(batch="no empty row", micro_batches=ROWS, flags=without)
+    for layout, replicas, flags in (("DP 2", 2, ""), ("CP 2", 1, CP)):
+        name = f"sample weighting as a micro-batch for each row, {layout}"
+        yield Case(name, 2, replicas, flags, each, one_by_one, core=layout == "DP 2", logs_its_loss=False)
+    tokens = Setting(batch="uneven", flags=(*SMAR, "--loss-weighting", "token"))
+    by_token = Setting(batch="uneven", flags=PER_TOKEN)
+    yield Case("token weighting as per-token loss, EP 2", 2, 2, EP, tokens, by_token)
+    yield Case("token weighting as per-token loss, CP 2", 2, 1, CP, tokens, by_token)
 
 
 def _execution() -> Iterator[Case]:

@@ -44,8 +44,9 @@ from megatron.training.training import (
     train_step,
 )
 
+from megatron_smar.config.build import get_run_config
 from megatron_smar.data.batch import VisionLanguageBatch
-from megatron_smar.training.batch import CountedSteps
+from megatron_smar.training.batch import read_ahead
 from megatron_smar.training.providers import make_forward_step, model_provider, release_model
 from megatron_smar.training.setup import parse_arguments
 
@@ -93,7 +94,8 @@ def step(batch: dict[str, Any], iteration: int, model: list[Any], optimizer: Any
     if args.overlap_grad_reduce:
         syncs = [chunk.no_sync for chunk in model]
         config.no_sync_func = syncs if len(model) > 1 else syncs[0]
-    read = [CountedSteps(iter(mine), groups.dp) if args.calculate_per_token_loss else iter(mine) for _ in model]
+    weighting = get_run_config().loss_weighting
+    read = [read_ahead(iter(mine), groups.dp, args.calculate_per_token_loss, weighting) for _ in model]
     iterators = [RerunDataIterator(iterator) for iterator in read]
     for chunk in model:
         chunk.train()
