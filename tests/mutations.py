@@ -103,6 +103,20 @@ MUTATIONS = (
         (exactness("per-token loss as without it, DP 2"),),
     ),
     Mutation(
+        "weigh by the loss tokens of a pack",
+        "megatron_smar/data/loss_weighting.py",
+        "if lengths is None:",
+        "if lengths is not False:",
+        ("tests/unit/data/test_loss_weighting.py",),
+    ),
+    Mutation(
+        "leave the division of a weighted loss by replicas to Megatron",
+        "megatron_smar/training/loss.py",
+        "return total * ranks / divisor",
+        "return total / divisor",
+        (exactness("sqrt weighting, EP 2, 4 micro-batches"),),
+    ),
+    Mutation(
         "let the modality bias out of sequence parallelism's sum",
         "megatron_smar/routing/modality_bias.py",
         "self.bias.sequence_parallel = sequence_parallel",

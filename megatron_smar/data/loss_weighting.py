@@ -17,8 +17,8 @@ def loss_weights(loss_mask: Tensor, lengths: Tensor | None, weighting: LossWeigh
     """Returns the weight of each position in the loss sum(w * loss) / sum(w).
 
     With n the loss tokens of a sample, each of them has the weight 1 (`token`), 1 / n (`sample`) or 1 / sqrt(n)
-    (`sqrt`: the square-root weighting of Qwen3-VL, arXiv 2511.21631, and InternVL3.5, arXiv 2508.18265). A sample then
-    weighs n, 1 or sqrt(n); without loss tokens it weighs nothing.
+    (`sqrt`): token, sample and square averaging of InternVL 2.5 (arXiv 2412.05271); Qwen3-VL (arXiv 2511.21631) uses
+    `sqrt`. A sample then weighs n, 1 or sqrt(n); without loss tokens it weighs nothing.
 
     Args:
         loss_mask: [b, s], 1 where the loss counts: complete sequences, before context-parallel sharding.

@@ -107,7 +107,8 @@ RESUMED["stage 2, overlapped, 2 micro-batches"] = [*SMAR, *EXPERTS, *OVERLAP, "-
 PACKS = ["--micro-batch-size", 1, "--global-batch-size", 4, "--packing-buffer-size", 20, "--packing-max-tiles", 9]
 PACKS += ["--max-tiles", 4, "--use-thumbnail", "--text-only-ratio", 0.25]
 RESUMED["packs of tiles and text"] = [*SMAR, *EXPERTS, *PACKS]
-OFTEN = ["packs of tiles and text", "stage 2, experts, distributed optimizer"]
+RESUMED["packs, square-root loss weighting"] = [*SMAR, *EXPERTS, *PACKS, "--loss-weighting", "sqrt"]
+OFTEN = ["packs, square-root loss weighting", "packs of tiles and text", "stage 2, experts, distributed optimizer"]
 OFTEN += ["stage 1, pipeline, distributed optimizer"]
 
 
@@ -120,7 +121,8 @@ def test_resuming_gives_bit_identical_losses(world, tmp_path, setting):
     if "stage 1" in setting:
         stop += ["--dataloader-save", tmp_path / "loader"]  # not with the checkpoint
     world.train(*common, *stop, "--exit-interval", 4, "--tensorboard-dir", tmp_path / "first", ranks=2)
-    world.train(*common, *stop, "--tensorboard-dir", tmp_path / "second", ranks=2)
+    output = world.train(*common, *stop, "--tensorboard-dir", tmp_path / "second", ranks=2).stdout
+    assert ("(--loss-weighting sqrt)" in output) == ("--loss-weighting" in common), "the summary's line of the loss"
     for name in ("lm loss", "smar loss", "grad-norm"):
         uninterrupted = losses(tmp_path / "uninterrupted", name)
         resumed = losses(tmp_path / "first", name) | losses(tmp_path / "second", name)

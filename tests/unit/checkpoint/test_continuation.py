@@ -65,6 +65,37 @@ def test_an_optimizer_state_that_megatron_cannot_load_is_refused_with_the_fix(tr
         check(folder, **changes | {without: True})
 
 
+LOSSES = {None: {}, "sqrt": dict(loss_weighting="sqrt"), "per token": dict(calculate_per_token_loss=True)}
+
+
+@pytest.mark.parametrize("before", LOSSES)
+@pytest.mark.parametrize("after", LOSSES)
+def test_another_mean_of_the_losses_is_refused_with_both_values(trained, before, after):
+    args = arguments(trained["plain"])
+    state = resumed_state(args)
+    vars(state["args"]).update(LOSSES[before])
+    vars(args).update(dict(loss_weighting=None, calculate_per_token_loss=False) | LOSSES[after])
+    if before == after:
+        check_continuation(args, state)
+        return
+    with pytest.raises(CheckpointMismatchError, match="minimized another mean of the losses: --") as refusal:
+        check_continuation(args, state)
+    if "sqrt" in (before, after):
+        was, now = (LOSSES[mean].get("loss_weighting") for mean in (before, after))
+        assert f"--loss-weighting was {was}, not {now}" in str(refusal.value)
+    if "per token" in (before, after):
+        assert f"--calculate-per-token-loss was {before == 'per token'}" in str(refusal.value)
+    args.no_load_optim = True
+    check_continuation(args, state)
+
+
+def test_a_checkpoint_from_before_the_flag_is_resumed_without_it(trained):
+    args = arguments(trained["plain"])
+    state = resumed_state(args)
+    del state["args"].loss_weighting
+    check_continuation(args, state)
+
+
 @pytest.mark.parametrize(
     ("form", "changes"),
     [

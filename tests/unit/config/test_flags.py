@@ -75,6 +75,11 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
             "--layer-split-experts text=0 has no effect with --modality-routing none",
         ),
         (["--modality-routing", "hard", "--moe-router-group-topk", "1"], "--moe-router-group-topk 1 can choose"),
+        (
+            ["--loss-weighting", "sqrt", "--calculate-per-token-loss"],
+            "--loss-weighting sqrt and --calculate-per-token-loss are two means",
+        ),
+        (["--mtp-num-layers", "1"], "--mtp-num-layers 1 adds a loss"),
         (["--bf16", "--modality-routing", "smar", "--save", "run"], "only with --use-distributed-optimizer"),
     ],
 )
@@ -132,7 +137,7 @@ def test_help_lists_the_groups_of_this_project(monkeypatch, vision, capsys):
         parse(monkeypatch, vision, "--help")
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for group in ("modality-aware routing:", "vision-language model:", "training stages:", "conversations:"):
+    for group in ("modality-aware routing:", "vision-language model:", "training stages:", "loss:", "conversations:"):
         assert group in text
 
 

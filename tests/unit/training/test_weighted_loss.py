@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,7 +87,7 @@ def reference(model, power: float) -> tuple[torch.Tensor, dict[str, torch.Tensor
         places = [(row, slice(None)) for row in range(len(losses))]
         if batch.lengths is not None:
             ends = np.cumsum([0, *batch.lengths.tolist()])
-            places = [(0, slice(*pair)) for pair in zip(ends[:-1], ends[1:], strict=True)]
+            places = [(0, slice(*pair)) for pair in pairwise(ends)]
         for place in places:
             counted = losses[place][batch.loss_mask[place] == 1]
             if len(counted):
@@ -158,7 +159,7 @@ def test_a_step_without_loss_tokens_has_gradients_of_zero(model, three_micro_bat
     assert gradients and all(float(gradient.abs().max()) == 0 for gradient in gradients.values())
 
 
-def test_the_forward_step_refuses_a_batch_whose_steps_weights_are_unknown(
+def test_training_refuses_a_batch_without_weights_and_validation_is_the_mean_over_tokens(
     single_rank, tower, monkeypatch
 ):
     from megatron_smar.training import providers
@@ -172,4 +173,9 @@ def test_the_forward_step_refuses_a_batch_whose_steps_weights_are_unknown(
     forward_step = providers.make_forward_step([IMAGE], TILE_TOKENS)
     with pytest.raises(RuntimeError, match="--loss-weighting sqrt needs the sum of a step's weights"):
         forward_step(iter(make_batches()), model)
-    forward_step(iter(make_batches()), model.eval())  # validation: the mean over tokens
+    first = make_batches()[0]
+    output, loss_function = forward_step(iter([first]), model.eval())  # validation: the mean over tokens
+    total, number, logged = loss_function(output)
+    assert int(number) == int(first.loss_mask.sum()) == 28
+    assert logged["lm loss"].tolist() == [pytest.approx(float((output * first.loss_mask).sum()), rel=1e-6), 28]
+    assert float(total) == float(logged["lm loss"][0])
