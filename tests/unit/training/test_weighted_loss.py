@@ -14,7 +14,7 @@ from tests.models import build_model, save_tower
 
 IMAGE, TILE_TOKENS, LENGTH = 5, 4, 48
 POWERS = {"token": 0.0, "sample": 1.0, "sqrt": 0.5}
-NAMES = ("input_ids", "position_ids", "modality_ids", "vision_index", "pixel_values", "packed_seq_params")
+NAMES = ("input_ids", "position_ids", "modality_ids", "sample_ids", "vision_index", "pixel_values", "packed_seq_params")
 
 
 @pytest.fixture(scope="module")
