@@ -91,12 +91,12 @@ def route(router: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, An
 
 def smar_of_layer(statistics: Any, top_k: int, eps: float, d_min: float, d_max: float) -> tuple[Any, Any, Any]:
     """Returns a layer's MRD distance, its SMAR loss, and whether they are defined, computed as in the router."""
-    from megatron_smar.routing import layer_distance
+    from megatron_smar.routing.closed_form import distance_in_few_operations
     from megatron_smar.routing.strategies import RoutedLayer
     from megatron_smar.routing.strategies.base import LayerRouting
     from megatron_smar.routing.strategies.smar import SMAR_LOSS, SmarConfig
 
-    distance, comparable = layer_distance(statistics, top_k, eps)
+    distance, comparable = distance_in_few_operations(statistics, top_k, eps)
     modalities, experts = statistics.counts.shape
     strategy = SmarConfig(d_min=d_min, d_max=d_max).build(RoutedLayer(experts, top_k, 1, modalities))
     loss = strategy.losses(LayerRouting(1, 0, statistics, {}, distance, comparable))[SMAR_LOSS]

@@ -77,8 +77,8 @@ MUTATIONS = (
     Mutation(
         "detach R",
         "megatron_smar/routing/statistics.py",
-        "return total + (local - local.detach())",
-        "return total",
+        "return None, gradient",
+        "return None, torch.zeros_like(gradient)",
         ("tests/distributed/test_exactness.py::test_the_reference_itself_has_smar_in_it",),
     ),
     Mutation(
@@ -136,6 +136,20 @@ MUTATIONS = (
         "self.expert_bias = torch.where(forbidden.flatten(0, 1), -torch.inf, bias)",
         "pass",
         ("tests/unit/routing/strategies/test_hard.py",),
+    ),
+    Mutation(
+        "forget that the smoothed distribution is also under the logarithm",
+        "megatron_smar/routing/closed_form.py",
+        "torch.addcdiv(of_logs, of_smoothed, smoothed)",
+        "of_logs",
+        ("tests/unit/routing/test_closed_form.py",),
+    ),
+    Mutation(
+        "compare a modality that is absent",
+        "megatron_smar/routing/closed_form.py",
+        "tokens.clamp(max=1) @ places",
+        "tokens.new_ones(tokens.shape) @ places",
+        ("tests/unit/routing/test_closed_form.py",),
     ),
     Mutation(
         "leave a strategy's own sums unreduced",

@@ -26,7 +26,7 @@ from megatron_smar.monitoring.load import MSI, layer_specialization, load_images
 from megatron_smar.monitoring.recorder import routers_of
 from megatron_smar.routing.router import MRD_DISTANCE, RoutingReport
 from megatron_smar.routing.statistics import RoutingStatistics
-from megatron_smar.routing.strategies.base import Metric, Weighted
+from megatron_smar.routing.strategies.base import Metric
 
 WINDOW = "sums since the last time"
 
@@ -95,15 +95,24 @@ class RoutingMetricsTracker(MoEMetricsTracker):
     def observe(self, report: RoutingReport) -> None:
         """Adds one layer's report of one micro-batch, without waiting for the device."""
         for name, value in report.losses.items():
-            self.record(name, value, report.layer, report.num_layers, needs_dp_avg=self.config.scope == "local")
+            self._add_loss(name, value, report)
         self._add_statistics(report.statistics, report.layer, report.num_layers)
         if self._weighted is None:
             shape, device = (report.num_layers, len(self._weighted_metrics), 2), report.statistics.counts.device
             self._weighted = torch.zeros(shape, dtype=torch.float64, device=device)
-        nothing = Weighted(*report.statistics.tokens.new_zeros(2))  # for metrics that this layer does not report
-        pairs = [report.measures.get(metric.name, nothing) for metric in self._weighted_metrics]
-        values = torch.stack([torch.stack([value * weight, weight]) for value, weight in pairs])
-        self._weighted[report.layer - 1] += values.detach()
+        for metric, sums in zip(self._weighted_metrics, self._weighted[report.layer - 1], strict=True):
+            if metric.name in report.measures:  # a metric that this layer does not report has no weight
+                value, weight = report.measures[metric.name]
+                total, weights = sums
+                total.addcmul_(value.detach(), weight)
+                weights.add_(weight)
+
+    def _add_loss(self, name: str, value: Tensor, report: RoutingReport) -> None:
+        """Adds a loss as Megatron's `record` does, which copies the sum once more."""
+        if name not in self._metrics:
+            zeros = torch.zeros(report.num_layers, device=value.device)
+            self._metrics[name] = MetricEntry(zeros, needs_dp_avg=self.config.scope == "local")
+        self._metrics[name].values[report.layer - 1].add_(value.detach())
 
     def _add_statistics(self, statistics: RoutingStatistics, layer_number: int, num_layers: int) -> None:
         modalities, experts = statistics.counts.shape

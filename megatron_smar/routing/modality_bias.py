@@ -31,6 +31,13 @@ class ModalityBias(nn.Module):
             self.bias.data = exact.to(self.bias.device)
         return self
 
-    def forward(self, modality_mask: Tensor) -> Tensor:
-        """Returns the bias of each token, [..., E], from its one-hot modality [..., M]; 0 for padding."""
-        return modality_mask.to(self.bias.dtype) @ self.bias
+    def forward(self, logits: Tensor, one_hot: Tensor) -> Tensor:
+        """Returns the logits plus the bias of each token's modality (Eq. 1 and 2), in one operation.
+
+        Args:
+            logits: Router logits, [s, b, E].
+            one_hot: One-hot modalities, [s * b, M], float; all 0 for padding, which has no bias. Its data type is that
+                of the result.
+        """
+        dtype = one_hot.dtype
+        return torch.addmm(logits.flatten(0, 1).to(dtype), one_hot, self.bias.to(dtype)).view(logits.shape)

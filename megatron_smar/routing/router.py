@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,17 +23,18 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_smar.routing.closed_form import distance_in_few_operations, packed_statistics, renormalized
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.modality_bias import ModalityBias
-from megatron_smar.routing.mrd import layer_distance
 from megatron_smar.routing.samples import TokensOfSamples
-from megatron_smar.routing.statistics import PendingStatistics, RoutingStatistics, statistics_from_mask
+from megatron_smar.routing.statistics import PendingStatistics, RoutingStatistics
 from megatron_smar.routing.step import TrainingStep
 from megatron_smar.routing.strategies.base import (
     AuxiliaryLoss,
     LayerRouting,
     RoutedLayer,
     RoutedTokens,
+    RoutingStrategy,
     Weighted,
 )
 
@@ -60,6 +62,24 @@ class RoutingReport:
 
 
 Observer = Callable[[RoutingReport], None]
+
+
+class AttachLoss(torch.autograd.Function):
+    """Megatron's `MoEAuxLossAutoScaler` for a loss with a factor, in one operation instead of seven."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor, factor: float | Tensor) -> Tensor:
+        """Returns the output; `loss`, a scalar, gets the gradient `factor` times Megatron's scale of the main loss."""
+        ctx.factor, ctx.loss_dtype, ctx.device = factor, loss.dtype, loss.device
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Returns the output's gradient unchanged, and the loss's."""
+        scale = MoEAuxLossAutoScaler.main_loss_backward_scale
+        if scale is None:
+            scale = torch.ones((), device=ctx.device)
+        return gradient, (scale * ctx.factor).to(ctx.loss_dtype).view(()), None
 
 
 class ModalityAwareRouter(TopKRouter):
@@ -97,6 +117,14 @@ class ModalityAwareRouter(TopKRouter):
             self.config.moe_expert_capacity_factor = None
         self.modality_routing = modality_routing
         self.step = step or TrainingStep()
+        # The backbone's softmax over the chosen experts is SMAR's Eq. 5 already, with the same derivative: dividing by
+        # the sum, 1, would subtract the same number from the gradients of a token's experts, and softmax does so too.
+        self.sums_to_one = (
+            config.moe_router_score_function == "softmax"
+            and not config.moe_router_pre_softmax
+            and config.moe_router_topk_scaling_factor is None
+            and self.capacity_factor is None
+        )
         modalities, parallel = modality_routing.num_modalities, config.sequence_parallel
         self.modality_bias: ModalityBias | None = None
         if modality_routing.router_bias:
@@ -104,6 +132,9 @@ class ModalityAwareRouter(TopKRouter):
         self.strategy = modality_routing.strategy.build(
             RoutedLayer(self.num_experts, self.topk, config.hidden_size, modalities, parallel)
         )
+        # Strategies without sums of their own need no copies of the tokens.
+        own = type(self.strategy)
+        self.sums_tokens = own.sums is not RoutingStrategy.sums or own.step_sums is not RoutingStrategy.step_sums
         self.register_buffer("allowed", None, persistent=False)
         self.is_global = modality_routing.scope == "global"
         self.statistics_group = self.tp_dp_cp_group if self.is_global else self.tp_cp_group
@@ -163,17 +194,22 @@ class ModalityAwareRouter(TopKRouter):
         Returns:
             probs [s * b, E] and routing_map [s * b, E], as Megatron's router returns them.
         """
+        assert padding_mask is not None
         modality_mask = padding_mask
-        assert modality_mask is not None
+        # The modalities as factors of matrix products, at least in float32 as the modality bias is. The mask is
+        # transposed; the cast puts it in order.
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        one_hot = modality_mask.to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
         if self.modality_bias is not None:
-            logits = logits + self.modality_bias(modality_mask)
-        padding = ~modality_mask.any(dim=-1)
+            logits = self.modality_bias(logits, one_hot)
+        real = modality_mask.any(dim=-1)
+        padding = ~real
         with self._allowed_only(logits, modality_mask) as logits:
             probs, routing_map = super().routing(logits, padding_mask=padding)
         if self.capacity_factor is not None:
             probs, routing_map = self._drop(probs, routing_map, padding.flatten())
         if self._learns() or self.recorders:
-            self._launch_statistics(logits, probs, routing_map, modality_mask)
+            probs = self._launch_statistics(logits, probs, routing_map, modality_mask, one_hot, real)
         return probs, routing_map
 
     @contextmanager
@@ -241,27 +277,35 @@ class ModalityAwareRouter(TopKRouter):
         super()._apply_expert_bias(routing_map)
         return probs, routing_map
 
-    def _launch_statistics(self, logits: Tensor, probs: Tensor, routing_map: Tensor, modality_mask: Tensor) -> None:
-        """Computes this rank's sums for SMAR's Eq. 6 and 7 and launches the all-reduce, without blocking the host."""
+    def _launch_statistics(
+        self, logits: Tensor, probs: Tensor, routing_map: Tensor, modality_mask: Tensor, one_hot: Tensor, real: Tensor
+    ) -> Tensor:
+        """Computes this rank's sums for SMAR's Eq. 6 and 7 and launches the all-reduce, without blocking the host.
+
+        Returns:
+            The probabilities that the backbone goes on with; their values are unchanged.
+        """
         # SMAR, Eq. 5, for any weights of the backbone: softmax before or after top-k, sigmoid, with a scaling factor.
-        weights = probs / probs.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
-        assert self._hidden is not None
-        tokens = RoutedTokens(
-            self._hidden.detach().flatten(0, 1),
-            logits.flatten(0, 1),
-            weights,
-            routing_map,
-            modality_mask.flatten(0, 1),
-            None if self.scores is None else self.scores.flatten(0, 1),
-            self._sample_sums(),
-        )
-        local = statistics_from_mask(weights, routing_map, tokens.modality_mask)
-        sums = self.strategy.sums(tokens) if self._learns() else {}
-        self._pending = PendingStatistics(local, self.statistics_group, sums)
-        if self._learns():
+        weights = probs if self.sums_to_one else renormalized(probs)
+        weights, local, packed = packed_statistics(weights, routing_map, one_hot, real.view(-1, 1))
+        sums = {}
+        if self.sums_tokens and self._learns():
+            assert self._hidden is not None
+            tokens = RoutedTokens(
+                self._hidden.detach().flatten(0, 1),
+                logits.flatten(0, 1),
+                weights,
+                routing_map,
+                modality_mask.flatten(0, 1),
+                None if self.scores is None else self.scores.flatten(0, 1),
+                self._sample_sums(),
+            )
+            sums = self.strategy.sums(tokens)
             with torch.no_grad():
                 for name, part in self.strategy.step_sums(tokens).items():
                     self._step_sums[name] = self._step_sums[name] + part if name in self._step_sums else part
+        self._pending = PendingStatistics(local, self.statistics_group, sums, packed)
+        return weights if self.sums_to_one else probs
 
     def _sample_sums(self) -> TokensOfSamples | None:
         if self.sample_ids is None:
@@ -302,7 +346,7 @@ class ModalityAwareRouter(TopKRouter):
         if not self._learns():
             self._report(RoutingReport(layer, layers, statistics), self.recorders)
             return output
-        distance, comparable = layer_distance(statistics, self.topk, self.modality_routing.eps)
+        distance, comparable = distance_in_few_operations(statistics, self.topk, self.modality_routing.eps)
         routing = LayerRouting(self.layer_number, self.step.iteration, statistics, sums, distance, comparable)
         losses, own = self.strategy.losses(routing), self.strategy.weight_losses(self.weight, self.step.iteration)
         measures = {MRD_DISTANCE: Weighted(distance, comparable)} | self.strategy.measures(routing)
@@ -318,10 +362,10 @@ class ModalityAwareRouter(TopKRouter):
 
     def _attach(self, output: Tensor, losses: Mapping[str, AuxiliaryLoss], is_global: bool, parts: int = 1) -> Tensor:
         """Attaches losses to the output, whose backward pass then adds their gradients, each divided by `parts`."""
+        scale = self.step.reductions(is_global, self.replicas, self.calculate_per_token_loss) if losses else 1
         for loss in losses.values():
             if loss.coefficient != 0:
-                scale = self.step.reductions(is_global, self.replicas, self.calculate_per_token_loss) / parts
-                output = MoEAuxLossAutoScaler.apply(output, loss.value * loss.coefficient * scale)
+                output = AttachLoss.apply(output, loss.value, scale * (loss.coefficient / parts))
         return output
 
     def _learns(self) -> bool:

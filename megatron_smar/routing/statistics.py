@@ -7,7 +7,7 @@ They are equations 6 and 7 of SMAR, section 3.1, before the divisions, because o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,17 @@ class RoutingStatistics(NamedTuple):
     counts: Tensor
     weights: Tensor
     tokens: Tensor
+
+    def pack(self) -> Tensor:
+        """Returns weights, counts and tokens side by side, without gradient, [M, 2E + 1]."""
+        return torch.cat([self.weights.detach(), self.counts, self.tokens.unsqueeze(1)], dim=1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> RoutingStatistics:
+        """Returns the statistics that are stored in one tensor [M, 2E + 1], as `pack` stores them."""
+        experts = packed.shape[1] // 2
+        weights, counts, tokens = packed.split([experts, experts, 1], dim=1)
+        return cls(counts, weights, tokens.squeeze(1))
 
 
 def routing_statistics(
@@ -68,15 +79,24 @@ class PendingStatistics:
         local: This rank's sums.
         group: Process group of the all-reduce; None for this rank only.
         sums: This rank's strategy-specific sums, by name, of any shape.
+        packed: `local.pack()`, if it exists already; it is reduced in place.
     """
 
     def __init__(
-        self, local: RoutingStatistics, group: dist.ProcessGroup | None, sums: Mapping[str, Tensor] | None = None
+        self,
+        local: RoutingStatistics,
+        group: dist.ProcessGroup | None,
+        sums: Mapping[str, Tensor] | None = None,
+        packed: Tensor | None = None,
     ) -> None:
         self._local = local
         self._sums = dict(sums or {})
-        parts = [local.counts, local.weights, local.tokens, *self._sums.values()]
-        self._packed = torch.cat([part.detach().flatten().to(local.weights.dtype) for part in parts])
+        packed = local.pack() if packed is None else packed
+        self._shape = packed.shape
+        if self._sums:
+            parts = [packed, *(part.detach() for part in self._sums.values())]
+            packed = torch.cat([part.flatten().to(packed.dtype) for part in parts])
+        self._packed = packed
         reduces = group is not None and dist.get_world_size(group) > 1
         self._work = dist.all_reduce(self._packed, group=group, async_op=True) if reduces else None
 
@@ -85,13 +105,25 @@ class PendingStatistics:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        local = [*self._local, *self._sums.values()]
-        totals = self._packed.split([part.numel() for part in local])
-        counts, weights, tokens, *sums = (total.view_as(part) for total, part in zip(totals, local, strict=True))
-        own = {name: _with_gradient(total, self._sums[name]) for name, total in zip(self._sums, sums, strict=True)}
-        return RoutingStatistics(counts, _with_gradient(weights, self._local.weights), tokens), own
+        sizes = [self._shape.numel(), *(part.numel() for part in self._sums.values())]
+        packed, *sums = self._packed.flatten().split(sizes)
+        totals = {name: total.view_as(self._sums[name]) for name, total in zip(self._sums, sums, strict=True)}
+        own = {name: _with_gradient(total, self._sums[name]) for name, total in totals.items()}
+        statistics = RoutingStatistics.unpack(packed.view(self._shape))
+        return statistics._replace(weights=_with_gradient(statistics.weights, self._local.weights)), own
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, local: Tensor) -> Tensor:
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
 
 
 def _with_gradient(total: Tensor, local: Tensor) -> Tensor:
-    """Returns the total with the gradient of this rank's share; the term that is added is exactly zero."""
-    return total + (local - local.detach())
+    """Returns the total; its gradient goes to this rank's share, without an operation."""
+    result: Tensor = _WithGradient.apply(total, local.to(total.dtype))
+    return result

@@ -8,16 +8,21 @@ import pytest
 from tests.launch import run
 
 
-def test_smar_adds_one_collective_per_layer_and_the_benchmark_reports_its_cost():
-    done = run("benchmarks/smar_overhead.py", "--shape", "demo", "--triples", 2, "--json")
+def test_smar_adds_one_collective_and_no_more_operations_than_megatrons_balance_loss_per_layer():
+    command = ("--strategy", "smar", "none", "--shape", "demo", "--triples", 2, "--json")
+    done = run("benchmarks/smar_overhead.py", *command)
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["collectives_per_layer"] == 1
     assert result["floats_per_layer"] == 2 * (2 * 8 + 1)
     assert result["global_aux_loss_collectives_per_layer"] == 1
+    assert result["operations_per_layer"] <= result["global_aux_loss_operations_per_layer"] == 36
     demo = result["shapes"]["demo"]
     assert {"step_overhead_percent", "global_aux_loss_overhead_percent", "exposed_wait_percent"} <= result.keys()
     assert demo["breakdown_sum_percent"] == pytest.approx(sum(demo["breakdown_percent"].values()))
     assert all(demo["breakdown_percent"][part] > 0 for part in ("modality_bias", "statistics", "launch"))
+    smar, measured = (result["strategies"][name] for name in ("smar", "none"))
+    assert smar["shapes"] == result["shapes"]
+    assert 0 < measured["operations_per_layer"] < smar["operations_per_layer"], "none has no loss that acts"
 
 
 def test_ranks_that_cannot_share_the_experts_are_refused_in_a_sentence():

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Iterable
 from typing import Any
-from unittest.mock import patch
 
 from tests.gpu.context import Context, Findings
 
@@ -63,16 +62,14 @@ def build(context: Context, shape: dict[str, Any], extra: tuple[str, ...] = ()) 
     runtime.install()
     import importlib.util
 
-    from benchmarks import smar_overhead
+    from benchmarks.routed_training import Shape, Training, save_vision_model
 
-    sized = smar_overhead.Shape(**shape, triples=0, quick_triples=0)
+    sized = Shape(**shape, triples=0, quick_triples=0)
     if context.device == "cuda" and importlib.util.find_spec("transformer_engine"):
         extra = (*extra, "--moe-grouped-gemm")
     folder = str(context.folder / "vision")
-    smar_overhead.save_vision_model(folder)
-    flags = smar_overhead.flags
-    with patch.object(smar_overhead, "flags", lambda *args: [*flags(*args), *extra]):
-        return smar_overhead.Training(sized, 1, folder, bf16=True)
+    save_vision_model(folder)
+    return Training(sized, 1, folder, bf16=True, extra=extra)
 
 
 def device_seconds(training: Any, setting: str) -> float:
@@ -89,29 +86,32 @@ def device_seconds(training: Any, setting: str) -> float:
 
 
 def _measure(context: Context, findings: Findings, shape: dict[str, Any]) -> None:
-    from benchmarks.smar_overhead import percent_over, time_parts
+    from benchmarks.routed_training import BASE, STRATEGY
+    from benchmarks.router_cost import percent_over, time_parts
 
     shape = fitting(context, shape)
     training = build(context, shape)
     times = _turns(training, *((1, 3) if context.quick else (10, 100)))
-    overhead, quartiles = percent_over(times["smar"], times["none"])
-    step = statistics.median(times["none"])
+    overhead, quartiles = percent_over(times[STRATEGY], times[BASE])
+    step = statistics.median(times[BASE])
     findings.note("layer", "{hidden} x {ffn}, {experts} experts, {seq_length} tokens".format(**shape))
     findings.note("step ms", round(1e3 * step, 2))
     findings.note("SMAR %", round(overhead, 2))
     findings.note("quartiles", "{:.2f} to {:.2f}".format(*quartiles))
-    findings.note("steps", len(times["none"]))
+    findings.note("steps", len(times[BASE]))
     findings.note("times", times)
     parts = time_parts(training, 2 if context.quick else 5)
     findings.note("exposed reduction %", round(100 * parts["exposed_wait"] / step, 3))
     findings.note("parts us", {name: round(1e6 * value / shape["layers"], 1) for name, value in parts.items()})
-    findings.finite("times", [*times["none"], *times["smar"]])
+    findings.finite("times", [*times[BASE], *times[STRATEGY]])
     _count_kernels(context, findings, training)
 
 
 def _turns(training: Any, warm_up: int, pairs: int) -> dict[str, list[float]]:
     """Returns the seconds of steps by setting; the order alternates, so that drift cancels."""
-    settings = ("none", "smar")
+    from benchmarks.routed_training import BASE, STRATEGY
+
+    settings = (BASE, STRATEGY)
     for _ in range(warm_up):
         for setting in settings:
             device_seconds(training, setting)
@@ -127,18 +127,20 @@ def _turns(training: Any, warm_up: int, pairs: int) -> dict[str, list[float]]:
 
 def _count_kernels(context: Context, findings: Findings, training: Any) -> None:
     """Counts what SMAR adds per layer: kernels and copies of the device; on the CPU, torch's dispatched operations."""
+    from benchmarks.routed_training import BASE, STRATEGY
+
     layers = len(training.routers)
     if context.device == "cpu":
-        from benchmarks.smar_overhead import count
+        from benchmarks.router_cost import count
 
-        findings.note("operations per layer", count(training)["smar"]["operations"])
+        findings.note("operations per layer", count(training)[STRATEGY]["operations"])
         return
-    kernels = {setting: profiled_kernels(training, setting) for setting in ("none", "smar")}
+    kernels = {setting: profiled_kernels(training, setting) for setting in (BASE, STRATEGY)}
     for kind in ("kernels", "copies"):
-        with_smar, without = kernels["smar"][kind], kernels["none"][kind]
+        with_smar, without = kernels[STRATEGY][kind], kernels[BASE][kind]
         findings.note(f"{kind} of a step", without)
         findings.note(f"{kind} per layer", (with_smar - without) / layers)
-    seen = kernels["none"]["kernels"] > 0
+    seen = kernels[BASE]["kernels"] > 0
     findings.require(seen, "the profiler saw no kernel: may this user read the card's counters?")
 
 
