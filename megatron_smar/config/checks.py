@@ -269,6 +269,16 @@ def _check_dispatcher(args: Namespace) -> None:
             f"--moe-token-dispatcher-type flex with --moe-flex-dispatcher-backend {args.moe_flex_dispatcher_backend} "
             "needs the package deep_ep (DeepEP), which is not installed; install it, or give alltoall."
         )
+    if args.moe_expert_rank_capacity_factor is not None:
+        raise ValueError(
+            f"--moe-expert-rank-capacity-factor {args.moe_expert_rank_capacity_factor} drops tokens in the dispatcher, "
+            "after the routing statistics have counted them; leave it out, or give --moe-expert-capacity-factor."
+        )
+    if args.moe_enable_routing_replay:
+        raise ValueError(
+            "--moe-enable-routing-replay is for programs that record the chosen experts and give them back, and "
+            "training and evaluation here do neither; leave it out."
+        )
 
 
 def _check_parallelism(args: Namespace) -> None:

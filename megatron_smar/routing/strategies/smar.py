@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,18 @@ def band_loss(distance: Tensor, comparable: Tensor, d_min: float, d_max: float) 
     return result
 
 
+class LayerSettings(NamedTuple):
+    """One layer's settings in --smar-band-file; None where the layer has the common ones.
+
+    Attributes:
+        band: The tolerance band (d_min, d_max).
+        coeff: Weight of the SMAR loss.
+    """
+
+    band: tuple[float, float] | None = None
+    coeff: float | None = None
+
+
 @dataclass(frozen=True)
 class SmarConfig(StrategyConfig):
     """Settings of SMAR. The defaults are the paper's (its Table 7 and section 4.1).
@@ -69,18 +82,22 @@ class SmarConfig(StrategyConfig):
         d_min: Lower end of the tolerance band on the distance between the modalities' routing distributions, in nats
             (the paper: 1.0 for MoE-LLaVA).
         d_max: Upper end of the band (the paper: 1.5 for MoE-LLaVA).
-        band_file: Bands of individual layers, a JSON object by layer number (from 1), such as {"1": [0.5, 1.0]}. Layers
-            that it leaves out have [--smar-d-min, --smar-d-max].
+        band_file: Settings of individual MoE layers, a JSON object by layer number (from 1). Each is a band, such as
+            {"1": [0.5, 1.0]}, or a band, a coefficient or both: {"1": {"band": [0.5, 1.0], "coeff": 0.1}}. What it
+            leaves out is [--smar-d-min, --smar-d-max] and --smar-coeff.
         start_iter: Step from which the SMAR loss acts.
         warmup_iters: Steps over which --smar-coeff rises linearly from 0; with 0 it has its full value from the start.
-        bands: The content of `band_file`: (d_min, d_max) by layer number.
+        end_iter: Step from which the SMAR loss no longer acts; it is reported as before. Without it, the loss acts
+            until the end.
+        layers: The content of `band_file`, by layer number.
+        acts: Whether the loss acts at all; if not, it is only reported.
     """
 
     name = "smar"
     title = "with the band loss on the distance between modalities (the paper: stage 2)"
     metrics = (Metric(SMAR_LOSS),)
     trains_modality_bias = True
-    of_a_run = ("coeff", "d_min", "d_max")
+    of_a_run = ("coeff", "d_min", "d_max", "band_file_content")
     collapse_remedy = "SMAR's authors saw this with a band too low: raise --smar-d-min and --smar-d-max"
 
     coeff: float = 0.01
@@ -89,27 +106,36 @@ class SmarConfig(StrategyConfig):
     band_file: Path | None = None
     start_iter: int = 0
     warmup_iters: int = 0
-    bands: Mapping[int, tuple[float, float]] = field(default_factory=dict, metadata=NO_FLAG)
+    end_iter: int | None = None
+    layers: Mapping[int, LayerSettings] = field(default_factory=dict, metadata=NO_FLAG)
+    acts: bool = field(default=True, metadata=NO_FLAG)
 
     def __post_init__(self) -> None:
         if self.band_file is not None:
-            object.__setattr__(self, "bands", read_bands(self.band_file))
+            object.__setattr__(self, "layers", read_layers(self.band_file))
         if not 0 <= self.d_min <= self.d_max:
             raise ValueError(
                 f"--smar-d-min {self.d_min} and --smar-d-max {self.d_max} are not a band: "
                 "give 0 <= d_min <= d_max (the paper's are 1.5 and 2.0)."
             )
-        for layer, (d_min, d_max) in self.bands.items():
-            if not 0 <= d_min <= d_max:
+        if not 0 <= self.coeff < math.inf:
+            raise ValueError(f"--smar-coeff is {self.coeff}; it must be 0 or more (the paper's is 0.01).")
+        for layer, (band, coeff) in self.layers.items():
+            if band is not None and not 0 <= band[0] <= band[1]:
                 raise ValueError(
-                    f"--smar-band-file gives layer {layer} [{d_min}, {d_max}], which is not a band: "
+                    f"--smar-band-file gives layer {layer} [{band[0]}, {band[1]}], which is not a band: "
                     "give 0 <= d_min <= d_max."
                 )
+            if coeff is not None and not 0 <= coeff < math.inf:
+                raise ValueError(f"--smar-band-file gives layer {layer} the coefficient {coeff}; give 0 or more.")
         for name in ("start_iter", "warmup_iters"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--smar-{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more.")
-        if self.coeff < 0:
-            raise ValueError(f"--smar-coeff is {self.coeff}; it must be 0 or more (the paper's is 0.01).")
+        if self.end_iter is not None and self.end_iter <= self.start_iter:
+            raise ValueError(
+                f"--smar-end-iter is {self.end_iter}, but the loss acts from --smar-start-iter {self.start_iter}; give "
+                "a later step, or --smar-coeff 0 for no loss."
+            )
 
     def build(self, layer: RoutedLayer) -> Smar:
         """Builds the strategy's module for one layer."""
@@ -117,51 +143,83 @@ class SmarConfig(StrategyConfig):
 
     def band(self, layer: int) -> tuple[float, float]:
         """Returns the tolerance band (d_min, d_max) of a layer, by its number from 1."""
-        return self.bands.get(layer, (self.d_min, self.d_max))
+        own = self.layers.get(layer, LayerSettings()).band
+        return (self.d_min, self.d_max) if own is None else own
 
-    def warmup(self, iteration: int) -> float:
-        """Returns the share of beta that acts in a step (numbered from 0): 0 before `start_iter`, then rising to 1."""
+    def coefficient(self, layer: int, iteration: int) -> float:
+        """Returns a layer's beta in a step (numbered from 0), with the warm-up; 0 where the loss does not act."""
+        own = self.layers.get(layer, LayerSettings()).coeff
+        return self.acts * self.share(iteration) * (self.coeff if own is None else own)
+
+    def share(self, iteration: int) -> float:
+        """Returns the share of beta that acts in a step (numbered from 0).
+
+        It is 0 before `start_iter`, then rises to 1 over `warmup_iters` steps, and is 0 again from `end_iter`.
+        """
+        if self.end_iter is not None and iteration >= self.end_iter:
+            return 0.0
         steps = iteration - self.start_iter + 1
         return min(max(steps, 0) / max(self.warmup_iters, 1), 1.0)
 
     def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
-        """Checks that the layers in --smar-band-file are MoE layers."""
-        without = [] if moe_layers is None else sorted(set(self.bands) - set(moe_layers))
+        """Checks that the layers in --smar-band-file are MoE layers.
+
+        Stores the file's content among the flags, which a checkpoint keeps: a run is resumed with the same settings,
+        whatever its file is called by then.
+        """
+        without = [] if moe_layers is None else sorted(set(self.layers) - set(moe_layers))
         if without:
             raise ValueError(
                 f"--smar-band-file names layer {without[0]}, but the MoE layers are {list(moe_layers or ())}; "
                 "correct its numbers."
             )
+        if self.layers:
+            args.smar_band_file_content = {layer: tuple(settings) for layer, settings in sorted(self.layers.items())}
 
     @classmethod
     def check_unused(cls, args: Namespace) -> None:
-        """Refuses --smar-band-file where another strategy is chosen."""
-        if args.smar_band_file:
-            raise ValueError(
-                f"--smar-band-file has no effect with --modality-routing {args.modality_routing}; leave it out."
-            )
+        """Refuses --smar-band-file and --smar-end-iter where another strategy is chosen."""
+        for name in ("band_file", "end_iter"):
+            if getattr(args, f"smar_{name}") is not None:
+                raise ValueError(
+                    f"{cls.flag(name)} has no effect with --modality-routing {args.modality_routing}; leave it out."
+                )
 
     def describe(self) -> str:
         """Returns the strategy and its settings, in half a line."""
-        bands = f", bands of {self.band_file}" if self.band_file else ""
-        return f"SMAR: band [{self.d_min:g}, {self.d_max:g}]{bands}, coefficient {self.coeff:g}"
+        own = f", layers of {self.band_file}" if self.band_file else ""
+        end = f" until step {self.end_iter}" if self.end_iter is not None else ""
+        return f"SMAR: band [{self.d_min:g}, {self.d_max:g}], coefficient {self.coeff:g}{own}{end}"
 
 
-def read_bands(path: Path) -> dict[int, tuple[float, float]]:
-    """Reads --smar-band-file: (d_min, d_max) by layer number from 1.
+FILE_FORM = 'a JSON object such as {"1": [0.5, 1.0], "2": {"band": [1.0, 1.5], "coeff": 0.1}}'
+
+
+def read_layers(path: Path) -> dict[int, LayerSettings]:
+    """Reads --smar-band-file: each layer's settings, by its number from 1.
 
     Raises:
         ValueError: The file cannot be read, or does not have that form.
     """
-    form = 'a JSON object such as {"1": [0.5, 1.0], "2": [1.0, 1.5]}'
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--smar-band-file {path} cannot be read ({error}); give {form}.") from error
+        raise ValueError(f"--smar-band-file {path} cannot be read ({error}); give {FILE_FORM}.") from error
     try:
-        return {int(layer): (float(d_min), float(d_max)) for layer, (d_min, d_max) in content.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--smar-band-file {path} is not {form} ({error}).") from error
+        return {int(layer): _layer_settings(given) for layer, given in content.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--smar-band-file {path} is not {FILE_FORM} ({error}).") from error
+
+
+def _layer_settings(given: Any) -> LayerSettings:
+    settings = dict(given) if isinstance(given, dict) else {"band": given}
+    band, coeff = settings.pop("band", None), settings.pop("coeff", None)
+    if settings:
+        raise KeyError(f"{next(iter(settings))!r} is neither band nor coeff")
+    if band is not None:
+        d_min, d_max = band
+        band = (float(d_min), float(d_max))
+    return LayerSettings(band, None if coeff is None else float(coeff))
 
 
 class Smar(RoutingStrategy):
@@ -172,4 +230,4 @@ class Smar(RoutingStrategy):
     def losses(self, routing: LayerRouting) -> dict[str, AuxiliaryLoss]:
         """Returns the SMAR loss; 0 where fewer than two modalities have tokens, and there is no distance."""
         value = band_loss(routing.distance, routing.comparable, *self.config.band(routing.number))
-        return {SMAR_LOSS: AuxiliaryLoss(value, self.config.coeff * self.config.warmup(routing.iteration))}
+        return {SMAR_LOSS: AuxiliaryLoss(value, self.config.coefficient(routing.number, routing.iteration))}

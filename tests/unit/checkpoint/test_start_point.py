@@ -137,6 +137,7 @@ ANOTHER = {
     "frozen parts": (dict(freeze=["vision", "language"]), "--freeze was vision, not vision language"),
     "strategy": (dict(modality_routing="none"), "--modality-routing was smar, not none"),
     "strength": (dict(smar_coeff=0.375), "--smar-coeff was "),
+    "layers": (dict(smar_band_file_content={1: ((0.5, 1.0), None)}), "--smar-band-file-content was None, not "),
     "data": (dict(data_path=["shards/other"]), "--data-path was "),
     "template": (dict(conversation_template="vita"), "--conversation-template was mistral, not vita"),
     "seed": (dict(seed=99), "--seed was "),

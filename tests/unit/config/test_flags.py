@@ -51,6 +51,11 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
     [
         (["--smar-eps", "0"], "--smar-eps is 0.0"),
         (["--smar-coeff", "-1"], "--smar-coeff is -1.0"),
+        (
+            ["--modality-routing", "smar", "--smar-start-iter", "10", "--smar-end-iter", "10"],
+            "--smar-end-iter is 10, but the loss acts from --smar-start-iter 10; give a later step",
+        ),
+        (["--smar-end-iter", "10"], "--smar-end-iter has no effect with --modality-routing none"),
         (["--moe-collapse-threshold", "0"], "--moe-collapse-threshold is 0.0"),
         (["--pixel-shuffle", "0.3"], "--pixel-shuffle is 0.3"),
         (["--max-tiles", "2", "--min-tiles", "4"], "--max-tiles 2 is less than --min-tiles 4"),
@@ -60,6 +65,8 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         (["--smar-band-file", "nowhere.json"], "--smar-band-file nowhere.json cannot be read"),
         (["--recompute-modules", "layernorm"], "--recompute-modules layernorm"),
         (["--moe-pad-expert-input-to-capacity"], "--moe-pad-expert-input-to-capacity"),
+        (["--moe-expert-rank-capacity-factor", "1.5"], "--moe-expert-rank-capacity-factor 1.5 drops tokens in the"),
+        (["--moe-enable-routing-replay"], "--moe-enable-routing-replay is for programs that record"),
         (["--moe-router-load-balancing-type", "quantile_balancing"], "quantile_balancing"),
         (["--dataloader-type", "cyclic"], "--dataloader-type is cyclic"),
         (["--qk-l2-norm"], "--qk-l2-norm is implemented in none of the layers"),
@@ -101,13 +108,15 @@ def test_latent_attention_without_yarn_is_refused_with_rope_fusion(monkeypatch, 
         check_shape(args)
 
 
-def test_layers_without_a_band_in_the_file_have_the_common_band(monkeypatch, vision, tmp_path):
+def test_layers_without_a_band_or_coefficient_in_the_file_have_the_common_one(monkeypatch, vision, tmp_path):
     from megatron_smar.config.build import modality_routing_config
 
-    (tmp_path / "bands.json").write_text('{"2": [0.5, 1]}')
-    flags = ["--modality-routing", "smar", "--smar-band-file", str(tmp_path / "bands.json")]
+    content = '{"2": [0.5, 1], "3": {"coeff": 0.25}, "4": {"band": [1, 2], "coeff": 0}}'
+    (tmp_path / "bands.json").write_text(content)
+    flags = ["--modality-routing", "smar", "--smar-band-file", str(tmp_path / "bands.json"), "--smar-coeff", "0.125"]
     routing = modality_routing_config(parse(monkeypatch, vision, *flags)).strategy
-    assert (routing.band(1), routing.band(2)) == ((1.5, 2.0), (0.5, 1.0))
+    assert [routing.band(layer) for layer in range(1, 5)] == [(1.5, 2.0), (0.5, 1.0), (1.5, 2.0), (1.0, 2.0)]
+    assert [routing.coefficient(layer, 0) for layer in range(1, 5)] == [0.125, 0.125, 0.25, 0]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +127,8 @@ def test_layers_without_a_band_in_the_file_have_the_common_band(monkeypatch, vis
         ('{"one": [1, 2]}', "is not a JSON object"),
         ('{"1": [1, 2', "cannot be read"),
         ('{"1": [2, 1]}', "gives layer 1 \\[2.0, 1.0\\]"),
+        ('{"1": {"band": [1, 2], "coef": 1}}', "'coef' is neither band nor coeff"),
+        ('{"1": {"coeff": -1}}', "gives layer 1 the coefficient -1.0; give 0 or more"),
         ('{"3": [1, 2]}', "names layer 3, but the MoE layers are \\[1, 2\\]"),
     ],
 )

@@ -161,9 +161,10 @@ def test_warm_up_rises_linearly_after_the_start_step():
     from megatron_smar.routing.strategies.smar import SmarConfig
 
     routing = SmarConfig(start_iter=3, warmup_iters=4)
-    assert [routing.warmup(step) for step in range(9)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
-    assert [SmarConfig(start_iter=2).warmup(step) for step in range(4)] == [0, 0, 1, 1]
-    assert SmarConfig().warmup(0) == 1
+    assert [routing.share(step) for step in range(9)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert [SmarConfig(start_iter=2).share(step) for step in range(4)] == [0, 0, 1, 1]
+    assert SmarConfig().share(0) == 1
+    assert [SmarConfig(start_iter=1, end_iter=3).share(step) for step in range(5)] == [0, 1, 1, 0, 0]
 
 
 def test_counted_steps_keep_the_order_and_know_a_steps_tokens_before_its_first_batch(single_rank):
@@ -217,10 +218,13 @@ def test_smar_adds_beta_times_the_band_losses_of_all_layers_to_the_loss(single_r
     """The gradient of a model with SMAR equals that of main + beta * sum of losses computed outside the model."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    from megatron_smar.routing.strategies.smar import LayerSettings
+
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     band = {"eps": 1e-3, "d_min": 3.0, "d_max": 4.0}
     own = {2: (0.0, 0.01)}  # the second layer's band, which pulls its modalities together
-    model = build_model(vision, routing={"strategy": "smar", "coeff": 0.25, "bands": own, **band}).train()
+    layers = {layer: LayerSettings(band) for layer, band in own.items()}
+    model = build_model(vision, routing={"strategy": "smar", "coeff": 0.25, "layers": layers, **band}).train()
     plain = build_model(vision).train()
     plain.load_state_dict(model.state_dict())
     plain.language_model.requires_grad_(True)  # without SMAR the bias is frozen
