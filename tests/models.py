@@ -67,17 +67,18 @@ def build_model(
     )
 
 
-def router_of(strategy: Any, **config: Any) -> Any:
+def router_of(strategy: Any, images: tuple[str, ...] = ("vision",), **config: Any) -> Any:
     """Builds a router in float64 with a strategy's config, or None for none; needs initialized parallel state."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from megatron_smar.modalities import Modalities
     from megatron_smar.routing.config import ModalityRoutingConfig
     from megatron_smar.routing.router import ModalityAwareRouter
 
     router = ModalityAwareRouter(
         transformer_config(**config),
         ProcessGroupCollection.use_mpu_process_groups(),
-        modality_routing=ModalityRoutingConfig(*([strategy] if strategy else [])),
+        modality_routing=ModalityRoutingConfig(*([strategy] if strategy else []), modalities=Modalities(images)),
     )
     router.set_layer_number(1)
     return router.double()

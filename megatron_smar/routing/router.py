@@ -9,9 +9,10 @@ sums the routing statistics with one asynchronous all-reduce per micro-batch, an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from megatron_smar.routing.statistics import PendingStatistics, RoutingStatistic
 from megatron_smar.routing.step import TrainingStep
 from megatron_smar.routing.strategies.base import (
     AuxiliaryLoss,
+    GateWeights,
     LayerRouting,
     RoutedLayer,
     RoutedTokens,
@@ -130,11 +132,24 @@ class ModalityAwareRouter(TopKRouter):
         if modality_routing.router_bias:
             self.modality_bias = ModalityBias(modalities, self.num_experts, modality_routing.trains_bias, parallel)
         self.strategy = modality_routing.strategy.build(
-            RoutedLayer(self.num_experts, self.topk, config.hidden_size, modalities, parallel)
+            RoutedLayer(
+                num_experts=self.num_experts,
+                top_k=self.topk,
+                hidden_size=config.hidden_size,
+                num_modalities=modalities,
+                sequence_parallel=parallel,
+                dtype=config.params_dtype,
+                gate_bias=self.bias is not None,
+                score_function=config.moe_router_score_function,
+            )
         )
         # Strategies without sums of their own need no copies of the tokens.
         own = type(self.strategy)
         self.sums_tokens = own.sums is not RoutingStrategy.sums or own.step_sums is not RoutingStrategy.step_sums
+        with torch.no_grad():
+            for name, value in self.strategy.starts(self).items():
+                self.strategy.get_parameter(name).copy_(value)
+        self._lacking: frozenset[str] = frozenset()  # names of the strategy's weights that the checkpoint lacks
         self.register_buffer("allowed", None, persistent=False)
         self.is_global = modality_routing.scope == "global"
         self.statistics_group = self.tp_dp_cp_group if self.is_global else self.tp_cp_group
@@ -152,6 +167,31 @@ class ModalityAwareRouter(TopKRouter):
         """Sets the layer's number, from 1, on which the allowed experts may depend."""
         super().set_layer_number(layer_number)
         self.allowed = self.modality_routing.allowed(layer_number, self.num_experts)
+
+    def start_without(self, names: Iterable[str]) -> None:
+        """Makes the next loading of a checkpoint leave out weights of the strategy, which start as in a new model.
+
+        Args:
+            names: Names of the parameters and buffers of `strategy` that the checkpoint lacks.
+        """
+        self._lacking = frozenset(names)
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns what Megatron saves and loads, without what the checkpoint to load lacks."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, *args, **kwargs)
+        return {
+            name: part for name, part in state.items() if name.removeprefix(f"{prefix}strategy.") not in self._lacking
+        }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loads a state dict; what the checkpoint lacks starts from the gate that is loaded, or stays as it is."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        own, starts = self.strategy.state_dict(), self.strategy.starts(self)
+        for name in self._lacking:
+            state_dict[f"{prefix}strategy.{name}"] = starts.get(
+                name, own[name]
+            )  # torch loads it into the strategy next
+        self._lacking = frozenset()
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Routes as Megatron does, with the strategy's logits.
@@ -182,7 +222,17 @@ class ModalityAwareRouter(TopKRouter):
     def gating(self, input: Tensor) -> Tensor:
         """Returns the strategy's logits [s, b, E] for the router's input [s, b, h]."""
         assert self._modality_mask is not None
-        return self.strategy.logits(input, self._modality_mask, super().gating)
+        return self.strategy.logits(input, self._modality_mask, self._gate)
+
+    def _gate(self, hidden: Tensor, *others: GateWeights) -> Tensor:
+        """Returns the logits of the backbone's gate and of others in one matrix product; see `BackboneGate`."""
+        if not others:
+            return super().gating(hidden)
+        gates: tuple[GateWeights, ...] = (self, *others)
+        bias = None if self.bias is None else torch.cat([gate.bias for gate in gates if gate.bias is not None])
+        # Megatron's function reads these three attributes only.
+        stacked = SimpleNamespace(weight=torch.cat([gate.weight for gate in gates]), bias=bias, config=self.config)
+        return TopKRouter.gating(stacked, hidden)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Chooses experts as Megatron does, with the modality's bias and allowed experts; launches the all-reduce.
@@ -347,7 +397,9 @@ class ModalityAwareRouter(TopKRouter):
             self._report(RoutingReport(layer, layers, statistics), self.recorders)
             return output
         distance, comparable = distance_in_few_operations(statistics, self.topk, self.modality_routing.eps)
-        routing = LayerRouting(self.layer_number, self.step.iteration, statistics, sums, distance, comparable)
+        routing = LayerRouting(
+            self.layer_number, self.step.iteration, statistics, sums, distance, comparable, self.allowed
+        )
         losses, own = self.strategy.losses(routing), self.strategy.weight_losses(self.weight, self.step.iteration)
         measures = {MRD_DISTANCE: Weighted(distance, comparable)} | self.strategy.measures(routing)
         if self.modality_routing.strategy.keeps_state:

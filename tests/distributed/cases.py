@@ -220,6 +220,11 @@ SMOES = (
 STRATEGIES: dict[str, tuple[str, ...]] = {
     **{f"SMoES, {scores} scores": (*SMOES, "--smoes-scores", scores) for scores in ("attention", "gaussian", "hard")},
     "hard routing": ("--modality-routing", "hard", "--num-experts", "8", "--hard-experts", "text=0,5-7", "vision=1-4"),
+    "modality gates": ("--modality-routing", "modality_gates"),
+    "MoIIE": (
+        *["--modality-routing", "moiie", "--moiie-coeff", "0.5", "--num-experts", "8"],
+        *["--moiie-experts", "text=0,7", "shared=2-5", "vision=1,6"],
+    ),
 }
 FREEZES = {
     "nothing": (),
@@ -454,9 +459,13 @@ def _strategies() -> Iterator[Case]:
     balance = ("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")
     hard = Setting(flags=(*STRATEGIES["hard routing"], "--freeze", "vision"))
     yield Case("hard routing, balance loss, TP 2 + SP", 2, 1, TP_SP, replace(hard, flags=(*hard.flags, *balance)))
+    gates = Setting(flags=(*STRATEGIES["modality gates"], "--freeze", "vision", *balance))
+    yield Case("modality gates, balance loss, TP 2 + SP", 2, 1, TP_SP, gates)
     biased = replace(hard, model="sigmoid scores with expert bias")
     yield Case("hard routing, sigmoid scores with expert bias, EP 2", 2, 2, EP, biased)
     split = ("--modality-routing", "layer_split", "--layer-split-layers", "2", "--freeze", "vision")
+    scored = Setting("sigmoid scores with expert bias", flags=(*STRATEGIES["MoIIE"], "--freeze", "vision"))
+    yield Case("MoIIE, sigmoid scores with expert bias, EP 2", 2, 2, EP, scored)
     yield Case("layer split, PP 2", 2, 1, PP, Setting("four layers", flags=split))
 
 
@@ -513,6 +522,9 @@ def _modalities() -> Iterator[Case]:
     yield Case("three modalities, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, three, core=True)
     pipelined = replace(three, model="four layers", micro_batches=4)
     yield Case("three modalities, PP 2 interleaved", 2, 1, VIRTUAL, pipelined, dtype="float32")
+    moiie = ("--modality-routing", "moiie", "--moiie-coeff", "0.5", "--num-experts", "12", "--freeze", "vision")
+    kinds = ("--image-modalities", "vision", "chart")
+    yield Case("three modalities, MoIIE, TP 2 + SP", 2, 1, TP_SP, replace(three, flags=(*moiie, *kinds)))
     hard = ("--modality-routing", "hard", "--num-experts", "8", "--freeze", "vision")
     parts = ("--hard-experts", "text=0-3", "vision=4,5", "chart=6,7", "--image-modalities", "vision", "chart")
     yield Case("three modalities, hard routing, EP 2", 2, 2, EP, replace(three, flags=(*hard, *parts)))

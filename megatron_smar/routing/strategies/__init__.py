@@ -6,12 +6,23 @@ from argparse import Namespace
 from megatron_smar.routing.strategies.base import RoutedLayer, RoutingStrategy, StrategyConfig
 from megatron_smar.routing.strategies.hard import HardConfig
 from megatron_smar.routing.strategies.layer_split import LayerSplitConfig
+from megatron_smar.routing.strategies.modality_gates import ModalityGatesConfig
+from megatron_smar.routing.strategies.moiie import MoiieConfig
 from megatron_smar.routing.strategies.none import NoneConfig
 from megatron_smar.routing.strategies.smar import SmarConfig
 from megatron_smar.routing.strategies.smoes import SmoesConfig
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
-    config.name: config for config in (NoneConfig, SmarConfig, SmoesConfig, HardConfig, LayerSplitConfig)
+    config.name: config
+    for config in (
+        NoneConfig,
+        SmarConfig,
+        SmoesConfig,
+        HardConfig,
+        LayerSplitConfig,
+        ModalityGatesConfig,
+        MoiieConfig,
+    )
 }
 
 

@@ -56,6 +56,9 @@ class RoutedLayer:
         hidden_size: h, the model's hidden size.
         num_modalities: M, the number of modalities.
         sequence_parallel: Whether each tensor-parallel rank has its own shard of the sequence.
+        dtype: The data type of the backbone's gate.
+        gate_bias: Whether the backbone's gate has a bias.
+        score_function: What makes scores of logits, --moe-router-score-function.
     """
 
     num_experts: int
@@ -63,6 +66,36 @@ class RoutedLayer:
     hidden_size: int
     num_modalities: int
     sequence_parallel: bool = False
+    dtype: torch.dtype = torch.float32
+    gate_bias: bool = False
+    score_function: str = "softmax"
+
+
+class GateWeights(Protocol):
+    """A gate's parameters."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, [E, h]."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, [E], or None."""
+
+
+class BackboneGate(Protocol):
+    """The backbone's gate as a strategy calls it."""
+
+    def __call__(self, hidden: Tensor, *others: GateWeights) -> Tensor:
+        """Returns logits, as Megatron computes them: its data types, its matrix product.
+
+        Args:
+            hidden: The router's input, [s, b, h].
+            *others: n further gates, which the same matrix product computes.
+
+        Returns:
+            The logits of the backbone's gate and the others, one after another, [s, b, (1 + n) E].
+        """
 
 
 class SampleSums(Protocol):
@@ -114,6 +147,7 @@ class LayerRouting(NamedTuple):
         sums: The strategy's own sums, by name.
         distance: MRD distance, a scalar.
         comparable: 1 where at least two modalities have tokens. Otherwise 0, and the distance is 0 too.
+        allowed: The experts that each modality may choose, [M, E] bool; None for all experts.
     """
 
     number: int
@@ -122,6 +156,7 @@ class LayerRouting(NamedTuple):
     sums: Mapping[str, Tensor]
     distance: Tensor
     comparable: Tensor
+    allowed: Tensor | None = None
 
 
 class AuxiliaryLoss(NamedTuple):
@@ -168,13 +203,25 @@ class RoutingStrategy(nn.Module):
                 setattr(self, name, before.to(after.device))
         return self
 
-    def logits(self, hidden: Tensor, modality_mask: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+    def starts(self, gate: GateWeights) -> dict[str, Tensor]:
+        """Returns values that the strategy's parameters start with, by name; the others start as they were built.
+
+        Called for a new model, and again when a run starts from a checkpoint without the strategy's parameters, with
+        the gate that was loaded. (In the latter case buffers, too, stay as they were built.)
+
+        Args:
+            gate: The backbone's gate.
+        """
+        return {}
+
+    def logits(self, hidden: Tensor, modality_mask: Tensor, gate: BackboneGate) -> Tensor:
         """Returns the router's logits, [s, b, E], before the modality bias.
 
         Args:
             hidden: The router's input, [s, b, h].
             modality_mask: One-hot modalities, [s, b, M] bool.
-            gate: The backbone's gate, a function from [s, b, h] to [s, b, E].
+            gate: The backbone's gate, a function from [s, b, h] to [s, b, E]; given further gates, it computes theirs
+                too.
         """
         return gate(hidden)
 
@@ -245,7 +292,7 @@ class StrategyConfig:
             so that the checkpoints of all stages have the same parameters (unless --no-modality-router-bias is given).
         of_a_run: Fields that cannot change when a run is resumed.
         of_inference: Fields that inference with a trained model needs; empty if inference needs only the backbone's
-            routing and the modality bias.
+            routing, the modality bias and the gates per modality.
         collapse_remedy: What the warning about collapsing routing advises to do with the strategy's flags.
         needs_samples: Whether the strategy sums over the tokens of each sample (`RoutedTokens.sample_sums`).
         keeps_state: Whether the strategy accumulates statistics over steps. It is then refused with --smar-scope local,
@@ -253,8 +300,10 @@ class StrategyConfig:
         training_state: Names of buffers that only training needs. They start anew where another strategy's checkpoint
             lacks them, and are left out where another strategy, or none, is chosen.
         needs_experts: Whether the strategy has an effect only in MoE layers, so that a dense model is refused.
-        exported: Whether the backbone's gate, the modality bias and `allowed` are all that an export needs. If not, the
-            export is refused and names the strategy.
+        gate_per_modality: Whether each modality has a gate of its own (`strategies.modality_gates.ModalityGates`),
+            which an export then stores.
+        exported: Whether the backbone's gate, the modality bias, the gates per modality and `allowed` are all that an
+            export needs. If not, the export is refused and names the strategy.
     """
 
     name: ClassVar[str]
@@ -268,6 +317,7 @@ class StrategyConfig:
     keeps_state: ClassVar[bool] = False
     training_state: ClassVar[tuple[str, ...]] = ()
     needs_experts: ClassVar[bool] = True
+    gate_per_modality: ClassVar[bool] = False
     exported: ClassVar[bool] = True
 
     @property

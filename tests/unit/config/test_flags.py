@@ -87,6 +87,13 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
             "--loss-weighting sqrt and --calculate-per-token-loss are two means",
         ),
         (["--mtp-num-layers", "1"], "--mtp-num-layers 1 adds a loss"),
+        (["--moiie-coeff", "-1"], "--moiie-coeff is -1.0"),
+        (["--moiie-experts", "text=0"], "--moiie-experts text=0 has no effect with --modality-routing none"),
+        (["--modality-routing", "moiie", "--moiie-experts", "text=0"], "must name each of text, shared, vision once"),
+        (
+            ["--modality-routing", "moiie", "--moiie-experts", "text=0.75", "shared=.0", "vision=0.25"],
+            "leaves vision tokens 1 experts",
+        ),
         (["--bf16", "--modality-routing", "smar", "--save", "run"], "only with --use-distributed-optimizer"),
     ],
 )
