@@ -59,6 +59,11 @@ def leave_other_random_state(args: Namespace, state: dict[str, Any] | None) -> N
         )
 
 
+def resumes(args: Namespace, folder: Path) -> bool:
+    """Returns whether a run resumes from a checkpoint, rather than starting a new run or evaluating."""
+    return not (folder.name == "release" or args.finetune or args.skip_train)
+
+
 def resumed_state(args: Namespace) -> dict[str, Any] | None:
     """Returns the common state of the checkpoint that this run resumes from; None if it does not resume.
 
@@ -68,7 +73,7 @@ def resumed_state(args: Namespace) -> dict[str, Any] | None:
         CheckpointMismatchError: The common state cannot be read.
     """
     folder = _folder(args.load, args.ckpt_step)
-    if folder is None or folder.name == "release" or args.finetune or args.skip_train:
+    if folder is None or not resumes(args, folder):
         return None
     try:
         return read_common_state(folder, read_contents(folder))

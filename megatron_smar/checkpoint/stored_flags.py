@@ -113,7 +113,7 @@ def strategy_flags(saved: Namespace) -> dict[str, Any]:
         saved: The run's arguments.
     """
     strategy = stored_strategy(saved)
-    if not strategy.of_inference:
+    if not (strategy.of_inference or strategy.gate_per_modality):
         return {}
     values = {f"{strategy.name}_{field}": getattr(strategy, field) for field in strategy.of_inference}
     return {"modality_routing": strategy.name} | values

@@ -13,19 +13,23 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from megatron.training import print_rank_0
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_smar.checkpoint.fit import CheckpointMismatchError, checkpoint_to_load
+from megatron_smar.checkpoint.fit import CheckpointMismatchError, checkpoint_to_load, resumes
 from megatron_smar.checkpoint.metadata import DamagedError, check_objects, read_contents
 from megatron_smar.checkpoint.torch_dist import CheckpointReader
+from megatron_smar.routing.router import ModalityAwareRouter
 
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+STRATEGY = ".mlp.router.strategy."
 BIAS_OF_A_LINEAR_LAYER = "disable-bias-linear"
 # Pattern of a weight's name -> the flag that gives a model this weight; the first match counts.
 FLAGS = (
     (r"^connector\.", "connector"),
     (r"^vision_model\.", "vision-model"),
     (r"modality_bias", "no-modality-router-bias"),
+    (r"router\.strategy\.", "modality-routing"),
     (r"router\.expert_bias", "moe-router-enable-expert-bias"),
     (r"output_layer\.bias", "output-bias"),
     (r"(layer|layernorm|layer_norm|norm)[._]bias", "normalization"),
@@ -49,6 +53,9 @@ def check_weights(model: MegatronModule, args: Namespace) -> None:
 
     The result is shared with all ranks. With virtual pipeline stages, call this for each model chunk in order.
 
+    Where a new run starts, the checkpoint may lack the routing strategy's weights: they start as in a new model, and
+    further gates as the gate that is loaded.
+
     Args:
         model: One pipeline stage, or one of its model chunks.
         args: The run's arguments.
@@ -60,7 +67,9 @@ def check_weights(model: MegatronModule, args: Namespace) -> None:
     folder = checkpoint_to_load(args)
     if folder is None:
         return
-    weights = dict(_weights(model))
+    if not resumes(args, folder):
+        _start_strategies(model, args, folder)
+    weights = {part.key: part for _, part in _weights(model)}
     _collect(model.vp_stage, weights)
     found = [""] * dist.get_world_size()
     dist.all_gather_object(found, _first_mismatch(weights, folder))
@@ -83,14 +92,34 @@ def _collect(vp_stage: int | None, weights: dict[str, ShardedTensor]) -> None:
     _NAMES.update(weights)
 
 
+def _start_strategies(model: MegatronModule, args: Namespace, folder: Path) -> None:
+    """Makes each router start its strategy's weights, and says so, where a new run's checkpoint does not have them.
+
+    A checkpoint of another strategy, or of the pretrained model, lacks them.
+    """
+    stored = read_contents(folder).state_dict_metadata
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, ModalityAwareRouter)}
+    for router in routers.values():
+        router.start_without(())
+    lacking = [name for name, part in _weights(model) if STRATEGY in name and part.key not in stored]
+    for name, router in routers.items():
+        prefix = f"{name}.strategy."
+        router.start_without(each.removeprefix(prefix) for each in lacking if each.startswith(prefix))
+    if lacking and not model.vp_stage:
+        print_rank_0(
+            f"--load {args.load or args.pretrained_checkpoint} has no weights of --modality-routing "
+            f"{args.modality_routing}: they start as in a new model, and further gates as the gate that is loaded."
+        )
+
+
 def _weights(model: MegatronModule) -> Iterator[tuple[str, ShardedTensor]]:
-    """Yields the weights of this part of the model, by their names in the checkpoint."""
+    """Yields the weights of this part of the model, by their names in the model; `key` is that in the checkpoint."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    for part in model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}).values():
+    for name, part in model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}).items():
         built = part.build() if isinstance(part, ShardedTensorFactory) else part
         for each in built.values() if isinstance(built, dict) else built if isinstance(built, list) else [built]:
             if isinstance(each, ShardedTensor):
-                yield each.key, each
+                yield name, each
 
 
 def _first_mismatch(weights: dict[str, ShardedTensor], folder: Path) -> str:
@@ -103,7 +132,8 @@ def _first_mismatch(weights: dict[str, ShardedTensor], folder: Path) -> str:
     for key, tensor in weights.items():
         stored = contents.state_dict_metadata.get(key)
         if not isinstance(stored, TensorStorageMetadata):
-            return f"{key} is not in it ({_flag(key)})"
+            start = ", which a run that resumes cannot change: --finetune starts a new one" if STRATEGY in key else ""
+            return f"{key} is not in it ({_flag(key)}{start})"
         here, there = tuple(tensor.global_shape), tuple(stored.size)
         if here != there and not (tensor.allow_shape_mismatch and here[1:] == there[1:]):
             return f"{key} is {list(there)} there and {list(here)} here"

@@ -114,3 +114,43 @@ def test_another_padding_of_the_vocabulary_is_accepted(plain, tower):
     args.load = str(folder)
     check_weights(build_empty(args), args)
     args.padded_vocab_size = VOCABULARY
+
+
+@pytest.mark.parametrize("strategy", ["modality_gates", "moiie"])
+def test_a_new_run_starts_a_gate_per_modality_from_a_checkpoint_with_one_and_a_resumed_run_is_refused(
+    plain, tower, tmp_path, capsys, strategy
+):
+    _, _, folder = plain
+    model, args = model_and_args(tower, f"--modality-routing {strategy}")
+    args.load = str(folder)
+    router = model.language_model.decoder.layers[1].mlp.router
+    for start in ("finetune", "skip_train"):
+        setattr(args, start, True)
+        check_weights(model, args)
+        assert router._lacking == {"gates.1.weight"}
+        assert f"--load {folder} has no weights of --modality-routing {strategy}" in capsys.readouterr().out
+        setattr(args, start, False)
+    release = save(build_empty(args), args, tmp_path / "gates")
+    (folder / "release").rename(folder / "iter_0000003")
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    try:
+        with pytest.raises(CheckpointMismatchError, match=r"gates.1.weight is not in it \(--modality-routing, which a"):
+            check_weights(build_empty(args), args)
+    finally:
+        (folder / "iter_0000003").rename(folder / "release")
+        (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    args.load = str(release)
+    check_weights(model, args)
+    assert router._lacking == frozenset(), "they are in the checkpoint"
+    assert "has no weights of" not in capsys.readouterr().out
+
+
+def test_a_gate_per_modality_is_not_dropped_unless_a_flag_allows_it(plain, tower, tmp_path):
+    model, args, _ = plain
+    with_gates, given = model_and_args(tower, "--modality-routing modality_gates")
+    args.load = str(save(with_gates, given, tmp_path / "gates"))
+    with pytest.raises(CheckpointMismatchError, match=r"gates.1.weight.*no place \(--modality-routing\)"):
+        check_weights(model, args)
+    args.allow_model_change = ["modality-routing"]
+    check_weights(model, args)
+    args.allow_model_change = []
