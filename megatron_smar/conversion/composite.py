@@ -35,12 +35,14 @@ from megatron_smar.huggingface import MODEL_TYPE, PLAIN_TYPE, RemoteFields
 from megatron_smar.huggingface.modeling_modality_aware import ModalityAwareInternVLConfig
 from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.vision import NORMALISATION, side_in_pixels
+from megatron_smar.routing.modalities import VISION as VISION_MODALITY
 
 LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
 TOWER = "vision_model.tower."  # prefix of the vision tower's weights in the trainer
 # Model types that are published with their own modeling code; `original_layouts.py` reads them.
 ORIGINAL_TYPES = ("internvl_chat", "intern_vit_6b", "vita-mixtral", "vita-Qwen2")
-MODALITY_BIAS = re.compile(r"(.*\.mlp\.router)\.weight")
+ROUTER = re.compile(r"(.*\.mlp\.router)\.weight")
+MODALITY_GATE = ".modality_weight_"  # in the name of a modality's gate on disk, before the modality's id
 # Prefixes of the weights' names in memory, which newer files of the same model use -> prefixes on disk.
 IN_MEMORY = {
     "model.language_model.": LANGUAGE + "model.",
@@ -236,19 +238,23 @@ def flags(config: PretrainedConfig) -> Flags:
     }
 
 
-def weights(config: PretrainedConfig, biases: bool, connector_seed: int | None = None) -> list[Weight]:
+def weights(
+    config: PretrainedConfig, biases: bool, connector_seed: int | None = None, gates: bool = False
+) -> list[Weight]:
     """Returns the weight table of a composite model.
 
     Args:
         config: The composite model's config.
         biases: Whether the Hugging Face model has modality biases; otherwise they are new, and zero.
         connector_seed: Seed of a new connector; None where the Hugging Face model has a connector.
+        gates: Whether each modality has a gate of its own.
     """
     language = [row.prefixed(LANGUAGE, LANGUAGE) for row in language_of(config.text_config).weights(config.text_config)]
     text = in_float32(language, config.text_config, MODEL_FOR_CAUSAL_LM_MAPPING)
     return [
         *text,
         *modality_biases(language, biases),
+        *(modality_gates(text) if gates else []),
         *in_float32(vision_weights(config.vision_config), config.vision_config, MODEL_MAPPING),
         *connector_weights(connection_of(config).connector, connector_seed),
     ]
@@ -276,12 +282,27 @@ def modality_biases(language: list[Weight], stored: bool) -> list[Weight]:
     """
     rows = []
     for row in language:
-        router = MODALITY_BIAS.fullmatch(row.megatron)
+        router = ROUTER.fullmatch(row.megatron)
         if router:
             name = f"{router[1]}.modality_bias.bias"
             hf = (row.hf[0].removesuffix("weight") + "modality_bias",) if stored else ()
             make = None if stored else (lambda shape, dtype: torch.zeros(shape))
             rows.append(Weight(name, hf, make=make, dtype=torch.float32))
+    return rows
+
+
+def modality_gates(language: list[Weight]) -> list[Weight]:
+    """Returns a table row for vision's gate of each router; text's is the language model's own.
+
+    Args:
+        language: The language model's table, whose gates the rows are like.
+    """
+    rows = []
+    for row in language:
+        router = ROUTER.fullmatch(row.megatron)
+        if router:
+            hf = row.hf[0].removesuffix(".weight") + f"{MODALITY_GATE}{VISION_MODALITY}"
+            rows.append(replace(row, megatron=f"{router[1]}.strategy.gates.{VISION_MODALITY}.weight", hf=(hf,)))
     return rows
 
 

@@ -29,7 +29,7 @@ from megatron_smar.conversion import composite
 from megatron_smar.conversion.empty_model import describe_model, differing_flags
 from megatron_smar.conversion.outcome import Written
 from megatron_smar.conversion.processor import write_processor
-from megatron_smar.conversion.sources import Source
+from megatron_smar.conversion.sources import ROUTING_OF_GATES, Source
 from megatron_smar.conversion.weights import Piece, Weight, inverted
 from megatron_smar.huggingface import RemoteFields, needs_remote_code, plain_config, write_remote_code
 from megatron_smar.routing.strategies import stored_strategy
@@ -48,8 +48,8 @@ def export_model(
     """Writes a checkpoint as a Hugging Face folder.
 
     The export is a model of a plain transformers class, for any tool, unless it has what that class cannot represent
-    (modality biases that are not zero, a connector without LayerNorm, scaled features). Then it comes with modeling
-    code for `trust_remote_code`.
+    (modality biases that are not zero, a gate per modality, a connector without LayerNorm, scaled features). Then it
+    comes with modeling code for `trust_remote_code`.
 
     Args:
         load: The checkpoint's folder.
@@ -104,6 +104,7 @@ def describe_export(source: Source, hf: Path, folder: Path, layout: Layout) -> N
     biases = [tensor for name, tensor in tensors.items() if name.endswith(".modality_bias")]
     fields = RemoteFields(
         modality_router_bias=bool(biases),
+        modality_gates=any(composite.MODALITY_GATE in name for name in tensors),
         num_modalities=biases[0].shape[0] if biases else RemoteFields.num_modalities,
         projector_layer_norm=connection.connector == "internvl",
         vision_feature_scale=connection.feature_scale,
@@ -160,8 +161,9 @@ def read_checkpoint(load: Path, hf: Path, iteration: int | None = None) -> Sourc
     reader = CheckpointReader(load, iteration)
     saved = saved_arguments(reader.common_state)
     allowed = allowed_experts(saved)
-    table, flags = composite.weights(config, has_biases(reader) or bool(allowed)), composite.flags(config)
-    args, parts, _ = describe_model(config, flags)
+    gates, flags = stored_strategy(saved).gate_per_modality, composite.flags(config)
+    table = composite.weights(config, has_biases(reader) or bool(allowed), gates=gates)
+    args, parts, _ = describe_model(config, flags | (ROUTING_OF_GATES if gates else {}))
     if getattr(saved, "num_experts", None) and "num-experts" not in flags:
         raise ConversionError(
             f"{reader.folder} is a mixture of experts that upcycling made of the {config.text_config.model_type} model "

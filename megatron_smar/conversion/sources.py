@@ -20,9 +20,12 @@ from megatron_smar.conversion import composite, original_layouts
 from megatron_smar.conversion.architectures import Flags
 from megatron_smar.conversion.weights import Weight
 from megatron_smar.data.tokens import IMAGE_CONTEXT, add_tokens
+from megatron_smar.routing.strategies.modality_gates import ModalityGatesConfig
 
 # Files that are copied from the folder of a model in an original layout, besides its tokenizer.
 COMPANIONS = ("preprocessor_config.json", "generation_config.json")
+# An imported model with a gate per modality; its table of biases has the experts that each may choose.
+ROUTING_OF_GATES: Flags = {"modality-routing": ModalityGatesConfig.name}
 CONNECTOR_SEED = 1234  # also upcycling's and the trainer's default
 
 
@@ -80,7 +83,9 @@ def read_composite(folder: Path, vision: Path | None = None, scratch: Path | Non
         raise composite.UnsupportedError(f"--hf {folder} has its vision tower in it; leave --vision out.")
     tensors = {composite.canonical(name): tensor for name, tensor in read_folder(folder).items()}
     biases = any(name.endswith(".modality_bias") for name in tensors)
-    return Source(config, tensors, composite.weights(config, biases), composite.flags(config), (folder,))
+    gates = any(composite.MODALITY_GATE in name for name in tensors)
+    flags = composite.flags(config) | (ROUTING_OF_GATES if gates else {})
+    return Source(config, tensors, composite.weights(config, biases, gates=gates), flags, (folder,))
 
 
 def read_parts(

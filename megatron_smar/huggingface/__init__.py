@@ -30,6 +30,7 @@ class RemoteFields:
 
     Attributes:
         modality_router_bias: Whether each gate has a bias per modality, `...gate.modality_bias` [M, E] float32.
+        modality_gates: Whether each modality m but text has a gate of its own, `...gate.modality_weight_<m>` [E, h].
         num_modalities: Number of modalities, M.
         projector_layer_norm: Whether the projector begins with a LayerNorm.
         vision_feature_scale: Multiplies the vision features before the pixel shuffle.
@@ -37,6 +38,7 @@ class RemoteFields:
     """
 
     modality_router_bias: bool = False
+    modality_gates: bool = False
     num_modalities: int = 2
     projector_layer_norm: bool = True
     vision_feature_scale: float = 1.0
@@ -54,6 +56,7 @@ def needs_remote_code(config: Mapping[str, Any], fields: RemoteFields) -> bool:
     own_tower = config["vision_config"].get("model_type", "internvl_vision") == "internvl_vision"
     return (
         fields.modality_router_bias
+        or fields.modality_gates
         or not fields.projector_layer_norm
         or fields.vision_feature_scale != 1.0
         or fields.lm_head_bias

@@ -3,12 +3,17 @@
 
 A folder with this file next to its weights loads with `trust_remote_code=True`. Added to transformers' own classes:
 
+- a gate per modality (Ming-Omni, arXiv 2506.09344; MoIIE, arXiv 2508.09779): g_m(x) = W_m x, W_m [E, h], of which W_0
+  is the text model's own;
 - a bias per modality on the logits of each MoE layer's gate, before the gate's own softmax or sigmoid and top-k
-  (SMAR, equations 1 and 2): logits = g(x) + b[m], b [M, E] in float32, m = 1 where the vision encoder fills the
-  position (`input_ids == image_token_id`), 0 elsewhere;
+  (SMAR, equations 1 and 2): logits = g(x) + b[m], b [M, E] in float32, -1e9 for experts that m may not choose;
 - a projector without LayerNorm, features scaled before the pixel shuffle, CLIP and SigLIP as vision towers.
 
-Weights have the plain model's names on disk; each bias is stored with its gate, as `...gate.modality_bias`.
+The modality m is 1 where the vision encoder fills the position (`input_ids == image_token_id`), and 0 elsewhere: for
+text, also while it is generated, and for padding.
+
+Weights have the plain model's names on disk; bias and further gates are stored with the gate, as
+`...gate.modality_bias` and `...gate.modality_weight_1`.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ class ModalityAwareInternVLConfig(InternVLConfig):
     Attributes:
         num_modalities: Number of modalities, M, i.e. rows of each bias: text, vision, and further ones not used yet.
         modality_router_bias: Whether the gates have modality biases.
+        modality_gates: Whether each modality has a gate of its own.
         projector_layer_norm: Whether the projector begins with a LayerNorm, as InternVL's does.
         vision_feature_scale: Multiplies the vision features before the pixel shuffle; VITA's checkpoints use 0.5.
         lm_head_bias: Whether the output layer has a bias, as Phi's has.
@@ -49,30 +55,30 @@ class ModalityAwareInternVLConfig(InternVLConfig):
 
     num_modalities: int = 2
     modality_router_bias: bool = True
+    modality_gates: bool = False
     projector_layer_norm: bool = True
     vision_feature_scale: float = 1.0
     lm_head_bias: bool = False
 
 
-class OnLogits:
-    """Stands in for a gate as `self` of the gate's own `forward`, which then takes logits instead of hidden states.
+class WithWeight:
+    """Stands in for a gate as `self` of the gate's own `forward`, with another weight for its linear layer."""
 
-    The gate's weight is replaced by the identity, so its linear layer returns the logits unchanged.
-    """
-
-    def __init__(self, gate: nn.Module, logits: Tensor) -> None:
+    def __init__(self, gate: nn.Module, weight: Tensor) -> None:
         self.gate = gate
-        self.weight = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-        self.hidden_dim = logits.shape[-1]
+        self.weight = weight
+        self.hidden_dim = weight.shape[-1]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.gate, name)
 
 
 class ModalityGate(nn.Module):
-    """Mixed in before a text model's gate class: adds the bias of each token's modality to the logits."""
+    """Mixed in before a text model's gate class: the gate and the bias of each token's modality."""
 
-    modality_bias: nn.Parameter  # [M, E] float32
+    weight: nn.Parameter  # [E, hidden_dim], the gate's own: text's
+    modality_bias: nn.Parameter | None  # [M, E] float32
+    others: range  # modalities m with a gate of their own, `modality_weight_<m>` [E, hidden_dim]
     modality_ids: Tensor | None = None  # [b, s], for the current forward pass
     own_forward: Callable[..., Any]  # the gate class's forward, unbound
 
@@ -83,9 +89,17 @@ class ModalityGate(nn.Module):
                 "The gate was called outside of its decoder layer, which passes it the tokens' modalities."
             )
         logits, _, _ = self.own_forward(self, hidden_states)
-        # As in the trainer, the sum is in float32 even if the linear layer is in bfloat16.
-        logits = logits + self.modality_bias[self.modality_ids.reshape(-1).to(logits.device)]
-        return self.own_forward(OnLogits(self, logits), logits)
+        modalities = self.modality_ids.reshape(-1).to(logits.device)
+        for modality in self.others:
+            weight = getattr(self, f"modality_weight_{modality}")
+            own, _, _ = self.own_forward(WithWeight(self, weight), hidden_states)
+            logits = torch.where((modalities == modality).unsqueeze(-1), own, logits)
+        if self.modality_bias is not None:
+            # As in the trainer, the sum is in float32 even if the linear layer is in bfloat16.
+            logits = logits + self.modality_bias[modalities]
+        # With the identity as its weight, the gate's linear layer returns the logits unchanged.
+        identity = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        return self.own_forward(WithWeight(self, identity), logits)
 
 
 class ModalityLayer(nn.Module):
@@ -103,12 +117,15 @@ class ModalityLayer(nn.Module):
 
 
 class ModalityTextModel(nn.Module):
-    """Mixed in before a text model's class: initializes biases that a checkpoint does not have to zero."""
+    """Mixed in before a text model's class: initializes what a checkpoint lacks, biases to zero, gates to text's."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, ModalityGate):
-            init.zeros_(module.modality_bias)
+            if module.modality_bias is not None:
+                init.zeros_(module.modality_bias)
+            for modality in module.others:
+                init.copy_(getattr(module, f"modality_weight_{modality}"), module.weight)
 
 
 def extend(module: nn.Module, extension: type[nn.Module]) -> None:
@@ -118,24 +135,29 @@ def extend(module: nn.Module, extension: type[nn.Module]) -> None:
     module.__class__ = type(own.__name__, (extension, own), attributes)
 
 
-def add_modality_biases(text_model: Any, num_modalities: int) -> None:
-    """Adds a modality bias [M, E], initialized to zero, to each gate of a text model.
+def extend_gates(text_model: Any, config: ModalityAwareInternVLConfig) -> None:
+    """Adds to each gate of a text model what the config says: a modality bias [M, E], a gate [E, h] per modality.
 
     Raises:
         ValueError: The gates of this text model are not supported.
     """
     if text_model.config.model_type not in TEXT_MODELS:
         raise ValueError(
-            f"modality_router_bias is true, and the text model is {text_model.config.model_type!r}; the gates "
-            f"known here are those of {', '.join(TEXT_MODELS)}; for another model set modality_router_bias to false."
+            f"modality_router_bias or modality_gates is true, and the text model is {text_model.config.model_type!r}; "
+            f"the gates known here are those of {', '.join(TEXT_MODELS)}; for another model set both to false."
         )
     extend(text_model, ModalityTextModel)
     for layer in text_model.layers:
         extend(layer, ModalityLayer)
         if gate := getattr(layer.mlp, "gate", None):
             extend(gate, ModalityGate)
+            shape = (config.num_modalities, len(gate.weight))
             # An explicit dtype keeps the bias in float32 when the model is loaded in another data type.
-            gate.modality_bias = nn.Parameter(torch.zeros(num_modalities, len(gate.weight), dtype=torch.float32))
+            bias = nn.Parameter(torch.zeros(shape, dtype=torch.float32)) if config.modality_router_bias else None
+            gate.register_parameter("modality_bias", bias)
+            gate.others = range(1, config.num_modalities if config.modality_gates else 1)
+            for modality in gate.others:
+                gate.register_parameter(f"modality_weight_{modality}", nn.Parameter(torch.empty_like(gate.weight)))
 
 
 class ModalityAwareProjector(InternVLMultiModalProjector):
@@ -163,8 +185,8 @@ class ModalityAwareInternVLModel(InternVLModel):
     def __init__(self, config: ModalityAwareInternVLConfig) -> None:
         super().__init__(config)
         self.multi_modal_projector = ModalityAwareProjector(config)
-        if config.modality_router_bias:
-            add_modality_biases(self.language_model, config.num_modalities)
+        if config.modality_router_bias or config.modality_gates:
+            extend_gates(self.language_model, config)
         self.post_init()
 
     def forward(
@@ -182,7 +204,7 @@ class ModalityAwareInternVLModel(InternVLModel):
         Raises:
             ValueError: `inputs_embeds` came without them: embeddings do not show which are the vision encoder's.
         """
-        if self.config.modality_router_bias:
+        if self.config.modality_router_bias or self.config.modality_gates:
             kwargs["modality_ids"] = self._modality_ids(input_ids, inputs_embeds, mm_token_type_ids)
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs)
 

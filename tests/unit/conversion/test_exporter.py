@@ -64,6 +64,37 @@ def test_modality_biases_are_exported_with_modeling_code_and_stay_in_float32(bia
     assert json.loads((tmp_path / "same" / "config.json").read_text())["modality_router_bias"]
 
 
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_gate_per_modality_is_imported_and_exported_bit_for_bit(hf, tmp_path, single_rank, biases):
+    from megatron_smar.checkpoint.torch_dist import CheckpointReader
+    from megatron_smar.conversion.exporter import export_model
+    from megatron_smar.conversion.importer import write_model
+    from megatron_smar.conversion.sources import read_composite
+    from megatron_smar.huggingface import RemoteFields, write_remote_code
+
+    folder, checkpoint = tmp_path / "gates", tmp_path / "checkpoint"
+    shutil.copytree(hf, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith("gate.weight")]:
+        weights[name.removesuffix("weight") + "modality_weight_1"] = torch.randn(weights[name].shape)
+        if biases:
+            weights[name.removesuffix("weight") + "modality_bias"] = torch.randn(2, 4)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((folder / "config.json").read_text())
+    fields = RemoteFields(modality_router_bias=biases, modality_gates=True)
+    (folder / "config.json").write_text(json.dumps(write_remote_code(folder, content, fields)))
+    write_model(read_composite(folder), checkpoint)
+    assert "--modality-routing modality_gates" in (checkpoint / "flags.txt").read_text()
+    stored = CheckpointReader(checkpoint).tensors
+    assert stored["language_model.decoder.layers.mlp.router.strategy.gates.1.weight"].size == (3, 4, 48)
+    for place in (checkpoint / "hf", hf):  # the strategy of the run says that there are gates, not the config of --hf
+        export_model(checkpoint, place, tmp_path / "output")
+        assert_same_weights(tmp_path / "output", folder)
+        written = json.loads((tmp_path / "output" / "config.json").read_text())
+        assert written["modality_gates"] and written["modality_router_bias"] == biases
+        shutil.rmtree(tmp_path / "output")
+
+
 def test_a_run_without_modality_biases_is_exported(hf, imported, tmp_path):
     """The checkpoint is what a run with --no-modality-router-bias saves."""
     from megatron_smar.checkpoint.torch_dist import write_checkpoint

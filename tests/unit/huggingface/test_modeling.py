@@ -5,7 +5,7 @@ import ast
 import json
 import re
 import sys
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,23 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     CLIPVisionConfig,
-    DeepseekV2Config,
-    DeepseekV3Config,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
     InternVLVisionConfig,
     LlamaConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    PretrainedConfig,
-    Qwen3MoeConfig,
     SiglipVisionConfig,
 )
 
@@ -41,122 +32,22 @@ from megatron_smar.huggingface import (
     plain_config,
     write_remote_code,
 )
-from tests.models import build_hf_model, build_model, copy_weights, prepare
-
-IMAGE, SIDE, TOKENS_PER_TILE, EXPERTS = 5, 32, 4, 4
-BIASED = RemoteFields(modality_router_bias=True)
-
-VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-TEXT = dict(
-    vocab_size=128, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, eos_token_id=None
+from tests.unit.huggingface.exports import (
+    BIASED,
+    EXPERTS,
+    FIELDS,
+    GATED,
+    GATES,
+    GROUPED,
+    IMAGE,
+    SIDE,
+    VISION,
+    Trainer,
+    composite,
+    export,
+    load,
+    samples,
 )
-GROUPED = dict(TEXT, num_key_value_heads=2)
-EXPERT_SIZES = dict(moe_intermediate_size=32, num_experts_per_tok=2)
-LATENT = dict(
-    EXPERT_SIZES, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=EXPERTS, first_k_dense_replace=1,
-    kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-)  # fmt: skip
-# Each text model, with the arguments of Megatron's top-k routing for it (its --moe-router-* flags).
-GATES: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
-    "mixtral": (MixtralConfig(**GROUPED, num_local_experts=EXPERTS, num_experts_per_tok=2), {}),
-    "qwen3_moe": (
-        Qwen3MoeConfig(
-            **GROUPED, **EXPERT_SIZES, head_dim=16, num_experts=EXPERTS, norm_topk_prob=True, mlp_only_layers=[0]
-        ),
-        {},
-    ),
-    "olmoe": (OlmoeConfig(**GROUPED, num_experts=EXPERTS, num_experts_per_tok=2), {"use_pre_softmax": True}),
-    "deepseek_v2": (
-        DeepseekV2Config(**TEXT, **LATENT, routed_scaling_factor=1.5),
-        {"use_pre_softmax": True, "scaling_factor": 1.5},
-    ),
-    "deepseek_v3": (
-        DeepseekV3Config(**TEXT, **LATENT, n_group=2, topk_group=1, routed_scaling_factor=2.5),
-        {"score_function": "sigmoid", "num_groups": 2, "group_topk": 1, "scaling_factor": 2.5},
-    ),
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_module_cache(tmp_path_factory):
-    """Sets another module cache than the user's, to which transformers copies modeling code before it imports it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def nothing_registered(monkeypatch):
-    """Clears transformers' registry, which would use the config class of loaded code for the next folder too."""
-    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
-
-
-def composite(text: PretrainedConfig, **changes: Any) -> InternVLForConditionalGeneration:
-    vision = InternVLVisionConfig(**VISION, image_size=SIDE, patch_size=8)
-    settings = dict(vision_config=vision, text_config=text, image_token_id=IMAGE, tie_word_embeddings=False)
-    torch.manual_seed(0)
-    return InternVLForConditionalGeneration(InternVLConfig(**(settings | changes))).eval()
-
-
-def export(
-    plain: InternVLForConditionalGeneration, folder: Path, fields: RemoteFields, **config: Any
-) -> dict[str, Tensor]:
-    """Saves a plain model with modeling code and random modality biases, and returns the tensors on disk."""
-    plain.save_pretrained(folder)
-    written = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps(write_remote_code(folder, written, fields)))
-    tensors = load_file(folder / "model.safetensors")
-    if fields.modality_router_bias:
-        generator = torch.Generator().manual_seed(7)
-        for gate in sorted(name for name in tensors if name.endswith(".gate.weight")):
-            bias = torch.randn(fields.num_modalities, EXPERTS, generator=generator)
-            tensors[gate.removesuffix("weight") + "modality_bias"] = bias
-    if not fields.projector_layer_norm:
-        tensors = {name: tensor for name, tensor in tensors.items() if "projector.layer_norm" not in name}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return tensors
-
-
-def load(folder: Path, **settings: Any) -> Any:
-    model, report = AutoModelForImageTextToText.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True, **settings
-    )
-    assert not any(report.values()), report
-    return model.eval()
-
-
-def samples() -> tuple[Tensor, Tensor]:
-    """Returns three samples: two images, one image at the end, and text only."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(6, 128, (3, 20), generator=generator)
-    ids[0, :TOKENS_PER_TILE] = ids[0, 9 : 9 + TOKENS_PER_TILE] = ids[1, -TOKENS_PER_TILE:] = IMAGE
-    return ids, torch.randn(3, 3, SIDE, SIDE, generator=generator)
-
-
-class Trainer:
-    """The trainer's model with the weights and biases of an export of `build_hf_model`, whose text model is Mixtral."""
-
-    def __init__(self, folder: Path) -> None:
-        plain = build_hf_model(image_token_id=IMAGE)
-        plain.generation_config.eos_token_id = None
-        self.tensors = export(plain, folder / "export", BIASED)
-        plain.model.vision_tower.save_pretrained(folder / "tower")
-        self.model = build_model(str(folder / "tower"), connector="internvl").eval()
-        copy_weights(plain, self.model)
-        for index, layer in enumerate(self.model.language_model.decoder.layers):
-            name = f"language_model.model.layers.{index}.block_sparse_moe.gate.modality_bias"
-            layer.mlp.router.modality_bias.bias.data.copy_(self.tensors[name])
-        self.plain, self.folder = plain, folder / "export"
-
-    def logits(self, ids: Tensor, pixels: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.model(**prepare(ids, torch.zeros_like(ids, dtype=torch.bool), pixels, IMAGE))
-
-    def continuation(self, ids: Tensor, pixels: Tensor, steps: int) -> Tensor:
-        """Returns the greedy continuation [b, steps], each token computed from the full text so far."""
-        for _ in range(steps):
-            ids = torch.cat([ids, self.logits(ids, pixels)[:, -1:].argmax(-1)], dim=1)
-        return ids[:, -steps:]
 
 
 @pytest.fixture(scope="module")
@@ -258,9 +149,10 @@ def test_a_recomputed_layer_gets_the_modalities_of_its_own_batch(trainer):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("fields", [BIASED, GATED, replace(GATED, modality_router_bias=False)], ids=FIELDS)
 @pytest.mark.parametrize("kind", GATES)
 @torch.no_grad()
-def test_each_kind_of_gate_routes_like_megatron_with_the_biases_and_keeps_its_names(kind, tmp_path):
+def test_each_kind_of_gate_routes_like_megatron_and_keeps_its_names(kind, fields, tmp_path):
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
     text, flags = GATES[kind]
@@ -268,10 +160,10 @@ def test_each_kind_of_gate_routes_like_megatron_with_the_biases_and_keeps_its_na
     for name, tensor in plain.named_buffers():
         if name.endswith("e_score_correction_bias"):
             tensor.uniform_(-0.2, 0.2)
-    tensors = export(plain, tmp_path / "first", BIASED)
+    tensors = export(plain, tmp_path / "first", fields)
     model = load(tmp_path / "first")
     gates = {name: module for name, module in model.named_modules() if hasattr(module, "modality_bias")}
-    assert len(gates) == sum(name.endswith("modality_bias") for name in tensors) >= 1
+    assert len(gates) == sum(name.endswith("gate.weight") for name in tensors) >= 1
     seen: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
     for name, gate in gates.items():
         gate.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0].reshape(-1, 48), y)}))
@@ -280,8 +172,11 @@ def test_each_kind_of_gate_routes_like_megatron_with_the_biases_and_keeps_its_na
     for name, gate in gates.items():
         hidden, (_, weights, chosen) = seen[name]
         layer = re.search(r"layers\.(\d+)", name)[1]
-        bias = next(t for n, t in tensors.items() if n.endswith("modality_bias") and f"layers.{layer}." in n)
-        logits = hidden @ gate.weight.T + bias[(ids == IMAGE).long().flatten()]
+        here = {n.split(".gate.")[1]: t for n, t in tensors.items() if f"layers.{layer}." in n and ".gate." in n}
+        modalities = (ids == IMAGE).long().flatten()
+        own = torch.stack([here["weight"], here.get("modality_weight_1", here["weight"])])
+        logits = torch.einsum("nh,neh->ne", hidden, own[modalities])
+        logits += here.get("modality_bias", torch.zeros(2, EXPERTS))[modalities]
         expert_bias = getattr(gate, "e_score_correction_bias", None)
         expected, _ = topk_routing_with_score_function(logits, 2, expert_bias=expert_bias, **flags)
         actual = torch.zeros_like(expected).scatter(1, chosen, weights)
