@@ -179,6 +179,42 @@ def test_a_model_with_hard_routing_is_evaluated_and_exported_with_its_experts(wo
     assert routing["hard"] == pytest.approx(routing["again"], rel=1e-3)
 
 
+def test_a_gate_per_modality_starts_as_the_imported_gate_is_trained_and_exported(world, start, convert, tmp_path):
+    parts = ["--language", start.parent / "mixtral", "--vision", world.root / "vision"]
+    unchanged = run(PROGRAM, "verify", "--load", start, *parts, "--modality-routing", "modality_gates").stdout
+    assert "greedy tokens that agree" in unchanged
+    model = ["--vision-model", start / "hf", *(start / "flags.txt").read_text().split()]
+    data = ["--tokenizer-model", start / "hf" / "tokenizer.model", "--data-path", world.root / "shards" / "train"]
+    moiie = ["--modality-routing", "moiie", "--moiie-experts", "text=2", "shared=0,3", "vision=1"]
+    given = [*TRAINING, *moiie, *model, *data, "--load", start, "--finetune", "--save", tmp_path / "run"]
+    said = run("pretrain_vlm.py", *given, ranks=2).stdout
+    assert "has no weights of --modality-routing moiie: they start as in a new model" in said
+    assert convert("export", "--load", tmp_path / "run", "--hf", start / "hf", "--output", tmp_path / "out")[0] == 0
+    weights, imported = read(tmp_path / "out"), read(start.parent / "mixtral")
+    gates = [name for name in weights if name.endswith("gate.modality_weight_1")]
+    assert len(gates) == SHAPE["num_hidden_layers"]
+    for name in gates:
+        gate = name.removesuffix("modality_weight_1") + "weight"
+        pretrained = imported[gate.removeprefix("language_model.")]
+        for part in (weights[name], weights[gate]):  # two steps of Adam from gates of size 0.2
+            assert 0 < (part.float() - pretrained).abs().max() < 0.05, f"{name} did not start as the imported gate"
+        assert not torch.equal(weights[name], weights[gate]), "each gate learns from its own tokens"
+    assert (
+        "greedy tokens that agree"
+        in run(PROGRAM, "verify", "--hf", tmp_path / "out", "--load", tmp_path / "run").stdout
+    )
+    free = ["--load", tmp_path / "run", "--modality-routing", "modality_gates"]
+    assert run(PROGRAM, "verify", "--hf", tmp_path / "out", *free, check=False).returncode == 1, (
+        "no expert is forbidden"
+    )
+    # An import of the export has its gates and, in the biases, its groups.
+    assert convert("import", "--hf", tmp_path / "out", "--output", tmp_path / "again")[0] == 0
+    run(PROGRAM, "verify", "--hf", tmp_path / "out", "--load", tmp_path / "again")
+    again = ["export", "--load", tmp_path / "again", "--hf", tmp_path / "again" / "hf"]
+    assert convert(*again, "--output", tmp_path / "same")[0] == 0
+    assert_same(tmp_path / "same", tmp_path / "out")
+
+
 @pytest.fixture(scope="module")
 def photograph(tmp_path_factory) -> Path:
     """Returns a folder with the image that the documented snippet opens."""
