@@ -20,6 +20,7 @@ from megatron_smar.checkpoint.fit import CheckpointMismatchError, checkpoint_to_
 from megatron_smar.checkpoint.metadata import DamagedError, check_objects, read_contents
 from megatron_smar.checkpoint.torch_dist import CheckpointReader
 from megatron_smar.routing.router import ModalityAwareRouter
+from megatron_smar.routing.strategies import STRATEGIES
 
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 STRATEGY = ".mlp.router.strategy."
@@ -147,11 +148,18 @@ def _first_unexpected(contents: Metadata, folder: Path, allowed: set[str]) -> st
     has = torch.tensor([name in _NAMES for name in names], dtype=torch.int32, device="cuda")
     dist.all_reduce(has, op=dist.ReduceOp.MAX)
     unexpected = [name for name, present in zip(names, has.tolist(), strict=True) if not present]
+    unexpected = [name for name in unexpected if not _is_training_state(name)]
     if unexpected and all("modality_bias" in name for name in unexpected) and not _any_bias(folder):
         return None  # the biases are zero, as an import writes them: nothing is lost
     unexpected = [name for name in unexpected if not allowed & set(_flag(name).removeprefix("--").split(", --"))]
     first = next(iter(unexpected), None)
     return f"it has {first}, for which this model has no place ({_flag(first)})" if first else None
+
+
+def _is_training_state(key: str) -> bool:
+    """Returns whether a checkpoint's tensor is state of a routing strategy that only training needs."""
+    states = (name for strategy in STRATEGIES.values() for name in strategy.training_state)
+    return STRATEGY in key and key.rpartition(".")[2] in states
 
 
 def _any_bias(folder: Path) -> bool:

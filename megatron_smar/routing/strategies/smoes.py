@@ -64,7 +64,7 @@ class SmoesConfig(StrategyConfig):
     metrics = (Metric(INFORMATION_LOSS), Metric(BALANCE_LOSS), Metric(CROSSING, weighted=True))
     needs_samples = True
     keeps_state = True
-    training_state = ("loads", "counts", "bins", "steps", "mean", "variance", "known")
+    training_state = ("loads", "bins", "steps", "mean", "variance", "known")
     of_a_run: ClassVar[tuple[str, ...]] = (
         *("scores", "bins", "fixed_bins", "rebin_interval", "objective"),
         *("information_coeff", "balance_coeff", "decay"),

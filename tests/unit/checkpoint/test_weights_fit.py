@@ -154,3 +154,15 @@ def test_a_gate_per_modality_is_not_dropped_unless_a_flag_allows_it(plain, tower
     args.allow_model_change = ["modality-routing"]
     check_weights(model, args)
     args.allow_model_change = []
+
+
+def test_statistics_that_only_training_needs_start_anew_or_are_left_out(plain, tower, tmp_path, capsys):
+    model, args, folder = plain
+    flags = "--modality-routing smoes --smoes-bins 2 --smoes-scores gaussian"
+    with_statistics, given = model_and_args(tower, flags)
+    given.load, given.finetune = str(folder), True
+    check_weights(with_statistics, given)
+    assert f"--load {folder} has no weights of --modality-routing smoes" in capsys.readouterr().out
+    given.finetune = False
+    args.load = str(save(build_empty(given), given, tmp_path / "smoes"))
+    check_weights(model, args)
