@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.cases import CASES, IMAGE, PLAIN, Case, Setting, make_batch
+from tests.distributed.batches import IMAGE, make_batch
+from tests.distributed.cases import CASES, PLAIN, Case, Setting
 from tests.distributed.laboratory import read_values, run_jobs
 from tests.launch import ROOT, load_weights
 

@@ -14,20 +14,18 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.batches import IMAGE, ROWS, make_batch
 from tests.distributed.cases import (
     COMMON,
     CP,
     EP,
-    IMAGE,
     MODELS,
     PP,
-    ROWS,
     SMAR,
     SMOES,
     TP,
     TP_SP,
     VIRTUAL,
-    make_batch,
 )
 from tests.distributed.laboratory import read_values, run_jobs
 

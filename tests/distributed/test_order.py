@@ -4,7 +4,8 @@
 import json
 from pathlib import Path
 
-from tests.distributed.cases import COMMON, DESCENT, IMAGE, SMAR
+from tests.distributed.batches import IMAGE
+from tests.distributed.cases import COMMON, DESCENT, SMAR
 from tests.launch import run
 
 

@@ -19,7 +19,8 @@ def trained(tmp_path_factory) -> dict[str, Path]:
     """Returns a --save folder with the checkpoints of two steps, made by one process, for each of `FORMS`."""
     import torch
 
-    from tests.distributed.cases import COMMON, IMAGE, ROWS, SMAR, make_batch
+    from tests.distributed.batches import IMAGE, ROWS, make_batch
+    from tests.distributed.cases import COMMON, SMAR
     from tests.distributed.laboratory import read_values, run_jobs
     from tests.models import build_hf_model
 

@@ -15,7 +15,7 @@ from megatron.training.checkpointing import get_checkpoint_name
 import megatron_smar
 from megatron_smar.checkpoint.describe import describe
 from megatron_smar.checkpoint.metadata import DamagedError
-from tests.distributed.cases import LENGTH, ROWS
+from tests.distributed.batches import LENGTH, ROWS
 from tests.launch import load_weights
 from tests.unit.conftest import STEPS
 
