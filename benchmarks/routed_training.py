@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 IMAGE_TOKEN, IMAGE_SIZE, PATCH = 5, 64, 8
@@ -136,11 +136,12 @@ class Training:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.rerun_state_machine import RerunDataIterator
-        from megatron.core.utils import get_model_config
+        from megatron.core.utils import get_model_config, unwrap_model
         from megatron.training import get_args
         from megatron.training.training import train_step
 
         from megatron_smar.routing.router import ModalityAwareRouter
+        from megatron_smar.routing.strategies.none import NoneConfig
         from megatron_smar.training.providers import make_forward_step
         from megatron_smar.training.setup import start
 
@@ -158,6 +159,9 @@ class Training:
         self._train: Callable[[], Any] = functools.partial(train_step, *arguments, iteration=0)
         modules = [module for chunk in model for module in chunk.modules()]
         self.routers: list[Any] = [module for module in modules if isinstance(module, ModalityAwareRouter)]
+        self._models = unwrap_model(model)
+        self._routing = self._models[0].modality_routing
+        self._plain = replace(self._routing, strategy=NoneConfig())
 
     def step(self) -> None:
         """Runs one training step; each has its number, so that a strategy updates its state."""
@@ -170,6 +174,8 @@ class Training:
         """Switches the live routers to one of SETTINGS; see the program's docstring."""
         from megatron.core.transformer.moe.router import TopKRouter
 
+        for model in self._models:  # a strategy may need more than the modality mask: samples, scores of the attention
+            model.modality_routing = self._routing if setting == STRATEGY else self._plain
         own = {"forward": TopKRouter.forward, "gating": TopKRouter.gating, "routing": megatron_routing}
         for router in self.routers:
             for name, function in own.items():

@@ -414,9 +414,9 @@ class ModalityAwareRouter(TopKRouter):
 
     def _attach(self, output: Tensor, losses: Mapping[str, AuxiliaryLoss], is_global: bool, parts: int = 1) -> Tensor:
         """Attaches losses to the output, whose backward pass then adds their gradients, each divided by `parts`."""
-        scale = self.step.reductions(is_global, self.replicas, self.calculate_per_token_loss) if losses else 1
         for loss in losses.values():
             if loss.coefficient != 0:
+                scale = self.step.reductions(is_global, self.replicas, self.calculate_per_token_loss)
                 output = AttachLoss.apply(output, loss.value, scale * (loss.coefficient / parts))
         return output
 
