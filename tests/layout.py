@@ -45,6 +45,8 @@ FLOORS: list[dict[str, str]] = [
     {
         "training": "what is passed to Megatron's `pretrain()`: providers, batch, loss; initialization, resuming",
         "conversion": "Hugging Face <-> torch_dist with one table per architecture (`architectures/`), upcycling",
+        "placement": "which expert is on which expert-parallel rank: plans, moving experts in a checkpoint, the "
+        "dispatch they cause",
     },
     {
         "evaluation": "held-out scores, generation, agreement with Hugging Face's model (`verify`), chat",

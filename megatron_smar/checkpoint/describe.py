@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_smar.checkpoint.expert_order import describe_placement
 from megatron_smar.checkpoint.metadata import (
     DamagedError,
     file_problems,
@@ -78,6 +79,7 @@ class CheckpointDescription:
         weights: Groups of weights.
         parameters: Number of parameters of each part, of all experts, of the routers, and in total.
         routing: Kinds of images, and the routing strategy's settings.
+        placement: Where the experts were moved, as a phrase; empty where they have the numbers that they began with.
         layout: Parallel layout under which the checkpoint was saved.
         program: Releases of the software that saved the checkpoint; empty where the run did not store them.
         optimizer: Kind of the optimizer and form of its state; None without a state.
@@ -98,6 +100,7 @@ class CheckpointDescription:
     weights: tuple[WeightGroup, ...]
     parameters: dict[str, int]
     routing: dict[str, Any]
+    placement: str
     layout: dict[str, Any]
     program: dict[str, str]
     optimizer: str | None
@@ -146,6 +149,7 @@ class CheckpointDescription:
             ("saved with", _joined(self.program) or "not known"),
             ("layout", _joined(self.layout) or "not known"),
             ("routing", _joined(self.routing) or "not known"),
+            *([("placement", self.placement)] if self.placement else []),
             ("family", self.family or "not known: no hf/config.json next to it"),
             ("architecture", _joined(self.architecture) or "not known"),
             ("parameters", _joined({part: f"{number:,}" for part, number in self.parameters.items()})),
@@ -191,6 +195,7 @@ def describe(path: Path, iteration: int | None = None) -> CheckpointDescription:
         weights=weights,
         parameters=_parameters(weights),
         routing=_named(arguments, [*ROUTING, *_strategy_flags(arguments)]),
+        placement=describe_placement(saved_arguments(state)),
         layout=_named(arguments, LAYOUT),
         program=dict(arguments.get("program") or {}),
         optimizer=_optimizer(state, contents),

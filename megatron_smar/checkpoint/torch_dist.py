@@ -13,8 +13,9 @@ import io
 import math
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -93,7 +94,9 @@ class Shard:
 class _StreamingPlanner(SavePlanner):
     """Makes each tensor when the storage layer asks for it, and keeps none."""
 
-    def __init__(self, shards: Iterable[Shard], objects: dict[str, Any], progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, shards: Iterable[Shard], objects: Mapping[str, Callable[[], io.BytesIO]], progress: Callable[[int], None]
+    ) -> None:
         self.shards = {shard.item.index: shard for shard in shards}
         self.objects = objects
         self.progress = progress
@@ -128,9 +131,7 @@ class _StreamingPlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         """Makes the shard or the object, and returns it."""
         if write_item.type == WriteItemType.BYTE_IO:
-            content = io.BytesIO()
-            torch.save([self.objects[write_item.index.fqn]], content)
-            return content
+            return self.objects[write_item.index.fqn]()
         shard = self.shards[write_item.index]
         self._sweep()
         tensor = shard.read().to(shard.dtype).contiguous().view(shard.sizes)
@@ -194,13 +195,36 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
     state = ShardedObject("common_state", common, (1,), (0,))
-    named = {piece.unique_key: piece.data for piece in (*objects, state)}
+    write_contents(folder, shards, {o.unique_key: partial(pickled, o.data) for o in (*objects, state)}, progress)
+    Path(get_checkpoint_tracker_filename(str(directory))).write_text("release")
+
+
+def write_contents(
+    folder: Path,
+    shards: Iterable[Shard],
+    objects: Mapping[str, Callable[[], io.BytesIO]],
+    progress: Callable[[int], None],
+) -> None:
+    """Writes the content of one checkpoint's folder.
+
+    Args:
+        folder: The folder, which exists.
+        shards: All tensors.
+        objects: For each object besides the tensors, by its key, a function that returns it as stored (`pickled`).
+        progress: Called with the number of bytes of each tensor written.
+    """
     writer = _FewTensorsPerFile(folder, per_thread_copy_ahead=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended: one process
-        dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(shards, named, progress), no_dist=True)
+        dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(shards, objects, progress), no_dist=True)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    Path(get_checkpoint_tracker_filename(str(directory))).write_text("release")
+
+
+def pickled(data: Any) -> io.BytesIO:
+    """Returns an object as Megatron stores it."""
+    content = io.BytesIO()
+    torch.save([data], content)
+    return content
 
 
 class CheckpointReader:
@@ -223,6 +247,7 @@ class CheckpointReader:
         self.tensors = {
             key: data for key, data in metadata.state_dict_metadata.items() if isinstance(data, TensorStorageMetadata)
         }
+        self.objects = tuple(key for key in metadata.state_dict_metadata if key not in self.tensors)
         self._storage: dict[MetadataIndex, Any] = metadata.storage_data
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._last: tuple[str, torch.Size, Tensor] | None = None  # consecutive reads often need the same chunk
@@ -249,6 +274,17 @@ class CheckpointReader:
                 self._last = (key, chunk.offsets, self._load(key, chunk))
             result[there] = self._last[2][inside]
         return result
+
+    def chunks(self, key: str) -> list[ChunkStorageMetadata]:
+        """Returns the parts in which a tensor is stored."""
+        return list(self.tensors[key].chunks)
+
+    def read_object(self, key: str) -> io.BytesIO:
+        """Returns an object that is not a tensor, as it is stored; it is not unpickled."""
+        place = self._storage[MetadataIndex(key)]
+        with open(self.folder / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            return io.BytesIO(file.read(place.length))
 
     def _candidate_chunks(
         self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]

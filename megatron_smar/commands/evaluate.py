@@ -54,14 +54,8 @@ RUN = {"moe_token_dispatcher_type": "alltoall", "micro_batch_size": 1, "freeze":
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Parses this program's options; returns them and the remaining flags, which are those of pretrain_vlm.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="records with `text`: perplexity and word completion")
-    parser.add_argument("--vqa", type=Path, help="records with `image`, `question`, `answer`, `kind`")
-    parser.add_argument("--image-root", type=Path, default=Path("."), help="folder of the images in --vqa")
+    add_samples(parser)
     parser.add_argument("--examples", type=int, default=24, help="answers decoded and shown (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="samples per forward pass (default: %(default)s)")
-    parser.add_argument(
-        "--float32", action="store_true", help="measure in float32 (default: in the precision of the training)"
-    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--config", type=Path, help="a run's run.yaml, instead of --load with its folder")
     options, flags = parser.parse_known_args()
@@ -69,6 +63,17 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         return options, [*flags, *(["--load", str(saved_folder(options.config))] if options.config else [])]
     except ValueError as error:
         fail(error)
+
+
+def add_samples(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name the samples, and how the model runs on them."""
+    parser.add_argument("--text", type=Path, help="records with `text`")
+    parser.add_argument("--vqa", type=Path, help="records with `image`, `question`, `answer`, `kind`")
+    parser.add_argument("--image-root", type=Path, default=Path("."), help="folder of the images in --vqa")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples per forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--float32", action="store_true", help="run in float32 (default: in the precision of the training)"
+    )
 
 
 def read_records(options: argparse.Namespace) -> None:
@@ -167,10 +172,13 @@ def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Enco
     }
 
 
-def main() -> None:
-    """Loads the checkpoint, measures, and writes the results."""
-    options, flags = parse()
-    read_records(options)
+def load_model(options: argparse.Namespace, flags: list[str]) -> tuple[Evaluator, Encoder]:
+    """Loads the checkpoint that the flags name.
+
+    Args:
+        options: Options of a program that runs a model; `questions`, `float32` and `batch_size` are read.
+        flags: The flags of pretrain_vlm.py among the program's own.
+    """
     try:
         defaults = RUN | stored_flags(flags, asks=bool(options.questions))
         defaults |= {"bf16": False, "fp16": False} if options.float32 else {}
@@ -188,6 +196,14 @@ def main() -> None:
         options.batch_size,
         encoder.continues_word(),
     )
+    return evaluator, encoder
+
+
+def main() -> None:
+    """Loads the checkpoint, measures, and writes the results."""
+    options, flags = parse()
+    read_records(options)
+    evaluator, encoder = load_model(options, flags)
     try:
         results = measure(options, evaluator, encoder)
     except SampleError as error:  # a sample that is too long for the flags

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,17 +80,37 @@ class Evaluator:
 
     def score(self, samples: Sequence[EncodedSample], name: str) -> list[Score]:
         """Scores every sample; data-parallel ranks share the work, and all return all results, in order."""
-        rank, size = self.groups.dp.rank(), self.groups.dp.size()
-        share = -(-len(samples) // size)
-        # Every rank must make the same number of forward passes, or the experts' all-to-all would hang.
-        mine = [samples[(rank * share + i) % len(samples)] for i in range(share)]
         scores: list[Score] = []
-        starts = range(0, share, self.batch_size)
-        for start in tqdm(starts, desc=name, unit="batch", disable=dist.get_rank() > 0, mininterval=2):
-            scores += self._score_batch(mine[start : start + self.batch_size])
-        gathered: list[list[Score]] = [[]] * size
+        for numbers in self._batches(len(samples), name):
+            scores += self._score_batch([samples[number % len(samples)] for number in numbers])
+        gathered: list[list[Score]] = [[]] * self.groups.dp.size()
         dist.all_gather_object(gathered, scores, group=self.groups.dp)
         return [score for part in gathered for score in part][: len(samples)]
+
+    def route(self, samples: Sequence[EncodedSample], name: str, announce: Callable[[list[int]], None]) -> None:
+        """Passes every sample through the model once, for what its layers record; data-parallel ranks share the work.
+
+        Args:
+            samples: The samples.
+            name: Name of the progress bar.
+            announce: Called before each forward pass with the numbers of the samples in its rows; -1 for a row that
+                only repeats a sample because other ranks have one more.
+        """
+        for numbers in self._batches(len(samples), name):
+            announce([number if number < len(samples) else -1 for number in numbers])
+            self._logits([samples[number % len(samples)] for number in numbers])
+
+    def _batches(self, number: int, name: str) -> Iterator[range]:
+        """Yields the numbers of the samples in each of this rank's forward passes.
+
+        Every rank must make the same number of passes, or the experts' all-to-all would hang: numbers from `number` on
+        stand for samples that are repeated.
+        """
+        share = -(-number // self.groups.dp.size())
+        first = self.groups.dp.rank() * share
+        starts = range(first, first + share, self.batch_size)
+        for start in tqdm(starts, desc=name, unit="batch", disable=dist.get_rank() > 0, mininterval=2):
+            yield range(start, min(start + self.batch_size, first + share))
 
     def _score_batch(self, samples: list[EncodedSample]) -> list[Score]:
         logits, batch, placed = self._logits(samples)

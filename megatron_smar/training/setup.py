@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smar import __version__, runtime
 from megatron_smar.checkpoint.continuation import check_continuation
+from megatron_smar.checkpoint.expert_order import keep_expert_order
 from megatron_smar.checkpoint.fit import CheckpointMismatchError, leave_other_random_state, resumed_state
 from megatron_smar.checkpoint.loadable import check_loadable
 from megatron_smar.checkpoint.location import locate
@@ -121,6 +122,7 @@ def _resume(args: Namespace, point: StartPoint) -> None:
     """
     state = resumed_state(args)
     keep_origin(args, point, state)
+    keep_expert_order(args)
     check_continuation(args, state)
     leave_other_random_state(args, state)
     for note in point.notes:

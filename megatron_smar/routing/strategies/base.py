@@ -304,6 +304,9 @@ class StrategyConfig:
             which an export then stores.
         exported: Whether the backbone's gate, the modality bias, the gates per modality and `allowed` are all that an
             export needs. If not, the export is refused and names the strategy.
+        expert_axes: For each parameter and persistent buffer of the strategy's module, by name, the axis that counts
+            the experts; None for one that has no such axis. When experts are moved to other places (placement), the
+            state moves with them; a checkpoint with state that is not listed here is refused.
     """
 
     name: ClassVar[str]
@@ -319,6 +322,7 @@ class StrategyConfig:
     needs_experts: ClassVar[bool] = True
     gate_per_modality: ClassVar[bool] = False
     exported: ClassVar[bool] = True
+    expert_axes: ClassVar[Mapping[str, int | None]] = {}
 
     @property
     def needs_attention_scores(self) -> bool:
@@ -344,6 +348,21 @@ class StrategyConfig:
             ValueError: The settings do not fit these numbers.
         """
         return None
+
+    def renumbered(
+        self, orders: Mapping[int, Sequence[int]], modalities: Sequence[str], num_experts: int
+    ) -> StrategyConfig:
+        """Returns the settings for a model whose experts get other numbers; the same if they name no expert.
+
+        Args:
+            orders: For each MoE layer, by its number from 1, the present numbers of the experts that become 0, 1, ...
+            modalities: Names of the M modalities, by id.
+            num_experts: E, the number of experts.
+
+        Raises:
+            ValueError: The settings cannot describe the renumbered experts.
+        """
+        return self
 
     @classmethod
     def flag_fields(cls) -> list[Field[Any]]:

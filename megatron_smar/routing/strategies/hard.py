@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -54,3 +54,29 @@ class HardConfig(StrategyConfig):
         for modality, numbers in enumerate(own.values()):
             table[modality, numbers] = True
         return table
+
+    def renumbered(
+        self, orders: Mapping[int, Sequence[int]], modalities: Sequence[str], num_experts: int
+    ) -> HardConfig:
+        """Returns the settings with the experts' new numbers, which must be the same in all layers."""
+        tables = {layer: self.allowed(layer, modalities, num_experts) for layer in orders}
+        found: dict[tuple[str, ...], int] = {}
+        for layer, table in tables.items():
+            if table is not None:
+                own = table[:, list(orders[layer])]
+                numbers = {name: row.nonzero().flatten().tolist() for name, row in zip(modalities, own, strict=True)}
+                found.setdefault(tuple(f"{name}={_spans(part)}" for name, part in numbers.items()), layer)
+        if len(found) > 1:
+            (one, first), (other, second) = list(found.items())[:2]
+            raise ValueError(
+                f"{self.flag('experts')} holds for all layers, but would be {' '.join(one)} in layer {first} and "
+                f"{' '.join(other)} in layer {second}; plan with loads in which every expert has tokens."
+            )
+        return replace(self, experts=next(iter(found))) if found else self
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Returns numbers in ascending order as text such as "0,2-5"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True))
