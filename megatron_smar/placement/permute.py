@@ -156,9 +156,7 @@ class PlacedCheckpoint:
         if not _is_model(key):
             match = _OPTIMIZER.fullmatch(key)
             if match is None or match[1] not in self.reader.tensors:
-                raise ConversionError(
-                    f"{self.name} has {key}, a state of the optimizer that is not known to belong to a weight."
-                )
+                raise ConversionError(f"{self.name} has {key}, an optimizer's state that belongs to no weight there.")
             weight = match[1]
         if router := ROUTER.fullmatch(weight):
             number = self._router_axis(router[4])

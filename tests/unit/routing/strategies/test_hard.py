@@ -101,3 +101,17 @@ def test_the_expert_bias_is_unchanged_after_the_choice(single_rank):
     route(router, torch.randn(3, 1, 48, dtype=torch.float64), mask)
     torch.testing.assert_close(router.expert_bias, before, check_dtype=False)
     assert dict(router.named_buffers())["expert_bias"] is router.expert_bias
+
+
+@given(st.permutations(range(8)), st.data())
+def test_renumbered_experts_are_allowed_to_the_same_modality_as_before(order, data):
+    number = data.draw(st.integers(1, 7))
+    config = HardConfig((f"text={','.join(map(str, range(number)))}", f"vision={','.join(map(str, range(number, 8)))}"))
+    names = ["text", "vision"]
+    moved = config.renumbered({2: order, 5: order}, names, 8)
+    assert torch.equal(moved.allowed(1, names, 8), config.allowed(1, names, 8)[:, list(order)])
+
+
+def test_experts_whose_numbers_would_differ_between_layers_are_refused():
+    with pytest.raises(ValueError, match=r"text=0-1 vision=2-3 in layer 1 and text=2-3 vision=0-1 in layer 4;"):
+        HardConfig().renumbered({1: (0, 1, 2, 3), 4: (3, 2, 1, 0)}, ["text", "vision"], 4)
