@@ -36,7 +36,6 @@ from megatron_smar.checkpoint.describe import decimal_bytes
 from megatron_smar.checkpoint.expert_order import Orders
 from megatron_smar.commands.evaluate import Encoder, add_samples, load_model, read_records
 from megatron_smar.data.rejects import SampleError
-from megatron_smar.evaluation.evaluator import Evaluator
 from megatron_smar.placement.dispatch import Assignments, DispatchCounter, counted
 from megatron_smar.placement.figure import write_figure
 from megatron_smar.placement.permute import PlacedCheckpoint, apply_plan, undo
@@ -104,9 +103,7 @@ def make_plan(options: argparse.Namespace, flags: list[str], checkpoint: PlacedC
     return Plan.of_loads(loads, options.devices, source, numbering)
 
 
-def count(
-    options: argparse.Namespace, flags: list[str], assigned: Assignments
-) -> tuple[DispatchCounter, tuple[Evaluator, Encoder]]:
+def count(options: argparse.Namespace, flags: list[str], assigned: Assignments) -> tuple[DispatchCounter, Encoder]:
     """Runs the model on the samples, and counts what its MoE layers dispatch."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)  # torchrun sets them for several ranks
@@ -121,7 +118,7 @@ def count(
         evaluator.route(samples, "samples", lambda rows: setattr(counter, "rows", rows))
     shards = [evaluator.groups.tp] if get_args().sequence_parallel else []
     counter.reduce([evaluator.groups.dp, *shards])
-    return counter, (evaluator, encoder)
+    return counter, encoder
 
 
 def make_report(options: argparse.Namespace, flags: list[str], checkpoint: PlacedCheckpoint) -> dict[str, Any]:
@@ -134,7 +131,7 @@ def make_report(options: argparse.Namespace, flags: list[str], checkpoint: Place
         raise ValueError("report counts on samples: give --text, --vqa, or both.")
     before, after = orders_of(options, checkpoint)
     devices = device_counts(checkpoint.num_experts, options.devices)
-    counter, (evaluator, encoder) = count(options, flags, assignments(before, after, devices))
+    counter, encoder = count(options, flags, assignments(before, after, devices))
     args = get_args()
     hidden = getattr(args, "moe_latent_size", None) or args.hidden_size
     names = tuple(modality.name for modality in encoder.text.modalities)

@@ -65,6 +65,10 @@ class SmoesConfig(StrategyConfig):
     needs_samples = True
     keeps_state = True
     training_state = ("loads", "bins", "steps", "mean", "variance", "known")
+    expert_axes: ClassVar[Mapping[str, int | None]] = {
+        **{"loads": 1, "bins": 0},
+        **dict.fromkeys(("steps", "mean", "variance", "known")),
+    }
     of_a_run: ClassVar[tuple[str, ...]] = (
         *("scores", "bins", "fixed_bins", "rebin_interval", "objective"),
         *("information_coeff", "balance_coeff", "decay"),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_smar.routing.statistics import PendingStatistics, RoutingStatistics
+from megatron_smar.routing.strategies import STRATEGIES
 from megatron_smar.routing.strategies.base import (
     AuxiliaryLoss,
     Metric,
@@ -199,3 +200,17 @@ def test_a_pass_without_gradients_and_recorders_launches_no_reduction(step):
     router.eval()
     router(inputs, mask)
     assert router._pending is None, "evaluation"
+
+
+STATEFUL = {"smoes": {"bins": 2, "scores": "gaussian"}}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_says_of_all_its_state_whether_it_counts_experts(name):
+    """Otherwise its checkpoints cannot be placed, or state would be left behind when experts are moved."""
+    config = STRATEGIES[name](**STATEFUL.get(name, {}))
+    state = config.build(RoutedLayer(num_experts=6, top_k=2, hidden_size=7, num_modalities=3)).state_dict()
+    assert set(state) <= set(config.expert_axes)
+    for key, tensor in state.items():
+        axis = config.expert_axes[key]
+        assert [number for number, size in enumerate(tensor.shape) if size == 6] == ([] if axis is None else [axis])
