@@ -12,23 +12,26 @@ QUESTIONS = "Picture questions"
 
 
 def headline_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Returns the rows of the headline table: measure, before, after, baseline."""
+    """Returns the rows of the headline table: measure, before, after, baseline; a band only where one acts."""
     before, after = report["mrd_distance_by_layer_before"], report["mrd_distance_by_layer"]
-    d_min, d_max = report["band"]
+    band = report["band"]
+    ends = "" if band is None else f"{band[0]:g} to {band[1]:g} band"
 
     def row(name: str, form: Any, key_before: str, key_after: str, baseline: str) -> tuple[str, str, str, str]:
         return name, form(report[key_before]), form(report[key_after]), baseline
 
     unigram = f"{decimal(report['unigram_perplexity'])} unigram"
     chance = f"{percent(report['vqa_chance'])} chance"
-    return [
+    rows = [
         ("Retention of language", "", percent(report["retention"]), "100% nothing lost"),
         row("Word accuracy", percent, "word_accuracy_before", "word_accuracy_after", ""),
         row("Text perplexity", decimal, "text_perplexity_before", "text_perplexity_after", unigram),
         row(QUESTIONS, percent, "vqa_accuracy_before", "vqa_accuracy", chance),
-        ("MRD distance, mean of layers", _mean(before), _mean(after), f"{d_min:g} to {d_max:g} band"),
-        ("Layers inside the band", _inside(before, d_min, d_max), _inside(after, d_min, d_max), ""),
+        ("MRD distance, mean of layers", _mean(before), _mean(after), ends),
     ]
+    if band is not None:
+        rows.append(("Layers inside the band", inside(before, *band), inside(after, *band), ""))
+    return rows
 
 
 def format_table(report: Mapping[str, Any]) -> str:
@@ -69,5 +72,6 @@ def _mean(values: Sequence[float | None]) -> str:
     return decimal(sum(finite) / len(finite) if finite else None)
 
 
-def _inside(distances: Sequence[float | None], d_min: float, d_max: float) -> str:
+def inside(distances: Sequence[float | None], d_min: float, d_max: float) -> str:
+    """Returns how many layers' distances are in the band, in words."""
     return f"{sum(is_finite(d) and d_min <= d <= d_max for d in distances)} of {len(distances)}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from demo_headline import comparison_rows, headline_rows
+from demo_headline import comparison_rows, headline_rows, inside
 
 from megatron_smar.report import sections
 from megatron_smar.report.html import Markup, document, section, table, tag
@@ -64,9 +64,14 @@ def render(report: Mapping[str, Any]) -> str:
             sections.examples(report["examples"]),
             sections.settings(report["config"], _phases(report)),
             section("Commands", *(tag("pre", command) for command in report["commands"])),
-            sections.terms(DEFINITIONS | dict(report.get("definitions", {}))),
+            sections.terms(_definitions(report)),
         ],
     )
+
+
+def _definitions(report: Mapping[str, Any]) -> dict[str, str]:
+    terms = DEFINITIONS | dict(report.get("definitions", {}))
+    return {term: text for term, text in terms.items() if term != "Band" or report["band"] is not None}
 
 
 def _headline(report: Mapping[str, Any]) -> Markup:
@@ -76,9 +81,13 @@ def _headline(report: Mapping[str, Any]) -> Markup:
         f"{percent(report['vqa_accuracy'])} of the questions about unseen pictures correctly, where guessing gives "
         f"{percent(report['vqa_chance'])}; the perplexity of unseen text went from "
         f"{decimal(report['text_perplexity_before'])} to {decimal(report['text_perplexity_after'])} "
-        f"({decimal(report['unigram_perplexity'])} by token frequencies alone), and the routing of {rows[-1][2]} MoE "
-        "layers ended inside the band."
+        f"({decimal(report['unigram_perplexity'])} by token frequencies alone)"
     )
+    if report["band"] is None:
+        summary += "."
+    else:
+        ended = inside(report["mrd_distance_by_layer"], *report["band"])
+        summary += f", and the routing of {ended} MoE layers ended inside the band."
     shown = table(("", "Before", "After", "Baseline"), rows, "headline")
     return tag("header", tag("h1", report["title"]), tag("p", summary, class_="summary"), shown)
 

@@ -16,6 +16,7 @@ from megatron_smar.report.numbers import is_finite, is_number, plain
 # Every key of a report with its meaning, which the error message shows if the key is missing.
 REQUIRED: dict[str, str] = {
     "title": "the name of the run",
+    "routing": "the routing of stage 2",
     "retention": "word accuracy after divided by before",
     "text_perplexity_before": "perplexity of held-out text before stage 2",
     "text_perplexity_after": "perplexity of held-out text after stage 2",
@@ -28,7 +29,7 @@ REQUIRED: dict[str, str] = {
     "vqa_by_kind": "{kind: {accuracy, chance, count}}",
     "mrd_distance_by_layer": "one distance per MoE layer, after stage 2",
     "mrd_distance_by_layer_before": "one distance per MoE layer, before stage 2",
-    "band": "[d_min, d_max]",
+    "band": "[d_min, d_max], or null if no band acts",
     "steps": "{stage: number of steps}",
     "seconds": "{phase: seconds}, with total",
     "config": "the settings, nested",
@@ -127,8 +128,8 @@ def _numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _check_shapes(report: Mapping[str, Any]) -> None:
     band = report["band"]
-    if len(band) != 2 or not all(map(is_finite, band)) or not band[0] <= band[1]:
-        raise ValueError(f"'band' in the report is {band!r}: give [d_min, d_max] with d_min <= d_max.")
+    if band is not None and (len(band) != 2 or not all(map(is_finite, band)) or not band[0] <= band[1]):
+        raise ValueError(f"'band' in the report is {band!r}: give [d_min, d_max] with d_min <= d_max, or null.")
     before, after = len(report["mrd_distance_by_layer_before"]), len(report["mrd_distance_by_layer"])
     if before != after or not after:
         raise ValueError(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -45,36 +46,93 @@ class Step:
     Args:
         name: Name of the step, shown to the user.
         folder: Folder of the result. It is removed before the step runs, unless the same step was interrupted in it.
-        *key: Values that the result depends on, including the keys of the previous steps.
+        *key: Settings that the result depends on.
+        inputs: The steps whose results this one uses.
+        code: Hash of the code that makes the result.
+        any_code: Whether a result that other code made, from the same settings, is kept; the user is told.
     """
 
-    def __init__(self, name: str, folder: Path, *key: Any) -> None:
-        self.name, self.folder, self.key = name, folder, fingerprint(name, *key)
+    def __init__(
+        self, name: str, folder: Path, *key: Any, inputs: Sequence[Step] = (), code: str = "", any_code: bool = False
+    ) -> None:
+        self.name, self.folder, self.inputs, self.any_code = name, folder, inputs, any_code
+        self.key = fingerprint(name, *key, [step.key for step in inputs])
+        self._own_code = code
         self._begun, self._done = folder / ".begun", folder / ".done.json"
 
     @property
+    def code(self) -> str:
+        """Hash of the present code and of the code that made the inputs' results."""
+        return fingerprint(self._own_code, [step.made_by for step in self.inputs])
+
+    @property
+    def made_by(self) -> str:
+        """Hash of the code that made the result; of the present code if there is no result yet."""
+        return str(self._record()["code"]) if self._done.exists() else self.code
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the present code made the result and the results that it was made from."""
+        return self.made_by == self.code and all(step.is_current for step in self.inputs)
+
+    @property
     def seconds(self) -> float:
-        """Duration of the step in seconds, from when it was done."""
-        return float(json.loads(self._done.read_text())["seconds"])
+        """Duration of the step in seconds, from when it was done, with the parts that were interrupted."""
+        return float(self._record()["seconds"])
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The CPU time of the step's programs in seconds, which other programs on the machine change less."""
+        return float(self._record()["cpu_seconds"])
 
     def is_done(self) -> bool:
-        """Returns whether the folder has the result of this step with this key."""
-        return self._done.exists() and json.loads(self._done.read_text())["key"] == self.key
+        """Returns whether the folder has the result of this step with this key, made by this code unless `any_code`."""
+        if not self._done.exists() or self._record()["key"] != self.key:
+            return False
+        return self.any_code or self.made_by == self.code
 
     def run(self, work: Callable[[], None]) -> Step:
-        """Does the work unless it is done; the files of a step with another key are removed first."""
+        """Does the work unless it is done; the files of a step with another key or code are removed first."""
         if self.is_done():
-            print(f"{self.name}: done before, in {self.seconds:.0f} s", flush=True)
+            other = "" if self.is_current else " with other code"
+            print(f"{self.name}: done before{other}, in {self.seconds:.0f} s", flush=True)
             return self
-        if not (self._begun.exists() and self._begun.read_text() == self.key):
+        spent = self._spent_before()
+        if spent is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._begun.write_text(self.key)
         print(f"{self.name} ...", flush=True)
-        begin = time.monotonic()
-        work()
-        self._done.write_text(json.dumps({"key": self.key, "seconds": time.monotonic() - begin}))
+        before, start = spent or (0.0, 0.0), _clocks()
+        self._write(before)
+        try:
+            work()
+        finally:
+            self._write([sum(parts) - begin for *parts, begin in zip(before, _clocks(), start, strict=True)])
+        self._begun.replace(self._done)
         return self
+
+    def _record(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self._done.read_text())
+        return record
+
+    def _write(self, spent: Sequence[float]) -> None:
+        seconds, cpu_seconds = spent
+        record = {"key": self.key, "code": self.code, "seconds": seconds, "cpu_seconds": cpu_seconds}
+        self._begun.write_text(json.dumps(record))
+
+    def _spent_before(self) -> tuple[float, float] | None:
+        """Returns what the same step spent in this folder before it was interrupted; None if it did not run."""
+        if self._done.exists() or not self._begun.exists():
+            return None
+        begun = json.loads(self._begun.read_text())
+        same = (begun["key"], begun["code"]) == (self.key, self.code)
+        return (begun["seconds"], begun["cpu_seconds"]) if same else None
+
+
+def _clocks() -> tuple[float, float]:
+    """Returns the time in seconds, and the CPU time of all programs that this one started and that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.monotonic(), children.ru_utime + children.ru_stime
 
 
 def run_program(command: Sequence[str], log: Path, root: Path, threads: int) -> None:

@@ -275,6 +275,47 @@ def accuracy_by_kind(kinds: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
+@_styled
+def bars_by_run(
+    runs: Sequence[str],
+    panels: Mapping[str, tuple[Sequence[float | None], float | None, Callable[[float | None], str]]],
+    start: str,
+) -> Figure:
+    """Plots several measures of several runs, a panel for each measure and a bar for each run.
+
+    Args:
+        runs: Names of the runs.
+        panels: By title: the measure of each run, that of the start of all runs, which is drawn as a line (None: there
+            is none), and the format of a value.
+        start: Name of the start.
+    """
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = _figure(90 + 190 * columns, (70 + 17 * len(runs)) * lines + 20)
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    rows = np.arange(len(runs))[::-1]
+    for axes, (title, (values, before, form)) in zip(grid, panels.items(), strict=False):
+        lengths = np.array([value if is_finite(value) else np.nan for value in values], dtype=float)
+        axes.barh(rows, lengths, height=0.62, color=TEXT_COLOUR)
+        for row, value in zip(rows, values, strict=True):
+            place = value if is_finite(value) else 0
+            axes.annotate(form(value), (place, row), (3, 0), textcoords="offset points", va="center", size=8.5)
+        if is_finite(before):
+            axes.axvline(before, color=VISION_COLOUR, linewidth=1.4, linestyle=_DASHES[1], label=start)
+        axes.set_title(title)
+        axes.set_yticks(rows, runs)
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.22)
+        axes.set_xlim(left=0)
+        axes.grid(True, axis="x")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    handles = next((axes.get_legend_handles_labels() for axes in grid if axes.get_legend_handles_labels()[0]), None)
+    if handles:
+        figure.legend(*handles, loc="outside upper right")
+    return figure
+
+
 def top_share(*shares: Any) -> float:
     """Returns the upper end of a scale for all these shares; the end and its half are round numbers."""
     known = np.concatenate([np.ravel(np.asarray(share, dtype=float)) for share in shares])

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's steps: data, vision encoder, three training stages and evaluation, each by a program of the project.
+
+Stages 0 and 1 do not depend on the routing strategy of stage 2, so all variants of stage 2 start from one checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steps import Step, StepError, run_program, source_hash
+from variants import Variant, quick_settings, settings, words
+
+from megatron_smar.checkpoint.metadata import find_checkpoint, read_common_state, read_contents, saved_arguments
+from megatron_smar.config.run_file import flag_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path("examples/emoji_tiny")
+RANKS = 2
+TEXT_ONLY = 0.025  # share of pure text in stage 2, as in the paper
+# Files whose change invalidates results: those that make the data, and those that train.
+DATA_CODE = [f"examples/emoji_tiny/{name}.py" for name in ("sources", "corpus", "scenes", "pretrain_vision")]
+TRAINING_PACKAGES = ("runtime", "routing", "model", "monitoring", "config", "training", "data")
+TRAINING_CODE = [
+    "pretrain_vlm.py",
+    "megatron_smar/*.py",
+    *(f"megatron_smar/{name}/**/*.py" for name in TRAINING_PACKAGES),
+]
+EVALUATION_CODE = ["megatron_smar/commands/evaluate.py", "megatron_smar/evaluation/*.py"]
+
+# The paper's recipe (its Table 7) with batch sizes and learning rates for a small model.
+STAGES = ("stage0", "stage1", "stage2")
+BEFORE, AFTER = "evaluation_stage1", "evaluation_stage2"
+
+
+@dataclass
+class Demo:
+    """The demo's folders, programs and steps up to stage 1, which all variants share.
+
+    Attributes:
+        output: Folder of these steps' results, relative to the project's folder if it is inside it.
+        cache: Folder of the downloaded sources.
+        quick: Whether every step is reduced to seconds (quick.yaml).
+        any_code: Whether results that other code made from the same settings are kept.
+        steps: The steps so far, by name.
+    """
+
+    output: Path
+    cache: Path
+    quick: bool = False
+    any_code: bool = False
+    steps: dict[str, Step] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._quick = quick_settings() if self.quick else {}
+        self.data_code = source_hash(ROOT, [*DATA_CODE, "megatron_smar/data/**/*.py"])
+        self.training_code = source_hash(ROOT, TRAINING_CODE)
+
+    def added(self, step: str) -> dict[str, Any]:
+        """Returns the flags that --quick adds to a step."""
+        return dict(self._quick.get(step, {}))
+
+    def program(self, log: Path, *command: object, ranks: int = 0) -> None:
+        """Runs one of the project's programs, in one process or under torchrun, and records the command.
+
+        Args:
+            log: File for the output; the command is recorded next to it.
+            *command: The program and its arguments.
+            ranks: Number of ranks under torchrun; 0 for a process without torchrun.
+        """
+        line = [str(word) for word in command]
+        launch = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks else ["python"]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.with_suffix(".command").write_text(shlex.join([*launch, *line]))
+        python = [sys.executable, "-m", "torch.distributed.run", *launch[1:]] if ranks else [sys.executable]
+        threads = max(1, (os.cpu_count() or 1) // max(ranks, 1))
+        run_program([*python, *line], log, ROOT, threads)
+
+    def log(self, name: str) -> Path:
+        """Returns the log file of a program that all variants share."""
+        return self.output / "logs" / f"{name}.log"
+
+    def step(self, name: str, *key: Any, code: str, inputs: tuple[str, ...] = ()) -> Step:
+        """Creates one of the shared steps and registers it by its name."""
+        before = [self.steps[name] for name in inputs]
+        step = Step(name, self.output / name, *key, inputs=before, code=code, any_code=self.any_code)
+        self.steps[name] = step
+        return step
+
+    def prepare(self) -> None:
+        """Runs all shared steps: data, vision encoder, stages 0 and 1, and the evaluation before stage 2."""
+        self.prepare_data()
+        self.pretrain_vision()
+        self.train("stage0", "text", None)
+        self.train("stage1", "captions", "stage0")
+        self.steps[BEFORE] = self.evaluation(self.steps["stage1"], BEFORE, self.output)
+        self.evaluate(self.steps["stage1"], self.steps[BEFORE])
+
+    def prepare_data(self) -> None:
+        """Makes sources, language data, images, and shards of all of them."""
+        self.step("corpus", self.added("corpus"), code=self.data_code).run(self._make_corpus)
+        self.step("scenes", self.added("scenes"), code=self.data_code).run(
+            lambda: self.program(self.log("scenes"), SCRIPTS / "scenes.py", *self._places("scenes"))
+        )
+        self.step("shards", code=self.data_code, inputs=("corpus", "scenes")).run(self._make_shards)
+
+    def _places(self, name: str) -> list[str]:
+        places = ["--cache", str(self.cache), "--output", str(self.output / name)]
+        return [*places, *words(self.added(name))]
+
+    def _make_corpus(self) -> None:
+        self.program(self.log("sources"), SCRIPTS / "sources.py", "--cache", self.cache)
+        self.program(self.log("corpus"), SCRIPTS / "corpus.py", *self._places("corpus"))
+
+    def _make_shards(self) -> None:
+        corpus, scenes, shards = (self.output / name for name in ("corpus", "scenes", "shards"))
+        for name, records in {
+            "text": corpus / "train.jsonl",
+            "captions": scenes / "captions.json",
+            "instructions": scenes / "instructions.json",
+            "text_instructions": corpus / "text_instructions.json",
+        }.items():
+            command = ["tools/data/prepare.py", "--train", records, "--image-root", scenes, "--output", shards / name]
+            self.program(self.log(f"shards_{name}"), *command, "--overwrite")
+        blend = [(1 - TEXT_ONLY, "instructions"), (TEXT_ONLY, "text_instructions")]
+        entries = "".join(f"      - weight: {weight}\n        path: ./{name}\n" for weight, name in blend)
+        header = "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n"
+        (shards / "stage2.yaml").write_text(header + entries)
+
+    def pretrain_vision(self) -> None:
+        """Trains the vision encoder, the demo's replacement for InternViT."""
+        self.step("vision", self.added("vision"), code=self.data_code, inputs=("scenes",)).run(
+            lambda: self.program(self.log("vision"), SCRIPTS / "pretrain_vision.py", *self._places("vision"))
+        )
+
+    def train(self, name: str, data: str, before: str | None) -> None:
+        """Runs one of the stages that all variants share, from the checkpoint of the step before."""
+        files, flags = self.stage_flags(name)
+        inputs = ("shards", "vision", *([before] if before else []))
+        step = self.step(name, [settings(file) for file in files], flags, code=self.training_code, inputs=inputs)
+        start = self.steps[before] if before else None
+        step.run(lambda: self.train_stage(step, flags, data, start, self.log(name)))
+        check_record(step, settings(name) | self.added(name), self.output / "shards" / data)
+
+    def stage_flags(self, stage: str, variant: Mapping[str, Any] | None = None) -> tuple[list[str], list[str]]:
+        """Returns a stage's run files, by name, and its command line without the paths of data and results."""
+        files = ["model", "optimizer", stage]
+        parts = ["--vision-model", self.output / "vision", "--tokenizer-model", self.output / "corpus/tokenizer.model"]
+        added = words(self.added(stage) | dict(variant or {}))
+        return files, ["--config", *(str(SCRIPTS / f"{file}.yaml") for file in files), *map(str, parts), *added]
+
+    def train_stage(self, step: Step, flags: list[str], data: str, before: Step | None, log: Path) -> None:
+        """Runs `pretrain_vlm.py`; if it was interrupted, it resumes from --save."""
+        start = ["--load", before.folder, "--finetune"] if before else []
+        paths = ["--data-path", self.output / "shards" / data, "--save", step.folder]
+        logs = ["--tensorboard-dir", step.folder / "tensorboard", "--rejects-dir", step.folder / "rejects"]
+        self.program(log, "pretrain_vlm.py", *flags, *paths, *logs, *start, ranks=RANKS)
+
+    def evaluation(self, trained: Step, name: str, folder: Path) -> Step:
+        """Returns the step that evaluates a checkpoint, without running it.
+
+        Args:
+            trained: The step with the checkpoint.
+            name: Name of the evaluation.
+            folder: Folder that has the evaluation's folder.
+        """
+        code = source_hash(ROOT, EVALUATION_CODE)
+        return Step(name, folder / name, inputs=[trained], code=code, any_code=self.any_code)
+
+    def evaluate(self, trained: Step, evaluation: Step) -> None:
+        """Evaluates a checkpoint on the held-out texts and images."""
+        corpus, scenes = self.output / "corpus", self.output / "scenes"
+        log = evaluation.folder.parent / "logs" / f"{evaluation.name}.log"
+        evaluation.run(
+            lambda: self.program(
+                log,
+                *["tools/evaluate.py", "--load", trained.folder, "--output", evaluation.folder / "results.json"],
+                *["--conversation-template", "mistral"],  # stage 1 was trained with `plain`, which has no questions
+                *["--text", corpus / "held_out.jsonl"],
+                *["--vqa", scenes / "vqa_held_out.json", "--image-root", scenes],
+                ranks=RANKS,
+            )
+        )
+
+
+@dataclass
+class VariantRun:
+    """The steps of one variant of stage 2, which need the shared steps' results.
+
+    Attributes:
+        demo: The shared steps, which are done.
+        variant: The variant.
+        folder: Folder of its results.
+        stage2: The step with its checkpoint.
+        evaluation: The step with its results on held-out data.
+    """
+
+    demo: Demo
+    variant: Variant
+
+    def __post_init__(self) -> None:
+        demo = self.demo
+        self.folder = self.variant.folder(demo.output)
+        files, self._flags = demo.stage_flags("stage2", self.variant.flags)
+        key = ([settings(file) for file in files], self._flags)
+        inputs = [demo.steps[name] for name in ("shards", "vision", "stage1")]
+        self.stage2 = Step(
+            "stage2", self.folder / "stage2", *key, inputs=inputs, code=demo.training_code, any_code=demo.any_code
+        )
+        self.evaluation = demo.evaluation(self.stage2, AFTER, self.folder)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the variant is trained and evaluated."""
+        return self.stage2.is_done() and self.evaluation.is_done()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the present code made all of the variant's results."""
+        return self.evaluation.is_current
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What evaluate.py measured."""
+        return results_of(self.evaluation)
+
+    def run(self) -> VariantRun:
+        """Trains and evaluates the variant, as far as that is not done."""
+        log, start = self.folder / "logs" / "stage2.log", self.demo.steps["stage1"]
+        self.stage2.run(lambda: self.demo.train_stage(self.stage2, self._flags, "stage2.yaml", start, log))
+        self.demo.evaluate(self.stage2, self.evaluation)
+        return self
+
+
+def results_of(evaluation: Step) -> dict[str, Any]:
+    """Returns the results of an evaluation."""
+    results: dict[str, Any] = json.loads((evaluation.folder / "results.json").read_text())
+    return results
+
+
+def check_record(step: Step, flags: Mapping[str, Any], data: Path) -> None:
+    """Checks that a stage's checkpoint is what the demo asked for, by the arguments that the checkpoint stores.
+
+    Raises:
+        StepError: The checkpoint was trained with other flags or data, or not to the end; or there is none.
+    """
+    try:
+        checkpoint = find_checkpoint(step.folder)
+        state = read_common_state(checkpoint, read_contents(checkpoint))
+    except ValueError as error:
+        raise StepError(f"{step.name}: {error}") from error
+    saved = vars(saved_arguments(state))
+    wanted = vars(flag_parser().parse_args(words(flags)))
+    given = {action.dest for action in flag_parser()._actions if _names(action.option_strings) & flags.keys()}
+    differing = [name for name in sorted(given) if _single(saved.get(name)) != _single(wanted[name])]
+    found = {name: (saved.get(name), wanted[name]) for name in differing}
+    if [str(path) for path in saved["data_path"]] != [str(data)]:
+        found["data_path"] = (saved["data_path"], [str(data)])
+    if state["iteration"] != wanted["train_iters"]:
+        found["iteration"] = (state["iteration"], wanted["train_iters"])
+    if found:
+        said = ", ".join(f"{name} {have!r} instead of {want!r}" for name, (have, want) in found.items())
+        raise StepError(f"the checkpoint in {step.folder} was trained with {said}: remove the folder and run again.")
+
+
+def _single(value: Any) -> Any:
+    """Returns the value of a list of one, as which Megatron stores flags that take several values."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _names(options: list[str]) -> set[str]:
+    return {option.removeprefix("--") for option in options}
