@@ -4,6 +4,9 @@ VENV ?= .venv
 PYTHON ?=
 PYTEST_FLAGS ?=
 LOCK_FLAGS ?=
+# Stage 2's routing in the demo: a strategy of --modality-routing, or a name in examples/emoji_tiny/strategies.yaml.
+ROUTING ?= smar
+DEMO_FLAGS ?=
 
 python := $(VENV)/bin/python
 stamp := $(VENV)/.megatron_smar-installed
@@ -39,8 +42,8 @@ lock: ## update requirements.lock from pyproject.toml (LOCK_FLAGS=--upgrade rais
 # On the CPU, also on machines with GPUs, unless MEGATRON_SMAR_DEVICE=cuda is set.
 demo test test-matrix test-cuda-path: export MEGATRON_SMAR_DEVICE ?= cpu
 
-demo: env ## generate data, train, resume and evaluate a tiny model; results in runs/demo
-	$(python) examples/emoji_tiny/run.py
+demo: env ## generate data, train, resume and evaluate a tiny model; results in runs/demo (ROUTING=hard: runs/demo-hard)
+	$(python) examples/emoji_tiny/run.py --routing $(ROUTING) $(DEMO_FLAGS)
 
 test: env ## run the tests (PYTEST_FLAGS= adds options)
 	OMP_NUM_THREADS=1 $(python) -m pytest $(two_at_a_time) $(PYTEST_FLAGS) tests/functional tests/distributed tests/cuda_path tests/unit

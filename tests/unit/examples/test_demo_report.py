@@ -71,6 +71,7 @@ def make_report(layers: int = 4, experts: int = 8) -> dict[str, Any]:
     answers = [("cat", "cat"), ("2", "3"), ("yes", "yes"), ("blue", "blue"), ("apple", "pear"), ("bus", "bus")]
     return {
         "title": "A small vision-language mixture of experts, trained with SMAR",
+        "routing": "smar",
         "retention": 0.9713,
         "text_perplexity_before": 22.84,
         "text_perplexity_after": 24.17,
@@ -232,6 +233,17 @@ def test_figures_follow_the_colours_of_a_dark_page(page: str) -> None:
         assert f"--{name}:{light}" in page and f"--{name}:{dark}" in page
     assert "var(--band)" in drawings and "var(--ink)" in drawings
     assert "prefers-color-scheme: dark" in page
+
+
+def test_page_and_table_without_a_band_do_not_speak_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = make_report() | {"band": None}
+    text = Elements(page_of(report, tmp_path)).text
+    print_table(report)
+    table = capsys.readouterr().out
+    assert "0.21" in text and "1.62" in text and "MRD distance, mean of layers" in table
+    for shown in (text, table):
+        assert "inside the band" not in shown and "1.5 to 2" not in shown and "shaded band" not in shown
+    assert "[d_min, d_max] of the SMAR loss" not in text
 
 
 def test_right_and_wrong_answers_are_told_apart_in_words(page: str) -> None:
