@@ -104,9 +104,8 @@ def write_comparison(rows: Sequence[Row], seed: int, command: str, folder: Path)
     (folder / "compare.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "compare.md").write_text(markdown_table(rows, seed, command) + "\n", encoding="utf-8")
     start, *runs = rows
-    panels = {
-        column.title: ([row[column.key] for row in runs], start[column.key], column.form) for column in _measured(rows)
-    }
+    shown = [column for column in _measured(rows) if column.key != "seconds"]  # those depend on the machine's load
+    panels = {column.title: ([row[column.key] for row in runs], start[column.key], column.form) for column in shown}
     figures.bars_by_run([row["routing"] for row in runs], panels, START).savefig(folder / "compare.png")
 
 
