@@ -55,3 +55,36 @@ def _numbers(text: str, given: str) -> list[int]:
         raise ValueError(
             f"{given}: {text!r} is neither a list of experts, such as 0-3 or 0,2-5, nor a share."
         ) from error
+
+
+def renumbered_groups(
+    groups: Mapping[str, Sequence[int]], orders: Mapping[int, Sequence[int]], flag: str
+) -> tuple[str, ...]:
+    """Returns the flag's values after experts were moved to other places; empty if there are no layers.
+
+    Args:
+        groups: The numbers of each group's experts.
+        orders: For each layer with these groups, which expert is at each place after the move.
+        flag: The flag, for messages.
+
+    Raises:
+        ValueError: The new numbers differ between layers, which the flag cannot express.
+    """
+    found: dict[tuple[str, ...], int] = {}
+    for layer, order in orders.items():
+        places = {name: [place for place, one in enumerate(order) if one in own] for name, own in groups.items()}
+        found.setdefault(tuple(f"{name}={_spans(numbers)}" for name, numbers in places.items()), layer)
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise ValueError(
+            f"{flag} holds for all layers, but would be {' '.join(one)} in layer {first} and {' '.join(other)} in "
+            f"layer {second}; plan with loads in which every expert has tokens."
+        )
+    return next(iter(found), ())
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Returns numbers in ascending order as text such as "0,2-5"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_smar.routing.strategies.base import StrategyConfig
-from megatron_smar.routing.strategies.expert_groups import expert_groups
+from megatron_smar.routing.strategies.expert_groups import expert_groups, renumbered_groups
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,8 @@ class HardConfig(StrategyConfig):
 
     def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
         """Returns the experts of each modality, [M, E] bool, the same in all layers."""
-        equal = dict.fromkeys(modalities, 1 / len(modalities))
-        own = expert_groups(self.experts, equal, num_experts, self.flag("experts"), "modality")
         table = torch.zeros(len(modalities), num_experts, dtype=torch.bool, device="cpu")
-        for modality, numbers in enumerate(own.values()):
+        for modality, numbers in enumerate(self._groups(modalities, num_experts).values()):
             table[modality, numbers] = True
         return table
 
@@ -59,24 +57,10 @@ class HardConfig(StrategyConfig):
         self, orders: Mapping[int, Sequence[int]], modalities: Sequence[str], num_experts: int
     ) -> HardConfig:
         """Returns the settings with the experts' new numbers, which must be the same in all layers."""
-        tables = {layer: self.allowed(layer, modalities, num_experts) for layer in orders}
-        found: dict[tuple[str, ...], int] = {}
-        for layer, table in tables.items():
-            if table is not None:
-                own = table[:, list(orders[layer])]
-                numbers = {name: row.nonzero().flatten().tolist() for name, row in zip(modalities, own, strict=True)}
-                found.setdefault(tuple(f"{name}={_spans(part)}" for name, part in numbers.items()), layer)
-        if len(found) > 1:
-            (one, first), (other, second) = list(found.items())[:2]
-            raise ValueError(
-                f"{self.flag('experts')} holds for all layers, but would be {' '.join(one)} in layer {first} and "
-                f"{' '.join(other)} in layer {second}; plan with loads in which every expert has tokens."
-            )
-        return replace(self, experts=next(iter(found))) if found else self
+        layers = {n: order for n, order in orders.items() if self.allowed(n, modalities, num_experts) is not None}
+        groups = self._groups(modalities, num_experts)
+        return replace(self, experts=renumbered_groups(groups, layers, self.flag("experts")) or self.experts)
 
-
-def _spans(numbers: Sequence[int]) -> str:
-    """Returns numbers in ascending order as text such as "0,2-5"."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True))
+    def _groups(self, modalities: Sequence[str], num_experts: int) -> dict[str, list[int]]:
+        equal = dict.fromkeys(modalities, 1 / len(modalities))
+        return expert_groups(self.experts, equal, num_experts, self.flag("experts"), "modality")

@@ -24,6 +24,11 @@ from megatron_smar.routing.strategies.base import (
     StrategyConfig,
 )
 
+# The axis that counts experts, for the gates of up to 16 modalities.
+EXPERT_AXES: dict[str, int | None] = {
+    f"gates.{modality}.{part}": 0 for modality in range(1, 16) for part in ("weight", "bias")
+}
+
 
 @dataclass(frozen=True)
 class ModalityGatesConfig(StrategyConfig):
@@ -32,6 +37,7 @@ class ModalityGatesConfig(StrategyConfig):
     name = "modality_gates"
     title = "each modality has its own gate over all experts (Ming-Omni)"
     gate_per_modality = True
+    expert_axes = EXPERT_AXES
     collapse_remedy = "balance the experts: --moe-router-load-balancing-type aux_loss with --moe-aux-loss-coeff"
 
     def build(self, layer: RoutedLayer) -> RoutingStrategy:

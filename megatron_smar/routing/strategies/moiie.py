@@ -16,8 +16,8 @@ the token's experts. L_m is 1 where the load is even. The layer's loss is the su
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,8 +32,8 @@ from megatron_smar.routing.strategies.base import (
     RoutingStrategy,
     StrategyConfig,
 )
-from megatron_smar.routing.strategies.expert_groups import expert_groups
-from megatron_smar.routing.strategies.modality_gates import ModalityGates
+from megatron_smar.routing.strategies.expert_groups import expert_groups, renumbered_groups
+from megatron_smar.routing.strategies.modality_gates import EXPERT_AXES, ModalityGates
 
 MOIIE_LOSS = "moiie balance loss"
 SHARED = "shared"
@@ -56,6 +56,7 @@ class MoiieConfig(StrategyConfig):
     of_a_run: ClassVar[tuple[str, ...]] = ("experts", "coeff")
     of_inference: ClassVar[tuple[str, ...]] = ("experts",)
     gate_per_modality = True
+    expert_axes = EXPERT_AXES
     collapse_remedy = "raise --moiie-coeff, or give the modality more experts with --moiie-experts"
 
     experts: tuple[str, ...] = ()
@@ -76,14 +77,24 @@ class MoiieConfig(StrategyConfig):
                 f"--image-modalities has {SHARED}, which in {self.flag('experts')} is the name of the experts that all "
                 "modalities share: give the modality another name."
             )
-        text, *images = modalities
-        own = 0.5 / len(modalities)
-        shares = {text: own, SHARED: 0.5, **dict.fromkeys(images, own)}
-        groups = expert_groups(self.experts, shares, num_experts, self.flag("experts"), "group")
+        groups = self._groups(modalities, num_experts)
         table = torch.zeros(len(modalities), num_experts, dtype=torch.bool, device="cpu")
         for modality, name in enumerate(modalities):
             table[modality, groups[name] + groups[SHARED]] = True
         return table
+
+    def renumbered(
+        self, orders: Mapping[int, Sequence[int]], modalities: Sequence[str], num_experts: int
+    ) -> MoiieConfig:
+        """Returns the settings with the experts' new numbers, which must be the same in all layers."""
+        groups = self._groups(modalities, num_experts)
+        return replace(self, experts=renumbered_groups(groups, orders, self.flag("experts")) or self.experts)
+
+    def _groups(self, modalities: Sequence[str], num_experts: int) -> dict[str, list[int]]:
+        text, *images = modalities
+        own = 0.5 / len(modalities)
+        shares = {text: own, SHARED: 0.5, **dict.fromkeys(images, own)}
+        return expert_groups(self.experts, shares, num_experts, self.flag("experts"), "group")
 
     def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
         """Checks that the balance loss is defined for the router's scores."""

@@ -176,3 +176,13 @@ def test_the_balance_loss_of_a_gate_moves_this_gate_only(single_rank):
         gradients.append([router.weight.grad, router.strategy.gates["1"].weight.grad])
     (text, vision), (text_without, _) = gradients
     assert text.abs().max() > 1e-3 and (text_without == 0).all() and (vision == 0).all()
+
+
+def test_the_groups_keep_their_experts_when_experts_are_moved():
+    config, names = MoiieConfig(("text=0-1", "shared=2-5", "vision=6-7")), ("text", "vision")
+    order = [6, 7, 2, 0, 1, 3, 4, 5]  # which expert is at each place
+    moved = config.renumbered({1: order, 2: order}, names, 8)
+    assert moved.experts == ("text=3-4", "shared=2,5-7", "vision=0-1")
+    assert torch.equal(moved.allowed(1, names, 8), config.allowed(1, names, 8)[:, order])
+    with pytest.raises(ValueError, match="--moiie-experts holds for all layers"):
+        config.renumbered({1: order, 2: list(range(8))}, names, 8)
