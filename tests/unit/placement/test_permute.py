@@ -111,7 +111,7 @@ def expected(key: str, tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack([part.index_select(axis, torch.tensor(ORDERS[n])) for n, part in enumerate(tensor, start=1)])
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6))
 def test_all_that_counts_experts_moves_with_them_however_it_was_split(tmp_path_factory, layers, experts, rest):
     folder = tmp_path_factory.mktemp("moved")
