@@ -48,7 +48,7 @@ def run_all(demo: Demo, wanted: Sequence[Variant]) -> tuple[list[VariantRun], li
         left = sum(not later.is_done for later in runs[number:])
         print(f"\n{run.variant.label}: {number + 1} of {len(runs)}{_time_left(done, left)}", flush=True)
         try:
-            done.append(run.run())
+            done.append(run.run().place())
         except StepError as error:
             failures.append(f"{run.variant.label}: {error}")
             continue
@@ -59,7 +59,7 @@ def run_all(demo: Demo, wanted: Sequence[Variant]) -> tuple[list[VariantRun], li
 def _time_left(done: Sequence[VariantRun], left: int) -> str:
     if not done or not left:
         return ""
-    mean = sum(run.stage2.seconds + run.evaluation.seconds for run in done) / len(done)
+    mean = sum(run.stage2.seconds + run.evaluation.seconds + run.placement.seconds for run in done) / len(done)
     return f", about {duration(mean * left)} left"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from demo_content import comparison
-from stages import BEFORE, VariantRun, results_of
+from stages import BEFORE, VariantRun, crossing, results_of
 
 from megatron_smar.report import figures
 from megatron_smar.report.numbers import aligned, decimal, is_finite, percent, plain
@@ -36,12 +36,15 @@ COLUMNS = (
     Column("vqa_accuracy", "picture questions", percent),
     Column("msi", "MSI", decimal),
     Column("mrd_distance", "MRD distance", decimal),
-    Column("crossing", "crossing, 2 devices", percent),
+    Column("crossing", "crossing", percent),
+    Column("crossing_placed", "crossing, placed", percent),
     Column("seconds", "seconds of stage 2", _seconds),
     Column("cpu_seconds", "CPU seconds", _seconds),
 )
 
 Row = Mapping[str, Any]
+
+_OF_VARIANTS = ("seconds", "cpu_seconds", "crossing", "crossing_placed")
 
 
 def rows_of(runs: Sequence[VariantRun]) -> list[dict[str, Any]]:
@@ -52,16 +55,17 @@ def rows_of(runs: Sequence[VariantRun]) -> list[dict[str, Any]]:
 
 
 def _row(numbers: dict[str, Any]) -> dict[str, Any]:
-    # The crossing share needs each token's experts; evaluate.py sums over tokens. None: not measured.
-    return numbers | {"text_perplexity": numbers.pop("text_perplexity_after"), "crossing": None}
+    return numbers | {"text_perplexity": numbers.pop("text_perplexity_after")}
 
 
 def _of(run: VariantRun | None) -> dict[str, Any]:
-    """Returns a variant's settings and its time; None stands for the start of stage 2."""
+    """Returns a variant's settings, its time and what crosses devices; None stands for the start of stage 2."""
     if run is None:
-        return {"flags": {}, "seconds": None, "cpu_seconds": None, "is_current": True}
+        return {"flags": {}, "is_current": True} | dict.fromkeys(_OF_VARIANTS)
+    share = crossing(run.placement)
+    crosses = {"crossing": share["before"], "crossing_placed": share["after"]}
     spent = {"seconds": run.stage2.seconds, "cpu_seconds": run.stage2.cpu_seconds}
-    return {"flags": dict(run.variant.flags), **spent, "is_current": run.is_current}
+    return {"flags": dict(run.variant.flags), **spent, **crosses, "is_current": run.is_current}
 
 
 def _measured(rows: Sequence[Row]) -> list[Column]:

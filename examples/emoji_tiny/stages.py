@@ -20,6 +20,7 @@ from variants import Variant, quick_settings, settings, words
 
 from megatron_smar.checkpoint.metadata import find_checkpoint, read_common_state, read_contents, saved_arguments
 from megatron_smar.config.run_file import flag_parser
+from megatron_smar.routing.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path("examples/emoji_tiny")
@@ -34,6 +35,7 @@ TRAINING_CODE = [
     *(f"megatron_smar/{name}/**/*.py" for name in TRAINING_PACKAGES),
 ]
 EVALUATION_CODE = ["megatron_smar/commands/evaluate.py", "megatron_smar/evaluation/*.py"]
+PLACEMENT_CODE = ["megatron_smar/commands/placement.py", "megatron_smar/placement/*.py"]
 
 # The paper's recipe (its Table 7) with batch sizes and learning rates for a small model.
 STAGES = ("stage0", "stage1", "stage2")
@@ -189,6 +191,41 @@ class Demo:
             )
         )
 
+    def placement(self, trained: Step, folder: Path) -> Step:
+        """Returns the step that plans the experts' placement and counts what crosses devices, without running it.
+
+        Args:
+            trained: The step with the checkpoint.
+            folder: Folder that has the step's folder.
+        """
+        code = source_hash(ROOT, [*PLACEMENT_CODE, *EVALUATION_CODE])
+        return Step("placement", folder / "placement", RANKS, inputs=[trained], code=code, any_code=self.any_code)
+
+    def place(self, trained: Step, placement: Step, keeps_loads: bool) -> None:
+        """Counts, on the held-out samples, the tokens whose experts are on more than one device.
+
+        Args:
+            trained: The step with the checkpoint.
+            placement: The step from `placement`.
+            keeps_loads: Whether the checkpoint has the experts' loads, from which the plan is made; if not, they are
+                counted on the same samples.
+        """
+        corpus, scenes, folder = self.output / "corpus", self.output / "scenes", placement.folder
+        samples = ["--text", corpus / "held_out.jsonl", "--vqa", scenes / "vqa_held_out.json", "--image-root", scenes]
+        asked = ["--conversation-template", "mistral"]
+        common = ["--load", trained.folder, "--devices", RANKS]
+        plan, report = folder / "plan.json", folder / "report.json"
+
+        def work() -> None:
+            logs = folder.parent / "logs"
+            counted = [] if keeps_loads else [*samples, *asked]
+            command = ["tools/placement.py", "plan", *common, *counted, "--output", plan]
+            self.program(logs / "placement_plan.log", *command, ranks=0 if keeps_loads else RANKS)
+            command = ["tools/placement.py", "report", *common, *samples, *asked, "--plan", plan, "--output", report]
+            self.program(logs / "placement_report.log", *command, ranks=RANKS)
+
+        placement.run(work)
+
 
 @dataclass
 class VariantRun:
@@ -200,6 +237,7 @@ class VariantRun:
         folder: Folder of its results.
         stage2: The step with its checkpoint.
         evaluation: The step with its results on held-out data.
+        placement: The step that counts what crosses devices, for the comparison.
     """
 
     demo: Demo
@@ -215,16 +253,17 @@ class VariantRun:
             "stage2", self.folder / "stage2", *key, inputs=inputs, code=demo.training_code, any_code=demo.any_code
         )
         self.evaluation = demo.evaluation(self.stage2, AFTER, self.folder)
+        self.placement = demo.placement(self.stage2, self.folder)
 
     @property
     def is_done(self) -> bool:
-        """Whether the variant is trained and evaluated."""
-        return self.stage2.is_done() and self.evaluation.is_done()
+        """Whether the variant is trained, evaluated and placed."""
+        return self.stage2.is_done() and self.evaluation.is_done() and self.placement.is_done()
 
     @property
     def is_current(self) -> bool:
         """Whether the present code made all of the variant's results."""
-        return self.evaluation.is_current
+        return self.evaluation.is_current and self.placement.is_current
 
     @property
     def results(self) -> dict[str, Any]:
@@ -238,11 +277,23 @@ class VariantRun:
         self.demo.evaluate(self.stage2, self.evaluation)
         return self
 
+    def place(self) -> VariantRun:
+        """Counts what crosses devices under the variant, as far as that is not done."""
+        keeps_loads = "loads" in STRATEGIES[self.variant.routing].training_state
+        self.demo.place(self.stage2, self.placement, keeps_loads)
+        return self
+
 
 def results_of(evaluation: Step) -> dict[str, Any]:
     """Returns the results of an evaluation."""
     results: dict[str, Any] = json.loads((evaluation.folder / "results.json").read_text())
     return results
+
+
+def crossing(placement: Step) -> dict[str, float]:
+    """Returns the share of tokens whose experts are on both devices, `before` and `after` the placement."""
+    devices = json.loads((placement.folder / "report.json").read_text())["devices"][str(RANKS)]
+    return {when: devices[when]["all"]["crossing"] for when in ("before", "after")}
 
 
 def check_record(step: Step, flags: Mapping[str, Any], data: Path) -> None:

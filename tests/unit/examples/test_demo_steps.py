@@ -165,7 +165,12 @@ def test_a_wrong_routing_is_refused_in_one_sentence(name: str, changes: list[str
 def row(name: str, **changes: object) -> dict[str, object]:
     numbers = {"retention": 0.9713, "text_perplexity": 24.17, "vqa_accuracy": 0.8326, "msi": 0.61, "mrd_distance": 1.62}
     spent = {"seconds": 201.4, "cpu_seconds": 377.7}
-    return {"routing": name, "flags": {}, "crossing": None, "is_current": True} | numbers | spent | changes
+    return (
+        {"routing": name, "flags": {}, "crossing": None, "crossing_placed": None, "is_current": True}
+        | numbers
+        | spent
+        | changes
+    )
 
 
 START = row("before stage 2", retention=1.0, seconds=None, cpu_seconds=None)
@@ -174,7 +179,7 @@ START = row("before stage 2", retention=1.0, seconds=None, cpu_seconds=None)
 def test_the_table_shows_every_number_and_no_column_that_nobody_measured() -> None:
     text = markdown_table([START, row("none"), row("hard", crossing=0.25)], 1234, "python compare.py")
     assert text.startswith("`python compare.py`. One run of each, seed 1234: ")
-    assert "| stage 2 | retention | text perplexity | picture questions | MSI | MRD distance | crossing" in text
+    assert "| stage 2 | retention | text perplexity | picture questions | MSI | MRD distance | crossing |" in text
     assert "| none | 97.1% | 24.17 | 83.3% | 0.61 | 1.62 | - | 201 | 378 |" in text
     assert "| hard | 97.1% | 24.17 | 83.3% | 0.61 | 1.62 | 25.0% | 201 | 378 |" in text
     lines = text.splitlines()[2:]
