@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stages import AFTER, BEFORE, STAGES, TEXT_ONLY, Demo, VariantRun, results_of
+from stages import AFTER, BEFORE, PLACEMENT_LOGS, STAGES, TEXT_ONLY, Demo, VariantRun, results_of
 from variants import DEFAULT, settings
 
 from megatron_smar.report.run import read_run
@@ -115,9 +115,9 @@ def _history(demo: Demo, run: VariantRun, stage: str) -> dict[str, Any]:
 
 def _commands(demo: Demo, run: VariantRun) -> list[str]:
     """Returns the command of every program, in the order of their last runs."""
-    own = [run.folder / "logs" / f"{name}.command" for name in ("stage2", AFTER)]
-    of_stage2 = {path.name for path in own}
-    shared = [path for path in (demo.output / "logs").glob("*.command") if path.name not in of_stage2]
+    of_variant = [f"{name}.command" for name in ("stage2", AFTER, *PLACEMENT_LOGS)]
+    own = [path for name in of_variant if (path := run.folder / "logs" / name).exists()]
+    shared = [path for path in (demo.output / "logs").glob("*.command") if path.name not in of_variant]
     return [path.read_text() for path in sorted([*shared, *own], key=lambda path: path.stat().st_mtime)]
 
 

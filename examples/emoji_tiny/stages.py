@@ -40,6 +40,7 @@ PLACEMENT_CODE = ["megatron_smar/commands/placement.py", "megatron_smar/placemen
 # The paper's recipe (its Table 7) with batch sizes and learning rates for a small model.
 STAGES = ("stage0", "stage1", "stage2")
 BEFORE, AFTER = "evaluation_stage1", "evaluation_stage2"
+PLACEMENT_LOGS = ("placement_plan", "placement_report")
 
 
 @dataclass
@@ -217,12 +218,12 @@ class Demo:
         plan, report = folder / "plan.json", folder / "report.json"
 
         def work() -> None:
-            logs = folder.parent / "logs"
+            plan_log, report_log = (folder.parent / "logs" / f"{name}.log" for name in PLACEMENT_LOGS)
             counted = [] if keeps_loads else [*samples, *asked]
             command = ["tools/placement.py", "plan", *common, *counted, "--output", plan]
-            self.program(logs / "placement_plan.log", *command, ranks=0 if keeps_loads else RANKS)
+            self.program(plan_log, *command, ranks=0 if keeps_loads else RANKS)
             command = ["tools/placement.py", "report", *common, *samples, *asked, "--plan", plan, "--output", report]
-            self.program(logs / "placement_report.log", *command, ranks=RANKS)
+            self.program(report_log, *command, ranks=RANKS)
 
         placement.run(work)
 

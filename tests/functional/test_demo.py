@@ -56,6 +56,9 @@ def test_the_comparison_has_what_each_variant_measured_from_the_same_start(root)
         assert row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["is_current"]
     none, hard = rows
     assert hard["msi"] == pytest.approx(1) and none["msi"] < 0.9  # with experts of their own nothing is shared
+    assert hard["crossing"] == 0 and 0 < none["crossing"] < 1  # each modality's experts are one half
+    placed = json.loads((root / "demo-none" / "placement" / "report.json").read_text())["devices"]["2"]
+    assert none["crossing_placed"] == placed["after"]["all"]["crossing"]
     assert (root / "compare" / "compare.png").stat().st_size > 10_000
 
 
