@@ -26,12 +26,12 @@ def root(tmp_path_factory) -> Path:
 
 def compare(folder: Path, *flags: object, check: bool = True):
     places = ["--base", folder / "demo", "--cache", folder / "sources", "--output", folder / "compare"]
-    return run(COMPARE, "--quick", *places, "--variants", *VARIANTS, *flags, timeout=900, check=check)
+    return run(COMPARE, "--quick", *places, "--variants", *VARIANTS, *flags, timeout=1800, check=check)
 
 
 def demo(folder: Path, *flags: object, check: bool = True):
     places = ["--output", folder / "demo", "--cache", folder / "sources"]
-    return run(DEMO, "--quick", *places, *flags, timeout=900, check=check)
+    return run(DEMO, "--quick", *places, *flags, timeout=1800, check=check)
 
 
 def results(folder: Path) -> dict:
