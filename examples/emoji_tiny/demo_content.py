@@ -88,9 +88,10 @@ def specialization(shares: Mapping[str, Any]) -> float:
 def _routing(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the strategy and its settings, as the checkpoint stores them."""
     strategy = STRATEGIES[arguments["modality_routing"]]
-    fields = {field.name: arguments[f"{strategy.name}_{field.name}"] for field in strategy.flag_fields()}
+    named = {field.name: arguments.get(f"{strategy.name}_{field.name}") for field in strategy.flag_fields()}
     shared = {"eps": arguments["smar_eps"], "scope": arguments["smar_scope"]}
-    return {"strategy": strategy.name, **{name: value for name, value in fields.items() if value is not None}, **shared}
+    given = {name: value for name, value in named.items() if value is not None}  # older code knew fewer flags
+    return {"strategy": strategy.name, **given, **shared}
 
 
 def _seconds(demo: Demo, run: VariantRun) -> dict[str, float]:
