@@ -90,4 +90,4 @@ class ModalityGates(RoutingStrategy):
         logits = every[..., 0, :]
         for modality in range(1, self.layer.num_modalities):
             logits = torch.where(modality_mask[..., modality, None], every[..., modality, :], logits)
-        return logits
+        return logits.contiguous()  # `where` follows the mask, which Megatron has transposed

@@ -68,6 +68,14 @@ def test_a_gate_gets_a_gradient_from_its_own_modalitys_tokens_only(single_rank):
         assert (other == 0).all(), "exactly zero, and not None: the gate is part of the graph of every micro-batch"
 
 
+def test_a_mask_that_megatron_has_transposed_gives_the_same_routing(single_rank):
+    router, hidden, ids = random_router()
+    transposed = one_hot(ids).transpose(0, 1).contiguous().transpose(0, 1)
+    assert not transposed.is_contiguous()
+    for found, expected in zip(router(hidden, transposed), router(hidden, one_hot(ids)), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_a_layer_computes_the_logits_of_all_gates_in_one_matrix_product(single_rank, monkeypatch):
     from megatron.core.transformer.moe import router as megatron_router
 

@@ -154,7 +154,8 @@ def test_the_gradient_of_the_loss_is_exact_also_next_to_forbidden_experts(scores
     statistics = RoutingStatistics(counts, counts, mask.sum(0).double())
 
     def loss(logits):
-        routed = RoutedTokens(logits.masked_fill(forbidden, -torch.inf), logits, logits > 0, mask)
+        masked = logits.masked_fill(forbidden, -torch.inf)
+        routed = RoutedTokens(torch.empty(0), masked, logits, logits > 0, mask)
         routing = LayerRouting(1, 0, statistics, strategy.sums(routed), torch.zeros(()), torch.ones(()), table)
         return strategy.losses(routing)[MOIIE_LOSS].value
 
