@@ -131,11 +131,12 @@ def time_backward(training: Training, rounds: int) -> dict[str, float]:
 
     from megatron_smar.routing.router import ModalityAwareRouter
 
-    inputs: list[tuple[Any, Any, Any]] = []
+    inputs: list[tuple[Any, Any, Any, dict[str, Any]]] = []
     original = ModalityAwareRouter.forward
 
     def remember(router: Any, hidden: Any, padding_mask: Any = None) -> Any:
-        inputs.append((router, hidden.detach(), padding_mask))
+        by_layer = {"sample_ids": router.sample_ids, "scores": router.scores}  # set by the MoE layer before a pass
+        inputs.append((router, hidden.detach(), padding_mask, by_layer))
         return original(router, hidden, padding_mask)
 
     with patch.object(ModalityAwareRouter, "forward", remember):
@@ -144,12 +145,14 @@ def time_backward(training: Training, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for setting in SETTINGS:
             training.use(setting)
-            for router, hidden, mask in inputs:
+            for router, hidden, mask, by_layer in inputs:
+                vars(router).update(by_layer)
                 leaf = hidden.clone().requires_grad_()
                 leaves = [leaf, *(parameter for parameter in router.parameters() if parameter.requires_grad)]
                 output = router.finish(router(leaf, mask)[0])
                 backward = watch.measured(setting, torch.autograd.grad)
                 backward(output, leaves, torch.ones_like(output), allow_unused=True)
+                vars(router).update(dict.fromkeys(by_layer))
             for name, value in watch.take().items():
                 rows[name].append(value)
     none, *others = slowest([statistics.median(rows[setting]) for setting in SETTINGS])

@@ -61,3 +61,15 @@ def test_a_long_run_of_the_loader_does_not_retain_memory_of_the_samples_it_has_r
     assert all(mode["tenths"][-1]["samples"] >= 3000 for mode in result["modes"].values())
     # A process that keeps its list of tar members grows by 1,300 MB per million samples.
     assert result["megabytes_per_million"] < 500
+
+
+def test_a_small_batchs_distance_is_not_above_that_of_many_tokens_or_does_not_approach_it():
+    command = ("--experts", "8:2", "--tokens", 16, 256, "--batches", 10, "--json")
+    done = run("benchmarks/small_batch_distance.py", *command)
+    row = json.loads(done.stdout.strip().splitlines()[-1])["8:2"]
+    assert row["16"] > 10 * abs(row["256"]) and row["many"] > 0.2
+
+
+def test_a_layer_with_more_experts_per_token_than_experts_is_refused_in_a_sentence():
+    done = run("benchmarks/small_batch_distance.py", "--experts", "2:8", check=False)
+    assert done.returncode == 2 and "--experts 2:8 is not E:K" in done.stdout
