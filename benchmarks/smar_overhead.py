@@ -177,17 +177,16 @@ def main() -> None:
         save_vision_model(folder)  # by each rank separately, before there are process groups
         for strategy in options.strategy:
             for name in options.shape:
-                results.setdefault(strategy, {})[name] = measure(strategy, name, options, folder)
+                result = measure(strategy, name, options, folder)
+                results.setdefault(strategy, {})[name] = result
+                if torch.distributed.get_rank() == 0:
+                    print_table(strategy, name, result, options.ranks)
                 forget_megatron()
-    if torch.distributed.get_rank() == 0:
-        for strategy, shapes in results.items():
-            for name, result in shapes.items():
-                print_table(strategy, name, result, options.ranks)
-        if options.json:
-            first = results[options.strategy[0]]
-            settings = {"ranks": options.ranks, "device": device, "dtype": "bfloat16" if options.bf16 else "float32"}
-            each = {strategy: scalars(shapes) | {"shapes": shapes} for strategy, shapes in results.items()}
-            print(json.dumps(scalars(first) | settings | {"shapes": first, "strategies": each}))
+    if torch.distributed.get_rank() == 0 and options.json:
+        first = results[options.strategy[0]]
+        settings = {"ranks": options.ranks, "device": device, "dtype": "bfloat16" if options.bf16 else "float32"}
+        each = {strategy: scalars(shapes) | {"shapes": shapes} for strategy, shapes in results.items()}
+        print(json.dumps(scalars(first) | settings | {"shapes": first, "strategies": each}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
