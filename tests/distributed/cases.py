@@ -329,10 +329,6 @@ def _contents() -> Iterator[Case]:
     )
     late = Setting(flags=(*SMAR, "--smar-start-iter", "1"))
     yield Case("start step not reached, DP 2", 2, 2, "", late, Setting(flags=(*SMAR, "--smar-coeff", "0")))
-    # The checkpoint after the step has the sums that the next step's statistics are averaged with.
-    averaged = Setting(flags=(*SMAR, "--smar-average-steps", "4"), micro_batches=2)
-    for name, layout, replicas in (("DP 2", "", 2), ("TP 2 + SP", TP_SP, 1), ("PP 2", PP, 1)):
-        yield Case(f"statistics averaged over steps, {name}", 2, replicas, layout, averaged)
     extremes = Setting(batch="extremes", flags=PER_TOKEN)
     yield Case("ranks of text, vision, padding, all", 4, 4, "", extremes)
     yield Case("ranks of text, vision, padding, all, EP 4", 4, 4, "--expert-model-parallel-size 4", extremes)

@@ -33,4 +33,4 @@ class NoneConfig(StrategyConfig):
 
     def build(self, layer: RoutedLayer) -> Smar:
         """Builds the strategy's module for one layer."""
-        return Smar(replace(self.band, acts=False, average_steps=1), layer)
+        return Smar(replace(self.band, acts=False), layer)

@@ -7,16 +7,14 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_smar.routing.closed_form import distance_in_few_operations
-from megatron_smar.routing.statistics import RoutingStatistics
 from megatron_smar.routing.strategies.base import (
     NO_FLAG,
     AuxiliaryLoss,
@@ -91,19 +89,15 @@ class SmarConfig(StrategyConfig):
         warmup_iters: Steps over which --smar-coeff rises linearly from 0; with 0 it has its full value from the start.
         end_iter: Step from which the SMAR loss no longer acts; it is reported as before. Without it, the loss acts
             until the end.
-        average_steps: Steps over which the statistics of the distance are averaged, with weights that fall by 1 / N per
-            step; with 1, the paper's, they are those of the batch alone. The gradient flows through the batch's share
-            only. For batches of so few images that their distance is far from that of the data.
         layers: The content of `band_file`, by layer number.
         acts: Whether the loss acts at all; if not, it is only reported.
-        eps: Smoothing of the distributions, --smar-eps.
     """
 
     name = "smar"
     title = "with the band loss on the distance between modalities (the paper: stage 2)"
     metrics = (Metric(SMAR_LOSS),)
     trains_modality_bias = True
-    of_a_run = ("coeff", "d_min", "d_max", "band_file_content", "average_steps")
+    of_a_run = ("coeff", "d_min", "d_max", "band_file_content")
     collapse_remedy = "SMAR's authors saw this with a band too low: raise --smar-d-min and --smar-d-max"
 
     coeff: float = 0.01
@@ -113,15 +107,8 @@ class SmarConfig(StrategyConfig):
     start_iter: int = 0
     warmup_iters: int = 0
     end_iter: int | None = None
-    average_steps: int = 1
     layers: Mapping[int, LayerSettings] = field(default_factory=dict, metadata=NO_FLAG)
     acts: bool = field(default=True, metadata=NO_FLAG)
-    eps: float = field(default=1e-6, metadata=NO_FLAG)
-
-    @classmethod
-    def from_arguments(cls, args: Namespace) -> Self:
-        """Builds the config from parsed flags."""
-        return replace(super().from_arguments(args), eps=args.smar_eps)
 
     def __post_init__(self) -> None:
         if self.band_file is not None:
@@ -144,9 +131,6 @@ class SmarConfig(StrategyConfig):
         for name in ("start_iter", "warmup_iters"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--smar-{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more.")
-        if self.average_steps < 1:
-            raise ValueError(f"--smar-average-steps is {self.average_steps}; give 1, the batch alone, or more steps.")
-        object.__setattr__(self, "keeps_state", self.average_steps > 1)
         if self.end_iter is not None and self.end_iter <= self.start_iter:
             raise ValueError(
                 f"--smar-end-iter is {self.end_iter}, but the loss acts from --smar-start-iter {self.start_iter}; give "
@@ -194,9 +178,9 @@ class SmarConfig(StrategyConfig):
 
     @classmethod
     def check_unused(cls, args: Namespace) -> None:
-        """Refuses flags that would have no effect where another strategy is chosen."""
-        for name, default in (("band_file", None), ("end_iter", None), ("average_steps", 1)):
-            if getattr(args, f"smar_{name}") != default:
+        """Refuses --smar-band-file and --smar-end-iter where another strategy is chosen."""
+        for name in ("band_file", "end_iter"):
+            if getattr(args, f"smar_{name}") is not None:
                 raise ValueError(
                     f"{cls.flag(name)} has no effect with --modality-routing {args.modality_routing}; leave it out."
                 )
@@ -205,8 +189,7 @@ class SmarConfig(StrategyConfig):
         """Returns the strategy and its settings, in half a line."""
         own = f", layers of {self.band_file}" if self.band_file else ""
         end = f" until step {self.end_iter}" if self.end_iter is not None else ""
-        average = f", averaged over {self.average_steps} steps" if self.average_steps > 1 else ""
-        return f"SMAR: band [{self.d_min:g}, {self.d_max:g}], coefficient {self.coeff:g}{own}{end}{average}"
+        return f"SMAR: band [{self.d_min:g}, {self.d_max:g}], coefficient {self.coeff:g}{own}{end}"
 
 
 FILE_FORM = 'a JSON object such as {"1": [0.5, 1.0], "2": {"band": [1.0, 1.5], "coeff": 0.1}}'
@@ -240,42 +223,11 @@ def _layer_settings(given: Any) -> LayerSettings:
 
 
 class Smar(RoutingStrategy):
-    """The band loss of one layer (Eq. 13 and 14).
-
-    With --smar-average-steps N, the distance is that of the sums of the micro-batch and of the earlier steps, each step
-    with 1 - 1 / N times the weight of the next. The earlier steps' are constants.
-
-    Attributes:
-        past: Weighted sums of the earlier steps, [M, 2E + 1] as `RoutingStatistics.pack` gives them.
-        present: The step's sums so far, which are no part of its own micro-batches' statistics.
-    """
+    """The band loss of one layer (Eq. 13 and 14)."""
 
     config: SmarConfig
-    past: Tensor
-    present: Tensor
-
-    def __init__(self, config: SmarConfig, layer: RoutedLayer) -> None:
-        super().__init__(config, layer)
-        if config.average_steps > 1:
-            sums = torch.zeros(layer.num_modalities, 2 * layer.num_experts + 1)
-            self.register_buffer("past", sums)
-            self.register_buffer("present", sums.clone(), persistent=False)  # in `past` before a checkpoint is saved
 
     def losses(self, routing: LayerRouting) -> dict[str, AuxiliaryLoss]:
         """Returns the SMAR loss; 0 where fewer than two modalities have tokens, and there is no distance."""
-        distance, comparable = routing.distance, routing.comparable
-        if self.config.average_steps > 1:
-            past = RoutingStatistics.unpack(self.past)
-            total = RoutingStatistics(*(a + b for a, b in zip(past, routing.statistics, strict=True)))
-            distance, comparable = distance_in_few_operations(total, self.layer.top_k, self.config.eps)
-        value = band_loss(distance, comparable, *self.config.band(routing.number))
+        value = band_loss(routing.distance, routing.comparable, *self.config.band(routing.number))
         return {SMAR_LOSS: AuxiliaryLoss(value, self.config.coefficient(routing.number, routing.iteration))}
-
-    def accumulate(self, routing: LayerRouting) -> None:
-        """Adds one micro-batch to the step's sums."""
-        self.present += routing.statistics.pack()
-
-    def update(self, sums: Mapping[str, Tensor]) -> None:
-        """Makes the step one of the earlier ones."""
-        self.past.add_(self.present).mul_(1 - 1 / self.config.average_steps)
-        self.present.zero_()

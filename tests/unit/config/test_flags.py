@@ -55,12 +55,6 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
             ["--modality-routing", "smar", "--smar-start-iter", "10", "--smar-end-iter", "10"],
             "--smar-end-iter is 10, but the loss acts from --smar-start-iter 10; give a later step",
         ),
-        (["--smar-average-steps", "0"], "--smar-average-steps is 0; give 1, the batch alone, or more"),
-        (["--smar-average-steps", "8"], "--smar-average-steps has no effect with --modality-routing none"),
-        (
-            ["--modality-routing", "smar", "--smar-average-steps", "8", "--smar-scope", "local"],
-            "--smar-scope local with --modality-routing smar",
-        ),
         (["--smar-end-iter", "10"], "--smar-end-iter has no effect with --modality-routing none"),
         (["--moe-collapse-threshold", "0"], "--moe-collapse-threshold is 0.0"),
         (["--pixel-shuffle", "0.3"], "--pixel-shuffle is 0.3"),
