@@ -78,7 +78,10 @@ def excess(experts: int, top_k: int, options: argparse.Namespace) -> dict[str, f
 def main() -> None:
     """Prints one row per layer."""
     options = parse()
-    rows = {layer: excess(*map(int, layer.split(":")), options) for layer in options.experts}
+    rows = {}
+    for layer in options.experts:
+        experts, top_k = layer.split(":")
+        rows[layer] = excess(int(experts), int(top_k), options)
     print(f"{'experts E:K':12}{'distance':>10}" + "".join(f"{f'+ at {tokens}':>12}" for tokens in options.tokens))
     for layer, row in rows.items():
         print(f"{layer:12}{row['many']:10.2f}" + "".join(f"{row[str(tokens)]:12.2f}" for tokens in options.tokens))
