@@ -99,7 +99,8 @@ def smar_of_layer(statistics: Any, top_k: int, eps: float, d_min: float, d_max: 
 
     distance, comparable = distance_in_few_operations(statistics, top_k, eps)
     modalities, experts = statistics.counts.shape
-    strategy = SmarConfig(d_min=d_min, d_max=d_max).build(RoutedLayer(experts, top_k, 1, modalities))
+    layer = RoutedLayer(experts, top_k, 1, tuple(map(str, range(modalities))))
+    strategy = SmarConfig(d_min=d_min, d_max=d_max).build(layer)
     loss = strategy.losses(LayerRouting(1, 0, statistics, {}, distance, comparable))[SMAR_LOSS]
     return distance, loss.value, comparable
 

@@ -109,6 +109,19 @@ def _check_allowed(args: Namespace, routing: ModalityRoutingConfig) -> None:
             )
 
 
+def _check_choice(args: Namespace, strategy: str) -> None:
+    """Refuses flags under which Megatron would choose experts without the strategy's bias."""
+    for flag, given in (
+        ("--moe-router-fusion", args.moe_router_fusion),
+        ("--moe-enable-routing-replay", args.moe_enable_routing_replay),
+        ("--moe-router-load-balancing-type sinkhorn", "sinkhorn" in args.moe_router_load_balancing_type),
+    ):
+        if given:
+            raise ValueError(
+                f"{flag} would choose experts without the bias of --modality-routing {strategy}; leave it out."
+            )
+
+
 def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_known: bool) -> None:
     strategy = routing.strategy
     if strategy.needs_experts and not args.num_experts and shape_is_known:
@@ -126,6 +139,8 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_kno
             f"--smar-scope local with --modality-routing {strategy.name}: the replicas would accumulate different "
             "statistics over the steps; leave --smar-scope out."
         )
+    if strategy.biases_choice:
+        _check_choice(args, strategy.name)
     if args.num_experts and shape_is_known:
         _check_allowed(args, routing)
     learns_biases = routing.trains_bias

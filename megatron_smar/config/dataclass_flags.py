@@ -26,7 +26,7 @@ def add_config_flags(group: _ArgumentGroup, config: type[StrategyConfig]) -> Non
         default = _default(setting)
         text = lines[setting.name].replace("%", "%%")
         if default not in (None, ()):
-            text += " Default: %(default)s."
+            text += f" Default: {' '.join(default)}." if isinstance(default, tuple) else " Default: %(default)s."
         group.add_argument(config.flag(setting.name), default=default, help=text, **_parsing(types[setting.name]))
 
 

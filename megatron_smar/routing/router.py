@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_smar.routing.choice import BiasedChoice
 from megatron_smar.routing.closed_form import distance_in_few_operations, packed_statistics, renormalized
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.modality_bias import ModalityBias
@@ -102,6 +103,7 @@ class ModalityAwareRouter(TopKRouter):
 
     allowed: Tensor | None
     expert_bias: Tensor | None
+    router_replay: Any
 
     def __init__(
         self,
@@ -136,7 +138,7 @@ class ModalityAwareRouter(TopKRouter):
                 num_experts=self.num_experts,
                 top_k=self.topk,
                 hidden_size=config.hidden_size,
-                num_modalities=modalities,
+                modalities=modality_routing.modalities.names,
                 sequence_parallel=parallel,
                 dtype=config.params_dtype,
                 gate_bias=self.bias is not None,
@@ -254,7 +256,7 @@ class ModalityAwareRouter(TopKRouter):
             logits = self.modality_bias(logits, one_hot)
         real = modality_mask.any(dim=-1)
         padding = ~real
-        with self._allowed_only(logits, modality_mask) as logits:
+        with self._choosing(logits, modality_mask) as logits:
             probs, routing_map = super().routing(logits, padding_mask=padding)
         if self.capacity_factor is not None:
             probs, routing_map = self._drop(probs, routing_map, padding.flatten())
@@ -263,26 +265,28 @@ class ModalityAwareRouter(TopKRouter):
         return probs, routing_map
 
     @contextmanager
-    def _allowed_only(self, logits: Tensor, modality_mask: Tensor) -> Iterator[Tensor]:
-        """Sets the logits of experts that a token's modality may not choose to -inf; padding may choose any expert.
+    def _choosing(self, logits: Tensor, modality_mask: Tensor) -> Iterator[Tensor]:
+        """Applies the strategy's `choice_bias` and allowed experts to Megatron's choice; padding may choose any expert.
 
-        The sigmoid score of such a logit is 0, and Megatron's expert bias (load balancing) could still raise it above
-        other scores. While Megatron chooses experts, the expert bias of the same tokens and experts is therefore -inf
-        too, and has shape [N, E] instead of [E].
+        The logit of an expert that a token's modality may not choose becomes -inf. Its sigmoid score is 0, which a bias
+        on the choice (the strategy's, or Megatron's expert bias) could raise above other scores, so its bias becomes
+        -inf too. The weights of the chosen experts come from the logits alone.
         """
-        if self.allowed is None:
-            yield logits
-            return
-        # A one-hot product with a table of -inf would give 0 * -inf = NaN, so the table holds zeros and ones.
-        one_hot = modality_mask.to(torch.float32)
-        forbidden = (one_hot @ (~self.allowed).to(torch.float32)) > 0
-        bias = self.expert_bias
+        bias = self.strategy.choice_bias(modality_mask)
+        if self.allowed is not None:
+            # A one-hot product with a table of -inf would give 0 * -inf = NaN, so the table holds zeros and ones.
+            forbidden = (modality_mask.to(torch.float32) @ (~self.allowed).to(torch.float32)) > 0
+            logits = logits.masked_fill(forbidden, -torch.inf)
+            if bias is not None or self.expert_bias is not None:
+                bias = torch.where(forbidden, -torch.inf, 0.0 if bias is None else bias)
+        replay = self.router_replay
         if bias is not None:
-            self.expert_bias = torch.where(forbidden.flatten(0, 1), -torch.inf, bias)
+            by_logits = self.score_function == "softmax" and not self.config.moe_router_pre_softmax
+            self.router_replay = BiasedChoice(bias.flatten(0, 1), by_logits)
         try:
-            yield logits.masked_fill(forbidden, -torch.inf)
+            yield logits
         finally:
-            self.expert_bias = bias
+            self.router_replay = replay
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Attaches the z-loss (ST-MoE, arXiv 2202.08906, Eq. 5), a mean over the micro-batch's tokens, to the logits.
@@ -402,7 +406,9 @@ class ModalityAwareRouter(TopKRouter):
         )
         losses, own = self.strategy.losses(routing), self.strategy.weight_losses(self.weight, self.step.iteration)
         measures = {MRD_DISTANCE: Weighted(distance, comparable)} | self.strategy.measures(routing)
-        if self.modality_routing.strategy.keeps_state:
+        strategy = self.modality_routing.strategy
+        # A bias on the choice is part of the router: it does not move while the router is frozen.
+        if strategy.keeps_state and (self.weight.requires_grad or not strategy.biases_choice):
             with torch.no_grad():
                 self.strategy.accumulate(routing)
             self.step.routers[self] = None

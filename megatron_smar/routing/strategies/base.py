@@ -4,7 +4,7 @@
 A strategy is one file with two classes: a config, which defines its flags, its checks and its metrics, and a module, of
 which each MoE layer has an instance. A micro-batch passes through a layer's router in this order:
 
-    gate -> logits -> modality bias -> allowed -> Megatron's top-k -> sums -> one all-reduce -> losses
+    gate -> logits -> modality bias -> allowed, choice bias -> Megatron's top-k -> sums -> one all-reduce -> losses
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RoutedLayer:
         num_experts: E, the number of experts.
         top_k: K, experts per token.
         hidden_size: h, the model's hidden size.
-        num_modalities: M, the number of modalities.
+        modalities: Names of the M modalities, by id.
         sequence_parallel: Whether each tensor-parallel rank has its own shard of the sequence.
         dtype: The data type of the backbone's gate.
         gate_bias: Whether the backbone's gate has a bias.
@@ -64,11 +64,16 @@ class RoutedLayer:
     num_experts: int
     top_k: int
     hidden_size: int
-    num_modalities: int
+    modalities: tuple[str, ...]
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float32
     gate_bias: bool = False
     score_function: str = "softmax"
+
+    @property
+    def num_modalities(self) -> int:
+        """M, the number of modalities."""
+        return len(self.modalities)
 
 
 class GateWeights(Protocol):
@@ -225,6 +230,19 @@ class RoutingStrategy(nn.Module):
         """
         return gate(hidden)
 
+    def choice_bias(self, modality_mask: Tensor) -> Tensor | None:
+        """Returns what is added to the scores by which experts are chosen, [s, b, E]; None for no bias.
+
+        The scores are those after softmax or sigmoid, between 0 and 1. The bias has no gradient and does not affect the
+        weights of the chosen experts. A strategy that overrides this method sets `biases_choice` in its config. The
+        bias must be the same in both passes of a recomputed layer, so state that it comes from may change only in
+        `update`.
+
+        Args:
+            modality_mask: One-hot modalities, [s, b, M] bool.
+        """
+        return None
+
     def sums(self, tokens: RoutedTokens) -> dict[str, Tensor]:
         """Returns sums over this rank's tokens, by name; they join the layer's all-reduce and carry gradients."""
         return {}
@@ -255,8 +273,9 @@ class RoutingStrategy(nn.Module):
     def accumulate(self, routing: LayerRouting) -> None:
         """Adds one micro-batch to what the strategy accumulates over a step, without gradients.
 
-        What is accumulated need not be saved, since `update` is called before. A strategy that overrides this method
-        sets `keeps_state` in its config.
+        Called once for each micro-batch and layer, in the pass with gradients, also under recomputation and in every
+        virtual pipeline stage. What is accumulated need not be saved, since `update` is called before. A strategy that
+        overrides this method sets `keeps_state` in its config.
         """
 
     def step_sums(self, tokens: RoutedTokens) -> dict[str, Tensor]:
@@ -299,6 +318,8 @@ class StrategyConfig:
             since the replicas would accumulate different statistics and a checkpoint stores only one replica's.
         training_state: Names of buffers that only training needs. They start anew where another strategy's checkpoint
             lacks them, and are left out where another strategy, or none, is chosen.
+        biases_choice: Whether it has a `choice_bias`. Flags under which Megatron would ignore it are then refused, and
+            nothing is accumulated while the router is frozen (--freeze): the bias is part of it.
         needs_experts: Whether the strategy has an effect only in MoE layers, so that a dense model is refused.
         gate_per_modality: Whether each modality has a gate of its own (`strategies.modality_gates.ModalityGates`),
             which an export then stores.
@@ -319,6 +340,7 @@ class StrategyConfig:
     needs_samples: ClassVar[bool] = False
     keeps_state: ClassVar[bool] = False
     training_state: ClassVar[tuple[str, ...]] = ()
+    biases_choice: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = True
     gate_per_modality: ClassVar[bool] = False
     exported: ClassVar[bool] = True
@@ -421,6 +443,15 @@ class StrategyConfig:
         Raises:
             ValueError: Such a flag was given; the message names it.
         """
+        for field in cls.flag_fields():
+            value = getattr(args, f"{cls.name}_{field.name}", field.default)
+            value = tuple(value) if isinstance(value, list) else value
+            if value != field.default:
+                shown = " ".join(value) if isinstance(value, tuple) else value
+                raise ValueError(
+                    f"{cls.flag(field.name)} {shown} has no effect with --modality-routing {args.modality_routing}; "
+                    f"leave it out, or give --modality-routing {cls.name}."
+                )
 
     def describe(self) -> str:
         """Returns a description of the strategy and its settings, no longer than half a line."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -32,26 +31,13 @@ class HardConfig(StrategyConfig):
 
     experts: tuple[str, ...] = ()
 
-    @classmethod
-    def check_unused(cls, args: Namespace) -> None:
-        """Refuses --hard-experts where another strategy is chosen."""
-        given = getattr(args, f"{cls.name}_experts")
-        if given:
-            raise ValueError(
-                f"{cls.flag('experts')} {' '.join(given)} has no effect with --modality-routing "
-                f"{args.modality_routing}; leave it out, or give --modality-routing {cls.name}."
-            )
-
     def describe(self) -> str:
         """Returns the strategy and its settings, in half a line."""
         return f"{self.name}: experts {' '.join(self.experts) or 'in equal shares'}"
 
     def allowed(self, layer: int, modalities: Sequence[str], num_experts: int) -> Tensor | None:
         """Returns the experts of each modality, [M, E] bool, the same in all layers."""
-        table = torch.zeros(len(modalities), num_experts, dtype=torch.bool, device="cpu")
-        for modality, numbers in enumerate(self._groups(modalities, num_experts).values()):
-            table[modality, numbers] = True
-        return table
+        return membership(self._groups(modalities, num_experts), num_experts)
 
     def renumbered(
         self, orders: Mapping[int, Sequence[int]], modalities: Sequence[str], num_experts: int
@@ -64,3 +50,16 @@ class HardConfig(StrategyConfig):
     def _groups(self, modalities: Sequence[str], num_experts: int) -> dict[str, list[int]]:
         equal = dict.fromkeys(modalities, 1 / len(modalities))
         return expert_groups(self.experts, equal, num_experts, self.flag("experts"), "modality")
+
+
+def membership(groups: Mapping[str, Sequence[int]], num_experts: int) -> Tensor:
+    """Returns the experts of each modality, [M, E] bool on the CPU.
+
+    Args:
+        groups: The numbers of each modality's experts, by name, in the order of the modalities' ids.
+        num_experts: E, the number of experts.
+    """
+    table = torch.zeros(len(groups), num_experts, dtype=torch.bool, device="cpu")
+    for modality, numbers in enumerate(groups.values()):
+        table[modality, numbers] = True
+    return table

@@ -104,16 +104,6 @@ class MoiieConfig(StrategyConfig):
                 f"--modality-routing {self.name} forbids an expert; give {' or '.join(SCORES)}."
             )
 
-    @classmethod
-    def check_unused(cls, args: Namespace) -> None:
-        """Refuses --moiie-experts where another strategy is chosen."""
-        given = getattr(args, f"{cls.name}_experts")
-        if given:
-            raise ValueError(
-                f"{cls.flag('experts')} {' '.join(given)} has no effect with --modality-routing "
-                f"{args.modality_routing}; leave it out, or give --modality-routing {cls.name}."
-            )
-
     def describe(self) -> str:
         """Returns the strategy and its settings, in half a line."""
         experts = " ".join(self.experts) or "one half shared"

@@ -33,6 +33,7 @@ class ProbeConfig(StrategyConfig):
     name = "probe"
     title = "every part of the interface"
     keeps_state = True
+    biases_choice = True
     metrics = (Metric("probe loss"), Metric("gate loss"), Metric("probe mean", weighted=True))
 
     coeff: float = 0.5
@@ -50,9 +51,13 @@ class Probe(RoutingStrategy):
         self.register_buffer("seen", torch.zeros(layer.num_experts))
         self.register_buffer("load", torch.zeros(layer.num_experts))
         self.register_buffer("tokens", torch.zeros(layer.num_modalities))
+        self.register_buffer("preferred", torch.zeros(layer.num_modalities, layer.num_experts))
 
     def logits(self, hidden, modality_mask, gate) -> Tensor:
         return gate(hidden) + torch.einsum("sbh,meh,sbm->sbe", hidden, self.gates, modality_mask.to(hidden.dtype))
+
+    def choice_bias(self, modality_mask) -> Tensor:
+        return modality_mask.to(self.preferred.dtype) @ self.preferred
 
     def sums(self, tokens) -> dict[str, Tensor]:
         return {"logits": tokens.modality_mask.to(tokens.logits.dtype).t() @ tokens.logits}
@@ -171,6 +176,15 @@ def test_a_recomputed_layer_counts_once(step):
     assert router.strategy.seen.sum() == 16
 
 
+def test_a_preferred_expert_is_not_chosen_or_padding_chooses_it_too(step):
+    router, inputs, mask = step
+    before = router(inputs, mask)[1].view(*mask.shape[:2], -1)
+    router.strategy.preferred[1, 3] = 1
+    after = router(inputs, mask)[1].view(*mask.shape[:2], -1)
+    assert after[mask[..., 1]][:, 3].all() and not before[mask[..., 1]][:, 3].all()
+    assert torch.equal(after[~mask[..., 1]], before[~mask[..., 1]]), "text and padding choose as before"
+
+
 def _own_sums(rank: int, store: str, results) -> None:
     """Runs one of two ranks, each with its own numbers, and computes a loss of the global sums."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -209,7 +223,9 @@ STATEFUL = {"smoes": {"bins": 2, "scores": "gaussian"}}
 def test_a_strategy_says_of_all_its_state_whether_it_counts_experts(name):
     """Otherwise its checkpoints cannot be placed, or state would be left behind when experts are moved."""
     config = STRATEGIES[name](**STATEFUL.get(name, {}))
-    state = config.build(RoutedLayer(num_experts=6, top_k=2, hidden_size=7, num_modalities=3)).state_dict()
+    state = config.build(
+        RoutedLayer(num_experts=6, top_k=2, hidden_size=7, modalities=("text", "vision", "chart"))
+    ).state_dict()
     assert set(state) <= set(config.expert_axes)
     for key, tensor in state.items():
         axis = config.expert_axes[key]

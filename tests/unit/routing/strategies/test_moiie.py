@@ -133,7 +133,7 @@ def test_the_loss_is_the_papers(single_rank, scores, present):
 
 
 def test_the_loss_is_one_per_gate_where_the_load_is_even():
-    strategy = MoiieConfig().build(RoutedLayer(8, 2, 1, 2))
+    strategy = MoiieConfig().build(RoutedLayer(8, 2, 1, ("text", "vision")))
     table = MoiieConfig().allowed(1, NAMES, 8)
     tokens = torch.tensor([12.0, 30.0])
     counts = table * (tokens * 2 / 6).unsqueeze(1)
@@ -146,7 +146,7 @@ def test_the_loss_is_one_per_gate_where_the_load_is_even():
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_the_gradient_of_the_loss_is_exact_also_next_to_forbidden_experts(scores):
-    strategy = MoiieConfig().build(RoutedLayer(8, 2, 1, 2, score_function=scores))
+    strategy = MoiieConfig().build(RoutedLayer(8, 2, 1, ("text", "vision"), score_function=scores))
     table = MoiieConfig().allowed(1, NAMES, 8)
     mask = torch.tensor([0, 1, 1, -1, 0, 1]).unsqueeze(-1) == torch.arange(2)
     forbidden = (mask.double() @ (~table).double()) > 0
