@@ -139,6 +139,22 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
         *["--modality-routing", "moiie", "--moiie-coeff", "0.5", "--num-experts", "8"],
         *["--moiie-experts", "text=0,7", "shared=2-5", "vision=1,6"],
     ),
+    "label loss": (
+        *("--modality-routing", "label_loss", "--label-loss-coeff", "0.5"),
+        *("--label-loss-experts", "text=1,3", "vision=0,2"),
+    ),
+    "modality balance": (
+        "--modality-routing",
+        "modality_balance",
+        "--modality-balance-coeff",
+        "text=0.5",
+        "vision=0.1",
+    ),
+    "ERNIE": (
+        *("--modality-routing", "ernie", "--num-experts", "8", "--ernie-experts", "text=0,5-7", "vision=1-4"),
+        *("--ernie-balance-coeff", "text=0.5", "vision=0.1", "--ernie-orthogonal-coeff", "0.5"),
+        *("--ernie-bias-rate", "0.05"),
+    ),
 }
 FREEZES = {
     "nothing": (),
@@ -367,7 +383,7 @@ def _backbones() -> Iterator[Case]:
 
 def _strategies() -> Iterator[Case]:
     for name, flags in STRATEGIES.items():
-        steps = 2 if "smoes" in flags else 1
+        steps = 2 if {"smoes", "ernie"} & set(flags) else 1
         yield from _every_layout(name, Setting(flags=(*flags, "--freeze", "vision"), steps=steps))
     yield from _attention_scores()
     balance = ("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1")

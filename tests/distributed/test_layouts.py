@@ -23,16 +23,23 @@ from tests.distributed.cases import (
     PP,
     SMAR,
     SMOES,
+    STRATEGIES,
     TP,
     TP_SP,
     VIRTUAL,
 )
 from tests.distributed.laboratory import read_values, run_jobs
+from tests.launch import load_weights
 
 STEPS, SAVED = 4, 2  # steps of the uninterrupted run, and the step of the checkpoint that is loaded
 MICRO_BATCHES = 2
 TOLERANCE = 1e-4  # absolute deviation of the losses, which are between 1 and 10
-TOLERANCE_OF_SMOES = 1e-6
+TOLERANCE_OF_STATE = 1e-6
+LOSSES = (  # of each strategy
+    {"smar loss"},
+    {"smoes information loss", "smoes balance loss"},
+    {"modality balance loss", "router orthogonal loss"},
+)
 SHARDED = "--use-distributed-optimizer"
 TRAINING = [
     *COMMON,
@@ -47,25 +54,24 @@ TRAINING = [
 
 @dataclass(frozen=True)
 class Layout:
-    """A parallel layout of model and batch, whether the model's embeddings are tied, and its SMoES scores, if any."""
+    """A parallel layout of model and batch, whether the model's embeddings are tied, and the strategy if not SMAR."""
 
     ranks: int
     data_parallel: int
     flags: str = ""
     is_tied: bool = False
-    smoes: str | None = None
+    strategy: tuple[str, ...] = ()
 
     def job(self, folder: Path, name: str, *more: str) -> dict[str, Any]:
         """Returns the job in the form of steps.py."""
         training = [flag for flag in TRAINING if not (self.is_tied and "untie" in flag)]
-        training += [*SMOES, "--smoes-scores", self.smoes] if self.smoes else []
         rows = ROWS // MICRO_BATCHES // self.data_parallel
-        flags = [*training, *self.flags.split(), "--micro-batch-size", str(rows), *more]
+        flags = [*training, *self.strategy, *self.flags.split(), "--micro-batch-size", str(rows), *more]
         return {
             "batches": [str(folder / f"batch_{step}.pt") for step in range(STEPS)],
             "folder": str(folder / name),
             "save_before": False,
-            "dtype": "float64" if self.smoes else "float32",
+            "dtype": "float64" if self.strategy else "float32",
             "flags": [*flags, "--vision-model", str(folder / "vision")],
         }
 
@@ -82,7 +88,12 @@ def tied(layout: Layout) -> Layout:
 
 def smoes(scores: str, *layouts: Layout) -> tuple[Layout, ...]:
     """Returns the same layouts with SMoES, whose state is small differences of counts, in float64."""
-    return tuple(replace(layout, smoes=scores) for layout in layouts)
+    return tuple(replace(layout, strategy=(*SMOES, "--smoes-scores", scores)) for layout in layouts)
+
+
+def ernie(*layouts: Layout) -> tuple[Layout, ...]:
+    """Returns the same layouts with ERNIE's bias on the choice of experts, which changes the routing, in float64."""
+    return tuple(replace(layout, strategy=STRATEGIES["ERNIE"]) for layout in layouts)
 
 
 ONE, DP_2, EP_2 = Layout(1, 1), Layout(2, 2), Layout(2, 2, EP)
@@ -104,6 +115,7 @@ TRANSITIONS = {
     "PP 2 to TP 2, tied embeddings": (tied(PP_2), tied(TP_2)),
     "EP 2 to PP 2, SMoES with attention scores": smoes("attention", EP_2, PP_2),
     "TP 2 to CP 2, SMoES with Gaussian scores": smoes("gaussian", TP_2, CP_2),
+    "EP 2 to PP 2, ERNIE": ernie(EP_2, PP_2),
 }
 ON_FOUR_RANKS = {
     "TP 2 x EP 2 x DP 2 to PP 2 x EP 2, distributed optimizer": (sharded(TP_2_EP_2_DP_2), sharded(PP_2_EP_2)),
@@ -160,8 +172,8 @@ def largest_difference(expected: list[dict[str, float]], found: list[dict[str, f
     pairs = list(zip(expected, found, strict=True))
     assert len(pairs) == STEPS - SAVED
     names = [name for name in expected[0] if "loss" in name or "mrd" in name]
-    own = {"smoes information loss", "smoes balance loss"} if "smoes balance loss" in names else {"smar loss"}
-    assert own | {"lm loss", "mrd distance"} <= set(names)
+    own = next(losses for losses in LOSSES if losses <= set(names))
+    assert {"lm loss", "mrd distance"} <= set(names)
     assert all(abs(step[name]) > 1e-4 for step in expected for name in own)
     return max(abs(a[name] - b[name]) for a, b in pairs for name in names)
 
@@ -173,7 +185,17 @@ LAYOUTS = [*TRANSITIONS, *(pytest.param(name, marks=pytest.mark.matrix) for name
 def test_a_checkpoint_continues_under_another_layout(runs: Runs, name: str) -> None:
     expected, found = runs.logged(name)
     assert [step["learning rate"] for step in found] == pytest.approx([step["learning rate"] for step in expected])
-    assert largest_difference(expected, found) <= (TOLERANCE_OF_SMOES if ALL[name][0].smoes else TOLERANCE)
+    assert largest_difference(expected, found) <= (TOLERANCE_OF_STATE if ALL[name][0].strategy else TOLERANCE)
+
+
+def test_the_bias_on_the_choice_is_not_the_same_at_the_end(runs: Runs) -> None:
+    before, after = ALL["EP 2 to PP 2, ERNIE"][0], runs.after["EP 2 to PP 2, ERNIE"]
+    expected, found = (
+        load_weights(runs.folder / folder / f"iter_{STEPS:07}") for folder in (runs.before[before], after)
+    )
+    (name,) = [name for name in expected if name.endswith("router.strategy.bias")]
+    assert expected[name].abs().max() > 0.05, "it has moved more than once"
+    torch.testing.assert_close(found[name], expected[name])
 
 
 def test_losses_without_the_optimizers_state_differ_noticeably(runs: Runs) -> None:

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routing strategies, one file each, built on the interface in `base`; a new strategy is a file and a line here."""
+"""The routing strategies, one file each, built on the interface in `base`; a new strategy is a file and a line here.
+
+`balance` is no strategy, but a loss that several of them use.
+"""
 
 from argparse import Namespace
 
 from megatron_smar.routing.strategies.base import RoutedLayer, RoutingStrategy, StrategyConfig
+from megatron_smar.routing.strategies.ernie import ErnieConfig
 from megatron_smar.routing.strategies.hard import HardConfig
+from megatron_smar.routing.strategies.label_loss import LabelLossConfig
 from megatron_smar.routing.strategies.layer_split import LayerSplitConfig
+from megatron_smar.routing.strategies.modality_balance import ModalityBalanceConfig
 from megatron_smar.routing.strategies.modality_gates import ModalityGatesConfig
 from megatron_smar.routing.strategies.moiie import MoiieConfig
 from megatron_smar.routing.strategies.none import NoneConfig
@@ -22,6 +28,9 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
         LayerSplitConfig,
         ModalityGatesConfig,
         MoiieConfig,
+        LabelLossConfig,
+        ModalityBalanceConfig,
+        ErnieConfig,
     )
 }
 

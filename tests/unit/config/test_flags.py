@@ -81,6 +81,31 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
             ["--layer-split-experts", "text=0"],
             "--layer-split-experts text=0 has no effect with --modality-routing none",
         ),
+        (["--layer-split-layers", "1"], "--layer-split-layers 1 has no effect with --modality-routing none"),
+        (["--ernie-bias-rate", "0.1"], "--ernie-bias-rate 0.1 has no effect with --modality-routing none"),
+        (
+            ["--modality-routing", "label_loss", "--label-loss-experts", "text=0-4"],
+            "--label-loss-experts text=0-4 must name each",
+        ),
+        (
+            ["--modality-routing", "modality_balance", "--modality-balance-coeff", "video=1"],
+            "--modality-balance-coeff video=1 must name each of text, vision at most once",
+        ),
+        (
+            [
+                *["--modality-routing", "modality_balance", "--moe-aux-loss-coeff", "0.1"],
+                *["--moe-router-load-balancing-type", "aux_loss"],
+            ],
+            "--moe-aux-loss-coeff 0.1 would balance the same tokens as --modality-routing modality_balance",
+        ),
+        (["--modality-routing", "ernie", "--moe-router-fusion"], "--moe-router-fusion would choose experts without"),
+        (
+            ["--modality-routing", "ernie", "--moe-router-load-balancing-type", "sinkhorn"],
+            "--moe-router-load-balancing-type sinkhorn would choose experts without the bias of --modality-routing",
+        ),
+        (["--modality-routing", "ernie", "--moe-enable-routing-replay"], "--moe-enable-routing-replay would choose"),
+        (["--modality-routing", "ernie", "--smar-scope", "local"], "--smar-scope local with --modality-routing ernie"),
+        (["--modality-routing", "ernie", "--ernie-experts", "text=0", "vision=1-3"], "leaves text tokens 1 experts"),
         (["--modality-routing", "hard", "--moe-router-group-topk", "1"], "--moe-router-group-topk 1 can choose"),
         (
             ["--loss-weighting", "sqrt", "--calculate-per-token-loss"],
