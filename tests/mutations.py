@@ -180,13 +180,6 @@ MUTATIONS = (
         ("tests/unit/routing/test_closed_form.py",),
     ),
     Mutation(
-        "count the step's own micro-batches among the earlier steps",
-        "megatron_smar/routing/strategies/smar.py",
-        "past = RoutingStatistics.unpack(self.past)",
-        "past = RoutingStatistics.unpack(self.past + self.present)",
-        ("tests/unit/routing/strategies/test_smar.py",),
-    ),
-    Mutation(
         "add the bias on the choice to the weights too",
         "megatron_smar/routing/choice.py",
         "return scores.gather(1, chosen), chosen",

@@ -189,10 +189,8 @@ class ModalityAwareRouter(TopKRouter):
         """Loads a state dict; what the checkpoint lacks starts from the gate that is loaded, or stays as it is."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         own, starts = self.strategy.state_dict(), self.strategy.starts(self)
-        for name in self._lacking:
-            state_dict[f"{prefix}strategy.{name}"] = starts.get(
-                name, own[name]
-            )  # torch loads it into the strategy next
+        for name in self._lacking:  # torch loads them into the strategy next
+            state_dict[f"{prefix}strategy.{name}"] = starts.get(name, own[name])
         self._lacking = frozenset()
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
