@@ -14,7 +14,7 @@ def test_each_layer_launches_one_collective_before_dispatch_and_waits_for_it_aft
 
     build_hf_model(image_token_id=IMAGE).model.vision_tower.save_pretrained(tmp_path)
     flags = [*COMMON, *DESCENT, *SMAR, "--vision-model", tmp_path]
-    layout = ["--expert-model-parallel-size", "2", "--micro-batch-size", "4"]
+    layout = ["--expert-model-parallel-size", "2", "--micro-batch-size", "4", "--train-iters", "1"]
     done = run("tests/distributed/order.py", *flags, *layout, ranks=2)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("EVENTS ")]
     layer = ["bias", "statistics", "launch", "dispatch", "experts", "combine", "finish", "wait"]
