@@ -45,7 +45,8 @@ def _panel(axes: Axes, devices: Mapping[str, Any], name: str) -> None:
         for place, height in zip(places, heights, strict=True):
             axes.plot([place - 0.45, place + 0.45], [height, height], style, color="#1b1f24", linewidth=1.2)
         axes.plot([], [], style, color="#1b1f24", linewidth=1.2, label=line)
-    axes.set_xticks(places, [f"{scope}\n{number} devices" for number, scope in rows], fontsize=8)
+    axes.set_xticks(places, [f"{scope}\n{number}" for number, scope in rows], fontsize=8)
+    axes.set_xlabel("tokens, and number of devices")
     axes.spines[["top", "right"]].set_visible(False)
 
 
