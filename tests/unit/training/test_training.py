@@ -259,8 +259,9 @@ def test_bias_is_float32_in_half_precision_without_weight_decay_and_ignores_padd
     assert torch.equal(bias.data, torch.full((2, 4), 0.1)), "it was rounded to bfloat16"
     assert name.endswith(".bias"), "Megatron decays every other parameter of two dimensions"
     assert bias.sequence_parallel
-    mask = torch.tensor([[True, False], [False, False]])
-    assert module["modality_bias"](mask).tolist() == [[pytest.approx(0.1)] * 4, [0.0] * 4]
+    one_hot = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    logits = module["modality_bias"](torch.zeros(2, 1, 4), one_hot).squeeze(1)
+    assert logits.tolist() == [[pytest.approx(0.1)] * 4, [0.0] * 4]
 
 
 def test_recorded_routing_is_summed_over_batches_and_the_recorder_is_removed(single_rank, vision):

@@ -147,7 +147,7 @@ def test_the_loss_and_every_gradient_are_those_of_the_weighted_mean_over_the_ste
 def test_the_three_weightings_are_different_losses(model, three_micro_batches):
     """If this failed, the test above would compare equal means."""
     losses = [float(reference(model, power)[0]) for power in POWERS.values()]
-    assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-3 * losses[0]
+    assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-4 * losses[0]
 
 
 def test_a_step_without_loss_tokens_has_gradients_of_zero(model, three_micro_batches):
