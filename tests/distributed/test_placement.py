@@ -12,7 +12,7 @@ import torch
 from tests.distributed.batches import IMAGE, make_batch
 from tests.distributed.cases import EP
 from tests.distributed.laboratory import read_values, run_jobs
-from tests.distributed.test_layouts import EP_2, STEPS, Layout, largest_difference, sharded
+from tests.distributed.test_layouts import EP_2, STEPS, Layout, largest_difference, sharded, smoes
 from tests.launch import run
 
 EXPERTS, SAVED = 8, 2
@@ -26,7 +26,7 @@ LAYOUTS = {
         EP_2, flags=f"{WIDE} --moe-layer-freq ([0,1]*2) --moe-shared-expert-intermediate-size 64"
     ),
     "hard": replace(EP_2, flags=f"{WIDE} {HARD}"),
-    "SMoES with Gaussian scores": replace(EP_2, flags=f"{WIDE} --clip-grad 0", smoes="gaussian"),
+    "SMoES with Gaussian scores": replace(smoes("gaussian", EP_2)[0], flags=f"{WIDE} --clip-grad 0"),
 }
 # Is also resumed with the optimizer's state of each expert left where it was.
 CONTROL = "dense layers between, shared experts"
