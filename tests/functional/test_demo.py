@@ -38,6 +38,7 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.matrix
 def test_the_comparison_has_what_each_variant_measured_from_the_same_start(root):
     content = json.loads((root / "compare" / "compare.json").read_text())
     start, *rows = content["rows"]
@@ -62,6 +63,7 @@ def test_the_comparison_has_what_each_variant_measured_from_the_same_start(root)
     assert (root / "compare" / "compare.png").stat().st_size > 10_000
 
 
+@pytest.mark.matrix
 def test_what_is_done_is_not_run_again_and_the_table_goes_between_the_marks_of_a_document(root, tmp_path):
     document = tmp_path / "strategies.md"
     marks = ("<!-- written by examples/emoji_tiny/compare.py --write -->", "<!-- end of the comparison -->")
@@ -75,6 +77,7 @@ def test_what_is_done_is_not_run_again_and_the_table_goes_between_the_marks_of_a
     assert "One run of each, seed 1234" in table and "| none |" in table and "| hard |" in table
 
 
+@pytest.mark.matrix
 def test_the_page_of_a_strategy_without_a_band_has_none_and_reuses_every_step(root):
     said = demo(root, "--routing", "hard").stdout
     assert " ...\n" not in said, "a step ran again"
@@ -88,6 +91,7 @@ def test_the_page_of_a_strategy_without_a_band_has_none_and_reuses_every_step(ro
     assert "smar loss" not in report["history"]["stage2"]
 
 
+@pytest.mark.matrix
 def test_a_checkpoint_that_is_not_stage_1_is_refused_whatever_its_folder_says(root, tmp_path):
     record = (root / "demo" / "stage1" / ".done.json").read_text()
     kept = tmp_path / "kept"

@@ -23,7 +23,7 @@ FLAGS: dict[str, list[object]] = {
     "modality_balance": ["--modality-balance-coeff", 0.1],
     "ernie": ["--ernie-balance-coeff", 0.1, "--ernie-bias-rate", 0.05],
 }
-OFTEN = ("smoes", "moiie")
+OFTEN = ("smoes",)
 
 
 @pytest.fixture(scope="module")
