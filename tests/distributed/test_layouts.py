@@ -66,7 +66,9 @@ class Layout:
         """Returns the job in the form of steps.py."""
         training = [flag for flag in TRAINING if not (self.is_tied and "untie" in flag)]
         rows = ROWS // MICRO_BATCHES // self.data_parallel
-        flags = [*training, *self.strategy, *self.flags.split(), "--micro-batch-size", str(rows), *more]
+        # Megatron clips float32 gradients only.
+        strategy = [*self.strategy, "--clip-grad", "0"] if self.strategy else []
+        flags = [*training, *strategy, *self.flags.split(), "--micro-batch-size", str(rows), *more]
         return {
             "batches": [str(folder / f"batch_{step}.pt") for step in range(STEPS)],
             "folder": str(folder / name),
