@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,6 +75,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick and options.write:
         parser.error("--write takes the results of full runs: leave out --quick")
+    for name in ("base", "cache", "output", "write"):
+        given = getattr(options, name)
+        if given is not None and given != parser.get_default(name):
+            setattr(options, name, given.resolve())  # the user's folder; defaults are the project's
     os.chdir(ROOT)
     try:
         wanted = [find_variant(name) for name in dict.fromkeys(options.variants)]
@@ -82,13 +87,17 @@ def main() -> None:
     except (StepError, ValueError) as error:
         sys.exit(f"compare: {error}")
     if done:
-        _write(done, options.output, options.write, [PROGRAM, *_shown(options.variants, list(known))])
+        document = None if failures else options.write  # a table with gaps would hide that some failed
+        _write(done, options.output, document, [PROGRAM, *_shown(options, list(known))])
     if failures:
         sys.exit("\n".join(["", *(f"compare: {failure}" for failure in failures)]))
 
 
-def _shown(chosen: Sequence[str], known: Sequence[str]) -> list[str]:
-    return [] if list(chosen) == list(known) else ["--variants", *chosen]
+def _shown(options: Namespace, known: Sequence[str]) -> list[str]:
+    """Returns the flags that decide what the table has."""
+    switches = [f"--{name.replace('_', '-')}" for name in ("quick", "any_code") if getattr(options, name)]
+    chosen = list(options.variants)
+    return switches + ([] if chosen == list(known) else ["--variants", *chosen])
 
 
 def _write(done: Sequence[VariantRun], output: Path, document: Path | None, command: Sequence[str]) -> None:

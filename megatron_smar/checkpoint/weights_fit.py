@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that a torch_dist checkpoint holds exactly the weights of the model, before Megatron loads it."""
+"""Checks that a torch_dist checkpoint's weights fit the model, before Megatron loads it."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def check_weights(model: MegatronModule, args: Namespace) -> None:
 
     The result is shared with all ranks. With virtual pipeline stages, call this for each model chunk in order.
 
-    Where a new run starts, the checkpoint may lack the routing strategy's weights: they start as in a new model, and
-    further gates as the gate that is loaded.
+    Where the run does not resume (a new run, or evaluation), the checkpoint may lack the routing strategy's weights:
+    they start as in a new model, and further gates as the gate that is loaded.
 
     Args:
         model: One pipeline stage, or one of its model chunks.
         args: The run's arguments.
 
     Raises:
-        CheckpointMismatchError: On every rank, if any rank found a weight missing or of another shape, or if the
-            checkpoint has a weight that no rank has.
+        CheckpointMismatchError: On every rank, if any rank found a weight missing or of another shape, or an object
+            damaged, or if the checkpoint has an extra weight that is neither training state, a zero bias nor allowed.
     """
     folder = checkpoint_to_load(args)
     if folder is None:
@@ -72,14 +72,17 @@ def check_weights(model: MegatronModule, args: Namespace) -> None:
         _start_strategies(model, args, folder)
     weights = {part.key: part for _, part in _weights(model)}
     _collect(model.vp_stage, weights)
-    found = [""] * dist.get_world_size()
-    dist.all_gather_object(found, _first_mismatch(weights, folder))
-    problem = next(filter(None, found), None)
+    found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(found, (_damage(folder), _first_mismatch(weights, folder)))
+    place = f"--load {args.load or args.pretrained_checkpoint}"
+    if damage := next(filter(None, (damage for damage, _ in found)), None):
+        raise CheckpointMismatchError(f"{place} cannot be loaded: {damage}")
+    problem = next(filter(None, (mismatch for _, mismatch in found)), None)
     if problem is None and model.vp_stage in (None, (args.virtual_pipeline_model_parallel_size or 1) - 1):
         problem = _first_unexpected(read_contents(folder), folder, set(args.allow_model_change))
     if problem:
         raise CheckpointMismatchError(
-            f"--load {args.load or args.pretrained_checkpoint} holds another model than the flags describe: {problem}; "
+            f"{place} holds another model than the flags describe: {problem}; "
             "give the flags that the checkpoint was trained with, or --use-checkpoint-args."
         )
 
@@ -106,7 +109,9 @@ def _start_strategies(model: MegatronModule, args: Namespace, folder: Path) -> N
     for name, router in routers.items():
         prefix = f"{name}.strategy."
         router.start_without(each.removeprefix(prefix) for each in lacking if each.startswith(prefix))
-    if lacking and not model.vp_stage:
+    lacks = torch.tensor(bool(lacking), dtype=torch.int32, device="cuda")
+    dist.all_reduce(lacks, op=dist.ReduceOp.MAX)  # the first rank's layers need not have experts
+    if lacks and not model.vp_stage:
         print_rank_0(
             f"--load {args.load or args.pretrained_checkpoint} has no weights of --modality-routing "
             f"{args.modality_routing}: they start as in a new model, and further gates as the gate that is loaded."
@@ -123,21 +128,26 @@ def _weights(model: MegatronModule) -> Iterator[tuple[str, ShardedTensor]]:
                 yield name, each
 
 
-def _first_mismatch(weights: dict[str, ShardedTensor], folder: Path) -> str:
-    """Describes this rank's first weight that the checkpoint lacks or has in another shape, or a damaged object."""
-    contents = read_contents(folder)
+def _damage(folder: Path) -> str:
+    """Describes the first damaged object among those that this rank checks; empty if there is none."""
     try:
-        check_objects(folder, contents, dist.get_rank(), dist.get_world_size())
+        check_objects(folder, read_contents(folder), dist.get_rank(), dist.get_world_size())
     except DamagedError as error:
         return str(error)
+    return ""
+
+
+def _first_mismatch(weights: dict[str, ShardedTensor], folder: Path) -> str:
+    """Describes this rank's first weight that the checkpoint lacks or has in another shape; empty if there is none."""
+    contents = read_contents(folder)
     for key, tensor in weights.items():
         stored = contents.state_dict_metadata.get(key)
         if not isinstance(stored, TensorStorageMetadata):
-            start = ", which a run that resumes cannot change: --finetune starts a new one" if STRATEGY in key else ""
-            return f"{key} is not in it ({_flag(key)}{start})"
+            start = "; a resumed run cannot change it, --finetune starts a new run" if STRATEGY in key else ""
+            return f"{key} is missing from the checkpoint ({_flag(key)}{start})"
         here, there = tuple(tensor.global_shape), tuple(stored.size)
         if here != there and not (tensor.allow_shape_mismatch and here[1:] == there[1:]):
-            return f"{key} is {list(there)} there and {list(here)} here"
+            return f"{key} has shape {list(there)} in the checkpoint and {list(here)} in the model"
     return ""
 
 

@@ -171,7 +171,7 @@ class VisionLanguageModel(MegatronModule):
             attention_mask: None for causal.
             packed_seq_params: Boundaries of the sequences of a pack, on the host, for b = 1; each sequence attends only
                 to itself.
-            sample_ids: Number of each position's sample, [b, s]; needed to train with a strategy that `needs_samples`.
+            sample_ids: Index of each position's sample, [b, s]; needed to train with a strategy that `needs_samples`.
 
         Returns:
             On the last stage the loss per token [b, s], or without labels the logits [b, s, vocabulary / tp]; on the

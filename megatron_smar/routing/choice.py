@@ -12,10 +12,10 @@ TopK = Callable[..., tuple[Tensor, Tensor]]
 
 
 class BiasedChoice:
-    """Chooses experts by score + bias, and leaves the scores, of which Megatron makes the weights, as they are.
+    """Chooses experts by score + bias; Megatron still computes the routing weights from the unbiased scores.
 
-    Megatron adds its own `expert_bias` only to sigmoid scores. But under every score function it asks the router's
-    `router_replay`, where there is one, which experts to take, and makes the weights from their scores without a bias.
+    Megatron adds its own `expert_bias` only to sigmoid scores. But under every score function it lets the router's
+    `router_replay`, if set, choose the experts.
 
     Args:
         bias: [N, E]; -inf for experts that a token may not choose.

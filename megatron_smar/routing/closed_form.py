@@ -3,7 +3,7 @@
 
 `statistics` and `mrd` are the same mathematics, equation by equation, and the tests compare the two. Autograd would
 launch about as many small kernels again for the backward pass as the forward pass has; here each backward pass is a
-formula. Nothing here reads the device.
+formula. Nothing here synchronizes the host with the device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_smar.routing.mrd import layer_distance
 from megatron_smar.routing.statistics import RoutingStatistics
 
-# Modalities up to which the pairs that are present are looked up in a table of 2^M rows.
+# Largest M for which the set of present modalities indexes a table of 2^M rows.
 TABLE_MODALITIES = 8
 # Added to each product of Eq. 8, so that the row of a modality without tokens is uniform instead of 0 / 0.
 NOTHING = 1e-30
@@ -100,7 +100,7 @@ def _pairs(modalities: int, scale: float, dtype: torch.dtype, device: torch.devi
 
     Returns:
         (table, places, nothing): for each set of present modalities the elements of `scale` times A and then 1 if
-        n >= 2, else zeros, [2^M, M^2 + 1]; each modality's bit in the set's number, [M]; `NOTHING`, a scalar.
+        n >= 2, else zeros, [2^M, M^2 + 1]; the value of each modality's bit in the row's index, [M]; `NOTHING`, [].
     """
     rows = []
     for bits in product((0.0, 1.0), repeat=modalities):

@@ -145,7 +145,7 @@ class ModalityAwareRouter(TopKRouter):
                 score_function=config.moe_router_score_function,
             )
         )
-        # Strategies without sums of their own need no copies of the tokens.
+        # Only a strategy that overrides `sums` or `step_sums` needs `RoutedTokens`.
         own = type(self.strategy)
         self.sums_tokens = own.sums is not RoutingStrategy.sums or own.step_sums is not RoutingStrategy.step_sums
         with torch.no_grad():
@@ -162,7 +162,7 @@ class ModalityAwareRouter(TopKRouter):
         self._hidden: Tensor | None = None
         self._pending: PendingStatistics | None = None
         self.sample_ids: Tensor | None = None  # of the pass that is about to run, [s, b]; set by the MoE layer
-        self.scores: Tensor | None = None  # the same, [s, b, M]
+        self.scores: Tensor | None = None  # soft modality scores of that pass, [s, b, M]
         self._step_sums: dict[str, Tensor] = {}  # this rank's, since the strategy's last update
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -208,8 +208,8 @@ class ModalityAwareRouter(TopKRouter):
         """
         if padding_mask is None or padding_mask.dim() != 3:
             raise ValueError(
-                "ModalityAwareRouter got no modality mask [s, b, M]; pass one as the language model's padding_mask "
-                "(see megatron_smar.routing.modalities)."
+                "ModalityAwareRouter got no modality mask; pass one, [b, s, M], as the language model's "
+                "padding_mask (see megatron_smar.routing.modalities)."
             )
         if self.training:
             self.step.begin()
@@ -246,8 +246,8 @@ class ModalityAwareRouter(TopKRouter):
         """
         assert padding_mask is not None
         modality_mask = padding_mask
-        # The modalities as factors of matrix products, at least in float32 as the modality bias is. The mask is
-        # transposed; the cast puts it in order.
+        # The modalities as factors of matrix products, at least in float32 as the modality bias is. The mask is a
+        # transposed view; the cast makes it contiguous.
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         one_hot = modality_mask.to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
         if self.modality_bias is not None:
@@ -299,9 +299,10 @@ class ModalityAwareRouter(TopKRouter):
         coeff = self.config.moe_z_loss_coeff
         if coeff is None or not self._learns():
             return logits
-        squares, number = torch.logsumexp(logits, dim=-1).square(), logits.new_tensor(logits.shape[0])
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))  # counts above 256 are not bf16 numbers
+        squares, number = torch.logsumexp(exact, dim=-1).square(), exact.new_tensor(logits.shape[0])
         if padding_mask is not None:
-            squares, number = squares * ~padding_mask, (~padding_mask).sum().to(logits.dtype)
+            squares, number = squares * ~padding_mask, (~padding_mask).sum().to(exact.dtype)
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(number, group=self.tp_cp_group)
         z_loss = squares.sum() / number.clamp(min=1)  # this shard's part of the micro-batch's z-loss

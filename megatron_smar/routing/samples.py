@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums over the tokens of each sample, also of samples whose tokens several ranks share."""
+"""Sums over the tokens of each sample, including samples that are split across ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TokensOfSamples:
     statistics (`routing.statistics`), the gradient needs no communication.
 
     Args:
-        sample_ids: Number of each token's sample, [N].
-        number: S, the number of samples or more.
+        sample_ids: Index of each token's sample, [N].
+        number: S, at least the number of samples.
         group: The ranks that share the replica's samples.
     """
 
@@ -28,7 +28,7 @@ class TokensOfSamples:
     def __call__(self, values: Tensor) -> Tensor:
         """Returns the sums [S, C] of values [N, C] over each sample's tokens; gradients pass to this rank's tokens."""
         numbers = torch.arange(self.number, device=values.device)
-        # A matrix product, because index_add would add in another order each time on a GPU.
+        # A matrix product, because index_add is nondeterministic on a GPU.
         local = (numbers.unsqueeze(1) == self.sample_ids).to(values.dtype) @ values
         if self.ranks == 1:
             return local

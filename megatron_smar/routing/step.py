@@ -28,17 +28,18 @@ class AccumulatingRouter(Protocol):
 
 @dataclass
 class TrainingStep:
-    """Values that are constant within a training step, so that recomputed and interleaved passes read the same values.
+    """State of the current training step, of which each model has one instance.
 
-    Each model has one instance, which the forward step sets and the model's routers read.
+    The forward step sets `iteration` and `tokens`, which are constant within the step, so that recomputed and
+    interleaved passes read the same values.
 
     Attributes:
         iteration: Number of the step, from 0.
         tokens: Loss tokens of the step, over all replicas, divided by the number of micro-batches per replica. Needed
             with --calculate-per-token-loss, where Megatron sums gradients over micro-batches and replicas and divides
             them by the step's loss tokens, while an auxiliary loss must be averaged over micro-batches.
-        samples: The largest number of samples of a micro-batch so far. A pass that reads a larger number than its own
-            sums over samples that do not exist, which are 0.
+        samples: The largest number of samples in a micro-batch so far. A micro-batch with fewer gets sums of 0 for the
+            rest.
         routers: Routers whose strategies have accumulated statistics since the last `settle`.
     """
 
@@ -59,7 +60,7 @@ class TrainingStep:
         """Reduces what the routers have accumulated, in one all-reduce for all layers, and updates their strategies.
 
         Called before the first micro-batch of the next step and when a checkpoint is saved, whichever comes first, on
-        all ranks that share the routers. Does nothing if nothing was accumulated.
+        all ranks that hold replicas of these routers. Does nothing if nothing was accumulated.
         """
         routers, self.routers = list(self.routers), {}
         own = [router.take_step_sums() for router in routers]

@@ -32,7 +32,7 @@ class ModelBatch:
         input_ids: Token ids [b, s].
         position_ids: Positions [b, s].
         modality_ids: Modality ids [b, s]: row in the table of modalities (0 text, 1 vision, ...); -1 for padding.
-        sample_ids: Number of each position's sample in the micro-batch, [b, s]: its row, or its sequence of a pack.
+        sample_ids: Index of each position's sample in the micro-batch, [b, s]: its row, or its sequence in the pack.
         vision_index: For each position, the row of its vision feature among the features of all tiles, [b, s]; -1 at
             positions without one.
         labels: Target token ids [b, s].
@@ -143,7 +143,7 @@ class WeightedSteps(CountedSteps):
 
     def _counted(self, batches: list[VisionLanguageBatch]) -> list[VisionLanguageBatch]:
         weights = [loss_weights(batch.loss_mask, batch.lengths, self.weighting) for batch in batches]
-        # In float64, so that the rounding of the sum does not depend on the layout.
+        # In float64: the rounding differences between layouts then vanish, in practice, in the float32 result.
         step = self._mean_over_micro_batches([weight.double() for weight in weights]).float()
         return [
             replace(batch, loss_weights=weight, step_weight=step)
@@ -267,7 +267,7 @@ def _position_ids(batch: VisionLanguageBatch) -> Tensor:
 
 
 def _sample_ids(batch: VisionLanguageBatch) -> Tensor:
-    """Returns the number of each position's sample, [b, s]: its row, or its sequence of a pack."""
+    """Returns the index of each position's sample, [b, s]: its row, or its sequence in the pack."""
     if batch.lengths is None:
         return torch.arange(batch.input_ids.shape[0]).unsqueeze(1).expand_as(batch.input_ids)
     return torch.arange(len(batch.lengths)).repeat_interleave(batch.lengths).unsqueeze(0)

@@ -33,7 +33,7 @@ class AccumulatesScores(TransformerLayer):
     kernels do not have. The second call has no dropout and no backward pass.
 
     Attributes:
-        last_scores: M^{l+1} of the last pass, [s, b, M]; read and reset by the model at the end of a pipeline stage.
+        last_scores: M^{l+1} of the latest pass, [s, b, M]; the model takes it from the last layer of a pipeline stage.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ class AccumulatesScores(TransformerLayer):
         self._attended = mean
 
     def _keep_output(self, attention: torch.nn.Module, inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
-        """Keeps the attention block's output, with its bias, for its norm."""
+        """Keeps the attention output, bias included, whose norm the update of the scores needs."""
         if self._attended is not None:
             context, bias = output
             self._attention_output = context.detach() if bias is None else (context + bias).detach()

@@ -48,7 +48,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """Sizes of the MoE layer that a strategy routes.
+    """Properties of the MoE layer that a strategy routes.
 
     Attributes:
         num_experts: E, the number of experts.
@@ -58,7 +58,7 @@ class RoutedLayer:
         sequence_parallel: Whether each tensor-parallel rank has its own shard of the sequence.
         dtype: The data type of the backbone's gate.
         gate_bias: Whether the backbone's gate has a bias.
-        score_function: What makes scores of logits, --moe-router-score-function.
+        score_function: The function from logits to scores (--moe-router-score-function).
     """
 
     num_experts: int
@@ -274,7 +274,7 @@ class RoutingStrategy(nn.Module):
         """Adds one micro-batch to what the strategy accumulates over a step, without gradients.
 
         Called once for each micro-batch and layer, in the pass with gradients, also under recomputation and in every
-        virtual pipeline stage. What is accumulated need not be saved, since `update` is called before. A strategy that
+        virtual pipeline stage. It need not be saved: `update` runs before a checkpoint is saved. A strategy that
         overrides this method sets `keeps_state` in its config.
         """
 
@@ -316,8 +316,8 @@ class StrategyConfig:
         needs_samples: Whether the strategy sums over the tokens of each sample (`RoutedTokens.sample_sums`).
         keeps_state: Whether the strategy accumulates statistics over steps. It is then refused with --smar-scope local,
             since the replicas would accumulate different statistics and a checkpoint stores only one replica's.
-        training_state: Names of buffers that only training needs. They start anew where another strategy's checkpoint
-            lacks them, and are left out where another strategy, or none, is chosen.
+        training_state: Names of buffers that only training needs. They start anew if another strategy's checkpoint
+            lacks them, and are not loaded when the run uses another strategy or none.
         biases_choice: Whether it has a `choice_bias`. Flags under which Megatron would ignore it are then refused, and
             nothing is accumulated while the router is frozen (--freeze): the bias is part of it.
         needs_experts: Whether the strategy has an effect only in MoE layers, so that a dense model is refused.

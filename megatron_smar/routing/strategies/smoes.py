@@ -7,11 +7,12 @@ bin, and the mutual information I_i(M; B) between modality and bin in sample i (
     L_MI  = -1/N_samples sum_i I_i(M; B)
     L_bal = sum_k N_B sum_{e in B_k} f_e P_e
 
-Both are over all samples and tokens of the micro-batch step on all ranks. A sample is a row, or a sequence of a pack.
-Samples of one modality have I = 0 and are counted. The scores M that weigh a token are hard labels or soft
-(`routing.soft_scores`).
+Both are over all samples and tokens of one micro-batch on all ranks. A sample is a row, or a sequence of a pack.
+Samples of one modality have I = 0 and are counted. Each token is weighted by its modality scores, which are hard labels
+or soft (`routing.soft_scores`).
 
-After each step C_{m,e} <- decay C_{m,e} + (1 - decay) counts_{m,e}, from which the experts' bins are formed again.
+After each step the loads C become decay C + (1 - decay) counts. Every `rebin_interval` steps the bins are formed from
+C, unless they are fixed.
 """
 
 from __future__ import annotations
@@ -48,9 +49,8 @@ class SmoesConfig(StrategyConfig):
     Attributes:
         scores: Soft modality scores. attention: accumulated along the layers' attention; gaussian: from a Gaussian per
             modality of the layer's input; hard: the modality itself.
-        bins: Number of bins of experts, at least 2. Default: the size of expert parallelism (--load's number when a run
-            resumes).
-        fixed_bins: Whether the bins stay the experts 0 to E / bins - 1, and so on; otherwise they follow the load.
+        bins: Number of bins of experts, at least 2. Default: the expert-parallel size; a resumed run keeps its number.
+        fixed_bins: Whether the bins stay as in a new model, consecutive experts; otherwise they follow the load.
         rebin_interval: Steps after which the bins are formed again.
         objective: What is maximized between modality and bin. information: the mutual information; kl: the symmetric KL
             divergence between the modalities' distributions over the bins; none: nothing, there is only the balance.
@@ -87,8 +87,8 @@ class SmoesConfig(StrategyConfig):
     def __post_init__(self) -> None:
         if self.bins is not None and self.bins < 2:
             raise ValueError(
-                f"--smoes-bins is {self.bins}, and with fewer than 2 bins the loss is always 0; give a number from 2 "
-                "that divides the number of experts."
+                f"--smoes-bins is {self.bins} (default: the expert-parallel size), and with fewer than 2 bins the loss "
+                "is always 0; give a number from 2 that divides the number of experts."
             )
         if self.rebin_interval < 1:
             raise ValueError(f"--smoes-rebin-interval is {self.rebin_interval}; it must be 1 or more.")
@@ -120,6 +120,11 @@ class SmoesConfig(StrategyConfig):
                 f"--smoes-bins {self.bins} does not divide --num-experts {args.num_experts} into bins of equal size; "
                 "give a divisor."
             )
+        if (args.fp8 or args.fp4) and "moe" in (args.recompute_modules or []):
+            raise ValueError(
+                "--recompute-modules moe with FP8 or FP4 recomputes the MoE layer without its sample ids and scores; "
+                "leave moe out."
+            )
         if not self.needs_attention_scores:
             return
         remedy = "give --smoes-scores gaussian or hard"
@@ -133,11 +138,6 @@ class SmoesConfig(StrategyConfig):
                 f"--smoes-scores attention needs softmax attention, which --experimental-attention-variant "
                 f"{args.experimental_attention_variant} does not compute; {remedy}."
             )
-        if (args.fp8 or args.fp4) and "moe" in (args.recompute_modules or []):
-            raise ValueError(
-                "--recompute-modules moe with FP8 or FP4 recomputes the MoE layer without its samples and scores; "
-                "leave moe out."
-            )
 
     def describe(self) -> str:
         """Returns the strategy and its settings, in half a line."""
@@ -150,7 +150,7 @@ class SmoesConfig(StrategyConfig):
 
 
 class Smoes(RoutingStrategy):
-    """SMoES in one layer. Its buffers are its state; all but `counts` are the same on all ranks at any time."""
+    """SMoES in one layer. Its buffers are its state and are the same on all ranks; `counts` is not saved."""
 
     config: SmoesConfig
     loads: Tensor
@@ -180,7 +180,7 @@ class Smoes(RoutingStrategy):
         """Returns the modality scores of the tokens, [N, M]; 0 for padding."""
         if self.config.scores == "attention":
             if tokens.scores is None:
-                raise RuntimeError("scores by attention need the model's layers (model.layers.score_layer).")
+                raise RuntimeError("--smoes-scores attention got no scores: the model needs layers of `score_layer`.")
             return tokens.scores.to(dtype)
         hard = tokens.modality_mask.to(dtype)
         if self.config.scores == "hard":
@@ -232,7 +232,7 @@ class Smoes(RoutingStrategy):
         self.counts += routing.statistics.counts
 
     def step_sums(self, tokens: RoutedTokens) -> dict[str, Tensor]:
-        """Returns the sums of the Gaussians: of x, of its squares, and the tokens, by modality."""
+        """Returns, by modality, the sums of x and x^2 and the number of tokens, for the Gaussians."""
         if self.config.scores != "gaussian":
             return {}
         one_hot, hidden = tokens.modality_mask.to(self.mean.dtype).t(), tokens.hidden.to(self.mean.dtype)

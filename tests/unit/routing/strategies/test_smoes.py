@@ -207,7 +207,10 @@ def flags(**changes) -> Namespace:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"bins": 1}, "--smoes-bins is 1, and with fewer than 2 bins the loss is always 0"),
+        (
+            {"bins": 1},
+            r"--smoes-bins is 1 \(default: the expert-parallel size\), and with fewer than 2 bins the loss is always 0",
+        ),
         ({"rebin_interval": 0}, "--smoes-rebin-interval is 0"),
         ({"information_coeff": -1.0}, "--smoes-information-coeff is -1.0"),
         ({"balance_coeff": -0.5}, "--smoes-balance-coeff is -0.5"),
