@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends soft modality scores from one pipeline stage to the next, as further columns of the activations.
+"""Sends soft modality scores from one pipeline stage to the next, as extra columns of the activations.
 
 Megatron's schedules exchange one tensor per stage and micro-batch, of the width that the model's config names. Scores
 are float32 (or float64 in a float64 model), and bf16 columns hold their bits, two to a score, so nothing is rounded.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def score_dtype(activations: torch.dtype) -> torch.dtype:
-    """Returns the data type of scores beside activations of a data type."""
+    """Returns the data type of scores sent with activations of the given data type."""
     return torch.promote_types(activations, torch.float32)
 
 
@@ -22,12 +22,12 @@ def score_columns(num_modalities: int, activations: torch.dtype) -> int:
     return num_modalities * score_dtype(activations).itemsize // activations.itemsize
 
 
-def attach_scores(activations: Tensor, scores: Tensor) -> Tensor:
+def append_scores(activations: Tensor, scores: Tensor) -> Tensor:
     """Returns activations [s, b, h] with the bits of scores [s, b, M] as further columns."""
     return torch.cat([activations, scores.contiguous().view(activations.dtype)], dim=-1)
 
 
-def detach_scores(received: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
+def split_scores(received: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
     """Splits what a stage received into activations [s, b, h] and scores [s, b, M]."""
     scores = received.detach()[..., hidden_size:].contiguous().view(score_dtype(received.dtype))
     return received[..., :hidden_size].contiguous(), scores

@@ -21,8 +21,8 @@ from megatron_smar.model.layers.score_layer import AccumulatesScores
 from megatron_smar.model.layers.specs import LayerConfig, decoder_block_spec
 from megatron_smar.model.parts import freeze_parameters, frozen_parts
 from megatron_smar.model.score_transport import (
-    attach_scores,
-    detach_scores,
+    append_scores,
+    split_scores,
     score_columns,
     score_dtype,
     with_wider_activations,
@@ -140,7 +140,7 @@ class VisionLanguageModel(MegatronModule):
         """Sets the previous stage's activations [s, b, h], with its scores; called by Megatron's schedules."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if self.has_scores and received is not None:
-            received, self._received = detach_scores(received, self.language_model.config.hidden_size)
+            received, self._received = split_scores(received, self.language_model.config.hidden_size)
         self.language_model.set_input_tensor(received)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
@@ -198,7 +198,7 @@ class VisionLanguageModel(MegatronModule):
             extra_block_kwargs={"context": scores},
         )
         if self.has_scores and not self.post_process:
-            output = attach_scores(output, self._last_scores(scores, output))
+            output = append_scores(output, self._last_scores(scores, output))
         return output
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:

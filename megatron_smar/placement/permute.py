@@ -102,10 +102,10 @@ class PlacedCheckpoint:
         return self.reader.read(key, (0,) * len(sizes), sizes)
 
     def check_movable(self) -> None:
-        """Checks that everything that counts experts is known.
+        """Checks that the model's flags and the optimizer's sharding allow moving experts.
 
         Raises:
-            ConversionError: It is not; nothing was written.
+            ConversionError: They do not; nothing was written.
         """
         if getattr(self.args, "moe_router_num_groups", None):
             raise ConversionError(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.model.score_transport import (
-    attach_scores,
-    detach_scores,
+    append_scores,
+    split_scores,
     score_columns,
     score_dtype,
     with_wider_activations,
@@ -186,10 +186,10 @@ def test_scores_reach_the_next_stage_bit_for_bit_beside_activations_of_any_preci
     scores = torch.rand(7, 2, modalities, generator=generator, dtype=torch.float64).to(score_dtype(dtype))
     scores[0, 0, 0], scores[1, 1, 1] = 1e-38, 1 - 2**-24  # no bf16 number is near the second
     activations = torch.randn(7, 2, 6, generator=generator).to(dtype).requires_grad_()
-    sent = attach_scores(activations, scores)
+    sent = append_scores(activations, scores)
     assert sent.shape == (7, 2, 6 + score_columns(modalities, dtype)) and sent.dtype == dtype
     received = sent.detach().requires_grad_()
-    arrived, found = detach_scores(received, 6)
+    arrived, found = split_scores(received, 6)
     assert torch.equal(found, scores) and found.dtype == scores.dtype
     assert torch.equal(arrived, activations)
     arrived.backward(torch.ones_like(arrived))
