@@ -22,9 +22,9 @@ from megatron_smar.model.layers.specs import LayerConfig, decoder_block_spec
 from megatron_smar.model.parts import freeze_parameters, frozen_parts
 from megatron_smar.model.score_transport import (
     append_scores,
-    split_scores,
     score_columns,
     score_dtype,
+    split_scores,
     with_wider_activations,
 )
 from megatron_smar.model.vision import VisionConfig, VisionEncoder

@@ -10,9 +10,9 @@ from torch import Tensor
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.model.score_transport import (
     append_scores,
-    split_scores,
     score_columns,
     score_dtype,
+    split_scores,
     with_wider_activations,
 )
 from megatron_smar.routing.token_columns import split_columns
