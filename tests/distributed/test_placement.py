@@ -71,7 +71,7 @@ class Runs:
         for name, layout in LAYOUTS.items():
             trained = PlacedCheckpoint(folder / names[name], SAVED)
             plan = random_plan(trained, seed=len(name))
-            if layout.smoes:  # its bins are formed by the same loads: another order of equal loads would be another run
+            if layout.strategy:  # SMoES: its bins follow the same loads, so that another order would be another run
                 loads = trained.state("loads")
                 assert list(loads) == trained.layers and all(load.sum() > 0 for load in loads.values())
                 plan = Plan.of_loads(loads, 2, "loads", {})
