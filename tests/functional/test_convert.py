@@ -179,6 +179,7 @@ def test_a_model_with_hard_routing_is_evaluated_and_exported_with_its_experts(wo
     assert routing["hard"] == pytest.approx(routing["again"], rel=1e-3)
 
 
+@pytest.mark.matrix
 def test_a_gate_per_modality_starts_as_the_imported_gate_is_trained_and_exported(world, start, convert, tmp_path):
     parts = ["--language", start.parent / "mixtral", "--vision", world.root / "vision"]
     unchanged = run(PROGRAM, "verify", "--load", start, *parts, "--modality-routing", "modality_gates").stdout
