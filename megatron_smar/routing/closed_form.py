@@ -110,11 +110,11 @@ def _pairs(modalities: int, scale: float, dtype: torch.dtype, device: torch.devi
         comparable = (number >= 2).to(form.dtype)
         rows.append(torch.cat([scale * comparable * form.flatten(), comparable.view(1)]))
     places = [2.0**place for place in reversed(range(modalities))]  # `product` varies the last modality first
-    return (
-        torch.stack(rows).to(device, dtype),
-        torch.tensor(places, dtype=dtype, device=device),
-        torch.tensor(NOTHING, dtype=dtype, device=device),
-    )
+    table = torch.stack(rows).to(dtype)
+    numbers = torch.tensor([*places, NOTHING], dtype=dtype, device="cpu")
+    if device.type != "cpu":  # from pinned memory the copies do not block
+        table, numbers = (part.pin_memory().to(device, non_blocking=True) for part in (table, numbers))
+    return table, numbers[:-1], numbers[-1]
 
 
 class _Distance(torch.autograd.Function):
