@@ -49,7 +49,7 @@ class Step:
         *key: Settings that the result depends on.
         inputs: The steps whose results this one uses.
         code: Hash of the code that makes the result.
-        any_code: Whether a result that other code made, from the same settings, is kept; the user is told.
+        any_code: Whether a result that other code made, from the same settings, is kept; a line says so.
     """
 
     def __init__(

@@ -336,7 +336,7 @@ class ModalityAwareRouter(TopKRouter):
         """Computes this rank's sums for SMAR's Eq. 6 and 7 and launches the all-reduce, without blocking the host.
 
         Returns:
-            The probabilities that the backbone goes on with; their values are unchanged.
+            The probabilities that the backbone uses; their values are unchanged.
         """
         # SMAR, Eq. 5, for any weights of the backbone: softmax before or after top-k, sigmoid, with a scaling factor.
         weights = probs if self.sums_to_one else renormalized(probs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Placed experts under expert parallelism: training goes on unchanged, and what is counted is what Megatron sends."""
+"""Placed experts under expert parallelism: training continues unchanged, and what is counted is what Megatron sends."""
 
 import random
 from dataclasses import replace
