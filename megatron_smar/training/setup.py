@@ -74,10 +74,9 @@ def parse_arguments(
         return parser
 
     try:
-        point = find_start(parse_args(add_flags))
-        sys.argv[1:] = apply_start(sys.argv[1:], point)
         given = parse_args(add_flags)
-        sys.argv[1:] += _strategy_defaults(given)
+        point = find_start(given)
+        sys.argv[1:] = [*apply_start(sys.argv[1:], point), *_strategy_defaults(given, point)]
         given = parse_args(add_flags)
         check_arguments(given, needs_data)
         check_loadable(given)
@@ -103,13 +102,14 @@ def parse_arguments(
     return args
 
 
-def _strategy_defaults(args: Namespace) -> list[str]:
+def _strategy_defaults(args: Namespace, start: StartPoint) -> list[str]:
     """Returns flags of the chosen strategy whose default depends on other flags or on the run that is resumed."""
-    resumes = args.load is not None and not args.finetune
-    found = locate("--load", args.load, args.ckpt_step) if resumes else None
     saved = None
-    if found is not None and found.checkpoint is not None and not found.is_release:
-        saved = run_arguments(found.path, args.ckpt_step)
+    if start.load is not None and not start.finetune:
+        step = None if start.resumes_from_save else args.ckpt_step
+        found = locate("--load", start.load, step)
+        if found.checkpoint is not None and not found.is_release:
+            saved = run_arguments(found.path, step)
     defaults = STRATEGIES[args.modality_routing].default_flags(args, saved)
     return [part for flag, value in defaults.items() for part in (flag, str(value))]
 

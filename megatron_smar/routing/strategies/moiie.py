@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from megatron_smar.routing.strategies.balance import normalized_scores
 from megatron_smar.routing.strategies.base import (
     AuxiliaryLoss,
     LayerRouting,
@@ -37,6 +38,7 @@ from megatron_smar.routing.strategies.modality_gates import EXPERT_AXES, Modalit
 
 MOIIE_LOSS = "moiie balance loss"
 SHARED = "shared"
+SCORES = ("softmax", "sigmoid")  # score functions with a finite gradient where an expert is forbidden
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,6 @@ class MoiieConfig(StrategyConfig):
         return f"MoIIE: experts {experts}, coefficient {self.coeff:g}"
 
 
-def _sigmoid_scores(logits: Tensor) -> Tensor:
-    scores = logits.sigmoid()
-    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
-
-
-# The router's scores of all experts, normalized as in Megatron's balance losses.
-SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": _sigmoid_scores}
-
-
 class Moiie(ModalityGates):
     """The gates of one layer and their balance losses."""
 
@@ -126,9 +119,8 @@ class Moiie(ModalityGates):
 
     def sums(self, tokens: RoutedTokens) -> dict[str, Tensor]:
         """Returns the sums of the scores over each modality's tokens, N_m P_me, [M, E]."""
-        dtype = torch.promote_types(tokens.logits.dtype, torch.float32)
-        scores = SCORES[self.layer.score_function](tokens.logits.to(dtype))
-        return {"scores": tokens.modality_mask.to(dtype).t() @ scores}
+        scores = normalized_scores(tokens.logits, self.layer.score_function)
+        return {"scores": tokens.modality_mask.to(scores.dtype).t() @ scores}
 
     def losses(self, routing: LayerRouting) -> dict[str, AuxiliaryLoss]:
         """Returns the sum of the modalities' balance losses; a modality without tokens adds nothing."""
