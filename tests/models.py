@@ -26,7 +26,7 @@ MIXTURE: dict[str, Any] = dict(
 
 def transformer_config(**changes: Any) -> Any:
     """Returns a Mixtral-like TransformerConfig: 3 layers, 4 experts, top-2, grouped queries."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     settings = MIXTURE | dict(
         num_layers=3,
@@ -39,7 +39,8 @@ def transformer_config(**changes: Any) -> Any:
         normalization="RMSNorm",
         layernorm_epsilon=1e-5,
     )
-    return TransformerConfig(**(settings | changes))
+    kind = MLATransformerConfig if changes.get("multi_latent_attention") else TransformerConfig
+    return kind(**(settings | changes))
 
 
 def build_model(

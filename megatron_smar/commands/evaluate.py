@@ -44,6 +44,7 @@ from megatron_smar.data.sample_encoder import SampleEncoder
 from megatron_smar.data.tiling import ImageProcessor
 from megatron_smar.data.tokens import TextEncoder
 from megatron_smar.evaluation.evaluator import Evaluator, exact_match, perplexity, word_completion
+from megatron_smar.evaluation.generation import generate
 from megatron_smar.monitoring.recorder import recorded_routing
 from megatron_smar.training.setup import fail, start
 
@@ -157,8 +158,9 @@ def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Enco
     args = get_args()
     shown = items[: options.examples]
     prompts = [encoder.question(item, options.image_root, answered=False) for item in shown]
-    answers = evaluator.generate(prompts, max_new_tokens=8, stop_id=encoder.end_of_turn) if shown else []
-    texts = [get_tokenizer().detokenize(ids).strip() for ids in answers]
+    end = encoder.end_of_turn
+    answers = generate(evaluator, prompts, [8] * len(prompts), lambda _, new: new[-1] == end, "answers")
+    texts = [get_tokenizer().detokenize([i for i in ids if i != end]).strip() for ids in answers]
     shares = recorder.expert_shares()
     return {
         "vqa_accuracy": exact_match(scores),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Likelihood, exact answers and greedy decoding on held-out samples, over all data-parallel ranks."""
+"""Likelihood and exact answers on held-out samples, over all data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -124,13 +124,16 @@ class Evaluator:
             for loss, h, m, c in zip(losses, hit, mask, continues, strict=True)
         ]
 
+    def prepare(self, samples: Sequence[EncodedSample], length: int) -> tuple[VisionLanguageBatch, ModelBatch]:
+        """Returns one batch of samples, each a row of `length` positions, on the host and on the device."""
+        host = collate([[sample] for sample in samples], num_rows=len(samples), length=length, pad_id=self.pad_id)
+        return host, prepare_batch(host, self.placeholders, self.tokens_per_tile, True, self.groups)
+
     @torch.no_grad()
     def _logits(self, samples: list[EncodedSample]) -> tuple[Tensor, VisionLanguageBatch, ModelBatch]:
         """Returns the model's logits [b, s, vocabulary], and the batch on the host and on the device."""
         longest = max(len(sample.input_ids) for sample in samples)
-        length = -(-longest // self.multiple_of) * self.multiple_of
-        host = collate([[sample] for sample in samples], num_rows=len(samples), length=length, pad_id=self.pad_id)
-        batch = prepare_batch(host, self.placeholders, self.tokens_per_tile, True, self.groups)
+        host, batch = self.prepare(samples, -(-longest // self.multiple_of) * self.multiple_of)
         logits = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -140,36 +143,6 @@ class Evaluator:
         )
         logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.groups.tp)
         return logits, host, batch
-
-    def generate(self, prompts: Sequence[EncodedSample], max_new_tokens: int, stop_id: int) -> list[list[int]]:
-        """Continues prompts by greedy decoding; every rank decodes all of them.
-
-        Args:
-            prompts: The prompts; their `input_ids` are continued.
-            max_new_tokens: Most new tokens of each.
-            stop_id: Token id that ends a continuation.
-
-        Returns:
-            The new token ids of each prompt, without the stop token.
-        """
-        current = [prompt.input_ids.tolist() for prompt in prompts]
-        lengths = [len(ids) for ids in current]
-        for _ in range(max_new_tokens):
-            rows = [
-                EncodedSample.derive_from(
-                    prompt,
-                    input_ids=torch.tensor(ids),
-                    labels=torch.tensor(ids),
-                    loss_mask=torch.zeros(len(ids)),
-                    pixel_values=prompt.pixel_values,
-                )
-                for prompt, ids in zip(prompts, current, strict=True)
-            ]
-            logits, *_ = self._logits(rows)
-            last = torch.stack([row[len(ids) - 1] for row, ids in zip(logits, current, strict=True)])
-            for ids, new in zip(current, last.argmax(dim=-1).tolist(), strict=True):
-                ids.append(new)
-        return [_before(ids[length:], stop_id) for ids, length in zip(current, lengths, strict=True)]
 
 
 def _loss_and_hit(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,10 +180,6 @@ def count_completed_words(continues: list[bool], hit: list[bool]) -> tuple[int, 
             words[-1] = words[-1] and is_correct
         in_word = is_continuation
     return len(words), sum(words)
-
-
-def _before(ids: list[int], stop_id: int) -> list[int]:
-    return ids[: ids.index(stop_id)] if stop_id in ids else ids
 
 
 def perplexity(scores: Sequence[Score]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -158,6 +159,7 @@ class VisionLanguageModel(MegatronModule):
         attention_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         sample_ids: Tensor | None = None,
+        inference_context: BaseInferenceContext | None = None,
     ) -> Tensor:
         """Runs one micro-batch through this stage.
 
@@ -172,10 +174,12 @@ class VisionLanguageModel(MegatronModule):
             packed_seq_params: Boundaries of the sequences of a pack, on the host, for b = 1; each sequence attends only
                 to itself.
             sample_ids: Index of each position's sample, [b, s]; needed to train with a strategy that `needs_samples`.
+            inference_context: Megatron's key-value cache, for decoding under its `InferenceMode`; None without.
 
         Returns:
             On the last stage the loss per token [b, s], or without labels the logits [b, s, vocabulary / tp]; on the
-            other stages the activations [s, b, h].
+            other stages the activations [s, b, h]. With `inference_context` the last position's logits, gathered over
+            the tensor-parallel ranks, [b, 1, vocabulary].
         """
         decoder_input = None
         if self.pre_process:
@@ -195,6 +199,8 @@ class VisionLanguageModel(MegatronModule):
             labels=labels,
             padding_mask=columns,
             packed_seq_params=self._place_ends(packed_seq_params),
+            inference_context=inference_context,
+            runtime_gather_output=None if inference_context is None else True,
             extra_block_kwargs={"context": scores},
         )
         if self.has_scores and not self.post_process:
@@ -261,7 +267,8 @@ class VisionLanguageModel(MegatronModule):
         assert self.vision_model is not None and self.connector is not None
         embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=position_ids)
         if pixel_values is None or pixel_values.shape[0] == 0:
-            embeddings = embeddings + self._unused_vision(embeddings)
+            if torch.is_grad_enabled():
+                embeddings = embeddings + self._unused_vision(embeddings)
         else:
             if vision_index is None:
                 raise ValueError("pixel_values were given without vision_index; see megatron_smar.training.batch.")

@@ -35,5 +35,6 @@ class LatentAttention(MLASelfAttention):
         queries, latents = super()._qkv_down_projection(hidden_states)
         if latents.shape[-1] != self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim:
             latents = gather_from_tensor_model_parallel_region(latents, group=self.tp_group)
-            latents = scatter_to_sequence_parallel_region(latents, group=self.tp_group)
+            if self.config.sequence_parallel:  # decoding turns it off
+                latents = scatter_to_sequence_parallel_region(latents, group=self.tp_group)
         return queries, latents

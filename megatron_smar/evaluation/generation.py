@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy decoding with Megatron's key-value cache, over all data-parallel ranks.
+
+Megatron's static context has one position for all rows of a batch. So a batch begins with the tokens that all its
+prompts have in common in number, as long as the shortest of them; from there on every pass adds one token to each row:
+the prompt's next one as long as there is one, then the most likely one. No row is padded, and no attention mask is
+needed, so that any attention kernel computes the same as without a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.utils import InferenceMode
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_smar.data.batch import EncodedSample
+from megatron_smar.evaluation.evaluator import Evaluator
+from megatron_smar.routing.modalities import TEXT
+
+_PADDING = -1
+
+# Number of the prompt, and its new tokens so far -> whether the continuation is complete.
+IsComplete = Callable[[int, list[int]], bool]
+
+
+def generate(
+    evaluator: Evaluator,
+    prompts: Sequence[EncodedSample],
+    limits: Sequence[int],
+    is_complete: IsComplete,
+    name: str = "generation",
+) -> list[list[int]]:
+    """Continues prompts with the most likely tokens; data-parallel ranks share the work, and all return all results.
+
+    Args:
+        evaluator: Holds the model; its `batch_size` is the number of prompts decoded together.
+        prompts: The prompts; their `input_ids` are continued.
+        limits: Largest number of new tokens of each prompt.
+        is_complete: Ends a continuation; the last token belongs to the result.
+        name: Name of the progress bar.
+
+    Returns:
+        The new token ids of each prompt.
+    """
+    group = evaluator.groups.dp
+    batches = plan_batches(
+        [len(prompt.input_ids) for prompt in prompts],
+        [_end_of_images(prompt, evaluator.placeholders) for prompt in prompts],
+        evaluator.batch_size * group.size(),
+    )
+    found: dict[int, list[int]] = {}
+    with without_sequence_parallelism(evaluator.model), InferenceMode.active(), torch.no_grad():
+        for batch in tqdm(batches, desc=name, unit="batch", disable=dist.get_rank() > 0, mininterval=2):
+            mine = {number: _Row(prompts[number], limits[number]) for number in batch[group.rank() :: group.size()]}
+            # A rank without a prompt repeats one without continuing it: the experts' all-to-all needs every rank.
+            rows = _Rows(evaluator, list(mine.values()) or [_Row(prompts[batch[0]], 0)])
+            rows.decode([partial(is_complete, number) for number in mine])
+            found |= {number: row.new for number, row in mine.items()}
+    gathered: list[dict[int, list[int]]] = [{}] * group.size()
+    dist.all_gather_object(gathered, found, group=group)
+    merged = {number: ids for part in gathered for number, ids in part.items()}
+    return [merged[number] for number in range(len(prompts))]
+
+
+def plan_batches(lengths: Sequence[int], ends_of_images: Sequence[int], size: int) -> list[list[int]]:
+    """Returns the numbers of the prompts that are decoded together, the longest first, so that memory fails early.
+
+    Args:
+        lengths: Number of tokens of each prompt.
+        ends_of_images: Position after each prompt's last vision token. It lies within the part that all prompts of a
+            batch have in number, because a pass of one token has no pictures.
+        size: Largest number of prompts of a batch, over all replicas.
+    """
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda n: lengths[n]):
+        if not batches or len(batches[-1]) == size or lengths[batches[-1][0]] < ends_of_images[number]:
+            batches.append([])
+        batches[-1].append(number)
+    return batches[::-1]
+
+
+@contextmanager
+def without_sequence_parallelism(model: torch.nn.Module) -> Iterator[None]:
+    """Turns sequence parallelism off in all layers: a single token cannot be divided among tensor-parallel ranks."""
+    candidates = [part for module in model.modules() for part in (module, getattr(module, "config", None))]
+    owners = list({id(part): part for part in candidates if getattr(part, "sequence_parallel", False) is True}.values())
+    for owner in owners:
+        owner.sequence_parallel = False
+    try:
+        yield
+    finally:
+        for owner in owners:
+            owner.sequence_parallel = True
+
+
+class _Row:
+    """A prompt and its continuation."""
+
+    def __init__(self, prompt: EncodedSample, limit: int) -> None:
+        self.prompt, self.limit = prompt, limit
+        self.ids: list[int] = prompt.input_ids.tolist()
+        self.length = len(self.ids)
+        self.complete = limit == 0
+
+    @property
+    def new(self) -> list[int]:
+        return self.ids[self.length :]
+
+
+class _Rows:
+    """The prompts that this rank decodes together, with their cache."""
+
+    def __init__(self, evaluator: Evaluator, rows: Sequence[_Row]) -> None:
+        self.evaluator, self.rows = evaluator, rows
+        self.device = next(evaluator.model.parameters()).device
+        # One more than is needed: a rank that waits for the others repeats its last position.
+        self.cache = StaticInferenceContext(len(rows), max(row.length + row.limit for row in rows) + 1)
+
+    @property
+    def position(self) -> int:
+        """Number of tokens in the cache, the same for all rows."""
+        return self.cache.sequence_len_offset
+
+    def decode(self, is_complete: Sequence[Callable[[list[int]], bool]]) -> None:
+        """Decodes until the rows of all replicas are complete."""
+        tokens = self._read_common_part()
+        while True:
+            for row, token, ends in zip(self.rows, tokens, is_complete, strict=False):
+                if not row.complete and len(row.ids) == self.position:
+                    row.ids.append(token)
+                    row.complete = len(row.new) == row.limit or ends(row.new)
+            if not self._any_replica_continues():
+                return
+            tokens = self._read_next_tokens()
+
+    def _any_replica_continues(self) -> bool:
+        """Whether a row of any replica is not complete: ranks that share experts must make equally many passes."""
+        group = self.evaluator.groups.dp
+        number = torch.tensor(sum(not row.complete for row in self.rows), device=self.device)
+        if group.size() > 1:
+            dist.all_reduce(number, group=group)
+        return bool(number)
+
+    def _read_common_part(self) -> list[int]:
+        """Passes the first tokens of all rows through the model, and returns each row's most likely next token."""
+        length = min(row.length for row in self.rows)
+        samples = []
+        for row in self.rows:
+            ids = row.prompt.input_ids[:length]
+            fields = {"input_ids": ids, "labels": ids, "loss_mask": torch.zeros(length)}
+            samples.append(EncodedSample.derive_from(row.prompt, pixel_values=row.prompt.pixel_values, **fields))
+        _, batch = self.evaluator.prepare(samples, length)
+        return self._pass(
+            length,
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            modality_ids=batch.modality_ids,
+            pixel_values=batch.pixel_values,
+            vision_index=batch.vision_index,
+        )
+
+    def _read_next_tokens(self) -> list[int]:
+        """Passes one more token of each row through the model; complete rows have padding, which is not routed."""
+        position = self.position
+        is_real = [not row.complete for row in self.rows]
+        pad = self.evaluator.pad_id
+        ids = [row.ids[position] if real else pad for row, real in zip(self.rows, is_real, strict=True)]
+        modalities = [TEXT if real else _PADDING for real in is_real]
+        column = [torch.tensor(values, device=self.device).unsqueeze(1) for values in (ids, modalities)]
+        return self._pass(
+            int(any(is_real)),
+            input_ids=column[0],
+            position_ids=torch.full_like(column[0], position),
+            modality_ids=column[1],
+        )
+
+    def _pass(self, advance: int, **inputs: Tensor | None) -> list[int]:
+        """Runs the model, moves the cache's end by `advance` and returns the most likely token of each row."""
+        logits = self.evaluator.model(**inputs, inference_context=self.cache)
+        self.cache.sequence_len_offset += advance
+        return logits[:, -1].argmax(dim=-1).tolist()
+
+
+def _end_of_images(prompt: EncodedSample, placeholders: Sequence[int]) -> int:
+    """Returns the position after the prompt's last vision token, 0 without one."""
+    where = torch.isin(prompt.input_ids, torch.tensor(placeholders)).nonzero()
+    return int(where[-1]) + 1 if len(where) else 0
