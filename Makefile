@@ -25,10 +25,11 @@ help: ## list the targets
 env: $(stamp) ## create .venv and install the project into it (PYTHON= selects the interpreter, VENV= the folder)
 
 # Installs only after one of these files has changed. The stamp is written last, so a failed install leaves none.
-# The lock also has the build requirements, so that nothing is installed that it does not name.
+# The lock is complete and also has the build requirements. --no-deps, because pip resolves a package that is required with
+# and without an extra twice, and then finds versions that are not in the lock.
 $(stamp): pyproject.toml $(lock) setup.py $(native) | interpreter
 	@rm -f $@
-	$(python) -m pip install --disable-pip-version-check --require-hashes -r $(lock)
+	$(python) -m pip install --disable-pip-version-check --no-deps --require-hashes -r $(lock)
 	$(python) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -64,19 +64,15 @@ def write_processor(folder: Path, args: Any, config: PretrainedConfig) -> bool:
     Raises:
         ConversionError: transformers would not produce the token ids that the model was trained on.
     """
-    found = _read_tokenizer(folder, str(getattr(args, "tokenizer_type", "")))
+    found = trained_tokenizer(folder, args)
     if found is None:
         return False
-    template = template_for(getattr(args, "conversation_template", "mistral"), found.trainer)
-    encoder = TextEncoder(found.trainer, template.special_tokens)
+    fast, encoder, template = found.fast, found.encoder, found.template
     if encoder.image_tokens.context_id != config.image_token_id:
         raise ConversionError(
             f"the tokenizer's {IMAGE_CONTEXT} is {encoder.image_tokens.context_id}, but config.json's image_token_id "
             f"is {config.image_token_id}: give the --hf that the run was trained with."
         )
-    fast = _with_special_tokens(found.fast, encoder, template)
-    fast.chat_template = chat_template(template, encoder.puts_space)
-    _compare(fast, encoder, template)
     for name in SUPERSEDED:
         (folder / name).unlink(missing_ok=True)
     fast.save_pretrained(folder)
@@ -91,6 +87,50 @@ def write_processor(folder: Path, args: Any, config: PretrainedConfig) -> bool:
     _write_images(folder, images, vision)
     _write_generation(folder, encoder, template)
     return True
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """A run's tokenizer for transformers, which gives the ids that the model was trained on.
+
+    Attributes:
+        fast: The tokenizer, with its chat template.
+        encoder: The trainer's encoder of the same text.
+        template: The run's conversation template.
+    """
+
+    fast: PreTrainedTokenizerFast
+    encoder: TextEncoder
+    template: ConversationTemplate
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        return sorted({self.encoder.special_id(self.template.end_of_turn), self.encoder.eos_id})
+
+
+def trained_tokenizer(folder: Path, args: Any) -> TrainedTokenizer | None:
+    """Makes transformers' tokenizer of a run.
+
+    Args:
+        folder: Folder with the run's tokenizer.
+        args: The run's arguments.
+
+    Returns:
+        The tokenizer, or None if the folder has none.
+
+    Raises:
+        ConversionError: transformers would not produce the token ids that the model was trained on.
+    """
+    found = _read_tokenizer(folder, str(getattr(args, "tokenizer_type", "")))
+    if found is None:
+        return None
+    template = template_for(getattr(args, "conversation_template", "mistral"), found.trainer)
+    encoder = TextEncoder(found.trainer, template.special_tokens)
+    fast = _with_special_tokens(found.fast, encoder, template)
+    fast.chat_template = chat_template(template, encoder.puts_space)
+    _compare(fast, encoder, template)
+    return TrainedTokenizer(fast, encoder, template)
 
 
 def _read_tokenizer(folder: Path, kind: str) -> _Tokenizer | None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from megatron_smar.data.batch import EncodedSample, VisionLanguageBatch, collate
 from megatron_smar.model.vlm import VisionLanguageModel
+from megatron_smar.routing.modalities import PADDING
 from megatron_smar.training.batch import ModelBatch, prepare_batch
 
 # Positions whose logits are converted to float32 at a time: 0.6 GB for a vocabulary of 150,000.
@@ -80,12 +81,34 @@ class Evaluator:
 
     def score(self, samples: Sequence[EncodedSample], name: str) -> list[Score]:
         """Scores every sample; data-parallel ranks share the work, and all return all results, in order."""
-        scores: list[Score] = []
-        for numbers in self._batches(len(samples), name):
-            scores += self._score_batch([samples[number % len(samples)] for number in numbers])
-        gathered: list[list[Score]] = [[]] * self.groups.dp.size()
-        dist.all_gather_object(gathered, scores, group=self.groups.dp)
-        return [score for part in gathered for score in part][: len(samples)]
+        return [ends[0] for ends in self.score_endings(samples, [None] * len(samples), name)]
+
+    def score_endings(
+        self, samples: Sequence[EncodedSample], endings: Sequence[Sequence[int] | None], name: str
+    ) -> list[list[Score]]:
+        """Scores samples with each of several tokens in the place of the last target, in one pass per sample.
+
+        Args:
+            samples: The samples; they are read when they are needed, so that they may be encoded then.
+            endings: For each sample, the tokens that take the place of its last label; None for that label alone.
+            name: Name of the progress bar.
+
+        Returns:
+            For each sample a score per ending, on all ranks.
+        """
+        found: dict[int, list[Score]] = {}
+        order = sorted(range(len(samples)), key=lambda n: -len(samples[n].input_ids))  # memory fails early
+        for places in self._passes(len(samples), name):
+            numbers = [order[place] for place in places]
+            if not numbers:
+                self._keep_company(samples[order[0]])
+                continue
+            scores = self._score_batch([samples[n] for n in numbers], [endings[n] for n in numbers])
+            found |= dict(zip(numbers, scores, strict=True))
+        gathered: list[dict[int, list[Score]]] = [{}] * self.groups.dp.size()
+        dist.all_gather_object(gathered, found, group=self.groups.dp)
+        merged = {number: scores for part in gathered for number, scores in part.items()}
+        return [merged[number] for number in range(len(samples))]
 
     def route(self, samples: Sequence[EncodedSample], name: str, announce: Callable[[list[int]], None]) -> None:
         """Passes every sample through the model once, for what its layers record; data-parallel ranks share the work.
@@ -93,35 +116,46 @@ class Evaluator:
         Args:
             samples: The samples.
             name: Name of the progress bar.
-            announce: Called before each forward pass with the numbers of the samples in its rows; -1 for a row that
-                only repeats a sample because other ranks have one more.
+            announce: Called before each forward pass with the numbers of the samples in its rows; -1 for a row whose
+                tokens are not counted, which a rank needs when others have one sample more.
         """
-        for numbers in self._batches(len(samples), name):
-            announce([number if number < len(samples) else -1 for number in numbers])
-            self._logits([samples[number % len(samples)] for number in numbers])
+        for numbers in self._passes(len(samples), name):
+            announce(numbers or [-1])
+            if numbers:
+                self._logits([samples[number] for number in numbers])
+            else:
+                self._keep_company(samples[0])
 
-    def _batches(self, number: int, name: str) -> Iterator[range]:
-        """Yields the numbers of the samples in each of this rank's forward passes.
+    def _passes(self, number: int, name: str) -> Iterator[list[int]]:
+        """Yields the places of the samples in each of this rank's forward passes; neighbors share a pass.
 
-        Every rank must make the same number of passes, or the experts' all-to-all would hang: numbers from `number` on
-        stand for samples that are repeated.
+        Every rank makes the same number of passes, or the experts' all-to-all would hang; a rank's last may be empty.
         """
-        share = -(-number // self.groups.dp.size())
-        first = self.groups.dp.rank() * share
-        starts = range(first, first + share, self.batch_size)
+        size = self.batch_size * self.groups.dp.size()
+        starts = range(0, number, size)
         for start in tqdm(starts, desc=name, unit="batch", disable=dist.get_rank() > 0, mininterval=2):
-            yield range(start, min(start + self.batch_size, first + share))
+            yield list(range(start + self.groups.dp.rank(), min(start + size, number), self.groups.dp.size()))
 
-    def _score_batch(self, samples: list[EncodedSample]) -> list[Score]:
+    def _keep_company(self, sample: EncodedSample) -> None:
+        """Makes a pass whose tokens all count as padding."""
+        self._logits([sample], counted=False)
+
+    def _score_batch(self, samples: list[EncodedSample], endings: Sequence[Sequence[int] | None]) -> list[list[Score]]:
         logits, batch, placed = self._logits(samples)
         losses, hit = _loss_and_hit(logits, placed.labels)
         mask = batch.loss_mask > 0
         continues = torch.zeros_like(mask)
         if self.continues_word is not None:
             continues = self.continues_word.cpu()[batch.labels] & mask
-        return [
+        scores = [
             Score(float(loss[m].sum()), int(m.sum()), bool(h[m].all()), *count_completed_words(c.tolist(), h.tolist()))
             for loss, h, m, c in zip(losses, hit, mask, continues, strict=True)
+        ]
+        return [
+            [score] if ends is None else _with_endings(row[len(sample.input_ids) - 1], loss, h, m, ends)
+            for score, sample, row, loss, h, m, ends in zip(
+                scores, samples, logits, losses, hit, mask, endings, strict=True
+            )
         ]
 
     def prepare(self, samples: Sequence[EncodedSample], length: int) -> tuple[VisionLanguageBatch, ModelBatch]:
@@ -130,14 +164,21 @@ class Evaluator:
         return host, prepare_batch(host, self.placeholders, self.tokens_per_tile, True, self.groups)
 
     @torch.no_grad()
-    def _logits(self, samples: list[EncodedSample]) -> tuple[Tensor, VisionLanguageBatch, ModelBatch]:
-        """Returns the model's logits [b, s, vocabulary], and the batch on the host and on the device."""
+    def _logits(
+        self, samples: list[EncodedSample], counted: bool = True
+    ) -> tuple[Tensor, VisionLanguageBatch, ModelBatch]:
+        """Returns the model's logits [b, s, vocabulary], and the batch on the host and on the device.
+
+        Args:
+            samples: The samples, each in one row.
+            counted: Whether the routers count the tokens; otherwise they are padding to them.
+        """
         longest = max(len(sample.input_ids) for sample in samples)
         host, batch = self.prepare(samples, -(-longest // self.multiple_of) * self.multiple_of)
         logits = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            modality_ids=batch.modality_ids,
+            modality_ids=batch.modality_ids if counted else torch.full_like(batch.modality_ids, PADDING),
             pixel_values=batch.pixel_values,
             vision_index=batch.vision_index,
         )
@@ -159,6 +200,27 @@ def _loss_and_hit(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         parts.append(torch.stack([loss, (scores.argmax(dim=-1) == target).float()]))
     losses, hit = torch.cat(parts, dim=1).cpu().view(2, *labels.shape)
     return losses, hit > 0
+
+
+def _with_endings(logits: Tensor, losses: Tensor, hit: Tensor, mask: Tensor, endings: Sequence[int]) -> list[Score]:
+    """Returns one row's scores with each ending.
+
+    Args:
+        logits: Logits of the last target [vocabulary], on the device.
+        losses: Cross-entropy of the row's labels [s].
+        hit: Whether each label is the most likely token [s].
+        mask: Which positions are targets [s]; the last one is replaced.
+        endings: The tokens that replace the last label.
+    """
+    before = mask.nonzero().flatten()[:-1]
+    loss, exact = float(losses[before].sum()), bool(hit[before].all())
+    likelihoods = logits.float().log_softmax(dim=-1)
+    best = int(likelihoods.argmax())
+    last = (-likelihoods[torch.tensor(endings, device=logits.device)]).tolist()
+    return [
+        Score(loss + ending_loss, len(before) + 1, exact and ending == best)
+        for ending, ending_loss in zip(endings, last, strict=True)
+    ]
 
 
 def count_completed_words(continues: list[bool], hit: list[bool]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,7 @@ from tqdm import tqdm
 
 from megatron_smar.data.batch import EncodedSample
 from megatron_smar.evaluation.evaluator import Evaluator
-from megatron_smar.routing.modalities import TEXT
-
-_PADDING = -1
+from megatron_smar.routing.modalities import PADDING, TEXT
 
 # Number of the prompt, and its new tokens so far -> whether the continuation is complete.
 IsComplete = Callable[[int, list[int]], bool]
@@ -89,7 +88,7 @@ def plan_batches(lengths: Sequence[int], ends_of_images: Sequence[int], size: in
 @contextmanager
 def without_sequence_parallelism(model: torch.nn.Module) -> Iterator[None]:
     """Turns sequence parallelism off in all layers: a single token cannot be divided among tensor-parallel ranks."""
-    candidates = [part for module in model.modules() for part in (module, getattr(module, "config", None))]
+    candidates: list[Any] = [part for module in model.modules() for part in (module, getattr(module, "config", None))]
     owners = list({id(part): part for part in candidates if getattr(part, "sequence_parallel", False) is True}.values())
     for owner in owners:
         owner.sequence_parallel = False
@@ -172,7 +171,7 @@ class _Rows:
         is_real = [not row.complete for row in self.rows]
         pad = self.evaluator.pad_id
         ids = [row.ids[position] if real else pad for row, real in zip(self.rows, is_real, strict=True)]
-        modalities = [TEXT if real else _PADDING for real in is_real]
+        modalities = [TEXT if real else PADDING for real in is_real]
         column = [torch.tensor(values, device=self.device).unsqueeze(1) for values in (ids, modalities)]
         return self._pass(
             int(any(is_real)),

@@ -73,6 +73,21 @@ def test_scores_equal_those_of_the_full_logits_whatever_the_chunks(model, monkey
     assert scores[2].words == scores[2].words_completed == int(sure % 2 == 0)
 
 
+def test_the_scores_of_several_endings_equal_those_of_samples_that_end_with_them(model):
+    samples = [sample(length, seed, targets) for length, seed, targets in ((9, 1, 1), (14, 2, 5), (11, 3, 1))]
+    likely = [int(logits_of(model, item.input_ids, item.pixel_values)[-1].argmax()) for item in samples]
+    endings = [[7, likely[0], 9], None, [likely[2]]]
+    found = evaluator_of(model, batch_size=2).score_endings(samples, endings, "test")
+    assert [len(scores) for scores in found] == [3, 1, 1]
+    for item, ends, scores in zip(samples, endings, found, strict=True):
+        for ending, score in zip(ends or [int(item.labels[-1])], scores, strict=True):
+            item.labels[-1] = ending
+            (alone,) = evaluator_of(model).score([item], "test")
+            assert score.loss == pytest.approx(alone.loss, rel=1e-5)
+            assert (score.tokens, score.exact) == (alone.tokens, alone.exact)
+    assert [score.exact for score in found[0]] == [False, True, False] and found[2][0].exact
+
+
 def test_the_scores_of_a_batch_are_read_from_the_device_in_one_copy(model, monkeypatch):
     """Every read waits for the device, so a read per sample would be slow."""
 

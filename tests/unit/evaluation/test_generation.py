@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import build_hf_model, build_model
-from tests.unit.evaluation.test_evaluator import IMAGE, PAD, evaluator_of, logits_of, sample
+from tests.unit.evaluation.test_evaluator import IMAGE, evaluator_of, logits_of, sample
 
 MODELS = {
     "grouped queries": {},
@@ -102,6 +102,3 @@ def test_sequence_parallelism_is_on_again_after_an_error(model):
         raise KeyError
     assert layer.sequence_parallel is True
     layer.sequence_parallel = False
-
-
-assert PAD not in range(6, 128)  # `sample` draws no padding
