@@ -72,6 +72,7 @@ class Benchmark(ABC):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.version = ""  # set by `read`: which of the accepted files were read, for the report
 
     @abstractmethod
     def read(self) -> list[Question | Skipped]:
@@ -83,4 +84,11 @@ class Benchmark(ABC):
 
     @abstractmethod
     def score(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Returns the official metrics over the answers: `main_metric`, and each group's as `metric/group`."""
+        """Returns the official metrics over the answers: `main_metric`, and each group's as `metric/group`.
+
+        They are percentages, MME's are its points. Empty where the reference answers are not published.
+        """
+
+    def submission(self, answers: Sequence[Answer]) -> dict[str, str]:
+        """Returns what the benchmark's server or judge takes, each file's text by its name; empty where it has none."""
+        return {}
