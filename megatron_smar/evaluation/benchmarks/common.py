@@ -69,7 +69,7 @@ def read_json(benchmark: Benchmark, path: Path, kind: type = dict) -> Any:
     except json.JSONDecodeError as error:
         raise unusable(benchmark, path, f"is not JSON (line {error.lineno}: {error.msg})") from error
     if not isinstance(value, kind):
-        raise unusable(benchmark, path, f"has a {type(value).__name__} where a {kind.__name__} was expected")
+        raise unusable(benchmark, path, f"is of type {type(value).__name__}, not {kind.__name__}")
     return value
 
 
@@ -113,7 +113,7 @@ def entries(benchmark: Benchmark, path: Path, contents: dict[str, Any], name: st
 def field(record: Any, name: str) -> Any:
     """Returns a sample's field."""
     if not isinstance(record, dict):
-        raise SampleError(f"it is a {type(record).__name__}, not a record")
+        raise SampleError(f"it is of type {type(record).__name__}, not a record")
     if record.get(name) is None:
         raise SampleError(f"it has no '{name}'")
     return record[name]
@@ -123,7 +123,7 @@ def text(record: Any, name: str) -> str:
     """Returns a sample's field, which is a string with more than white space."""
     value = field(record, name)
     if not isinstance(value, str):
-        raise SampleError(f"its '{name}' is a {type(value).__name__}, not a string")
+        raise SampleError(f"its '{name}' is of type {type(value).__name__}, not a string")
     if not value.strip():
         raise SampleError(f"its '{name}' is empty")
     return value
@@ -138,7 +138,7 @@ def ten_answers(values: Any) -> tuple[str, ...]:
     for value in values:
         answer = value.get("answer") if isinstance(value, dict) else value
         if not isinstance(answer, str):
-            raise SampleError(f"a reference answer is a {type(answer).__name__}, not a string")
+            raise SampleError(f"a reference answer is of type {type(answer).__name__}, not a string")
         answers.append(answer)
     return tuple(answers)
 
