@@ -54,12 +54,16 @@ def only_split(benchmark: Benchmark, splits: dict[str, tuple[str, ...]]) -> str:
 
 def read_text(benchmark: Benchmark, path: Path) -> str:
     """Returns a file's text."""
-    if not path.is_file():
-        raise unusable(benchmark, path, "is not a file" if path.exists() else "does not exist")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise unusable(benchmark, path, "is not text in UTF-8") from error
+    except OSError as error:
+        raise _unreadable(benchmark, path, error) from error
+
+
+def _unreadable(benchmark: Benchmark, path: Path, error: OSError) -> BenchmarkError:
+    return unusable(benchmark, path, f"cannot be read ({error.strerror})" if path.exists() else "does not exist")
 
 
 def read_json(benchmark: Benchmark, path: Path, kind: type = dict) -> Any:
@@ -95,8 +99,8 @@ def read_table(benchmark: Benchmark, path: Path, columns: Iterable[str]) -> list
             if missing:
                 raise unusable(benchmark, path, f"has no column {', '.join(missing)}")
             return list(reader)
-    except FileNotFoundError as error:
-        raise unusable(benchmark, path, "does not exist") from error
+    except OSError as error:
+        raise _unreadable(benchmark, path, error) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise unusable(benchmark, path, f"is not a table in UTF-8 separated by tabs ({error})") from error
     finally:

@@ -49,10 +49,11 @@ class MME(Benchmark):
             if not folder.is_dir():
                 raise common.unusable(self, folder, "does not exist")
             parts = (folder / "images", folder / "questions_answers_YN")
-            pictures, texts = parts if parts[1].is_dir() else (folder, folder)
+            shown, texts = parts if parts[1].is_dir() else (folder, folder)
+            pictures = common.Pictures(shown)
             samples: list[Question | Skipped] = []
             for path in sorted(texts.glob("*.txt")):
-                samples += self._pair(subtask, path, common.Pictures(pictures))
+                samples += self._pair(subtask, path, pictures)
             questions += common.some(self, texts, samples)
         return questions
 
@@ -114,7 +115,7 @@ def _questions(benchmark: Benchmark, path: Path) -> list[tuple[str, str]]:
     try:
         lines = [line for line in common.read_text(benchmark, path).split("\n") if line.strip()]
     except BenchmarkError as error:  # one picture's file, not the benchmark's
-        raise common.SampleError(f"{path.name} is not text in UTF-8") from error
+        raise common.SampleError(f"{path.name} cannot be read as text in UTF-8") from error
     if len(lines) != 2:
         raise common.SampleError(f"{path.name} has {len(lines)} questions, not 2")
     pairs = []

@@ -67,7 +67,7 @@ class VQAv2(Benchmark):
             answers = common.ten_answers(common.field(annotations[key], "answers"))
             return Question(key, prompt, (picture,), answers, common.text(annotations[key], "answer_type"))
 
-        keyed = ((common.identifier(record, "question_id", f"line {i}"), record) for i, record in enumerate(questions))
+        keyed = ((common.identifier(record, "question_id", f"entry {i}"), record) for i, record in enumerate(questions))
         return common.samples(self, path, keyed, make)
 
     def score(self, answers: Sequence[Answer]) -> dict[str, float]:

@@ -56,3 +56,10 @@ def test_questions_without_published_answers_are_refused_as_another_file(gqa):
     assert f"{path} has no usable sample (1: it has no 'types')" in refusal(gqa)
     path.unlink()
     assert f"{path} does not exist" in refusal(gqa)
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused(gqa):
+    path = gqa.folder / "testdev_balanced_questions.json"
+    path.unlink()
+    path.mkdir()
+    assert f"{path} cannot be read (Is a directory)" in refusal(gqa)

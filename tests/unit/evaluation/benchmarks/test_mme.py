@@ -103,7 +103,7 @@ def test_a_bad_file_or_a_missing_picture_skips_both_questions(mme):
         **dict.fromkeys(["count/1/1", "count/1/2"], "it has no picture 1.jpg or 1.png"),
         **dict.fromkeys(["color/1/1", "color/1/2"], "1.txt has 3 questions, not 2"),
         **dict.fromkeys(["scene/1/1", "scene/1/2"], "1.txt has a line that is not a question, a tab, and Yes or No"),
-        **dict.fromkeys(["OCR/1/1", "OCR/1/2"], "1.txt is not text in UTF-8"),
+        **dict.fromkeys(["OCR/1/1", "OCR/1/2"], "1.txt cannot be read as text in UTF-8"),
     }
 
 

@@ -98,7 +98,7 @@ def test_bad_samples_are_skipped_with_the_reason(val):
         "4": "a reference answer is of type int, not a string",
         "5": "it has no annotation",
         "6": "its 'image_id' is '42', not a number",
-        "line 6": "it is of type str, not a record",
+        "entry 6": "it is of type str, not a record",
     }
 
 
