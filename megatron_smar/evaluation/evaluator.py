@@ -101,7 +101,7 @@ class Evaluator:
         for places in self._passes(len(samples), name):
             numbers = [order[place] for place in places]
             if not numbers:
-                self._keep_company(samples[order[0]])
+                self.pass_idle()
                 continue
             scores = self._score_batch([samples[n] for n in numbers], [endings[n] for n in numbers])
             found |= dict(zip(numbers, scores, strict=True))
@@ -124,7 +124,7 @@ class Evaluator:
             if numbers:
                 self._logits([samples[number] for number in numbers])
             else:
-                self._keep_company(samples[0])
+                self.pass_idle()
 
     def _passes(self, number: int, name: str) -> Iterator[list[int]]:
         """Yields the places of the samples in each of this rank's forward passes; neighbors share a pass.
@@ -136,9 +136,24 @@ class Evaluator:
         for start in tqdm(starts, desc=name, unit="batch", disable=dist.get_rank() > 0, mininterval=2):
             yield list(range(start + self.groups.dp.rank(), min(start + size, number), self.groups.dp.size()))
 
-    def _keep_company(self, sample: EncodedSample) -> None:
-        """Makes a pass whose tokens all count as padding."""
-        self._logits([sample], counted=False)
+    def most_of_replicas(self, number: int) -> int:
+        """Returns the largest of the replicas' numbers."""
+        if self.groups.dp.size() == 1:
+            return number
+        most = torch.tensor(number, device=next(self.model.parameters()).device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.groups.dp)
+        return int(most)
+
+    def idle_sample(self) -> EncodedSample:
+        """Returns a sample of one token, for passes that a rank makes only because others need its experts."""
+        ids = torch.tensor([self.pad_id])
+        fields = {"input_ids": ids, "labels": ids, "loss_mask": torch.zeros(1)}
+        tiles = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+        return EncodedSample(__key__="", __restore_key__=(), pixel_values=tiles, **fields)
+
+    def pass_idle(self) -> None:
+        """Makes a pass whose tokens count as padding."""
+        self._logits([self.idle_sample()], counted=False)
 
     def _score_batch(self, samples: list[EncodedSample], endings: Sequence[Sequence[int] | None]) -> list[list[Score]]:
         logits, batch, placed = self._logits(samples)

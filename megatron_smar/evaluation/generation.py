@@ -39,7 +39,7 @@ def generate(
     """Continues prompts with the most likely tokens; data-parallel ranks share the work, and all return all results.
 
     Args:
-        evaluator: Holds the model; its `batch_size` is the number of prompts decoded together.
+        evaluator: Holds the model; its `batch_size` is the number of prompts that a rank decodes together.
         prompts: The prompts; their `input_ids` are continued.
         limits: Largest number of new tokens of each prompt.
         is_complete: Ends a continuation; the last token belongs to the result.
@@ -49,23 +49,56 @@ def generate(
         The new token ids of each prompt.
     """
     group = evaluator.groups.dp
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].input_ids))
+    mine = order[group.rank() :: group.size()]
+    new = generate_own(
+        evaluator,
+        [prompts[number] for number in mine],
+        [limits[number] for number in mine],
+        lambda place, ids: is_complete(mine[place], ids),
+        name,
+    )
+    gathered: list[dict[int, list[int]]] = [{}] * group.size()
+    dist.all_gather_object(gathered, dict(zip(mine, new, strict=True)), group=group)
+    merged = {number: ids for part in gathered for number, ids in part.items()}
+    return [merged[number] for number in range(len(prompts))]
+
+
+def generate_own(
+    evaluator: Evaluator,
+    prompts: Sequence[EncodedSample],
+    limits: Sequence[int],
+    is_complete: IsComplete,
+    name: str | None = None,
+) -> list[list[int]]:
+    """Continues the prompts of this replica; every rank calls it, also one without prompts.
+
+    Args:
+        evaluator: As for `generate`.
+        prompts: This replica's prompts, the same on all its ranks.
+        limits: As for `generate`.
+        is_complete: As for `generate`.
+        name: Name of the progress bar; None for none.
+
+    Returns:
+        The new token ids of each of this replica's prompts.
+    """
     batches = plan_batches(
         [len(prompt.input_ids) for prompt in prompts],
         [_end_of_images(prompt, evaluator.placeholders) for prompt in prompts],
-        evaluator.batch_size * group.size(),
+        evaluator.batch_size,
     )
+    # Ranks that share experts must make equally many passes: those with fewer batches continue a prompt of no tokens.
+    missing = int(evaluator.most_of_replicas(len(batches))) - len(batches)
     found: dict[int, list[int]] = {}
+    show = name is not None and dist.get_rank() == 0
     with without_sequence_parallelism(evaluator.model), InferenceMode.active(), torch.no_grad():
-        for batch in tqdm(batches, desc=name, unit="batch", disable=dist.get_rank() > 0, mininterval=2):
-            mine = {number: _Row(prompts[number], limits[number]) for number in batch[group.rank() :: group.size()]}
-            # A rank without a prompt repeats one without continuing it: the experts' all-to-all needs every rank.
-            rows = _Rows(evaluator, list(mine.values()) or [_Row(prompts[batch[0]], 0)])
+        for batch in tqdm(batches + [[]] * missing, desc=name, unit="batch", disable=not show, mininterval=2):
+            mine = {number: _Row(prompts[number], limits[number]) for number in batch}
+            rows = _Rows(evaluator, list(mine.values()) or [_Row(evaluator.idle_sample(), 0)])
             rows.decode([partial(is_complete, number) for number in mine])
             found |= {number: row.new for number, row in mine.items()}
-    gathered: list[dict[int, list[int]]] = [{}] * group.size()
-    dist.all_gather_object(gathered, found, group=group)
-    merged = {number: ids for part in gathered for number, ids in part.items()}
-    return [merged[number] for number in range(len(prompts))]
+    return [found[number] for number in range(len(prompts))]
 
 
 def plan_batches(lengths: Sequence[int], ends_of_images: Sequence[int], size: int) -> list[list[int]]:
@@ -75,7 +108,7 @@ def plan_batches(lengths: Sequence[int], ends_of_images: Sequence[int], size: in
         lengths: Number of tokens of each prompt.
         ends_of_images: Position after each prompt's last vision token. It lies within the part that all prompts of a
             batch have in number, because a pass of one token has no pictures.
-        size: Largest number of prompts of a batch, over all replicas.
+        size: Largest number of prompts of a batch.
     """
     batches: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda n: lengths[n]):
@@ -141,11 +174,7 @@ class _Rows:
 
     def _any_replica_continues(self) -> bool:
         """Whether a row of any replica is not complete: ranks that share experts must make equally many passes."""
-        group = self.evaluator.groups.dp
-        number = torch.tensor(sum(not row.complete for row in self.rows), device=self.device)
-        if group.size() > 1:
-            dist.all_reduce(number, group=group)
-        return bool(number)
+        return self.evaluator.most_of_replicas(not all(row.complete for row in self.rows)) > 0
 
     def _read_common_part(self) -> list[int]:
         """Passes the first tokens of all rows through the model, and returns each row's most likely next token."""
@@ -156,11 +185,13 @@ class _Rows:
             fields = {"input_ids": ids, "labels": ids, "loss_mask": torch.zeros(length)}
             samples.append(EncodedSample.derive_from(row.prompt, pixel_values=row.prompt.pixel_values, **fields))
         _, batch = self.evaluator.prepare(samples, length)
+        idle = all(row.complete for row in self.rows)
         return self._pass(
             length,
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            modality_ids=batch.modality_ids,
+            # Rows that are not continued are not recorded: a rank without prompts makes passes for the others alone.
+            modality_ids=torch.full_like(batch.modality_ids, PADDING) if idle else batch.modality_ids,
             pixel_values=batch.pixel_values,
             vision_index=batch.vision_index,
         )
