@@ -69,7 +69,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add_benchmarks(parser)
     options, flags = parser.parse_known_args()
     if options.export and (flags or options.config or options.text or options.vqa or options.benchmarks):
-        fail("--export is evaluated on language tasks alone: give --tasks, --output and no flags of a checkpoint.")
+        fail(
+            ValueError("--export is evaluated on --tasks alone: give no samples, benchmarks or flags of a checkpoint.")
+        )
     try:
         return options, [*flags, *(["--load", str(saved_folder(options.config))] if options.config else [])]
     except ValueError as error:

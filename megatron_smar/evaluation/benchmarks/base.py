@@ -90,7 +90,7 @@ class Benchmark(ABC):
         """
 
     def unit(self, key: str) -> str:
-        """Returns what a sample is scored together with, as a name: a limit of samples keeps or leaves out whole units."""
+        """Returns a name that samples share if they are scored together: a limit keeps or leaves out whole units."""
         return key
 
     def submission(self, answers: Sequence[Answer]) -> dict[str, str]:
