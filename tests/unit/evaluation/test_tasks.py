@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval")
 import datasets
 from lm_eval.models.dummy import DummyLM
 
-from megatron_smar.evaluation.code_execution import CodeExecutionError
+from megatron_smar.evaluation.code_execution import CodeExecutionError, check_isolation
 from megatron_smar.evaluation.language_results import format_results, parse_results
 from megatron_smar.evaluation.local_data import DataError
 from megatron_smar.evaluation.task_config import PRESET_TASKS, SMAR_TASKS, LanguageConfig, TaskError
@@ -61,6 +61,14 @@ def no_network(monkeypatch, tmp_path) -> Iterator[None]:
     assert not asked, f"the network was asked for {asked}"
 
 
+@pytest.fixture
+def isolation() -> None:
+    try:
+        check_isolation()
+    except CodeExecutionError as error:
+        pytest.skip(str(error))
+
+
 def run(config: LanguageConfig, model: DummyLM) -> dict[str, Any]:
     results = load_tasks(config).run(model)
     assert results is not None
@@ -93,7 +101,7 @@ def test_a_group_is_one_score_with_the_presets_shots_in_every_member(tmp_path) -
 
 
 @pytest.mark.slow
-def test_the_preset_runs_the_papers_eight_benchmarks_offline(tmp_path) -> None:
+def test_the_preset_runs_the_papers_eight_benchmarks_offline(tmp_path, isolation) -> None:
     manager = _manager()
     subjects = {
         name: [leaf["dataset_name"] for _, leaf in _leaves(manager, name)] for name in ("mmlu", "ceval-valid", "bbh")
@@ -120,7 +128,7 @@ def test_the_preset_runs_the_papers_eight_benchmarks_offline(tmp_path) -> None:
     assert tasks["bbh"].score == 0.5 and tasks["humaneval"].score == 0.0
 
 
-def test_generated_code_is_scored_by_running_it(tmp_path) -> None:
+def test_generated_code_is_scored_by_running_it(tmp_path, isolation) -> None:
     language_data.humaneval(tmp_path)
     language_data.mbpp(tmp_path)
     config = LanguageConfig(("humaneval",), tmp_path, allow_code_execution=True)
@@ -220,6 +228,7 @@ def test_a_task_and_its_group_are_not_run_together(tmp_path) -> None:
     [
         ({"tasks": ()}, "--tasks names no task"),
         ({"folder": Path("/nonexistent")}, "/nonexistent is not a folder"),
+        ({"task_files": Path("/nonexistent")}, "/nonexistent is not a folder"),
         ({"num_fewshot": -1}, "is -1; it must be 0 or more"),
         ({"limit": 0}, "limit is 0 questions; it must be more than 0"),
     ],
