@@ -117,6 +117,8 @@ class LanguageTasks:
             if not merged["tasks"]:
                 continue
             random.seed(SEED)
+            for task in merged["tasks"].values():
+                task.set_fewshot_seed(seed=SEED)  # here, so that a second model gets the same examples
             _seed_language_detection()
             with one_progress_bar(len(merged["tasks"])):
                 part = evaluate(

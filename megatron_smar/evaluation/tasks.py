@@ -31,7 +31,7 @@ from megatron_smar.evaluation.local_data import (
     without_missing_splits,
 )
 from megatron_smar.evaluation.task_config import PRESET, LanguageConfig, TaskError
-from megatron_smar.evaluation.task_run import SEED, LanguageTasks, is_first_process
+from megatron_smar.evaluation.task_run import LanguageTasks, is_first_process
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -223,5 +223,4 @@ def _load(config: LanguageConfig, manager: TaskManager, name: str, loaded_one: C
         raise TaskError(f"The harness cannot load {name} of --tasks: {type(error).__name__}: {lines[0]}") from error
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=config.shots(name, task.get_config("num_fewshot")))
-        task.set_fewshot_seed(seed=SEED)
     return loaded

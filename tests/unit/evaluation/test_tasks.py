@@ -177,6 +177,19 @@ def test_prompts_of_the_same_questions_have_the_same_digest_and_others_another(t
     assert digest() != digest(chat_template=True)
 
 
+def test_prompts_are_those_of_the_harness_itself_and_the_same_for_each_model(tmp_path) -> None:
+    from lm_eval.evaluator import simple_evaluate
+
+    language_data.arc(tmp_path)
+    loaded = load_tasks(LanguageConfig(("arc_challenge",), tmp_path))
+    first, second, harness = Answers(), Answers(), Answers()
+    loaded.run(first)
+    loaded.run(second)
+    simple_evaluate(harness, tasks=list(loaded.loaded["arc_challenge"]["tasks"].values()), bootstrap_iters=0)
+    assert first.prompts == second.prompts == harness.prompts
+    assert first.prompts[0].count("Question:") == 26
+
+
 def test_a_split_that_only_serves_examples_may_be_missing_without_examples(tmp_path) -> None:
     language_data.hellaswag(tmp_path)
     result = run(LanguageConfig(("hellaswag",), tmp_path), Answers())["hellaswag"]
