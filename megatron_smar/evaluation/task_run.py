@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from megatron_smar.evaluation.language_results import LanguageResults, TaskResult, align
+from megatron_smar.evaluation.local_data import local_metrics
 from megatron_smar.evaluation.task_config import PRESET_TASKS, LanguageConfig, TaskError
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class LanguageTasks:
             The scores, on the process of the model's `rank` 0; None on the others.
 
         Raises:
-            TaskError: The harness cannot run the tasks with this model.
+            TaskError: The harness does not report the main metric.
+            DataError: The script of a metric is not in the folder.
         """
         from lm_eval.evaluator import evaluate
 
@@ -120,7 +122,8 @@ class LanguageTasks:
             for task in merged["tasks"].values():
                 task.set_fewshot_seed(seed=SEED)  # here, so that a second model gets the same examples
             _seed_language_detection()
-            with one_progress_bar(len(merged["tasks"])):
+            # Some tasks load their metric's script only when they compute it.
+            with one_progress_bar(len(merged["tasks"])), local_metrics(self.config.folder):
                 part = evaluate(
                     model,
                     merged,

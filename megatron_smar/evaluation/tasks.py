@@ -26,6 +26,7 @@ from megatron_smar.evaluation.local_data import (
     check_nltk_data,
     go_offline,
     is_hub_dataset,
+    local_datasets,
     local_metrics,
     overrides,
     without_missing_splits,
@@ -133,12 +134,12 @@ def _check_code(config: LanguageConfig, leaves: Mapping[str, Mapping[str, dict[s
     outside = [name for name in running if set(unsafe[name]) - set(SANDBOXED)]
     if outside:
         raise CodeExecutionError(
-            f"{', '.join(outside)} of --tasks would run code that the model wrote outside of this project's sandbox: "
-            "leave it out."
+            f"--tasks {' '.join(outside)} would run code that the model wrote outside of this project's sandbox: leave "
+            "them out."
         )
     if running and not config.allow_code_execution:
         raise CodeExecutionError(
-            f"{', '.join(running)} of --tasks runs code that the model wrote: allow it with {FLAG}, or leave it out."
+            f"--tasks {' '.join(running)} would run code that the model wrote: allow it with {FLAG}, or leave them out."
         )
     if running:
         check_isolation()
@@ -149,7 +150,10 @@ def _check_data(config: LanguageConfig, leaves: Mapping[str, Mapping[str, dict[s
     problems: dict[str, str] = {}
     for name, members in leaves.items():
         if any(f"/{NEEDS_NLTK}/" in leaf["file"] for leaf in members.values()):
-            check_nltk_data(config.folder, name)
+            try:
+                check_nltk_data(config.folder, name)
+            except DataError as error:
+                problems["NLTK's punkt_tab"] = str(error)
         if config.folder is None:
             continue
         for leaf in members.values():
@@ -214,7 +218,7 @@ def _load(config: LanguageConfig, manager: TaskManager, name: str, loaded_one: C
 
     manager._factory = LocalFactory(meta=manager.metadata)
     try:
-        with local_metrics(config.folder):
+        with local_metrics(config.folder), local_datasets(config.folder, name):
             loaded: dict[str, Any] = dict(manager.load([name]))
     except (TaskError, DataError, CodeExecutionError):
         raise

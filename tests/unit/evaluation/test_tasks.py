@@ -141,12 +141,12 @@ def test_generated_code_is_scored_by_running_it(tmp_path, isolation) -> None:
 
 def test_code_is_not_run_without_permission(tmp_path) -> None:
     language_data.humaneval(tmp_path)
-    with pytest.raises(CodeExecutionError, match=r"humaneval of --tasks runs code .* --allow-code-execution"):
+    with pytest.raises(CodeExecutionError, match=r"--tasks humaneval would run code .* --allow-code-execution"):
         load_tasks(LanguageConfig(("humaneval",), tmp_path))
 
 
 def test_a_task_that_would_run_code_outside_of_the_sandbox_is_refused_even_with_permission(tmp_path) -> None:
-    with pytest.raises(CodeExecutionError, match=r"cruxeval_output of --tasks would run code .* outside"):
+    with pytest.raises(CodeExecutionError, match=r"--tasks cruxeval_output would run code .* outside"):
         load_tasks(LanguageConfig(("cruxeval_output",), tmp_path, allow_code_execution=True))
 
 
@@ -210,6 +210,18 @@ def test_missing_data_sets_are_all_named_with_folder_and_origin(tmp_path) -> Non
     assert f"{place} is not a folder: gsm8k_cot needs the hub's data set openai/gsm8k there" in str(error.value)
     assert f"hf download --repo-type dataset openai/gsm8k --local-dir {place}" in str(error.value)
     assert str(error.value).endswith("Unusable are also: allenai/ai2_arc.")
+
+
+def test_a_task_written_in_python_reads_the_folder_too(tmp_path) -> None:
+    row = {"id": "1", "title": "Tree", "context": "A tree is tall.", "question": "What is tall?"}
+    answers = {"answers": {"text": ["a tree"], "answer_start": [0]}}
+    language_data.jsonl(tmp_path / "lighteval/squad_v2/validation.jsonl", [row | answers])
+    language_data.jsonl(tmp_path / "lighteval/squad_v2/train.jsonl", [row | answers])
+    loaded = load_tasks(LanguageConfig(("squadv2",), tmp_path))
+    assert [len(task.eval_docs) for item in loaded.scored() for task in item.tasks] == [1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"squadv2 needs the hub's data set lighteval/squad_v2 there"):
+        load_tasks(LanguageConfig(("squadv2",), tmp_path / "empty"))
 
 
 def test_an_incomplete_data_set_is_refused(tmp_path) -> None:
