@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 UNAVAILABLE = 3  # exit status where the kernel grants no isolation
@@ -47,16 +48,37 @@ def mount(kind: str | None, target: str, flags: int, options: str = "") -> None:
     check(libc.mount(name, target.encode(), name, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
 
 
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """Adds to an OSError what failed."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{what}: {error.strerror}") from None
+
+
+def leave_root() -> None:
+    """Makes the real user another than root, which the kernel exempts from the limit of processes; files stay readable.
+
+    In a container that has mapped only its own user, root is not the kernel's root and has that limit anyway.
+    """
+    with open("/proc/self/uid_map") as file:
+        outside = file.read().split()[1]
+    if outside == "0":
+        with named("setresuid"):
+            os.setresuid(NOBODY, 0, 0)
+
+
 def isolate(work: str, file_size: int) -> None:
     """Enters namespaces without network, other processes, and writable files outside the folder `work`."""
     user, group = os.geteuid(), os.getegid()
     if user == 0:
-        # The kernel limits the number of processes by the real user, and exempts root; files are read as before.
-        os.setresuid(NOBODY, 0, 0)
+        leave_root()
     spaces = os.CLONE_NEWUSER | os.CLONE_NEWNET | os.CLONE_NEWPID | os.CLONE_NEWNS | os.CLONE_NEWIPC | os.CLONE_NEWUTS
-    os.unshare(spaces)
+    with named("unshare"):
+        os.unshare(spaces)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{INSIDE} {user} 1"), ("gid_map", f"{INSIDE} {group} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
+        with named(f"/proc/self/{name}"), open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     mount(None, "/", MS_REC | MS_PRIVATE)
     attributes = MountAttributes(attr_set=MOUNT_ATTR_RDONLY)

@@ -28,6 +28,7 @@ from megatron_smar.evaluation.language.code_execution import CodeEval
 
 NLTK_DATA, METRICS = "nltk_data", "evaluate-metric"
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+FORMATS = {*BUILDERS.values(), "text"}
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test")
 SHARD = re.compile(r"-\d+-of-\d+$")
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
@@ -74,7 +75,7 @@ class Request:
 def is_hub_dataset(config: Mapping[str, Any]) -> bool:
     """Returns whether a task's configuration names a data set on the hub, not a format or a Python function."""
     path = config.get("dataset_path")
-    return isinstance(path, str) and path not in {*BUILDERS.values(), "text"} and not config.get("custom_dataset")
+    return isinstance(path, str) and path not in FORMATS and not config.get("custom_dataset")
 
 
 def overrides(folder: Path, request: Request) -> dict[str, Any]:
@@ -247,3 +248,32 @@ def local_metrics(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         evaluate.load = original
+
+
+@contextmanager
+def local_datasets(folder: Path | None, task: str) -> Iterator[None]:
+    """Replaces `datasets.load_dataset` while tasks are loaded: those written in Python read their data by it.
+
+    Args:
+        folder: The folder with the data sets; None: nothing is replaced.
+        task: The task that is loaded, for messages.
+
+    Raises:
+        DataError: A data set is not in the folder.
+    """
+    import datasets
+
+    original = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if folder is None or path in FORMATS or os.path.exists(path):
+            return original(path, name, *args, **kwargs)
+        local = overrides(folder, Request(task, path, name, ()))
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "revision")}
+        return original(local["dataset_path"], name, *args, **kwargs | local.get("dataset_kwargs", {}))
+
+    datasets.load_dataset = load
+    try:
+        yield
+    finally:
+        datasets.load_dataset = original

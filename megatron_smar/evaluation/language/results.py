@@ -123,7 +123,8 @@ def format_results(results: LanguageResults) -> str:
     rows: list[tuple[str, ...]] = [("task", "score", "± s.e.", "questions", "shots", "metric")]
     for name, task in results.tasks.items():
         error = "" if task.stderr is None else f"{100 * task.stderr:.2f}"
-        row = (f"{task.title} ({name})", f"{100 * task.score:.2f}", error, f"{task.samples:,}", f"{task.shots}")
+        title = task.title if task.title == name else f"{task.title} ({name})"
+        row = (title, f"{100 * task.score:.2f}", error, f"{task.samples:,}", f"{task.shots}")
         rows.append((*row, task.metric))
     return align(rows, left=(0, 5))
 

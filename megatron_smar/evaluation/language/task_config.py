@@ -77,6 +77,7 @@ class LanguageConfig:
         num_fewshot: Number of examples for tasks outside the preset; None: the task's own.
         chat_template: Whether prompts are conversations; None: only those of the preset that say so.
         limit: Evaluate only so many questions of each task, or this share of them if below 1; for trials.
+        task_files: Folder with further task files (YAML) in the harness's format, its `--include_path`.
     """
 
     tasks: tuple[str, ...]
@@ -85,12 +86,15 @@ class LanguageConfig:
     num_fewshot: int | None = None
     chat_template: bool | None = None
     limit: float | None = None
+    task_files: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise TaskError(f"--tasks names no task; the paper's are --tasks {PRESET}.")
         if self.folder is not None and not self.folder.is_dir():
             raise TaskError(f"{self.folder} is not a folder; the data sets of --tasks are expected in it.")
+        if self.task_files is not None and not self.task_files.is_dir():
+            raise TaskError(f"{self.task_files} is not a folder; further task files are expected in it.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise TaskError(f"The number of examples is {self.num_fewshot}; it must be 0 or more.")
         if self.limit is not None and self.limit <= 0:

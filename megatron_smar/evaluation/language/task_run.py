@@ -7,10 +7,14 @@ import hashlib
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
+from megatron_smar.evaluation.language.local_data import local_metrics
 from megatron_smar.evaluation.language.results import LanguageResults, TaskResult, align
 from megatron_smar.evaluation.language.task_config import PRESET_TASKS, LanguageConfig, TaskError
 
@@ -45,7 +49,8 @@ class Scored:
     @property
     def version(self) -> str:
         """The harness's version of it."""
-        return str(self.tasks[0].VERSION if self.group is None else self.group.version)
+        stated = str(self.tasks[0].VERSION if self.group is None else self.group.version)
+        return "none" if stated in ("Yaml", "N/A") else stated  # the harness's words for a file without a version
 
     @property
     def shots(self) -> int:
@@ -102,7 +107,8 @@ class LanguageTasks:
             The scores, on the process of the model's `rank` 0; None on the others.
 
         Raises:
-            TaskError: The harness cannot run the tasks with this model.
+            TaskError: The harness does not report the main metric.
+            DataError: The script of a metric is not in the folder.
         """
         from lm_eval.evaluator import evaluate
 
@@ -113,17 +119,21 @@ class LanguageTasks:
             if not merged["tasks"]:
                 continue
             random.seed(SEED)
+            for task in merged["tasks"].values():
+                task.set_fewshot_seed(seed=SEED)  # here, so that a second model gets the same examples
             _seed_language_detection()
-            part = evaluate(
-                model,
-                merged,
-                limit=self.config.limit,
-                bootstrap_iters=BOOTSTRAPS,
-                log_samples=False,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
-                confirm_run_unsafe_code=self.config.allow_code_execution,
-            )
+            # Some tasks load their metric's script only when they compute it.
+            with one_progress_bar(len(merged["tasks"])), local_metrics(self.config.folder):
+                part = evaluate(
+                    model,
+                    merged,
+                    limit=self.config.limit,
+                    bootstrap_iters=BOOTSTRAPS,
+                    log_samples=False,
+                    apply_chat_template=chat,
+                    fewshot_as_multiturn=chat,
+                    confirm_run_unsafe_code=self.config.allow_code_execution,
+                )
             if part is not None:
                 scores |= part["results"]
         if model.rank != 0:
@@ -161,6 +171,32 @@ class LanguageTasks:
             metrics={key: _number(value) for key, value in own.items() if "," in key},
             subtasks={name: float(score[metric]) for name, score in members.items() if metric in score},
         )
+
+
+@contextmanager
+def one_progress_bar(tasks: int) -> Iterator[None]:
+    """Shows one progress bar over the tasks whose prompts are built, where the harness shows one for each task."""
+    from lm_eval.api import task
+
+    original = task.tqdm
+    with tqdm(total=tasks, desc="building prompts", unit="task", disable=not is_first_process()) as bar:
+
+        def counted(items: Iterable[Any], **_: Any) -> Iterator[Any]:
+            yield from items
+            bar.update()
+            if bar.n == tasks:
+                bar.close()  # before the model's own bars begin
+
+        task.tqdm = counted
+        try:
+            yield
+        finally:
+            task.tqdm = original
+
+
+def is_first_process() -> bool:
+    """Returns whether this process is the one that shows progress."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _scored(requested: str, items: Iterable[Any]) -> Iterator[Scored]:

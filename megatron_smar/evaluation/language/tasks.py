@@ -9,11 +9,15 @@ number of examples, the chat template, the main metric and the seed.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from megatron_smar.evaluation.language.code_execution import FLAG, CodeExecutionError, check_isolation
 from megatron_smar.evaluation.language.local_data import (
@@ -22,12 +26,13 @@ from megatron_smar.evaluation.language.local_data import (
     check_nltk_data,
     go_offline,
     is_hub_dataset,
+    local_datasets,
     local_metrics,
     overrides,
     without_missing_splits,
 )
 from megatron_smar.evaluation.language.task_config import PRESET, LanguageConfig, TaskError
-from megatron_smar.evaluation.language.task_run import SEED, LanguageTasks
+from megatron_smar.evaluation.language.task_run import LanguageTasks, is_first_process
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -65,21 +70,23 @@ def load_tasks(config: LanguageConfig) -> LanguageTasks:
     if config.folder is not None:
         go_offline()  # before the harness imports datasets
     require_harness()
-    manager = _manager()
+    manager = _manager(config.task_files)
     _check_names(config.names, manager)
     leaves = {name: dict(_leaves(manager, name)) for name in config.names}
     _check_overlap(leaves)
     _check_code(config, leaves)
     _check_data(config, leaves)
-    return LanguageTasks(config, {name: _load(config, manager, name) for name in config.names})
+    count = sum(map(len, leaves.values()))
+    with _quiet(), tqdm(total=count, desc="reading data", unit="task", disable=not is_first_process()) as bar:
+        return LanguageTasks(config, {name: _load(config, manager, name, bar.update) for name in config.names})
 
 
 @cache
-def _manager() -> TaskManager:
-    """Returns the harness's index of its tasks; reading it takes seconds."""
+def _manager(task_files: Path | None = None) -> TaskManager:
+    """Returns the harness's index of its tasks and of further task files; reading it takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    return TaskManager(include_path=None if task_files is None else str(task_files))
 
 
 def _check_names(names: Sequence[str], manager: TaskManager) -> None:
@@ -127,12 +134,12 @@ def _check_code(config: LanguageConfig, leaves: Mapping[str, Mapping[str, dict[s
     outside = [name for name in running if set(unsafe[name]) - set(SANDBOXED)]
     if outside:
         raise CodeExecutionError(
-            f"{', '.join(outside)} of --tasks would run code that the model wrote outside of this project's sandbox: "
-            "leave it out."
+            f"--tasks {' '.join(outside)} would run code that the model wrote outside of this project's sandbox: leave "
+            "them out."
         )
     if running and not config.allow_code_execution:
         raise CodeExecutionError(
-            f"{', '.join(running)} of --tasks runs code that the model wrote: allow it with {FLAG}, or leave it out."
+            f"--tasks {' '.join(running)} would run code that the model wrote: allow it with {FLAG}, or leave them out."
         )
     if running:
         check_isolation()
@@ -143,7 +150,10 @@ def _check_data(config: LanguageConfig, leaves: Mapping[str, Mapping[str, dict[s
     problems: dict[str, str] = {}
     for name, members in leaves.items():
         if any(f"/{NEEDS_NLTK}/" in leaf["file"] for leaf in members.values()):
-            check_nltk_data(config.folder, name)
+            try:
+                check_nltk_data(config.folder, name)
+            except DataError as error:
+                problems["NLTK's punkt_tab"] = str(error)
         if config.folder is None:
             continue
         for leaf in members.values():
@@ -174,7 +184,24 @@ def _local(folder: Path, config: Mapping[str, Any], shots: int) -> dict[str, Any
     return local | {"dataset_kwargs": kwargs | (local.get("dataset_kwargs") or {})} | unused
 
 
-def _load(config: LanguageConfig, manager: TaskManager, name: str) -> dict[str, Any]:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences progress bars and warnings of the libraries, of which there would be one for each of 140 tasks."""
+    import datasets
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _load(config: LanguageConfig, manager: TaskManager, name: str, loaded_one: Callable[[], Any]) -> dict[str, Any]:
     """Returns the harness's task objects of a task, group or tag, as `TaskManager.load` does."""
     from lm_eval.tasks._factory import TaskFactory
 
@@ -183,13 +210,15 @@ def _load(config: LanguageConfig, manager: TaskManager, name: str) -> dict[str, 
 
         def _load_full_config(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
             own = super()._load_full_config(*arguments, **keywords)
+            if "group" not in own:
+                loaded_one()
             if config.folder is None or not is_hub_dataset(own):
                 return own
             return own | _local(config.folder, own, config.shots(name, own.get("num_fewshot")))
 
     manager._factory = LocalFactory(meta=manager.metadata)
     try:
-        with local_metrics(config.folder):
+        with local_metrics(config.folder), local_datasets(config.folder, name):
             loaded: dict[str, Any] = dict(manager.load([name]))
     except (TaskError, DataError, CodeExecutionError):
         raise
@@ -198,5 +227,4 @@ def _load(config: LanguageConfig, manager: TaskManager, name: str) -> dict[str, 
         raise TaskError(f"The harness cannot load {name} of --tasks: {type(error).__name__}: {lines[0]}") from error
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=config.shots(name, task.get_config("num_fewshot")))
-        task.set_fewshot_seed(seed=SEED)
     return loaded

@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval")
 import datasets
 from lm_eval.models.dummy import DummyLM
 
-from megatron_smar.evaluation.language.code_execution import CodeExecutionError
+from megatron_smar.evaluation.language.code_execution import CodeExecutionError, check_isolation
 from megatron_smar.evaluation.language.local_data import DataError
 from megatron_smar.evaluation.language.results import format_results, parse_results
 from megatron_smar.evaluation.language.task_config import PRESET_TASKS, SMAR_TASKS, LanguageConfig, TaskError
@@ -61,6 +61,14 @@ def no_network(monkeypatch, tmp_path) -> Iterator[None]:
     assert not asked, f"the network was asked for {asked}"
 
 
+@pytest.fixture
+def isolation() -> None:
+    try:
+        check_isolation()
+    except CodeExecutionError as error:
+        pytest.skip(str(error))
+
+
 def run(config: LanguageConfig, model: DummyLM) -> dict[str, Any]:
     results = load_tasks(config).run(model)
     assert results is not None
@@ -93,7 +101,7 @@ def test_a_group_is_one_score_with_the_presets_shots_in_every_member(tmp_path) -
 
 
 @pytest.mark.slow
-def test_the_preset_runs_the_papers_eight_benchmarks_offline(tmp_path) -> None:
+def test_the_preset_runs_the_papers_eight_benchmarks_offline(tmp_path, isolation) -> None:
     manager = _manager()
     subjects = {
         name: [leaf["dataset_name"] for _, leaf in _leaves(manager, name)] for name in ("mmlu", "ceval-valid", "bbh")
@@ -120,7 +128,7 @@ def test_the_preset_runs_the_papers_eight_benchmarks_offline(tmp_path) -> None:
     assert tasks["bbh"].score == 0.5 and tasks["humaneval"].score == 0.0
 
 
-def test_generated_code_is_scored_by_running_it(tmp_path) -> None:
+def test_generated_code_is_scored_by_running_it(tmp_path, isolation) -> None:
     language_data.humaneval(tmp_path)
     language_data.mbpp(tmp_path)
     config = LanguageConfig(("humaneval",), tmp_path, allow_code_execution=True)
@@ -133,12 +141,12 @@ def test_generated_code_is_scored_by_running_it(tmp_path) -> None:
 
 def test_code_is_not_run_without_permission(tmp_path) -> None:
     language_data.humaneval(tmp_path)
-    with pytest.raises(CodeExecutionError, match=r"humaneval of --tasks runs code .* --allow-code-execution"):
+    with pytest.raises(CodeExecutionError, match=r"--tasks humaneval would run code .* --allow-code-execution"):
         load_tasks(LanguageConfig(("humaneval",), tmp_path))
 
 
 def test_a_task_that_would_run_code_outside_of_the_sandbox_is_refused_even_with_permission(tmp_path) -> None:
-    with pytest.raises(CodeExecutionError, match=r"cruxeval_output of --tasks would run code .* outside"):
+    with pytest.raises(CodeExecutionError, match=r"--tasks cruxeval_output would run code .* outside"):
         load_tasks(LanguageConfig(("cruxeval_output",), tmp_path, allow_code_execution=True))
 
 
@@ -169,6 +177,19 @@ def test_prompts_of_the_same_questions_have_the_same_digest_and_others_another(t
     assert digest() != digest(chat_template=True)
 
 
+def test_prompts_are_those_of_the_harness_itself_and_the_same_for_each_model(tmp_path) -> None:
+    from lm_eval.evaluator import simple_evaluate
+
+    language_data.arc(tmp_path)
+    loaded = load_tasks(LanguageConfig(("arc_challenge",), tmp_path))
+    first, second, harness = Answers(), Answers(), Answers()
+    loaded.run(first)
+    loaded.run(second)
+    simple_evaluate(harness, tasks=list(loaded.loaded["arc_challenge"]["tasks"].values()), bootstrap_iters=0)
+    assert first.prompts == second.prompts == harness.prompts
+    assert first.prompts[0].count("Question:") == 26
+
+
 def test_a_split_that_only_serves_examples_may_be_missing_without_examples(tmp_path) -> None:
     language_data.hellaswag(tmp_path)
     result = run(LanguageConfig(("hellaswag",), tmp_path), Answers())["hellaswag"]
@@ -189,6 +210,18 @@ def test_missing_data_sets_are_all_named_with_folder_and_origin(tmp_path) -> Non
     assert f"{place} is not a folder: gsm8k_cot needs the hub's data set openai/gsm8k there" in str(error.value)
     assert f"hf download --repo-type dataset openai/gsm8k --local-dir {place}" in str(error.value)
     assert str(error.value).endswith("Unusable are also: allenai/ai2_arc.")
+
+
+def test_a_task_written_in_python_reads_the_folder_too(tmp_path) -> None:
+    row = {"id": "1", "title": "Tree", "context": "A tree is tall.", "question": "What is tall?"}
+    answers = {"answers": {"text": ["a tree"], "answer_start": [0]}}
+    language_data.jsonl(tmp_path / "lighteval/squad_v2/validation.jsonl", [row | answers])
+    language_data.jsonl(tmp_path / "lighteval/squad_v2/train.jsonl", [row | answers])
+    loaded = load_tasks(LanguageConfig(("squadv2",), tmp_path))
+    assert [len(task.eval_docs) for item in loaded.scored() for task in item.tasks] == [1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"squadv2 needs the hub's data set lighteval/squad_v2 there"):
+        load_tasks(LanguageConfig(("squadv2",), tmp_path / "empty"))
 
 
 def test_an_incomplete_data_set_is_refused(tmp_path) -> None:
@@ -220,6 +253,7 @@ def test_a_task_and_its_group_are_not_run_together(tmp_path) -> None:
     [
         ({"tasks": ()}, "--tasks names no task"),
         ({"folder": Path("/nonexistent")}, "/nonexistent is not a folder"),
+        ({"task_files": Path("/nonexistent")}, "/nonexistent is not a folder"),
         ({"num_fewshot": -1}, "is -1; it must be 0 or more"),
         ({"limit": 0}, "limit is 0 questions; it must be more than 0"),
     ],
