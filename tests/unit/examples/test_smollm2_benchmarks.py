@@ -74,6 +74,7 @@ def test_the_harness_runs_the_written_folder(tmp_path, cache, monkeypatch) -> No
     pytest.importorskip("lm_eval")
     import datasets
     from lm_eval.models.dummy import DummyLM
+
     from megatron_smar.evaluation.language.task_config import LanguageConfig
     from megatron_smar.evaluation.language.tasks import load_tasks
 
