@@ -83,6 +83,13 @@ def _check_cpu(args: Namespace) -> None:
         raise ValueError("--distributed-backend nccl needs GPUs, and this run is on the CPU; leave it out.")
     if args.moe_grouped_gemm:
         raise ValueError("--moe-grouped-gemm needs a GPU, and this run is on the CPU; leave it out.")
+    shards = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    if args.num_experts and args.expert_model_parallel_size > 1 and shards > 1:
+        raise ValueError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size} with experts sharded over {shards} "
+            "tensor-parallel ranks needs GPUs, because Gloo gathers no shares of unequal size: give "
+            "--expert-tensor-parallel-size 1."
+        )
 
 
 def _check_without_transformer_engine(args: Namespace, environment: Environment) -> None:

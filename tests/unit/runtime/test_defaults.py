@@ -29,6 +29,10 @@ def flags(environment: Environment, **given: object) -> Namespace:
         "tp_comm_overlap": False,
         "use_precision_aware_optimizer": False,
         "optimizer_cpu_offload": False,
+        "num_experts": 4,
+        "tensor_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
     }
     return Namespace(**(megatron | defaults_of(environment) | given))
 
@@ -65,6 +69,11 @@ def test_the_start_line_names_device_layers_and_optimizer(environment):
         (CPU, {"transformer_impl": "transformer_engine"}, "--transformer-impl transformer_engine needs"),
         (CPU, {"moe_grouped_gemm": True}, "--moe-grouped-gemm needs a GPU"),
         (CPU, {"distributed_backend": "nccl"}, "nccl needs GPUs"),
+        (
+            CPU,
+            {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2},
+            "--expert-model-parallel-size 2 with experts sharded over 2 tensor-parallel ranks needs GPUs",
+        ),
         (CPU, {"fp8": "hybrid"}, "--fp8-format needs Transformer Engine, which is not used on the CPU"),
         (CPU, {"gradient_accumulation_fusion": True}, "not used on the CPU"),
         (TORCH_ONLY, {"transformer_impl": "transformer_engine"}, "give --transformer-impl local"),
@@ -81,6 +90,11 @@ def test_a_flag_that_the_environment_does_not_support_is_refused_in_one_sentence
         check_flags(flags(environment, **given), environment)
     message = str(refused.value)
     assert said in message and message.endswith(".") and "\n" not in message
+
+
+def test_experts_of_one_tensor_parallel_rank_each_run_under_expert_parallelism_on_the_cpu():
+    sizes = {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    check_flags(flags(CPU, **sizes), CPU)
 
 
 def test_the_precision_aware_optimizer_with_cpu_offload_does_not_need_transformer_engine():
