@@ -11,6 +11,7 @@ from typing import Any
 from megatron_smar.report import figures
 from megatron_smar.report.html import Markup, drawing, picture, section, table, tag
 from megatron_smar.report.numbers import is_finite, percent
+from megatron_smar.report.style import block_size
 
 DEFINITIONS = {
     "MRD distance": "The symmetric Kullback-Leibler distance, in nats, between the modality routing distributions of "
@@ -66,7 +67,7 @@ def distances(
 
 def means(points: int) -> str:
     """Returns the caption's sentence on curves that are plotted as means of adjacent points."""
-    block = figures.block_size(points)
+    block = block_size(points)
     return f"Each point is the mean of {block} logged values." if block > 1 else ""
 
 
