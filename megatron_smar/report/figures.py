@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -41,11 +41,19 @@ LAYER_TAG = re.compile(r"moe/mrd_distance_layer_(\d+)$")
 
 
 class HeatMap(NamedTuple):
-    """One heat map: the values [L, E], its title and the label of its horizontal axis."""
+    """One heat map.
+
+    Attributes:
+        values: The values, [L, E].
+        title: Title of the map.
+        label: Label of the horizontal axis.
+        place: Where the title is; "left" leaves room for a long one.
+    """
 
     values: Any
     title: str = ""
     label: str = "expert"
+    place: Literal["left", "center"] = "center"
 
 
 def layer_series(
@@ -149,21 +157,23 @@ def expert_heat_maps(before: Any | None, after: Any, top: float) -> Figure:
 
 
 @styled
-def expert_maps_by_run(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
+def expert_maps_by_run(runs: Mapping[str, Mapping[str, Any]], top: float) -> Figure:
     """Plots the share of each modality's token slots per layer and expert (the paper's Figure 4), one row per run.
 
     Args:
         runs: By name of the run: {modality: [L, E]}. Runs may have different shapes and modalities.
+        top: Share at the dark end of the scale.
     """
     kinds = list(dict.fromkeys(kind for shares in runs.values() for kind in shares))
     rows = [
         [
-            HeatMap(shares[kind], name if number == 0 else "", f"expert ({kind} tokens)") if kind in shares else None
-            for number, kind in enumerate(kinds)
+            HeatMap(shares[kind], name if kind == next(iter(shares)) else "", f"expert ({kind} tokens)", "left")
+            if kind in shares
+            else None
+            for kind in kinds
         ]
         for name, shares in runs.items()
     ]
-    top = top_share(*(share for shares in runs.values() for share in shares.values()))
     return _share_maps(rows, top, "share of the modality's token slots")
 
 
@@ -328,7 +338,7 @@ def _heat_map(axes: Axes, part: HeatMap, colours: ListedColormap, limits: tuple[
     low, high = limits
     # "none" embeds one pixel per cell, whatever the number of experts.
     image = axes.imshow(values, colours, vmin=low, vmax=high, aspect="auto", interpolation="none", extent=edges)
-    axes.set_title(part.title)
+    axes.set_title(part.title, loc=part.place)
     axes.set_xlabel(part.label)
     axes.spines[["top", "right"]].set_visible(True)
     axes.xaxis.set_major_locator(counting(num_experts))

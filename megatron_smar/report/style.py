@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -20,6 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, MaxNLocator, MultipleLocator
+
+Values = Sequence[float] | np.ndarray
 
 MAX_POINTS = 120
 MAX_LAYER_LABELS = 8
@@ -38,6 +41,17 @@ def _ramp(name: str, low: float, high: float) -> list[str]:
 
 # Layers are ordered, so their colours form a ramp; light and dark pages have ranges on which every line is visible.
 LAYER_RAMP = _ramp("viridis", 0.0, 0.68)
+# Colours of runs that are compared, on a light and on a dark page; the first two are also those of text and vision.
+RUN_COLOURS = (
+    (TEXT_COLOUR, "#56b4e9"),
+    (VISION_COLOUR, "#f0a030"),
+    ("#008060", "#2bc495"),
+    ("#b0478f", "#de8fc4"),
+    ("#5b4bb5", "#a99bf0"),
+    ("#806600", "#dcc34a"),
+    ("#a3341f", "#ef8b74"),
+    ("#48515c", "#c3cad4"),
+)
 # CSS variable -> colour on a light page, on a dark page.
 PALETTE: dict[str, tuple[str, str]] = {
     "page": (PAGE, "#14171b"),
@@ -47,6 +61,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "band": (BAND, "#1f463a"),
     "text": (TEXT_COLOUR, "#56b4e9"),
     "vision": (VISION_COLOUR, "#f0a030"),
+    **{f"run-{i}": colours for i, colours in enumerate(RUN_COLOURS) if i > 1},
     **{f"layer-{i}": colours for i, colours in enumerate(zip(LAYER_RAMP, _ramp("viridis", 0.42, 0.98), strict=True))},
 }
 _STYLE: Any = {
@@ -99,7 +114,7 @@ def block_size(length: int) -> int:
     return -(-length // MAX_POINTS)
 
 
-def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def thin(steps: Values, values: Values) -> tuple[np.ndarray, np.ndarray]:
     """Averages blocks of adjacent values into at most `MAX_POINTS` points; a value that is not finite leaves a gap."""
     x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     starts = np.arange(0, len(x), max(1, block_size(len(x))))
@@ -128,10 +143,25 @@ def svg(figure: Figure, name: str, label: str) -> str:
     view_box = re.search(r'viewBox="[^"]*"', opening)
     assert view_box, "matplotlib always writes a viewBox"
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", drawing)  # equal images have equal ids
     drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", drawing)
     for variable, (light, _) in PALETTE.items():
         drawing = drawing.replace(light, f"var(--{variable})")
     return f'<svg role="img" aria-label="{escape(label)}" {view_box[0]}>{drawing.strip()}'
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Writes a figure as PNG and SVG on a white page; returns the files' paths.
+
+    Args:
+        figure: A figure in the report's style.
+        stem: Path of the files without their suffix.
+    """
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": stem.name}):
+        for path in paths:
+            figure.savefig(path, facecolor=PAGE, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return paths
 
 
 def shade_band(axes: Axes, band: Sequence[float], values: Sequence[float]) -> None:
