@@ -91,6 +91,5 @@ def _routing(before: Routing | None, after: Routing | None, band: Sequence[float
         image = figures.mrd_by_layer(earlier, list(after.distances.values()), band)
         parts.append(drawing(image, f"{name}-mrd", "MRD distance by layer", "Over all questions of the benchmark."))
     if after.shares:
-        earlier_shares = before.shares if before and before.shares.keys() >= after.shares.keys() else None
-        parts += expert_maps(earlier_shares, after.shares, name)
+        parts += expert_maps(before.shares if before else None, after.shares, name)
     return parts

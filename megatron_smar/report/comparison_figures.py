@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from textwrap import fill
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,8 +15,10 @@ from matplotlib.patches import Patch
 from megatron_smar.report.style import BAND, DASHES, RUN_COLOURS, Values, counting, new_figure, styled, thin
 
 MAX_COLUMNS = 3
+MARKERS = "osD^"
 
 Band = tuple[float, float]
+Place = Literal["outside upper left", "outside lower left"]
 
 
 class Panel(NamedTuple):
@@ -44,13 +47,14 @@ def distance_panels(runs: Sequence[str], panels: Sequence[Panel], bands: Mapping
     figure, grid = _grid(panels, sharey=True)
     for number, (axes, panel) in enumerate(zip(grid, panels, strict=True)):
         shown = panel if number % MAX_COLUMNS == 0 else panel._replace(label="")
-        _curves(axes, runs, shown, "MoE layer", marker="o")
+        _curves(axes, runs, shown, "MoE layer", MARKERS)
         last = max(max(layers) for layers, _ in panel.curves.values())
         axes.set_xlim(0.5, last + 0.5)
         axes.xaxis.set_major_locator(counting(int(last)))
     shaded = _shade(grid, runs, bands)
     axes.set_ylim(bottom=0)
-    _legend(figure, [*_lines(grid, runs), *shaded])
+    _legend(figure, _lines(grid, runs))
+    _legend(figure, shaded, "outside lower left")
     return figure
 
 
@@ -81,17 +85,18 @@ def _grid(panels: Sequence[Panel], sharey: bool = False) -> tuple[Figure, list[A
     return figure, grid[: len(panels)]
 
 
-def _curves(axes: Axes, runs: Sequence[str], panel: Panel, label: str, marker: str = "") -> None:
+def _curves(axes: Axes, runs: Sequence[str], panel: Panel, label: str, markers: str = "") -> None:
     for run, (x, y) in panel.curves.items():
         number = list(runs).index(run)
+        cycle = number // len(RUN_COLOURS) % len(DASHES)  # beyond the colours, lines and markers change
         axes.plot(
             np.asarray(x, dtype=float),
             np.asarray(y, dtype=float),
-            marker=marker,
+            marker=markers[cycle] if markers else "",
             markersize=4,
             linewidth=1.6,
             color=_colour(number),
-            linestyle=DASHES[number // len(RUN_COLOURS) % len(DASHES)],
+            linestyle=DASHES[cycle],
             label=run,
         )
     axes.set(title=panel.title, xlabel=label, ylabel=panel.label)
@@ -121,10 +126,14 @@ def _lines(grid: Sequence[Axes], runs: Sequence[str]) -> list[tuple[Any, str]]:
     return [(found[run], run) for run in runs if run in found]
 
 
-def _legend(figure: Figure, entries: Sequence[tuple[Any, str]]) -> None:
-    """Adds one legend for all panels."""
+def _legend(figure: Figure, entries: Sequence[tuple[Any, str]], place: Place = "outside upper left") -> None:
+    """Adds a legend for all panels above or below them; the figure grows by the lines of the legend after its first."""
+    if not entries:
+        return
+    width, height = figure.get_size_inches() * 72
     # matplotlib leaves out labels that begin with an underscore.
-    labels = [f" {label}" if label.startswith("_") else label for _, label in entries]
-    columns = max(1, int(figure.get_figwidth() * 72 / (60 + 6 * max(map(len, labels)))))
-    handles = [handle for handle, _ in entries]
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(entries)))
+    labels = [fill(f" {label}" if label.startswith("_") else label, int(width / 7)) for _, label in entries]
+    columns = max(1, min(len(labels), int(width / (50 + 6 * max(map(len, labels))))))
+    lines = -(-len(labels) // columns) * max(label.count("\n") + 1 for label in labels)
+    figure.set_figheight((height + 16 * (lines - 1)) / 72)
+    figure.legend([handle for handle, _ in entries], labels, loc=place, ncols=columns)

@@ -255,6 +255,8 @@ def changed_settings(arguments: Namespace | None) -> dict[str, dict[str, Any]]:
 
 def render(run: Run) -> str:
     """Returns the HTML page of a run."""
+    after = run.after or Results()
+    earlier, later = (run.before or Results()).held_out, after.held_out
     return document(
         run.name,
         [
@@ -262,19 +264,17 @@ def render(run: Run) -> str:
             sections.distances(
                 _history(run),
                 run.band,
-                _results(run, "before", "mrd_distance_by_layer"),
-                _results(run, "after", "mrd_distance_by_layer"),
+                list(earlier.distances.values()) or None,
+                list(later.distances.values()) or None,
                 "training",
             ),
-            sections.experts(_results(run, "before", "expert_share"), after)
-            if (after := _results(run, "after", "expert_share"))
-            else Markup(),
+            sections.experts(earlier.shares or None, later.shares) if later.shares else Markup(),
             benchmarks(run.before, run.after, run.band),
             sections.load(_history(run), run.load_maps),
             sections.losses({"training": _history(run)}, {"training": "Training"}),
             _throughput(run),
             _skipped(run),
-            sections.questions(_results(run, "after", "vqa_by_kind") or {}, "Accuracy after training"),
+            sections.questions(after.get("vqa_by_kind", {}), "Accuracy after training"),
             sections.examples(list(_examples(run))),
             sections.settings(changed_settings(run.arguments)),
             sections.terms(DEFINITIONS),
@@ -284,11 +284,6 @@ def render(run: Run) -> str:
 
 def _history(run: Run) -> dict[str, Any]:
     return {name: series._asdict() for name, series in run.scalars.items()}
-
-
-def _results(run: Run, when: str, key: str) -> Any:
-    found: Results | None = getattr(run, when)
-    return found.get(key) if found else None
 
 
 def _header(run: Run) -> Markup:
@@ -317,7 +312,7 @@ def _skipped(run: Run) -> Markup:
 
 
 def _examples(run: Run) -> Iterator[dict[str, Any]]:
-    for item in _results(run, "after", "examples") or ():
+    for item in run.after.get("examples", ()) if run.after else ():
         images = item.get("image") or []
         yield {
             "image": run.image_root / images[0] if run.image_root is not None and images else None,

@@ -87,10 +87,11 @@ def expert_maps(before: Mapping[str, Any] | None, after: Mapping[str, Any], name
     """Returns heat maps of the experts' shares by modality, and of their difference.
 
     Args:
-        before: {modality: [layers x experts]} before the stage; None if it was not measured.
+        before: {modality: [layers x experts]} before the stage; left out if a modality was not measured then.
         after: {modality: [layers x experts]} after the stage.
         name: Prefix of the maps' names, unique on the page.
     """
+    before = before if before is not None and before.keys() >= after.keys() else None
     moments = [share for share in (before, after) if share is not None]
     top = figures.top_share(*(share for when in moments for share in when.values()))
     maps = [

@@ -45,6 +45,14 @@ def test_a_benchmark_without_routing_or_published_answers_is_still_shown(tmp_pat
     assert "MM-Vet" in shown and "the reference answers are not published" in shown and "<svg" not in shown
 
 
+def test_the_page_shows_the_routing_of_the_held_out_questions(tmp_path: Path) -> None:
+    shares = {kind: [[0.5, 0.5]] * 2 for kind in ("text", "vision")}
+    write_results(tmp_path / "run/results.json", mrd_distance_by_layer=[0.5, None], expert_share=shares)
+    page = render(read_run(tmp_path / "run"))
+    for title in ("Along the model", "Text tokens", "Vision tokens", "The difference"):
+        assert f"<h3>{title}</h3>" in page, title
+
+
 def test_a_folder_with_results_only_has_a_report(tmp_path: Path) -> None:
     write_results(tmp_path / "run/results.json", tasks={"mmlu": task()})
     report, page = write_run_report(read_run(tmp_path / "run"), tmp_path / "out")

@@ -141,7 +141,7 @@ def panel(*runs: str) -> Panel:
 def legend_of(bands: dict[str, tuple[float, float]]) -> list[str]:
     """Returns the legend of a panel of the runs a, b and c."""
     figure = distance_panels(["a", "b", "c"], [panel("a", "b", "c")], bands)
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
 def test_each_band_is_shaded_once_and_names_the_runs_that_have_it() -> None:
@@ -162,6 +162,16 @@ def test_a_run_keeps_its_color_in_panels_that_another_run_is_not_in() -> None:
     figure = distance_panels(["a", "b"], [panel("a", "b"), panel("b")], {})
     both, alone = figure.axes[:2]
     assert both.get_lines()[1].get_color() == alone.get_lines()[0].get_color() != both.get_lines()[0].get_color()
+
+
+def test_a_legend_of_many_runs_does_not_shrink_the_panel() -> None:
+    heights = []
+    for count in (2, 30):
+        runs = [f"a run with a long name, number {number}" for number in range(count)]
+        figure = distance_panels(runs, [panel(*runs)], {})
+        figure.draw_without_rendering()
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[1] > 0.9 * heights[0]
 
 
 def test_a_name_that_begins_with_an_underscore_is_in_the_legend() -> None:
