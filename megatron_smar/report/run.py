@@ -150,7 +150,10 @@ def _event_folder(folder: Path, arguments: Namespace | None, is_optional: bool) 
     if is_optional:
         return None
     looked = ", ".join(map(str, places))
-    raise ValueError(f"{folder} holds no TensorBoard event files (looked in {looked}): give --tensorboard-dir.")
+    raise ValueError(
+        f"{folder} holds no TensorBoard event files (looked in {looked}) and no {RESULTS_FILE}: give the folder of a "
+        "run, or for the report of one run its --tensorboard-dir."
+    )
 
 
 def _read_results(path: Path) -> dict[str, Any]:

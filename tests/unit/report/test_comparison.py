@@ -229,7 +229,7 @@ def test_unusable_input_gets_one_sentence(
     (tmp_path / "empty").mkdir()
     for words, sentence in (
         ([tmp_path / "absent"], "absent does not exist: give a run's folder or a results file"),
-        ([tmp_path / "empty"], "holds no TensorBoard event files"),
+        ([tmp_path / "empty"], "and no results.json: give the folder of a run"),
         ([good, other], "has no results of evaluate.py"),
         ([good, good], "Several runs are named good: give them other names, as NAME=PATH."),
         ([f"={good}"], "is not NAME=PATH"),
