@@ -22,6 +22,7 @@ KEYS = (
     "expert_share",
     "benchmarks",
     "tasks",
+    "language",
 )
 # What the lm-evaluation-harness calls its metrics of which less is better.
 _ERRORS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter", "wer")
@@ -82,6 +83,7 @@ class Task:
         shots: Number of examples in each prompt.
         version: The harness's version of the task.
         lower_is_better: Whether less is better, as for a perplexity.
+        is_chat: Whether the prompts have the chat template.
     """
 
     title: str
@@ -92,6 +94,7 @@ class Task:
     shots: int
     version: str
     lower_is_better: bool
+    is_chat: bool
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,9 @@ def read_results(path: Path) -> Results:
     if not content.keys() & set(KEYS):
         raise ValueError(f"{path} has no results of evaluate.py: it has none of the keys {', '.join(KEYS)}.")
     held_out = _parsed(path, "the routing", _routing, content)
-    benchmarks, tasks = (_parsed(path, key, _table, content.get(key) or {}) for key in ("benchmarks", "tasks"))
+    benchmarks = _parsed(path, "benchmarks", _table, content.get("benchmarks"))
+    # The harness's results are under a key of their own, or the file has nothing else.
+    tasks = _parsed(path, "tasks", lambda found: _table(found.get("tasks")), content.get("language", content))
     return Results(
         content,
         held_out,
@@ -153,8 +158,8 @@ def _parsed(path: Path, place: str, parse: Any, entry: Any) -> Any:
         raise ValueError(f"{path}: {place} is not in the form that evaluate.py writes ({said}).") from error
 
 
-def _table(entry: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: dict(value) for name, value in entry.items()}
+def _table(entry: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    return {name: dict(value) for name, value in (entry or {}).items()}
 
 
 def _benchmark(entry: Mapping[str, Any]) -> Benchmark:
@@ -180,12 +185,14 @@ def _task(entry: Mapping[str, Any]) -> Task:
         int(entry["shots"]),
         str(entry["version"]),
         not entry.get("higher_is_better", metric.partition(",")[0] not in _ERRORS),
+        bool(entry.get("chat_template")),
     )
 
 
 def _routing(entry: Mapping[str, Any]) -> Routing:
     distances = {layer: _number(value) for layer, value in _by_layer(entry.get("mrd_distance_by_layer") or {}).items()}
-    shares = {kind: _share(kind, share) for kind, share in (entry.get("expert_share") or {}).items()}
+    # A model without MoE layers has none of its modalities' shares.
+    shares = {kind: _share(kind, share) for kind, share in (entry.get("expert_share") or {}).items() if share}
     if len({(len(share), len(share[0])) for share in shares.values()}) > 1:
         raise ValueError("the modalities in expert_share have different numbers of layers or experts")
     return Routing(distances, shares)

@@ -108,5 +108,5 @@ def _scores(results: Results) -> Iterator[tuple[_Kind, Score]]:
             kind = _Kind(name, f"{entry.title}, {entry.main_metric}", entry.version, 2, False)
             yield kind, Score(entry.metrics[entry.main_metric], None, entry.asked)
     for name, task in results.tasks.items():
-        title = f"{task.title}, {task.metric}, {task.shots}-shot"
+        title = f"{task.title}, {task.metric}, {task.shots}-shot{', chat template' if task.is_chat else ''}"
         yield _Kind(name, title, task.version, 3, task.lower_is_better), Score(task.score, task.stderr, task.samples)

@@ -36,6 +36,17 @@ def test_a_benchmark_keeps_its_metrics_and_the_reasons_of_skipped_samples(tmp_pa
     assert entry.skipped == {"its picture is missing": 2} and entry.asked == 10
 
 
+def test_tasks_are_read_from_the_results_of_the_harness_too(tmp_path: Path) -> None:
+    results = read_results(write_results(tmp_path / "r.json", language={"harness": "0.4", "tasks": {"mmlu": task()}}))
+    assert results.tasks["mmlu"].score == 0.5
+
+
+def test_a_model_without_moe_layers_has_scores_and_no_routing(tmp_path: Path) -> None:
+    dense = {"samples": 9, "mrd_distance_by_layer": {}, "expert_share": {"text": {}, "vision": {}}}
+    results = read_results(write_results(tmp_path / "r.json", benchmarks={"mme": benchmark(routing=dense)}))
+    assert results.benchmarks["mme"].metrics and not results.routings
+
+
 def test_null_stands_for_a_distance_that_could_not_be_measured(tmp_path: Path) -> None:
     results = read_results(write_results(tmp_path / "results.json", mrd_distance_by_layer=[None, 1.0]))
     assert math.isnan(results.held_out.distances[1])

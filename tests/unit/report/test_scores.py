@@ -63,5 +63,11 @@ def test_other_prompts_and_versions_are_other_columns(tmp_path: Path) -> None:
     ]
 
 
+def test_prompts_with_and_without_the_chat_template_are_different_columns(tmp_path: Path) -> None:
+    runs = {str(chat): {"tasks": {"mmlu": task(chat_template=chat)}} for chat in (False, True)}
+    titles = [column.title for column in columns_of(tmp_path, **runs)]
+    assert titles == ["mmlu, acc, 5-shot", "mmlu, acc, 5-shot, chat template"]
+
+
 def test_a_benchmark_without_published_answers_has_no_column(tmp_path: Path) -> None:
     assert columns_of(tmp_path, a={"benchmarks": {"mme": benchmark(metrics={})}}) == []
