@@ -50,7 +50,7 @@ FLOORS: list[dict[str, str]] = [
     },
     {
         "evaluation": "held-out scores, generation, agreement with Hugging Face's model (`verify`), chat",
-        "report": "figures and the HTML page of a run, from its folder",
+        "report": "figures and the HTML page of a run, or of several that are compared, from their folders",
     },
     {"commands": "the programs, started by `tools/` and the console entry points"},
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
-from megatron_smar.report import figures
+from megatron_smar.report import style
 
 MAX_PICTURE_BYTES = 40_000
 MAX_PICTURE_SIDE = 256
@@ -55,7 +55,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], class_: str = ""
 
 def drawing(figure: Figure, name: str, title: str, caption: str) -> Markup:
     """Returns a figure as inline SVG, with its title and caption; `name` must be unique on the page."""
-    image = Markup(figures.svg(figure, name, f"{title}. {caption}".strip()))
+    image = Markup(style.svg(figure, name, f"{title}. {caption}".strip()))
     return tag("figure", tag("h3", title), image, tag("figcaption", caption) if caption else Markup())
 
 
@@ -75,7 +75,7 @@ def document(title: str, sections: Sequence[Markup]) -> str:
 
 
 def _colours() -> str:
-    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in figures.PALETTE.items()) for i in (0, 1))
+    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in style.PALETTE.items()) for i in (0, 1))
     return f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
 
 

@@ -16,11 +16,15 @@ from megatron_smar.checkpoint.metadata import find_checkpoint, run_arguments
 from megatron_smar.config.run_file import flag_parser
 from megatron_smar.data.rejects import read_rejects
 from megatron_smar.report import figures, sections
+from megatron_smar.report.benchmarks import benchmarks
 from megatron_smar.report.html import Markup, document, drawing, section, table, tag
 from megatron_smar.report.numbers import aligned, decimal, duration, percent, plain
+from megatron_smar.report.results import Results, read_results
 from megatron_smar.report.scalars import Series, read_last_images, read_scalars, read_step_seconds
+from megatron_smar.report.scores import Column, columns
 from megatron_smar.routing.strategies import STRATEGIES
 
+RESULTS_FILE = "results.json"  # of evaluate.py, in the run's folder
 # Arguments that a run sets itself, which are not settings.
 _STATE = (
     "iteration",
@@ -61,8 +65,8 @@ class Run:
     step_seconds: Series
     load_maps: Mapping[str, bytes] = field(default_factory=dict)
     rejected: Mapping[str, int] = field(default_factory=dict)
-    before: Mapping[str, Any] | None = None
-    after: Mapping[str, Any] | None = None
+    before: Results | None = None
+    after: Results | None = None
     image_root: Path | None = None
 
     @property
@@ -83,7 +87,7 @@ def read_run(
     before: Path | None = None,
     image_root: Path | None = None,
 ) -> Run:
-    """Reads a run's folder.
+    """Reads a run's folder. It must have event files, unless there are results of evaluate.py.
 
     Args:
         folder: The run's --save or --tensorboard-dir.
@@ -99,20 +103,34 @@ def read_run(
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the run's --save or --tensorboard-dir.")
     arguments = _arguments(folder)
-    logs = tensorboard or _event_folder(folder, arguments)
+    found = results or (folder / RESULTS_FILE if (folder / RESULTS_FILE).is_file() else None)
+    logs = tensorboard or _event_folder(folder, arguments, is_optional=found is not None)
     rejects = getattr(arguments, "rejects_dir", None) or folder / "rejects"
-    found = results or (folder / "results.json" if (folder / "results.json").is_file() else None)
+    earlier, later = (None if path is None else read_results(path) for path in (before, found))
+    if earlier and later:
+        _check_sizes(earlier, later)
     return Run(
         folder.resolve().name,
         arguments,
-        read_scalars(logs),
-        read_step_seconds(logs),
-        read_last_images(logs, "moe/load/"),
+        read_scalars(logs) if logs else {},
+        read_step_seconds(logs) if logs else Series([], []),
+        read_last_images(logs, "moe/load/") if logs else {},
         read_rejects(rejects) if Path(rejects).is_dir() else Counter(),
-        None if before is None else _read_results(before),
-        None if found is None else _read_results(found),
+        earlier,
+        later,
         image_root,
     )
+
+
+def _check_sizes(before: Results, after: Results) -> None:
+    sizes = [{title: routing.size for title, routing in found.routings.items()} for found in (before, after)]
+    for title in sizes[0].keys() & sizes[1].keys():
+        if sizes[0][title] != sizes[1][title]:
+            layers, experts = zip(sizes[0][title], sizes[1][title], strict=True)
+            raise ValueError(
+                f"The results before and after the run are of models of different sizes ({title}: {layers[0]} and "
+                f"{layers[1]} MoE layers, {experts[0]} and {experts[1]} experts): give --before of the same model."
+            )
 
 
 def _arguments(folder: Path) -> Namespace | None:
@@ -123,14 +141,19 @@ def _arguments(folder: Path) -> Namespace | None:
     return run_arguments(folder)
 
 
-def _event_folder(folder: Path, arguments: Namespace | None) -> Path:
+def _event_folder(folder: Path, arguments: Namespace | None, is_optional: bool) -> Path | None:
     named = getattr(arguments, "tensorboard_dir", None)
     places = [folder, folder / "tensorboard", *([Path(named)] if named else [])]
     for place in places:
         if next(place.glob("*.tfevents.*"), None) is not None:
             return place
+    if is_optional:
+        return None
     looked = ", ".join(map(str, places))
-    raise ValueError(f"{folder} holds no TensorBoard event files (looked in {looked}): give --tensorboard-dir.")
+    raise ValueError(
+        f"{folder} holds no TensorBoard event files (looked in {looked}) and no {RESULTS_FILE}: give the folder of a "
+        "run, or for the report of one run its --tensorboard-dir."
+    )
 
 
 def _read_results(path: Path) -> dict[str, Any]:
@@ -153,8 +176,8 @@ def write_run_report(run: Run, folder: Path) -> tuple[Path, Path]:
         "history": _history(run),
         "step_seconds": run.step_seconds._asdict(),
         "rejected": dict(run.rejected),
-        "before": run.before,
-        "after": run.after,
+        "before": run.before and run.before.content,
+        "after": run.after and run.after.content,
     }
     report, page = folder / "report.json", folder / "report.html"
     report.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -178,8 +201,13 @@ def summary_rows(run: Run) -> list[tuple[str, str, str]]:
             rate = fmean(run.scalars["batch-size"].values) / median(run.step_seconds.values)
             rows.append(("samples per second, median", "", f"{rate:.3g}"))
     rows += [(title, _number(run.before, key, form), _number(run.after, key, form)) for title, key, form in _MEASURES]
-    if run.before and run.after and "word_accuracy" in run.before and "word_accuracy" in run.after:
-        rows.append(("retention", "", percent(run.after["word_accuracy"] / run.before["word_accuracy"])))
+    accuracies = [results.get("word_accuracy") for results in (run.before, run.after) if results]
+    if len(accuracies) == 2 and None not in accuracies:
+        rows.append(("retention", "", percent(accuracies[1] / accuracies[0])))
+    scored = columns({when: results for when, results in _moments(run) if results})
+    rows += [
+        (column.title, _cell(column, run.before, "before"), _cell(column, run.after, "after")) for column in scored
+    ]
     rows.append(("skipped samples", "", f"{sum(run.rejected.values()):,}"))
     return [row for row in rows if row[1] or row[2]]
 
@@ -191,8 +219,16 @@ _MEASURES = (
 )
 
 
-def _number(results: Mapping[str, Any] | None, key: str, form: Any) -> str:
-    return form(results[key]) if results and key in results else ""
+def _number(results: Results | None, key: str, form: Any) -> str:
+    return form(results.content[key]) if results and key in results.content else ""
+
+
+def _cell(column: Column, results: Results | None, when: str) -> str:
+    return column.cell(when) if results else ""
+
+
+def _moments(run: Run) -> tuple[tuple[str, Results | None], ...]:
+    return (("before", run.before), ("after", run.after))
 
 
 def _row(name: str, values: Sequence[float], form: Callable[[float], str]) -> tuple[str, str, str]:
@@ -222,6 +258,8 @@ def changed_settings(arguments: Namespace | None) -> dict[str, dict[str, Any]]:
 
 def render(run: Run) -> str:
     """Returns the HTML page of a run."""
+    after = run.after or Results()
+    earlier, later = (run.before or Results()).held_out, after.held_out
     return document(
         run.name,
         [
@@ -229,18 +267,17 @@ def render(run: Run) -> str:
             sections.distances(
                 _history(run),
                 run.band,
-                _results(run, "before", "mrd_distance_by_layer"),
-                _results(run, "after", "mrd_distance_by_layer"),
+                list(earlier.distances.values()) or None,
+                list(later.distances.values()) or None,
                 "training",
             ),
-            sections.experts(_results(run, "before", "expert_share"), after)
-            if (after := _results(run, "after", "expert_share"))
-            else Markup(),
+            sections.experts(earlier.shares or None, later.shares) if later.shares else Markup(),
+            benchmarks(run.before, run.after, run.band),
             sections.load(_history(run), run.load_maps),
             sections.losses({"training": _history(run)}, {"training": "Training"}),
             _throughput(run),
             _skipped(run),
-            sections.questions((run.after or {}).get("vqa_by_kind", {}), "Accuracy after training"),
+            sections.questions(after.get("vqa_by_kind", {}), "Accuracy after training"),
             sections.examples(list(_examples(run))),
             sections.settings(changed_settings(run.arguments)),
             sections.terms(DEFINITIONS),
@@ -252,15 +289,10 @@ def _history(run: Run) -> dict[str, Any]:
     return {name: series._asdict() for name, series in run.scalars.items()}
 
 
-def _results(run: Run, when: str, key: str) -> Any:
-    found = getattr(run, when)
-    return found.get(key) if found else None
-
-
 def _header(run: Run) -> Markup:
     strategy = getattr(run.arguments, "modality_routing", None)
-    steps = max(run.scalars["lm loss"].steps) if "lm loss" in run.scalars else 0
-    text = f"{steps:,} steps" + (f" with --modality-routing {strategy}" if strategy else "")
+    text = f"{max(run.scalars['lm loss'].steps):,} steps" if "lm loss" in run.scalars else "No logged steps"
+    text += f" with --modality-routing {strategy}" if strategy else ""
     if run.step_seconds.values:
         text += f", {duration(median(run.step_seconds.values))} a step (median)"
     shown = table(("", "First", "Last"), summary_rows(run), "headline")
@@ -283,7 +315,7 @@ def _skipped(run: Run) -> Markup:
 
 
 def _examples(run: Run) -> Iterator[dict[str, Any]]:
-    for item in (run.after or {}).get("examples", []):
+    for item in run.after.get("examples", ()) if run.after else ():
         images = item.get("image") or []
         yield {
             "image": run.image_root / images[0] if run.image_root is not None and images else None,

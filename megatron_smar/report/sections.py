@@ -11,6 +11,7 @@ from typing import Any
 from megatron_smar.report import figures
 from megatron_smar.report.html import Markup, drawing, picture, section, table, tag
 from megatron_smar.report.numbers import is_finite, percent
+from megatron_smar.report.style import block_size
 
 DEFINITIONS = {
     "MRD distance": "The symmetric Kullback-Leibler distance, in nats, between the modality routing distributions of "
@@ -66,7 +67,7 @@ def distances(
 
 def means(points: int) -> str:
     """Returns the caption's sentence on curves that are plotted as means of adjacent points."""
-    block = figures.block_size(points)
+    block = block_size(points)
     return f"Each point is the mean of {block} logged values." if block > 1 else ""
 
 
@@ -77,12 +78,26 @@ def experts(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Marku
         before: {modality: [layers x experts]} before the stage; None if it was not measured.
         after: {modality: [layers x experts]} after the stage.
     """
+    maps = expert_maps(before, after, "experts")
+    note = tag("p", "All four maps of text and vision tokens have the same scale, so that they can be compared.")
+    return section("Which experts serve which modality", *([note] if before else []), tag("div", *maps, class_="three"))
+
+
+def expert_maps(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str) -> list[Markup]:
+    """Returns heat maps of the experts' shares by modality, and of their difference.
+
+    Args:
+        before: {modality: [layers x experts]} before the stage; left out if a modality was not measured then.
+        after: {modality: [layers x experts]} after the stage.
+        name: Prefix of the maps' names, unique on the page.
+    """
+    before = before if before is not None and before.keys() >= after.keys() else None
     moments = [share for share in (before, after) if share is not None]
     top = figures.top_share(*(share for when in moments for share in when.values()))
     maps = [
         drawing(
             figures.expert_heat_maps(before[kind] if before else None, after[kind], top),
-            f"experts-{kind}",
+            f"{name}-{kind}",
             f"{kind.capitalize()} tokens",
             "Share of token slots that each expert receives.",
         )
@@ -95,13 +110,12 @@ def experts(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Marku
         maps.append(
             drawing(
                 figures.preference_heat_maps(sides["text"], sides["vision"]),
-                "experts-preference",
+                f"{name}-preference",
                 "The difference",
                 "Blue experts receive more text tokens, orange experts more vision tokens.",
             )
         )
-    note = tag("p", "All four maps of text and vision tokens have the same scale, so that they can be compared.")
-    return section("Which experts serve which modality", *([note] if before else []), tag("div", *maps, class_="three"))
+    return maps
 
 
 def losses(histories: Mapping[str, History], titles: Mapping[str, str]) -> Markup:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from megatron_smar.report import figures
+from megatron_smar.report import style
 from megatron_smar.report.html import tag
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "emoji_tiny"))  # the demo is programs, not a package
@@ -228,7 +228,7 @@ def test_page_shows_every_headline_number(page: str) -> None:
 
 def test_figures_follow_the_colours_of_a_dark_page(page: str) -> None:
     drawings = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
-    for name, (light, dark) in figures.PALETTE.items():
+    for name, (light, dark) in style.PALETTE.items():
         assert light not in drawings
         assert f"--{name}:{light}" in page and f"--{name}:{dark}" in page
     assert "var(--band)" in drawings and "var(--ink)" in drawings

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_smar.report import figures
 from megatron_smar.report.numbers import duration
 from megatron_smar.report.scalars import read_scalars
+from megatron_smar.report.style import MAX_POINTS, thin
 
 
 @pytest.mark.parametrize(
@@ -23,8 +24,8 @@ def test_durations_are_formatted(seconds: float | None, text: str) -> None:
 
 
 def test_thinning_moves_no_point_off_its_line() -> None:
-    x, y = figures.thin(range(1, 1001), range(1, 1001))
-    assert len(x) <= figures.MAX_POINTS
+    x, y = thin(range(1, 1001), range(1, 1001))
+    assert len(x) <= MAX_POINTS
     np.testing.assert_array_equal(x, y)
     assert x[0] == 5 and x[-1] == 1000
 
