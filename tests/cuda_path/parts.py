@@ -256,7 +256,7 @@ def _evaluated(model: Any, device: torch.device) -> Tensor:
     from megatron_smar.evaluation import evaluator
 
     evaluator.collate = storage_less.on_host(collate)
-    scores = evaluator.Evaluator(model, [IMAGE], TOKENS, 0)._score_batch([sample])
+    scores = evaluator.Evaluator(model, [IMAGE], TOKENS, 0)._score_batch([sample], [None])
     return torch.ones(len(scores), device=device)
 
 
