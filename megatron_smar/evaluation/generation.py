@@ -94,8 +94,8 @@ def generate_own(
     show = name is not None and dist.get_rank() == 0
     with without_sequence_parallelism(evaluator.model), InferenceMode.active(), torch.no_grad():
         for batch in tqdm(batches + [[]] * missing, desc=name, unit="batch", disable=not show, mininterval=2):
-            mine = {number: _Row(prompts[number], limits[number]) for number in batch}
-            rows = _Rows(evaluator, list(mine.values()) or [_Row(evaluator.idle_sample(), 0)])
+            mine = {number: Row(prompts[number], limits[number]) for number in batch}
+            rows = Rows(evaluator, list(mine.values()) or [Row(evaluator.idle_sample(), 0)])
             rows.decode([partial(is_complete, number) for number in mine])
             found |= {number: row.new for number, row in mine.items()}
     return [found[number] for number in range(len(prompts))]
@@ -132,8 +132,13 @@ def without_sequence_parallelism(model: torch.nn.Module) -> Iterator[None]:
             owner.sequence_parallel = True
 
 
-class _Row:
-    """A prompt and its continuation."""
+class Row:
+    """A prompt and its continuation.
+
+    Args:
+        prompt: The prompt.
+        limit: Largest number of new tokens; 0 for a row that is only passed along.
+    """
 
     def __init__(self, prompt: EncodedSample, limit: int) -> None:
         self.prompt, self.limit = prompt, limit
@@ -143,13 +148,19 @@ class _Row:
 
     @property
     def new(self) -> list[int]:
+        """The continuation."""
         return self.ids[self.length :]
 
 
-class _Rows:
-    """The prompts that this rank decodes together, with their cache."""
+class Rows:
+    """The prompts that this rank decodes together, with their cache; used under Megatron's `InferenceMode`.
 
-    def __init__(self, evaluator: Evaluator, rows: Sequence[_Row]) -> None:
+    Args:
+        evaluator: Holds the model.
+        rows: The prompts.
+    """
+
+    def __init__(self, evaluator: Evaluator, rows: Sequence[Row]) -> None:
         self.evaluator, self.rows = evaluator, rows
         self.device = next(evaluator.model.parameters()).device
         # One more than is needed: a rank that waits for the others repeats its last position.
@@ -162,21 +173,29 @@ class _Rows:
 
     def decode(self, is_complete: Sequence[Callable[[list[int]], bool]]) -> None:
         """Decodes until the rows of all replicas are complete."""
-        tokens = self._read_common_part()
+        tokens = self.read_common_part()
         while True:
-            for row, token, ends in zip(self.rows, tokens, is_complete, strict=False):
-                if not row.complete and len(row.ids) == self.position:
-                    row.ids.append(token)
-                    row.complete = len(row.new) == row.limit or ends(row.new)
+            for place in self.take(tokens):
+                row = self.rows[place]
+                row.complete = len(row.new) == row.limit or is_complete[place](row.new)
             if not self._any_replica_continues():
                 return
-            tokens = self._read_next_tokens()
+            tokens = self.read_next_tokens()
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Appends the most likely tokens to the rows whose prompt has been read, and returns the places of these."""
+        taken = []
+        for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if not row.complete and len(row.ids) == self.position:
+                row.ids.append(token)
+                taken.append(place)
+        return taken
 
     def _any_replica_continues(self) -> bool:
         """Whether a row of any replica is not complete: ranks that share experts must make equally many passes."""
         return self.evaluator.most_of_replicas(not all(row.complete for row in self.rows)) > 0
 
-    def _read_common_part(self) -> list[int]:
+    def read_common_part(self) -> list[int]:
         """Passes the first tokens of all rows through the model, and returns each row's most likely next token."""
         length = min(row.length for row in self.rows)
         samples = []
@@ -196,7 +215,7 @@ class _Rows:
             vision_index=batch.vision_index,
         )
 
-    def _read_next_tokens(self) -> list[int]:
+    def read_next_tokens(self) -> list[int]:
         """Passes one more token of each row through the model; complete rows have padding, which is not routed."""
         position = self.position
         is_real = [not row.complete for row in self.rows]
