@@ -235,3 +235,26 @@ def test_an_impossible_layout_is_refused_with_the_given_flags(vision, monkeypatc
 
     with pytest.raises(ValueError, match=said):
         check_arguments(parse(monkeypatch, vision, *flags), needs_data=False)
+
+
+BENCHMARKS = ["--eval-benchmarks", "pope", "--eval-benchmarks-data", "benchmarks", "--eval-iters", "1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--eval-benchmarks", "pope", "--eval-iters", "1"], "pope needs --eval-benchmarks-data"),
+        ([*BENCHMARKS, "--eval-iters", "0"], "give --eval-iters and --eval-interval"),
+        ([*BENCHMARKS, "--eval-benchmarks-samples", "0"], "--eval-benchmarks-samples is 0"),
+        ([*BENCHMARKS, "--pipeline-model-parallel-size", "2"], "cannot be asked under --pipeline-model-parallel-size"),
+        ([*BENCHMARKS, "--context-parallel-size", "2"], "--context-parallel-size: leave these out"),
+        ([*BENCHMARKS, "--moe-token-dispatcher-type", "allgather"], "allgather cannot dispatch: give alltoall"),
+        ([*BENCHMARKS, "--conversation-template", "plain"], "--conversation-template plain leaves out"),
+    ],
+)
+def test_benchmarks_that_cannot_be_asked_during_training_are_refused(monkeypatch, vision, flags, message):
+    from megatron_smar.config.checks import _check_benchmarks
+
+    with pytest.raises(ValueError, match=message):
+        _check_benchmarks(parse(monkeypatch, vision, *flags))
+    _check_benchmarks(parse(monkeypatch, vision, *BENCHMARKS))
