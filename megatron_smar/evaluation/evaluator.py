@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -170,10 +170,21 @@ class Evaluator:
             )
         ]
 
-    def prepare(self, samples: Sequence[EncodedSample], length: int) -> tuple[VisionLanguageBatch, ModelBatch]:
-        """Returns one batch of samples, each a row of `length` positions, on the host and on the device."""
+    def prepare(
+        self, samples: Sequence[EncodedSample], length: int, counted: bool = True
+    ) -> tuple[VisionLanguageBatch, ModelBatch]:
+        """Returns one batch of samples, on the host and on the device.
+
+        Args:
+            samples: The samples, each in one row.
+            length: Number of positions of each row.
+            counted: Whether the routers count the tokens; otherwise they are padding to them.
+        """
         host = collate([[sample] for sample in samples], num_rows=len(samples), length=length, pad_id=self.pad_id)
-        return host, prepare_batch(host, self.placeholders, self.tokens_per_tile, True, self.groups)
+        batch = prepare_batch(host, self.placeholders, self.tokens_per_tile, True, self.groups)
+        if not counted:
+            batch = replace(batch, modality_ids=torch.full_like(batch.modality_ids, PADDING))
+        return host, batch
 
     @torch.no_grad()
     def _logits(
@@ -186,14 +197,8 @@ class Evaluator:
             counted: Whether the routers count the tokens; otherwise they are padding to them.
         """
         longest = max(len(sample.input_ids) for sample in samples)
-        host, batch = self.prepare(samples, -(-longest // self.multiple_of) * self.multiple_of)
-        logits = self.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            modality_ids=batch.modality_ids if counted else torch.full_like(batch.modality_ids, PADDING),
-            pixel_values=batch.pixel_values,
-            vision_index=batch.vision_index,
-        )
+        host, batch = self.prepare(samples, -(-longest // self.multiple_of) * self.multiple_of, counted)
+        logits = self.model(**batch.model_inputs())
         logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.groups.tp)
         return logits, host, batch
 

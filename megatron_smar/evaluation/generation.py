@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron_smar.data.batch import EncodedSample
@@ -203,17 +202,9 @@ class Rows:
             ids = row.prompt.input_ids[:length]
             fields = {"input_ids": ids, "labels": ids, "loss_mask": torch.zeros(length)}
             samples.append(EncodedSample.derive_from(row.prompt, pixel_values=row.prompt.pixel_values, **fields))
-        _, batch = self.evaluator.prepare(samples, length)
-        idle = all(row.complete for row in self.rows)
-        return self._pass(
-            length,
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            # Rows that are not continued are not recorded: a rank without prompts makes passes for the others alone.
-            modality_ids=torch.full_like(batch.modality_ids, PADDING) if idle else batch.modality_ids,
-            pixel_values=batch.pixel_values,
-            vision_index=batch.vision_index,
-        )
+        # A rank whose rows are not continued makes passes only for the others: its tokens are not counted.
+        _, batch = self.evaluator.prepare(samples, length, counted=not all(row.complete for row in self.rows))
+        return self._pass(length, **batch.model_inputs())
 
     def read_next_tokens(self) -> list[int]:
         """Passes one more token of each row through the model; complete rows have padding, which is not routed."""
@@ -230,7 +221,7 @@ class Rows:
             modality_ids=column[1],
         )
 
-    def _pass(self, advance: int, **inputs: Tensor | None) -> list[int]:
+    def _pass(self, advance: int, **inputs: Any) -> list[int]:
         """Runs the model, moves the cache's end by `advance` and returns the most likely token of each row."""
         logits = self.evaluator.model(**inputs, inference_context=self.cache)
         self.cache.sequence_len_offset += advance

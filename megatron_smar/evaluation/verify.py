@@ -151,13 +151,7 @@ def _forward(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with_images = get_attr_wrapped_model(model, "pre_process")
     batch = prepare_batch(next(data), [image_token_id], tile_tokens, with_images, groups)
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        modality_ids=batch.modality_ids,
-        pixel_values=batch.pixel_values,
-        vision_index=batch.vision_index,
-    )
+    output = model(**batch.model_inputs())
 
     def gather(logits: Tensor, non_loss_data: bool) -> Tensor:
         return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=groups.tp).float().cpu()

@@ -64,6 +64,18 @@ class ModelBatch:
     loss_weights: Tensor | None
     step_weight: Tensor | None
 
+    def model_inputs(self) -> dict[str, Any]:
+        """Returns the arguments of `VisionLanguageModel.forward`, without labels."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "modality_ids": self.modality_ids,
+            "sample_ids": self.sample_ids,
+            "pixel_values": self.pixel_values,
+            "vision_index": self.vision_index,
+            "packed_seq_params": self.packed_seq_params,
+        }
+
 
 class DataWait:
     """Measures how long a rank waits for its loader."""

@@ -168,16 +168,7 @@ def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardS
             step.iteration, step.tokens = args.curr_iteration, batch.step_tokens
             step.samples = max(step.samples, batch.samples)
         timers("batch-generator").stop()
-        output = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            modality_ids=batch.modality_ids,
-            sample_ids=batch.sample_ids,
-            pixel_values=batch.pixel_values,
-            vision_index=batch.vision_index,
-            labels=batch.labels,
-            packed_seq_params=batch.packed_seq_params,
-        )
+        output = model(**batch.model_inputs(), labels=batch.labels)
         # In validation Megatron would print each share as a validation loss, with its perplexity.
         shares, check = batch.shares if model.training else {}, args.check_for_nan_in_loss_and_grad
         if model.training and weighting is not None:
