@@ -100,7 +100,7 @@ def test_training_with_benchmarks_logs_and_saves_them_and_changes_no_step(world,
     asked = ["--eval-benchmarks", "pope", "mme", "--eval-benchmarks-data", benchmarks, "--eval-benchmarks-samples", 28]
     layout = [*EXPERTS, "--eval-micro-batch-size", "4"]
     plain = world.train(*TWO_STEPS, *valid, *layout, ranks=2).stdout
-    done = world.train(*TWO_STEPS, *valid, *layout, *asked, "--save", tmp_path, ranks=2).stdout
+    done = world.train(*TWO_STEPS, *valid, *layout, *asked, "--save", tmp_path, "--save-interval", 2, ranks=2).stdout
     assert _losses(done) == _losses(plain) != []
     assert "POPE at iteration 1 | f1" in done and "MME at iteration 2 | perception" in done
     saved_results = results(tmp_path / "benchmarks" / "iter_0000002" / "results.json")["benchmarks"]
