@@ -21,6 +21,7 @@ from megatron_smar.checkpoint.fit import CheckpointMismatchError
 from megatron_smar.checkpoint.metadata import DamagedError
 from megatron_smar.config.flag_errors import FLAG_ERRORS
 from megatron_smar.data.rejects import DataError
+from megatron_smar.evaluation.during_training import training_benchmarks
 from megatron_smar.runtime.finite_steps import NotFiniteError
 from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider
 from megatron_smar.training.setup import fail, fail_before_training, parse_arguments
@@ -32,7 +33,8 @@ def main() -> None:
     args = parse_arguments()
     try:
         forward_step = build_forward_step()
-    except ValueError as error:  # a tokenizer without the image tokens
+        benchmarks = training_benchmarks(args)
+    except ValueError as error:  # a tokenizer without the image tokens, or a benchmark whose files cannot be used
         fail(error)
     try:
         pretrain(
@@ -41,6 +43,7 @@ def main() -> None:
             ModelType.encoder_or_decoder,
             forward_step,
             model_provider=model_provider,
+            non_loss_data_func=benchmarks,
         )
     except (CheckpointMismatchError, DamagedError, CheckpointException, DataError, NotFiniteError) as error:
         fail(error)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Measures a checkpoint: perplexity, word completion, visual question answering, and the routing of both modalities.
+r"""Measures a checkpoint: held-out text and questions, language tasks, picture benchmarks, and the routing.
 
-    torchrun --nproc-per-node 2 tools/evaluate.py --load CHECKPOINT --text held_out.jsonl --vqa questions.json \
-        --image-root DIR --output results.json  [--expert-model-parallel-size 2 ...]
+    torchrun --nproc-per-node 2 tools/evaluate.py --load CHECKPOINT --output results.json \
+        --text held_out.jsonl --vqa questions.json --image-root DIR  [--expert-model-parallel-size 2 ...]
+    torchrun --nproc-per-node 8 tools/evaluate.py --load CHECKPOINT --output results.json \
+        --tasks smar --tasks-data DIR --benchmarks pope mme --benchmarks-data DIR
+    python tools/evaluate.py --export EXPORT --output results.json --tasks smar --tasks-data DIR
 
 The model's flags, its vision model, tokenizer, conversation template and tiles are read from the checkpoint, which is
 of a run or an import. Flags of pretrain_vlm.py that are given (layout, precision, --vision-model, --seq-length ...)
@@ -11,15 +14,17 @@ override them.
 exactly, given the text up to their first token. --vqa: records with `image` (a path or a list), `question`, `answer`
 and optionally a `kind` to group by. Measured: the share of exact answers, and the routing.
 Both files are JSON lists or JSON lines, as for prepare.py.
+--tasks: tasks of EleutherAI's lm-evaluation-harness, `smar` for the paper's eight. --benchmarks: the paper's nine
+picture benchmarks. docs/evaluation.md describes both, and the files that they need.
+--export evaluates a Hugging Face export with the harness's own `hf` model instead of a checkpoint: --tasks alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +32,23 @@ from megatron_smar import runtime
 
 runtime.install_or_exit()
 
-import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_tokenizer
 
 from megatron_smar.checkpoint.stored_flags import stored_flags
-from megatron_smar.config.build import get_run_config
 from megatron_smar.config.run_file import saved_folder
-from megatron_smar.data.batch import EncodedSample
-from megatron_smar.data.conversations import record_segments, template_for
-from megatron_smar.data.fields import image_modalities
 from megatron_smar.data.held_out import read_questions, read_texts
 from megatron_smar.data.rejects import SampleError
-from megatron_smar.data.sample_encoder import SampleEncoder
-from megatron_smar.data.tiling import ImageProcessor
-from megatron_smar.data.tokens import TextEncoder
+from megatron_smar.evaluation.benchmark_run import BenchmarkRunner, read_benchmarks, routing_result
+from megatron_smar.evaluation.benchmarks import BENCHMARKS
+from megatron_smar.evaluation.benchmarks.base import BenchmarkError
+from megatron_smar.evaluation.encoder import HeldOutEncoder
 from megatron_smar.evaluation.evaluator import Evaluator, exact_match, perplexity, word_completion
 from megatron_smar.evaluation.generation import generate
+from megatron_smar.evaluation.language.results import KEY, format_results
+from megatron_smar.evaluation.language.task_config import LanguageConfig
+from megatron_smar.evaluation.language.tasks import load_tasks
 from megatron_smar.monitoring.recorder import recorded_routing
 from megatron_smar.training.setup import fail, start
 
@@ -54,12 +58,20 @@ RUN = {"moe_token_dispatcher_type": "alltoall", "micro_batch_size": 1, "freeze":
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Parses this program's options; returns them and the remaining flags, which are those of pretrain_vlm.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add_samples(parser)
     parser.add_argument("--examples", type=int, default=24, help="answers decoded and shown (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--config", type=Path, help="a run's run.yaml, instead of --load with its folder")
+    add_tasks(parser)
+    add_benchmarks(parser)
     options, flags = parser.parse_known_args()
+    if options.export and (flags or options.config or options.text or options.vqa or options.benchmarks):
+        fail(
+            ValueError("--export is evaluated on --tasks alone: give no samples, benchmarks or flags of a checkpoint.")
+        )
     try:
         return options, [*flags, *(["--load", str(saved_folder(options.config))] if options.config else [])]
     except ValueError as error:
@@ -77,6 +89,34 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the language tasks."""
+    group = parser.add_argument_group("language tasks (lm-evaluation-harness)")
+    group.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="`smar`, or names of the harness's tasks")
+    group.add_argument("--tasks-data", type=Path, help="folder with the data sets, ORG/NAME as on the hub")
+    group.add_argument("--num-fewshot", type=int, help="examples per prompt, for tasks outside the preset")
+    group.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="prompts as conversations or not (default: as the preset says)",
+    )
+    group.add_argument(
+        "--allow-code-execution", action="store_true", help="run code that the model wrote (HumanEval, MBPP)"
+    )
+    group.add_argument("--export", type=Path, help="folder of an export, evaluated by the harness's `hf` model")
+
+
+def add_benchmarks(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the picture benchmarks."""
+    group = parser.add_argument_group("picture benchmarks")
+    group.add_argument("--benchmarks", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
+    group.add_argument("--benchmarks-data", type=Path, help="folder with a folder for each benchmark, of its name")
+    group.add_argument(
+        "--predictions", type=Path, help="folder for the predictions (default: --output without .json, resumed)"
+    )
+    parser.add_argument("--limit", type=int, help="samples of each task and benchmark, for trials (default: all)")
+
+
 def read_records(options: argparse.Namespace) -> None:
     """Reads --text and --vqa, each a JSON list or JSON lines, before anything is loaded."""
     try:
@@ -86,55 +126,30 @@ def read_records(options: argparse.Namespace) -> None:
         fail(error)
 
 
-class Encoder:
-    """Encodes held-out records as in training."""
-
-    def __init__(self) -> None:
-        run = get_run_config()
-        self.template = template_for(run.template, get_tokenizer())
-        self.text = TextEncoder(get_tokenizer(), self.template.special_tokens, run.modalities)
-        self.tokens_per_tile = run.tokens_per_tile
-        images = ImageProcessor(run.images)
-        self.samples = SampleEncoder(self.text, images, self.tokens_per_tile, get_args().seq_length)
-
-    def passage(self, key: str, record: dict[str, Any]) -> EncodedSample:
-        """Encodes a record of text, in which every token is a target."""
-        with named(key):
-            return self.samples.encode(key, record_segments(record, self.template, 0), [])
-
-    @property
-    def end_of_turn(self) -> int:
-        """The token that ends an answer."""
-        return self.text.special_id(self.template.end_of_turn)
-
-    def continues_word(self) -> torch.Tensor:
-        """Returns a [vocabulary] bool tensor: tokens of letters only, without the space that begins a word."""
-        tokenizer = get_tokenizer()
-        pieces = tokenizer._tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))  # not public
-        return torch.tensor([piece.isalpha() and piece[0] not in "▁Ġ" for piece in pieces])
-
-    def question(self, item: dict[str, Any], root: Path, answered: bool = True) -> EncodedSample:
-        """Encodes a question with its answer as target, or only the prompt."""
-        turns = [{"from": "human", "value": item["question"]}, {"from": "gpt", "value": item["answer"]}]
-        files = [(root / path).read_bytes() for path in item["image"]]
-        segments = record_segments({"conversations": turns}, self.template, len(files))
-        if not answered:
-            segments = [segment for segment in segments if not segment.is_target]
-        key, kinds = str(item.get("id", "")), image_modalities(item, len(files))
-        with named(key):
-            return (self.samples.encode if answered else self.samples.prompt)(key, segments, files, kinds)
-
-
-@contextmanager
-def named(key: str) -> Iterator[None]:
-    """Adds a record's key in front of the message of an error in that record."""
+def read_benchmark_files(options: argparse.Namespace) -> None:
+    """Reads the tasks and benchmarks, before anything is loaded; the harness's tasks on rank 0 alone."""
     try:
-        yield
-    except SampleError as error:
-        raise SampleError(error.reason, f"{key}: {error.message}") from error
+        if options.benchmarks and options.benchmarks_data is None:
+            raise ValueError("--benchmarks needs --benchmarks-data, the folder with a folder for each of them.")
+        options.read = read_benchmarks(options.benchmarks, options.benchmarks_data, options.limit)
+        options.loaded = None
+        if options.tasks and int(os.environ.get("RANK", 0)) == 0:
+            options.loaded = load_tasks(
+                LanguageConfig(
+                    tuple(options.tasks),
+                    options.tasks_data,
+                    options.allow_code_execution,
+                    options.num_fewshot,
+                    options.chat_template,
+                    options.limit,
+                )
+            )
+            print(options.loaded.table(), flush=True)
+    except ValueError as error:
+        fail(error)
 
 
-def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
+def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: HeldOutEncoder) -> dict[str, Any]:
     """Measures everything that the options ask for."""
     results: dict[str, Any] = {}
     if options.texts:
@@ -143,10 +158,34 @@ def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder)
         results |= {"text_perplexity": perplexity(scores), "word_accuracy": word_completion(scores)}
     if options.questions:
         results |= measure_vqa(options, evaluator, encoder)
+    if options.tasks:
+        results |= measure_tasks(options, evaluator)
+    if options.read:
+        args = get_args()
+        model = {"load": str(args.load), "iteration": args.iteration, "float32": options.float32}
+        folder = options.predictions or options.output.with_suffix("")
+        runner = BenchmarkRunner(evaluator, encoder, folder, model)
+        results["benchmarks"] = {read.name: runner.run(read) for read in options.read}
     return results
 
 
-def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
+def measure_tasks(options: argparse.Namespace, evaluator: Evaluator) -> dict[str, Any]:
+    """Runs the language tasks; the results are on rank 0."""
+    from megatron_smar.evaluation.language.harness import Ranks, TrainedModel, run_tokenizer
+
+    args, tokenizer = get_args(), run_tokenizer(get_args())
+    ranks = Ranks(evaluator, tokenizer.fast)
+    if dist.get_rank() > 0:
+        ranks.serve()
+        return {}
+    model = TrainedModel(ranks, tokenizer.fast, tokenizer.end_ids, args.max_position_embeddings)
+    results = options.loaded.run(model)
+    ranks.release()
+    print(format_results(results), flush=True)
+    return {KEY: results.as_dict()}
+
+
+def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: HeldOutEncoder) -> dict[str, Any]:
     """Measures the accuracy by kind of question and the routing, and generates some answers."""
     items = options.questions
     samples = [encoder.question(item, options.image_root) for item in items]
@@ -155,26 +194,22 @@ def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Enco
     kinds = defaultdict(list)
     for item, score in zip(items, scores, strict=True):
         kinds[item.get("kind", "all")].append(score)
-    args = get_args()
     shown = items[: options.examples]
     prompts = [encoder.question(item, options.image_root, answered=False) for item in shown]
     end = encoder.end_of_turn
     answers = generate(evaluator, prompts, [8] * len(prompts), lambda _, new: new[-1] == end, "answers")
     texts = [get_tokenizer().detokenize([i for i in ids if i != end]).strip() for ids in answers]
-    shares = recorder.expert_shares()
+    routing = routing_result(recorder, encoder)
     return {
         "vqa_accuracy": exact_match(scores),
         "vqa_by_kind": {k: {"accuracy": exact_match(v), "count": len(v)} for k, v in sorted(kinds.items())},
-        "mrd_distance_by_layer": list(recorder.distances(args.moe_router_topk, args.smar_eps).values()),
-        "expert_share": {
-            modality.name: [share[modality.id].tolist() for share in shares.values()]
-            for modality in encoder.text.modalities
-        },
+        "mrd_distance_by_layer": list(routing["mrd_distance_by_layer"].values()),
+        "expert_share": {name: list(shares.values()) for name, shares in routing["expert_share"].items()},
         "examples": [item | {"prediction": text} for item, text in zip(shown, texts, strict=True)],
     }
 
 
-def load_model(options: argparse.Namespace, flags: list[str]) -> tuple[Evaluator, Encoder]:
+def load_model(options: argparse.Namespace, flags: list[str]) -> tuple[Evaluator, HeldOutEncoder]:
     """Loads the checkpoint that the flags name.
 
     Args:
@@ -182,13 +217,13 @@ def load_model(options: argparse.Namespace, flags: list[str]) -> tuple[Evaluator
         flags: The flags of pretrain_vlm.py among the program's own.
     """
     try:
-        defaults = RUN | stored_flags(flags, asks=bool(options.questions))
+        defaults = RUN | stored_flags(flags, asks=bool(options.questions or getattr(options, "benchmarks", ())))
         defaults |= {"bf16": False, "fp16": False} if options.float32 else {}
     except ValueError as error:
         fail(error)
     only_run = ["--skip-train", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"]
     model, _, _ = start([*flags, *only_run], defaults)
-    encoder, args = Encoder(), get_args()
+    encoder, args = HeldOutEncoder(), get_args()
     evaluator = Evaluator(
         unwrap_model(model)[0],
         encoder.text.image_tokens.placeholder_ids,
@@ -201,21 +236,51 @@ def load_model(options: argparse.Namespace, flags: list[str]) -> tuple[Evaluator
     return evaluator, encoder
 
 
+def evaluate_export(options: argparse.Namespace) -> None:
+    """Runs the language tasks on an export with the harness's own model, and writes the results."""
+    from megatron_smar.evaluation.language.export import open_export
+
+    try:
+        results = options.loaded.run(open_export(options.export, options.batch_size))
+    except ValueError as error:
+        fail(error)
+    print(format_results(results))
+    write_results(options.output, {KEY: results.as_dict()})
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Writes the results, and prints the numbers among them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for name, value in results.items():
+        if isinstance(value, float):
+            print(f"{name:24} {value:.4f}")
+    for name, result in results.get("benchmarks", {}).items():
+        skipped = f", {len(result['skipped'])} skipped" if result["skipped"] else ""
+        print(f"{result['title']} ({name}): {result['asked']} answers{skipped}, {result['version']}")
+        for metric, value in result["metrics"].items():
+            print(f"    {metric:24} {value:.2f}")
+        for sample in result["skipped"][:10]:
+            print(f"    skipped {sample['key']}: {sample['reason']}")
+
+
 def main() -> None:
     """Loads the checkpoint, measures, and writes the results."""
     options, flags = parse()
     read_records(options)
+    read_benchmark_files(options)
+    if options.export:
+        evaluate_export(options)
+        return
     evaluator, encoder = load_model(options, flags)
     try:
         results = measure(options, evaluator, encoder)
     except SampleError as error:  # a sample that is too long for the flags
         fail(error)
+    except BenchmarkError as error:
+        fail(error)
     if dist.get_rank() == 0:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        for name, value in results.items():
-            if isinstance(value, float):
-                print(f"{name:24} {value:.4f}")
+        write_results(options.output, results)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 from megatron_smar.checkpoint.describe import decimal_bytes
 from megatron_smar.checkpoint.expert_order import Orders
-from megatron_smar.commands.evaluate import Encoder, add_samples, load_model, read_records
+from megatron_smar.commands.evaluate import add_samples, load_model, read_records
 from megatron_smar.data.rejects import SampleError
+from megatron_smar.evaluation.encoder import HeldOutEncoder
 from megatron_smar.placement.dispatch import Assignments, DispatchCounter, counted
 from megatron_smar.placement.figure import write_figure
 from megatron_smar.placement.permute import PlacedCheckpoint, apply_plan, undo
@@ -103,7 +104,9 @@ def make_plan(options: argparse.Namespace, flags: list[str], checkpoint: PlacedC
     return Plan.of_loads(loads, options.devices, source, numbering)
 
 
-def count(options: argparse.Namespace, flags: list[str], assigned: Assignments) -> tuple[DispatchCounter, Encoder]:
+def count(
+    options: argparse.Namespace, flags: list[str], assigned: Assignments
+) -> tuple[DispatchCounter, HeldOutEncoder]:
     """Runs the model on the samples, and counts what its MoE layers dispatch."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)  # torchrun sets them for several ranks

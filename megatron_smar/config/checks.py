@@ -70,6 +70,35 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
             f"--dataloader-type is {args.dataloader_type}; conversations come through energon: leave the flag out."
         )
     _check_batch_sizes(args)
+    _check_benchmarks(args)
+
+
+def _check_benchmarks(args: Namespace) -> None:
+    """Refuses flags under which the benchmarks of --eval-benchmarks cannot be asked; their files are read later."""
+    if not args.eval_benchmarks:
+        return
+    given = f"--eval-benchmarks {' '.join(args.eval_benchmarks)}"
+    if args.eval_benchmarks_data is None:
+        raise ValueError(f"{given} needs --eval-benchmarks-data, the folder with a folder for each of them.")
+    if args.eval_benchmarks_samples < 1:
+        raise ValueError(f"--eval-benchmarks-samples is {args.eval_benchmarks_samples}; give 1 or more.")
+    if not args.eval_iters or not args.eval_interval:
+        raise ValueError(f"{given} are asked after each validation: give --eval-iters and --eval-interval.")
+    if args.pipeline_model_parallel_size > 1 or args.context_parallel_size > 1:
+        raise ValueError(
+            f"{given} cannot be asked under --pipeline-model-parallel-size or --context-parallel-size: leave these "
+            "out, or evaluate the checkpoints with tools/evaluate.py, under another layout."
+        )
+    if args.moe_token_dispatcher_type == "allgather" and args.num_experts:
+        raise ValueError(
+            f"{given} have prompts of different lengths on different ranks, which --moe-token-dispatcher-type "
+            "allgather cannot dispatch: give alltoall."
+        )
+    if args.conversation_template == "plain":
+        raise ValueError(
+            f"{given} need questions, which --conversation-template plain leaves out: give the template of stage 2, or "
+            "leave --eval-benchmarks out."
+        )
 
 
 def _check_freeze(args: Namespace, shape_is_known: bool) -> None:

@@ -29,6 +29,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     _add_stage_arguments(parser)
     _add_loss_arguments(parser)
     _add_conversation_arguments(parser)
+    _add_benchmark_arguments(parser)
     _add_checkpoint_arguments(parser)
     parser.add_argument_group("console").add_argument(
         ALL_MESSAGES,
@@ -281,6 +282,30 @@ def _add_conversation_arguments(parser: ArgumentParser) -> None:
         type=int,
         metavar="TILES",
         help="Most image tiles in a pack, which limits the vision encoder's work and memory. Default: no limit.",
+    )
+
+
+def _add_benchmark_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "picture benchmarks during training",
+        "Asked after each validation (--eval-interval, --eval-iters), logged and saved; docs/evaluation.md.",
+    )
+    group.add_argument(
+        "--eval-benchmarks",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench or mmvet. Default: none.",
+    )
+    group.add_argument(
+        "--eval-benchmarks-data", metavar="FOLDER", help="Folder with a folder for each benchmark, of its name."
+    )
+    group.add_argument(
+        "--eval-benchmarks-samples",
+        type=int,
+        metavar="SAMPLES",
+        default=200,
+        help="Questions of each benchmark, evenly spread. Default: %(default)s.",
     )
 
 

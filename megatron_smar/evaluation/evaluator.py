@@ -101,7 +101,7 @@ class Evaluator:
         for places in self._passes(len(samples), name):
             numbers = [order[place] for place in places]
             if not numbers:
-                self.pass_idle()
+                self.pass_through([])
                 continue
             scores = self._score_batch([samples[n] for n in numbers], [endings[n] for n in numbers])
             found |= dict(zip(numbers, scores, strict=True))
@@ -121,10 +121,7 @@ class Evaluator:
         """
         for numbers in self._passes(len(samples), name):
             announce(numbers or [-1])
-            if numbers:
-                self._logits([samples[number] for number in numbers])
-            else:
-                self.pass_idle()
+            self.pass_through([samples[number] for number in numbers])
 
     def _passes(self, number: int, name: str) -> Iterator[list[int]]:
         """Yields the places of the samples in each of this rank's forward passes; neighbors share a pass.
@@ -151,9 +148,9 @@ class Evaluator:
         tiles = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
         return EncodedSample(__key__="", __restore_key__=(), pixel_values=tiles, **fields)
 
-    def pass_idle(self) -> None:
-        """Makes a pass whose tokens count as padding."""
-        self._logits([self.idle_sample()], counted=False)
+    def pass_through(self, samples: list[EncodedSample]) -> None:
+        """Passes this replica's samples through the model; without any, a token that counts as padding."""
+        self._logits(samples or [self.idle_sample()], counted=bool(samples))
 
     def _score_batch(self, samples: list[EncodedSample], endings: Sequence[Sequence[int] | None]) -> list[list[Score]]:
         logits, batch, placed = self._logits(samples)

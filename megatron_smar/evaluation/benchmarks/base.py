@@ -89,6 +89,10 @@ class Benchmark(ABC):
         They are percentages, MME's are its points. Empty where the reference answers are not published.
         """
 
+    def unit(self, key: str) -> str:
+        """Returns a name that samples share if they are scored together: a limit keeps or leaves out whole units."""
+        return key
+
     def submission(self, answers: Sequence[Answer]) -> dict[str, str]:
         """Returns what the benchmark's server or judge takes, each file's text by its name; empty where it has none."""
         return {}

@@ -88,6 +88,10 @@ class MMBench(Benchmark):
         plain = common.averages("plain_accuracy", firsts, lambda answer: float(is_right(answer)))
         return scores | {name: value for name, value in plain.items() if "/" not in name}
 
+    def unit(self, key: str) -> str:
+        """Returns the question: its rotations are scored together."""
+        return str(int(key) % ROTATION) if key.isdigit() else key
+
     def submission(self, answers: Sequence[Answer]) -> dict[str, str]:
         """Returns the table for the server."""
         if not answers:

@@ -75,6 +75,10 @@ class MME(Benchmark):
                 sums["perception" if subtask in PERCEPTION else "cognition"] += accuracy + plus
         return sums | scores if scores else {}
 
+    def unit(self, key: str) -> str:
+        """Returns the picture: its two questions are scored together."""
+        return key.rpartition("/")[0]
+
     def _root(self) -> Path:
         release = self.folder / "MME_Benchmark_release_version"
         places = (self.folder, self.folder / "MME_Benchmark", release, release / "MME_Benchmark")

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Language benchmarks through EleutherAI's lm-evaluation-harness."""
