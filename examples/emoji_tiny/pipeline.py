@@ -24,7 +24,7 @@ TRAINING_CODE = [
     "megatron_smar/*.py",
     *(f"megatron_smar/{name}/**/*.py" for name in TRAINING_PACKAGES),
 ]
-EVALUATION_CODE = ["megatron_smar/commands/evaluate.py", "megatron_smar/evaluation/*.py"]
+EVALUATION_CODE = ["megatron_smar/commands/evaluate.py", "megatron_smar/evaluation/**/*.py"]
 
 
 @dataclass

@@ -253,14 +253,9 @@ class Recipe(Pipeline):
         questions = ["--vqa", scenes / "vqa_held_out.json", "--image-root", scenes]
         tasks: list[object] = []
         if self.with_tasks:
-            tasks = [
-                "--tasks",
-                *self.sizes["tasks"],
-                "--tasks-data",
-                self.output / "tasks",
-                "--limit",
-                options["limit"],
-            ]
+            data = self.output / "tasks"
+            tasks = ["--tasks", *self.sizes["tasks"], "--tasks-data", data, "--task-files", data / "tasks"]
+            tasks += ["--limit", options["limit"]]
         layout = ["--expert-model-parallel-size", self.ranks] if self.ranks > 1 else []
 
         def work(log: Path) -> None:
