@@ -94,6 +94,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("language tasks (lm-evaluation-harness)")
     group.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="`smar`, or names of the harness's tasks")
     group.add_argument("--tasks-data", type=Path, help="folder with the data sets, ORG/NAME as on the hub")
+    group.add_argument("--task-files", type=Path, help="folder with further task files in the harness's format")
     group.add_argument("--num-fewshot", type=int, help="examples per prompt, for tasks outside the preset")
     group.add_argument(
         "--chat-template",
@@ -142,6 +143,7 @@ def read_benchmark_files(options: argparse.Namespace) -> None:
                     options.num_fewshot,
                     options.chat_template,
                     options.limit,
+                    options.task_files,
                 )
             )
             print(options.loaded.table(), flush=True)

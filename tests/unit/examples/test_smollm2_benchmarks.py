@@ -74,8 +74,9 @@ def test_the_harness_runs_the_written_folder(tmp_path, cache, monkeypatch) -> No
     pytest.importorskip("lm_eval")
     import datasets
     from lm_eval.models.dummy import DummyLM
-    from megatron_smar.evaluation.task_config import LanguageConfig
-    from megatron_smar.evaluation.tasks import load_tasks
+
+    from megatron_smar.evaluation.language.task_config import LanguageConfig
+    from megatron_smar.evaluation.language.tasks import load_tasks
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     benchmarks.write_benchmarks(cache, tmp_path)
