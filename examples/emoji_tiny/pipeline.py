@@ -53,13 +53,14 @@ class Pipeline:
         """Returns the options that are added to those of a step's program."""
         return {}
 
-    def program(self, log: Path, *command: object, ranks: int = 0) -> None:
+    def program(self, log: Path, *command: object, ranks: int = 0, device: str | None = None) -> None:
         """Runs one of the project's programs, in one process or under torchrun, and records the command.
 
         Args:
             log: File for the output; the command is recorded next to it.
             *command: The program and its arguments.
             ranks: Number of ranks under torchrun; 0 for a process without torchrun.
+            device: `cpu` or `cuda`; None for that in the environment, or else the CPU.
         """
         line = [str(word) for word in command]
         launch = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks else ["python"]
@@ -67,7 +68,7 @@ class Pipeline:
         log.with_suffix(".command").write_text(shlex.join([*launch, *line]))
         python = [sys.executable, "-m", "torch.distributed.run", *launch[1:]] if ranks else [sys.executable]
         threads = max(1, (os.cpu_count() or 1) // max(ranks, 1))
-        run_program([*python, *line], log, ROOT, threads)
+        run_program([*python, *line], log, ROOT, threads, device)
 
     def log(self, name: str) -> Path:
         """Returns the log file of a step's program."""

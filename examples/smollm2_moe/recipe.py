@@ -162,8 +162,7 @@ class Recipe(Pipeline):
         exported = self.output / "export" / "model"
 
         def check(log: Path) -> None:
-            self.program(log, CONVERT, "verify", *self._parts(), "--load", self.imported, "--tolerance", TOLERANCE)
-            shutil.copy(log, self.output / "verify" / "verify.txt")
+            self._verify(log, self.imported, "verify")
 
         def export(log: Path) -> None:
             self._new(log, "export", exported, "--load", self.imported, "--hf", self.imported / "hf")
@@ -187,16 +186,19 @@ class Recipe(Pipeline):
         shutil.rmtree(output, ignore_errors=True)
         self.program(log, CONVERT, command, *options, "--output", output)
 
+    def _verify(self, log: Path, checkpoint: Path, step: str) -> None:
+        """Compares a checkpoint with the dense parts on logits, on the CPU: a GPU may compute float32 as TF32."""
+        command = [CONVERT, "verify", *self._parts(), "--load", checkpoint, "--tolerance", TOLERANCE]
+        self.program(log, *command, device="cpu")
+        shutil.copy(log, self.output / step / "verify.txt")
+
     def upcycle(self) -> None:
         """Upcycles stage 1's checkpoint; the mixture must compute what the dense parts compute."""
 
         def work(log: Path) -> None:
             source = ["--load", self.output / "stage1", "--hf", self.imported / "hf"]
             self._new(log, "upcycle", self.upcycled, *source, *words(MIXTURE))
-            compared = [*self._parts(), "--load", self.upcycled, "--tolerance", TOLERANCE]
-            check = log.with_stem("verify_upcycled")
-            self.program(check, CONVERT, "verify", *compared)
-            shutil.copy(check, self.output / "upcycle" / "verify.txt")
+            self._verify(log.with_stem("verify_upcycled"), self.upcycled, "upcycle")
 
         self._run("upcycle", work, MIXTURE, code=self.conversion_code, inputs=("stage1",))
 
@@ -249,7 +251,7 @@ class Recipe(Pipeline):
         """
         scenes, options = self.output / "scenes", self.sizes["evaluation"]
         asked = {"batch-size": options["batch-size"], "examples": options["examples"], "seq-length": LENGTH}
-        asked |= {"conversation-template": "chatml"}
+        asked |= {"conversation-template": "chatml", "float32": True}  # one precision before and after
         questions = ["--vqa", scenes / "vqa_held_out.json", "--image-root", scenes]
         tasks: list[object] = []
         if self.with_tasks:

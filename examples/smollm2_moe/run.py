@@ -105,6 +105,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick and options.write:
         parser.error("--write takes the results of full runs: leave out --quick")
+    if options.full and os.environ.get("MEGATRON_SMAR_DEVICE", "cpu") == "cpu":
+        parser.error("--full is for a GPU, on the CPU it takes days: set MEGATRON_SMAR_DEVICE=cuda, or leave it out")
     for name in ("output", "cache", "language", "write"):
         given = getattr(options, name)
         if given is not None and given != parser.get_default(name):

@@ -105,9 +105,16 @@ def test_what_is_done_is_not_run_again_and_the_log_has_the_time_left(root):
     assert "stage3_none; about " in log and "evaluation_none done in " in log
 
 
-def test_write_is_refused_for_a_quick_run(tmp_path):
-    done = run(RUN, "--quick", "--write", tmp_path / "page.md", check=False)
-    assert done.returncode == 2 and "leave out --quick" in done.stdout
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--quick", "--write", "page.md"], "--write takes the results of full runs: leave out --quick"),
+        (["--full"], "--full is for a GPU, on the CPU it takes days: set MEGATRON_SMAR_DEVICE=cuda, or leave it out"),
+    ],
+)
+def test_wrong_flags_are_one_sentence_before_anything_runs(flags, sentence):
+    done = run(RUN, *flags, check=False, rank={"MEGATRON_SMAR_DEVICE": "cpu"})
+    assert done.returncode == 2 and sentence in done.stdout and "..." not in done.stdout
 
 
 @pytest.mark.matrix
