@@ -23,9 +23,10 @@ from megatron_smar import runtime
 
 runtime.install_or_exit("cpu")  # this process only parses flags and reads results
 
-from comparison import markdown_table, replace_between_marks, rows_of, terminal_table, write_comparison
+from comparison import MARKS, markdown_table, rows_of, terminal_table, write_comparison
 from demo_content import content
 from demo_report import write_report
+from documents import replace_between_marks
 from run import parser_of
 from stages import Demo, VariantRun
 from steps import StepError
@@ -106,7 +107,7 @@ def _write(done: Sequence[VariantRun], output: Path, document: Path | None, comm
     print(f"\n{terminal_table(rows, seed)}\n\n{output}: compare.json, compare.md, compare.png")
     if document is not None:
         try:
-            replace_between_marks(document, markdown_table(rows, seed, line))
+            replace_between_marks(document, markdown_table(rows, seed, line), MARKS)
         except ValueError as error:
             sys.exit(f"compare: {error}")
 

@@ -111,19 +111,3 @@ def write_comparison(rows: Sequence[Row], seed: int, command: str, folder: Path)
     shown = [column for column in _measured(rows) if column.key != "seconds"]  # those depend on the machine's load
     panels = {column.title: ([row[column.key] for row in runs], start[column.key], column.form) for column in shown}
     figures.bars_by_run([row["routing"] for row in runs], panels, START).savefig(folder / "compare.png")
-
-
-def replace_between_marks(document: Path, table: str) -> None:
-    """Puts a table between the two marks of a document.
-
-    Raises:
-        ValueError: The document cannot be read or does not have both marks, in order.
-    """
-    try:
-        text = document.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--write {document} cannot be read: {error.strerror}.") from error
-    start, end = (text.find(mark) for mark in MARKS)
-    if not 0 <= start < end:
-        raise ValueError(f"--write {document} does not have the lines {MARKS[0]} and, after it, {MARKS[1]}: add them.")
-    document.write_text(f"{text[: start + len(MARKS[0])]}\n{table}\n{text[end:]}", encoding="utf-8")

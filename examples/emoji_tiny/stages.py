@@ -7,34 +7,21 @@ Stages 0 and 1 do not depend on the routing strategy of stage 2, so all variants
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steps import Step, StepError, run_program, source_hash
+from pipeline import EVALUATION_CODE, ROOT, SCRIPTS, Pipeline
+from steps import Step, StepError, source_hash
 from variants import Variant, quick_settings, settings, words
 
 from megatron_smar.checkpoint.metadata import find_checkpoint, read_common_state, read_contents, saved_arguments
 from megatron_smar.config.run_file import flag_parser
 from megatron_smar.routing.strategies import STRATEGIES
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = Path("examples/emoji_tiny")
 RANKS = 2
 TEXT_ONLY = 0.025  # share of pure text in stage 2, as in the paper
-# Files whose change invalidates results: those that make the data, and those that train.
-DATA_CODE = [f"examples/emoji_tiny/{name}.py" for name in ("sources", "corpus", "scenes", "pretrain_vision")]
-TRAINING_PACKAGES = ("runtime", "routing", "model", "monitoring", "config", "training", "data")
-TRAINING_CODE = [
-    "pretrain_vlm.py",
-    "megatron_smar/*.py",
-    *(f"megatron_smar/{name}/**/*.py" for name in TRAINING_PACKAGES),
-]
-EVALUATION_CODE = ["megatron_smar/commands/evaluate.py", "megatron_smar/evaluation/*.py"]
 PLACEMENT_CODE = ["megatron_smar/commands/placement.py", "megatron_smar/placement/*.py"]
 
 # The paper's recipe (its Table 7) with batch sizes and learning rates for a small model.
@@ -44,58 +31,16 @@ PLACEMENT_LOGS = ("placement_plan", "placement_report")
 
 
 @dataclass
-class Demo:
-    """The demo's folders, programs and steps up to stage 1, which all variants share.
-
-    Attributes:
-        output: Folder of these steps' results, relative to the project's folder if it is inside it.
-        cache: Folder of the downloaded sources.
-        quick: Whether every step is reduced to seconds (quick.yaml).
-        any_code: Whether results that other code made from the same settings are kept.
-        steps: The steps so far, by name.
-    """
-
-    output: Path
-    cache: Path
-    quick: bool = False
-    any_code: bool = False
-    steps: dict[str, Step] = field(default_factory=dict)
+class Demo(Pipeline):
+    """The demo's steps up to stage 1, which all variants share; `quick` stands for the settings in quick.yaml."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._quick = quick_settings() if self.quick else {}
-        self.data_code = source_hash(ROOT, [*DATA_CODE, "megatron_smar/data/**/*.py"])
-        self.training_code = source_hash(ROOT, TRAINING_CODE)
 
     def added(self, step: str) -> dict[str, Any]:
         """Returns the flags that --quick adds to a step."""
         return dict(self._quick.get(step, {}))
-
-    def program(self, log: Path, *command: object, ranks: int = 0) -> None:
-        """Runs one of the project's programs, in one process or under torchrun, and records the command.
-
-        Args:
-            log: File for the output; the command is recorded next to it.
-            *command: The program and its arguments.
-            ranks: Number of ranks under torchrun; 0 for a process without torchrun.
-        """
-        line = [str(word) for word in command]
-        launch = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks else ["python"]
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.with_suffix(".command").write_text(shlex.join([*launch, *line]))
-        python = [sys.executable, "-m", "torch.distributed.run", *launch[1:]] if ranks else [sys.executable]
-        threads = max(1, (os.cpu_count() or 1) // max(ranks, 1))
-        run_program([*python, *line], log, ROOT, threads)
-
-    def log(self, name: str) -> Path:
-        """Returns the log file of a program that all variants share."""
-        return self.output / "logs" / f"{name}.log"
-
-    def step(self, name: str, *key: Any, code: str, inputs: tuple[str, ...] = ()) -> Step:
-        """Creates one of the shared steps and registers it by its name."""
-        before = [self.steps[name] for name in inputs]
-        step = Step(name, self.output / name, *key, inputs=before, code=code, any_code=self.any_code)
-        self.steps[name] = step
-        return step
 
     def prepare(self) -> None:
         """Runs all shared steps: data, vision encoder, stages 0 and 1, and the evaluation before stage 2."""
@@ -109,18 +54,12 @@ class Demo:
     def prepare_data(self) -> None:
         """Makes sources, language data, images, and shards of all of them."""
         self.step("corpus", self.added("corpus"), code=self.data_code).run(self._make_corpus)
-        self.step("scenes", self.added("scenes"), code=self.data_code).run(
-            lambda: self.program(self.log("scenes"), SCRIPTS / "scenes.py", *self._places("scenes"))
-        )
+        self.make_scenes()
         self.step("shards", code=self.data_code, inputs=("corpus", "scenes")).run(self._make_shards)
-
-    def _places(self, name: str) -> list[str]:
-        places = ["--cache", str(self.cache), "--output", str(self.output / name)]
-        return [*places, *words(self.added(name))]
 
     def _make_corpus(self) -> None:
         self.program(self.log("sources"), SCRIPTS / "sources.py", "--cache", self.cache)
-        self.program(self.log("corpus"), SCRIPTS / "corpus.py", *self._places("corpus"))
+        self.program(self.log("corpus"), SCRIPTS / "corpus.py", *self.places("corpus"))
 
     def _make_shards(self) -> None:
         corpus, scenes, shards = (self.output / name for name in ("corpus", "scenes", "shards"))
@@ -136,12 +75,6 @@ class Demo:
         entries = "".join(f"      - weight: {weight}\n        path: ./{name}\n" for weight, name in blend)
         header = "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n"
         (shards / "stage2.yaml").write_text(header + entries)
-
-    def pretrain_vision(self) -> None:
-        """Trains the vision encoder, the demo's replacement for InternViT."""
-        self.step("vision", self.added("vision"), code=self.data_code, inputs=("scenes",)).run(
-            lambda: self.program(self.log("vision"), SCRIPTS / "pretrain_vision.py", *self._places("vision"))
-        )
 
     def train(self, name: str, data: str, before: str | None) -> None:
         """Runs one of the stages that all variants share, from the checkpoint of the step before."""

@@ -135,14 +135,22 @@ def _clocks() -> tuple[float, float]:
     return time.monotonic(), children.ru_utime + children.ru_stime
 
 
-def run_program(command: Sequence[str], log: Path, root: Path, threads: int) -> None:
+def run_program(command: Sequence[str], log: Path, root: Path, threads: int, device: str | None = None) -> None:
     """Runs a program and logs its output; training steps are shown as a progress bar with losses and ETA.
+
+    Args:
+        command: The program and its arguments.
+        log: File for the output.
+        root: Working directory.
+        threads: Number of threads of each process.
+        device: `cpu` or `cuda`; None for that in the environment, or else the CPU.
 
     Raises:
         StepError: The program failed.
     """
     environment = os.environ | {
-        "MEGATRON_SMAR_DEVICE": os.environ.get("MEGATRON_SMAR_DEVICE", "cpu"),  # two ranks do not share one GPU
+        "MEGATRON_SMAR_DEVICE": device
+        or os.environ.get("MEGATRON_SMAR_DEVICE", "cpu"),  # two ranks do not share one GPU
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # ranks and data workers share the cores, so waiting threads must not spin
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")])),

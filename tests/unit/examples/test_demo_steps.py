@@ -16,7 +16,8 @@ from megatron_smar.routing.strategies import STRATEGIES
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "emoji_tiny"))  # the demo is programs, not a package
 
-from comparison import MARKS, markdown_table, notes, replace_between_marks, terminal_table, write_comparison
+from comparison import MARKS, markdown_table, notes, terminal_table, write_comparison
+from documents import replace_between_marks
 from steps import Step
 from variants import find_variant, settings, variants, words
 
@@ -197,16 +198,16 @@ def test_results_of_other_code_are_marked_in_the_table() -> None:
 def test_the_table_replaces_what_is_between_the_marks_and_nothing_else(tmp_path: Path) -> None:
     document = tmp_path / "page.md"
     document.write_text(f"a\n{MARKS[0]}\nold\n{MARKS[1]}\nb\n")
-    replace_between_marks(document, "new")
-    replace_between_marks(document, "newer")
+    replace_between_marks(document, "new", MARKS)
+    replace_between_marks(document, "newer", MARKS)
     assert document.read_text() == f"a\n{MARKS[0]}\nnewer\n{MARKS[1]}\nb\n"
     for content in ("no marks", f"{MARKS[1]}\n{MARKS[0]}"):
         document.write_text(content)
         with pytest.raises(ValueError, match="does not have the lines"):
-            replace_between_marks(document, "new")
+            replace_between_marks(document, "new", MARKS)
         assert document.read_text() == content
     with pytest.raises(ValueError, match="cannot be read"):
-        replace_between_marks(tmp_path / "absent.md", "new")
+        replace_between_marks(tmp_path / "absent.md", "new", MARKS)
 
 
 def test_values_that_are_no_numbers_are_null_in_json_and_leave_a_gap_in_the_figure(tmp_path: Path) -> None:
