@@ -33,7 +33,6 @@ from megatron_smar import runtime
 runtime.install_or_exit()
 
 import torch.distributed as dist
-from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_tokenizer
 
 from megatron_smar.checkpoint.stored_flags import stored_flags
@@ -43,7 +42,7 @@ from megatron_smar.data.rejects import SampleError
 from megatron_smar.evaluation.benchmark_run import BenchmarkRunner, read_benchmarks, routing_result
 from megatron_smar.evaluation.benchmarks import BENCHMARKS
 from megatron_smar.evaluation.benchmarks.base import BenchmarkError
-from megatron_smar.evaluation.encoder import HeldOutEncoder
+from megatron_smar.evaluation.encoder import HeldOutEncoder, run_evaluator
 from megatron_smar.evaluation.evaluator import Evaluator, exact_match, perplexity, word_completion
 from megatron_smar.evaluation.generation import generate
 from megatron_smar.evaluation.language.results import KEY, format_results
@@ -225,16 +224,8 @@ def load_model(options: argparse.Namespace, flags: list[str]) -> tuple[Evaluator
         fail(error)
     only_run = ["--skip-train", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"]
     model, _, _ = start([*flags, *only_run], defaults)
-    encoder, args = HeldOutEncoder(), get_args()
-    evaluator = Evaluator(
-        unwrap_model(model)[0],
-        encoder.text.image_tokens.placeholder_ids,
-        encoder.tokens_per_tile,
-        encoder.text.pad_id,
-        args.tensor_model_parallel_size if args.sequence_parallel else 1,
-        options.batch_size,
-        encoder.continues_word(),
-    )
+    evaluator, encoder = run_evaluator(model, options.batch_size)
+    evaluator.continues_word = encoder.continues_word()
     return evaluator, encoder
 
 

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_last
 
 from megatron_smar.evaluation.benchmark_run import BenchmarkRunner, read_benchmarks
-from megatron_smar.evaluation.encoder import HeldOutEncoder
-from megatron_smar.evaluation.evaluator import Evaluator
+from megatron_smar.evaluation.encoder import run_evaluator
 
 
 class TrainingBenchmarks:
@@ -43,15 +41,7 @@ class TrainingBenchmarks:
         if iteration == self._asked_at:  # Megatron validates once more after the last step
             return
         self._asked_at = iteration
-        encoder = HeldOutEncoder()
-        evaluator = Evaluator(
-            unwrap_model(model)[0],
-            encoder.text.image_tokens.placeholder_ids,
-            encoder.tokens_per_tile,
-            encoder.text.pad_id,
-            args.tensor_model_parallel_size if args.sequence_parallel else 1,
-            args.eval_micro_batch_size,
-        )
+        evaluator, encoder = run_evaluator(model, args.eval_micro_batch_size)
         folder = Path(args.save) / "benchmarks" / f"iter_{iteration:07d}" if args.save else None
         runner = BenchmarkRunner(evaluator, encoder, folder, {"iteration": iteration}, resume=False)
         results = {read.name: runner.run(read) for read in self._benchmarks}

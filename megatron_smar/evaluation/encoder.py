@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_tokenizer
 
 from megatron_smar.config.build import get_run_config
@@ -20,6 +21,7 @@ from megatron_smar.data.sample_encoder import SampleEncoder
 from megatron_smar.data.tiling import ImageProcessor
 from megatron_smar.data.tokens import TextEncoder
 from megatron_smar.evaluation.benchmarks.base import Question
+from megatron_smar.evaluation.evaluator import Evaluator
 
 
 class HeldOutEncoder:
@@ -92,3 +94,22 @@ def named(key: str) -> Iterator[None]:
         yield
     except SampleError as error:
         raise SampleError(error.reason, f"{key}: {error.message}") from error
+
+
+def run_evaluator(model: list[torch.nn.Module], batch_size: int) -> tuple[Evaluator, HeldOutEncoder]:
+    """Returns what evaluates a run's model on samples that are encoded as the run's.
+
+    Args:
+        model: This rank's model chunks, of which there is one, with Megatron's wrappers.
+        batch_size: Samples per forward pass.
+    """
+    encoder, args = HeldOutEncoder(), get_args()
+    evaluator = Evaluator(
+        unwrap_model(model)[0],
+        encoder.text.image_tokens.placeholder_ids,
+        encoder.tokens_per_tile,
+        encoder.text.pad_id,
+        args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        batch_size,
+    )
+    return evaluator, encoder
