@@ -33,7 +33,7 @@ from tqdm import tqdm
 from megatron_smar.commands.evaluate import load_model
 from megatron_smar.data.batch import EncodedSample
 from megatron_smar.evaluation.evaluator import Evaluator
-from megatron_smar.evaluation.generation import Row, Rows, without_sequence_parallelism
+from megatron_smar.evaluation.generation import Row, Rows, decoding_settings
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -50,7 +50,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     for name in ("prompt", "new", "rows", "pairs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} is not a number of 1 or more.")
-    options.pairs = min(options.pairs, options.new)
+    if options.pairs < 2 or options.new <= 2 * options.pairs:
+        parser.error(
+            f"--pairs {options.pairs} of --new {options.new}: give at least 2 pairs, and more new tokens than twice that."
+        )
     options.questions, options.float32, options.batch_size = [], False, options.rows
     return options, flags
 
@@ -74,18 +77,22 @@ def sample(ids: list[int]) -> EncodedSample:
 def measure(evaluator: Evaluator, options: argparse.Namespace, vocabulary: int) -> dict[str, float]:
     """Times both ways, side by side."""
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(100, vocabulary, (options.rows, options.prompt), generator=generator).tolist()
+    allowed = torch.tensor([i for i in range(100, vocabulary) if i not in evaluator.placeholders])
+    prompts = allowed[torch.randint(len(allowed), (options.rows, options.prompt), generator=generator)].tolist()
     rows = Rows(evaluator, [Row(sample(ids), options.new) for ids in prompts])
     every = options.new // options.pairs
     cached: list[float] = []
     full: list[float] = []
-    with without_sequence_parallelism(evaluator.model), InferenceMode.active(), torch.no_grad():
+    with decoding_settings(evaluator.model), InferenceMode.active(), torch.no_grad():
         first = seconds(lambda: rows.take(rows.read_common_part()))
         for step in tqdm(range(1, options.new), desc="tokens", disable=dist.get_rank() > 0, mininterval=2):
             if step % every:
                 rows.take(rows.read_next_tokens())
                 continue
-            texts = [Row(sample(row.ids), 0) for row in rows.rows]
+            # A random text may continue with a placeholder, which a prompt without pictures cannot have.
+            texts = [
+                Row(sample([i if i not in evaluator.placeholders else 100 for i in row.ids]), 0) for row in rows.rows
+            ]
 
             def decode() -> None:
                 rows.take(rows.read_next_tokens())

@@ -33,15 +33,14 @@ from megatron_smar import runtime
 runtime.install_or_exit()
 
 import torch.distributed as dist
-from megatron.training import get_args, get_tokenizer
+from megatron.training import get_args
 
+from megatron_smar.checkpoint.location import locate
 from megatron_smar.checkpoint.stored_flags import stored_flags
 from megatron_smar.config.run_file import saved_folder
 from megatron_smar.data.held_out import read_questions, read_texts
-from megatron_smar.data.rejects import SampleError
 from megatron_smar.evaluation.benchmark_run import BenchmarkRunner, read_benchmarks, routing_result
 from megatron_smar.evaluation.benchmarks import BENCHMARKS
-from megatron_smar.evaluation.benchmarks.base import BenchmarkError
 from megatron_smar.evaluation.encoder import HeldOutEncoder, run_evaluator
 from megatron_smar.evaluation.evaluator import Evaluator, exact_match, perplexity, word_completion
 from megatron_smar.evaluation.generation import generate
@@ -52,7 +51,13 @@ from megatron_smar.monitoring.recorder import recorded_routing
 from megatron_smar.training.setup import fail, start
 
 # The alltoall dispatcher accepts batches of any length; Megatron's batch sizes and frozen parts have no effect here.
-RUN = {"moe_token_dispatcher_type": "alltoall", "micro_batch_size": 1, "freeze": ["vision"]}
+# The other ranks wait while rank 0 reads the language tasks, which may have to be downloaded.
+RUN = {
+    "moe_token_dispatcher_type": "alltoall",
+    "micro_batch_size": 1,
+    "freeze": ["vision"],
+    "distributed_timeout_minutes": 120,
+}
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -67,14 +72,37 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add_tasks(parser)
     add_benchmarks(parser)
     options, flags = parser.parse_known_args()
-    if options.export and (flags or options.config or options.text or options.vqa or options.benchmarks):
-        fail(
-            ValueError("--export is evaluated on --tasks alone: give no samples, benchmarks or flags of a checkpoint.")
-        )
     try:
+        _check(options, flags)
         return options, [*flags, *(["--load", str(saved_folder(options.config))] if options.config else [])]
     except ValueError as error:
         fail(error)
+
+
+def _check(options: argparse.Namespace, flags: list[str]) -> None:
+    """Refuses options that measure nothing or exclude each other.
+
+    Raises:
+        ValueError: The message is one sentence for the user.
+    """
+    others = options.text or options.vqa or options.benchmarks
+    if not (others or options.tasks):
+        raise ValueError("nothing is measured: give --text, --vqa, --tasks or --benchmarks.")
+    if options.export and (flags or options.config or options.float32 or others or not options.tasks):
+        raise ValueError(
+            "--export is evaluated on --tasks alone: give no samples, benchmarks or flags of a checkpoint."
+        )
+    if options.export and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--export is evaluated by one process: start python instead of torchrun.")
+    for name in ("batch_size", "limit"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give 1 or more.")
+    if int(os.environ.get("RANK", 0)) == 0:
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.open("a").close()
+        except OSError as error:
+            raise ValueError(f"--output {options.output} cannot be written ({error.strerror}).") from error
 
 
 def add_samples(parser: argparse.ArgumentParser) -> None:
@@ -150,24 +178,44 @@ def read_benchmark_files(options: argparse.Namespace) -> None:
         fail(error)
 
 
-def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: HeldOutEncoder) -> dict[str, Any]:
-    """Measures everything that the options ask for."""
+def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: HeldOutEncoder) -> None:
+    """Measures everything that the options ask for, and writes the results after each part."""
     results: dict[str, Any] = {}
+
+    def add(part: dict[str, Any]) -> None:
+        results.update(part)
+        if dist.get_rank() == 0:
+            write_results(options.output, results, part)
+
     if options.texts:
         samples = [encoder.passage(str(r.get("id", i)), r) for i, r in enumerate(options.texts)]
         scores = evaluator.score(samples, "text")
-        results |= {"text_perplexity": perplexity(scores), "word_accuracy": word_completion(scores)}
+        add({"text_perplexity": perplexity(scores), "word_accuracy": word_completion(scores)})
     if options.questions:
-        results |= measure_vqa(options, evaluator, encoder)
+        add(measure_vqa(options, evaluator, encoder))
     if options.tasks:
-        results |= measure_tasks(options, evaluator)
+        add(measure_tasks(options, evaluator))
     if options.read:
-        args = get_args()
-        model = {"load": str(args.load), "iteration": args.iteration, "float32": options.float32}
         folder = options.predictions or options.output.with_suffix("")
-        runner = BenchmarkRunner(evaluator, encoder, folder, model)
-        results["benchmarks"] = {read.name: runner.run(read) for read in options.read}
-    return results
+        runner = BenchmarkRunner(evaluator, encoder, folder, identity())
+        found: dict[str, Any] = {}
+        for read in options.read:
+            found[read.name] = runner.run(read)
+            add({"benchmarks": found})
+
+
+def identity() -> dict[str, Any]:
+    """Returns what the predictions depend on: those of another checkpoint or with another setting are not resumed."""
+    args = get_args()
+    found = locate("--load", args.load, args.ckpt_step).checkpoint
+    settings = "conversation_template seq_length min_tiles max_tiles use_thumbnail max_position_embeddings".split()
+    return {
+        "load": str(args.load),
+        "iteration": args.iteration,
+        "written": max((file.stat().st_mtime_ns for file in found.iterdir()), default=0) if found else 0,
+        "dtype": str(args.params_dtype),
+        **{name: getattr(args, name) for name in settings},
+    }
 
 
 def measure_tasks(options: argparse.Namespace, evaluator: Evaluator) -> dict[str, Any]:
@@ -179,9 +227,12 @@ def measure_tasks(options: argparse.Namespace, evaluator: Evaluator) -> dict[str
     if dist.get_rank() > 0:
         ranks.serve()
         return {}
-    model = TrainedModel(ranks, tokenizer.fast, tokenizer.end_ids, args.max_position_embeddings)
-    results = options.loaded.run(model)
-    ranks.release()
+    model = TrainedModel(ranks, tokenizer, args.max_position_embeddings)
+    try:
+        model.check(options.loaded)
+        results = options.loaded.run(model)
+    finally:
+        ranks.release()
     print(format_results(results), flush=True)
     return {KEY: results.as_dict()}
 
@@ -197,9 +248,9 @@ def measure_vqa(options: argparse.Namespace, evaluator: Evaluator, encoder: Held
         kinds[item.get("kind", "all")].append(score)
     shown = items[: options.examples]
     prompts = [encoder.question(item, options.image_root, answered=False) for item in shown]
-    end = encoder.end_of_turn
-    answers = generate(evaluator, prompts, [8] * len(prompts), lambda _, new: new[-1] == end, "answers")
-    texts = [get_tokenizer().detokenize([i for i in ids if i != end]).strip() for ids in answers]
+    ends = encoder.end_ids
+    answers = generate(evaluator, prompts, [8] * len(prompts), lambda _, new: new[-1] in ends, "answers")
+    texts = [encoder.answer(ids) for ids in answers]
     routing = routing_result(recorder, encoder)
     return {
         "vqa_accuracy": exact_match(scores),
@@ -238,17 +289,16 @@ def evaluate_export(options: argparse.Namespace) -> None:
     except ValueError as error:
         fail(error)
     print(format_results(results))
-    write_results(options.output, {KEY: results.as_dict()})
+    write_results(options.output, {KEY: results.as_dict()}, {})
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Writes the results, and prints the numbers among them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_results(path: Path, results: dict[str, Any], new: dict[str, Any]) -> None:
+    """Writes the results, and prints the numbers among the new ones."""
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for name, value in results.items():
+    for name, value in new.items():
         if isinstance(value, float):
             print(f"{name:24} {value:.4f}")
-    for name, result in results.get("benchmarks", {}).items():
+    for name, result in list(new.get("benchmarks", {}).items())[-1:]:
         skipped = f", {len(result['skipped'])} skipped" if result["skipped"] else ""
         print(f"{result['title']} ({name}): {result['asked']} answers{skipped}, {result['version']}")
         for metric, value in result["metrics"].items():
@@ -265,15 +315,11 @@ def main() -> None:
     if options.export:
         evaluate_export(options)
         return
-    evaluator, encoder = load_model(options, flags)
     try:
-        results = measure(options, evaluator, encoder)
-    except SampleError as error:  # a sample that is too long for the flags
+        evaluator, encoder = load_model(options, flags)
+        measure(options, evaluator, encoder)
+    except ValueError as error:  # a sample that is too long, a task that asks too much of the model
         fail(error)
-    except BenchmarkError as error:
-        fail(error)
-    if dist.get_rank() == 0:
-        write_results(options.output, results)
     dist.barrier()
     dist.destroy_process_group()
 

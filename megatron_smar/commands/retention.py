@@ -49,7 +49,7 @@ def named_files(arguments: list[str]) -> dict[str, Path]:
     """
     files: dict[str, Path] = {}
     for argument in arguments:
-        name, separator, file = argument.partition("=")
+        name, separator, file = argument.partition("=") if not Path(argument).exists() else (argument, "", "")
         path = Path(file if separator else argument)
         if not separator:
             name = path.resolve().parent.name if path.name == "results.json" else path.stem

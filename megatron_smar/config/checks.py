@@ -80,8 +80,19 @@ def _check_benchmarks(args: Namespace) -> None:
     given = f"--eval-benchmarks {' '.join(args.eval_benchmarks)}"
     if args.eval_benchmarks_data is None:
         raise ValueError(f"{given} needs --eval-benchmarks-data, the folder with a folder for each of them.")
-    if args.eval_benchmarks_samples < 1:
-        raise ValueError(f"--eval-benchmarks-samples is {args.eval_benchmarks_samples}; give 1 or more.")
+    for flag in ("samples", "batch_size"):
+        if (value := getattr(args, f"eval_benchmarks_{flag}")) < 1:
+            raise ValueError(f"--eval-benchmarks-{flag.replace('_', '-')} is {value}; give 1 or more.")
+    for name, is_given in {
+        "--fp8-format": args.fp8,
+        "--tp-comm-overlap": args.tp_comm_overlap,
+        "--moe-expert-capacity-factor": args.moe_expert_capacity_factor,
+    }.items():
+        if is_given:
+            raise ValueError(
+                f"{given} are answered token by token, which {name} does not allow or changes: leave one of them out, "
+                "and evaluate the checkpoints with tools/evaluate.py."
+            )
     if not args.eval_iters or not args.eval_interval:
         raise ValueError(f"{given} are asked after each validation: give --eval-iters and --eval-interval.")
     if args.pipeline_model_parallel_size > 1 or args.context_parallel_size > 1:

@@ -307,6 +307,13 @@ def _add_benchmark_arguments(parser: ArgumentParser) -> None:
         default=200,
         help="Questions of each benchmark, evenly spread. Default: %(default)s.",
     )
+    group.add_argument(
+        "--eval-benchmarks-batch-size",
+        type=int,
+        metavar="SAMPLES",
+        default=8,
+        help="Questions that a rank answers together. Default: %(default)s.",
+    )
 
 
 def _add_checkpoint_arguments(parser: ArgumentParser) -> None:

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a picture benchmark over all ranks: predictions saved sample by sample, resumed after an interruption."""
+"""Runs a picture benchmark over all ranks, and resumes after an interruption from the predictions that are saved."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.training import get_args, get_tokenizer
+from megatron.training import get_args
 from tqdm import tqdm
 
+from megatron_smar.config.build import get_run_config
 from megatron_smar.data.batch import EncodedSample
 from megatron_smar.data.rejects import SampleError
 from megatron_smar.evaluation.benchmarks import open_benchmark
@@ -120,9 +122,9 @@ class BenchmarkRunner:
         Raises:
             BenchmarkError: The file of predictions belongs to another model or version.
         """
+        self._compare(read)
         predictions = self._begin(read)
-        asked = predictions.texts.keys() | predictions.bad.keys()
-        left = [question for question in read.questions if question.key not in asked]
+        left = [question for question in read.questions if question.key not in predictions.texts]
         done = len(read.questions) - len(left)
         with tqdm(
             total=len(read.questions), initial=done, desc=read.name, unit="question", disable=dist.get_rank() > 0
@@ -132,6 +134,22 @@ class BenchmarkRunner:
                 predictions.add(records, save=dist.get_rank() == 0)
                 bar.update(len(chunk))
         return self._result(read, predictions) | {"routing": self._routing(read)}
+
+    def _compare(self, read: ReadBenchmark) -> None:
+        """Refuses files that differ from rank to rank, as on local disks: the ranks would wait for each other forever.
+
+        Raises:
+            BenchmarkError: On all ranks, if they differ.
+        """
+        digest = hashlib.sha256("\n".join(question.key for question in read.questions).encode()).hexdigest()
+        found: list[tuple[int, str]] = [(0, "")] * dist.get_world_size()
+        dist.all_gather_object(found, (len(read.questions), digest))
+        if len(set(found)) > 1:
+            numbers = ", ".join(str(number) for number, _ in found)
+            raise BenchmarkError(
+                f"{read.benchmark.folder} does not have the same questions and pictures on all ranks ({numbers} "
+                "questions): copy the folder to all nodes"
+            )
 
     def _begin(self, read: ReadBenchmark) -> Predictions:
         """Opens the predictions on rank 0, and returns the same on all ranks."""
@@ -156,12 +174,11 @@ class BenchmarkRunner:
     def _answer(self, benchmark: Benchmark, questions: Sequence[Question]) -> list[dict[str, str]]:
         """Returns a record per question, in order, on all ranks."""
         prompts, records = self._own_prompts(questions)
-        positions, end = get_args().max_position_embeddings, self.encoder.end_of_turn
-        limits = [max(0, min(benchmark.max_new_tokens, positions - len(prompt.input_ids))) for prompt in prompts]
-        new = generate_own(self.evaluator, prompts, limits, lambda _, ids: ids[-1] == end)
+        positions, ends = get_args().max_position_embeddings, self.encoder.end_ids
+        limits = [min(benchmark.max_new_tokens, positions - len(prompt.input_ids)) for prompt in prompts]
+        new = generate_own(self.evaluator, prompts, limits, lambda _, ids: ids[-1] in ends)
         for prompt, ids in zip(prompts, new, strict=True):
-            text = get_tokenizer().detokenize([token for token in ids if token != end]).strip()
-            records.append({"key": prompt.__key__, "prediction": text})
+            records.append({"key": prompt.__key__, "prediction": self.encoder.answer(ids)})
         group = self.evaluator.groups.dp
         gathered: list[list[dict[str, str]]] = [[]] * group.size()
         dist.all_gather_object(gathered, records, group=group)
@@ -170,11 +187,14 @@ class BenchmarkRunner:
 
     def _own_prompts(self, questions: Sequence[Question]) -> tuple[list[EncodedSample], list[dict[str, str]]]:
         """Encodes this replica's share of the questions; returns also a record for each that cannot be asked."""
-        group = self.evaluator.groups.dp
+        group, positions = self.evaluator.groups.dp, get_args().max_position_embeddings
         prompts, records = [], []
         for question in questions[group.rank() :: group.size()]:
             try:
-                prompts.append(self.encoder.prompt(question))
+                prompt = self.encoder.prompt(question)
+                if len(prompt.input_ids) >= positions:
+                    raise SampleError("too_long", f"its prompt leaves no room for an answer in {positions} positions")
+                prompts.append(prompt)
             except SampleError as error:
                 records.append({"key": question.key, "skipped": error.message})
         return prompts, records
@@ -206,13 +226,17 @@ class BenchmarkRunner:
         questions = spread(read.benchmark, read.questions, ROUTING_SAMPLES)
         size = self.evaluator.batch_size * self.evaluator.groups.dp.size()
         chunks = [questions[start : start + size] for start in range(0, len(questions), size)]
-        number = 0
+        number, group = 0, self.evaluator.groups.dp
         with recorded_routing([self.evaluator.model]) as recorder:
             for chunk in tqdm(chunks, desc=f"{read.name}, routing", unit="batch", disable=dist.get_rank() > 0):
                 prompts, _ = self._own_prompts([question for question in chunk if isinstance(question, Question)])
                 self.evaluator.pass_through(prompts)
-                number += len(chunk)
-        return {"samples": number} | routing_result(recorder, self.encoder)
+                number += len(prompts)
+        if get_run_config().routing.scope == "local":  # the routers' sums are then those of each replica
+            recorder.reduce(group)
+        numbers = [0] * group.size()
+        dist.all_gather_object(numbers, number, group=group)
+        return {"samples": sum(numbers)} | routing_result(recorder, self.encoder)
 
 
 def routing_result(recorder: RoutingRecorder, encoder: HeldOutEncoder) -> dict[str, Any]:

@@ -37,11 +37,11 @@ class TrainingBenchmarks:
     def __call__(self, model: list[torch.nn.Module]) -> None:
         """Asks all benchmarks, logs their metrics, and saves predictions and results in --save."""
         args = get_args()
-        iteration = args.curr_iteration + 1
+        iteration = max(getattr(args, "curr_iteration", -1) + 1, args.iteration)  # at the end of a run the latter
         if iteration == self._asked_at:  # Megatron validates once more after the last step
             return
         self._asked_at = iteration
-        evaluator, encoder = run_evaluator(model, args.eval_micro_batch_size)
+        evaluator, encoder = run_evaluator(model, args.eval_benchmarks_batch_size)
         folder = Path(args.save) / "benchmarks" / f"iter_{iteration:07d}" if args.save else None
         runner = BenchmarkRunner(evaluator, encoder, folder, {"iteration": iteration}, resume=False)
         results = {read.name: runner.run(read) for read in self._benchmarks}

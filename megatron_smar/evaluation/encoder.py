@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,15 @@ class HeldOutEncoder:
     def end_of_turn(self) -> int:
         """The token that ends an answer."""
         return self.text.special_id(self.template.end_of_turn)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer, in the export's generation config too."""
+        return frozenset((self.end_of_turn, self.text.eos_id))
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """Returns the text of an answer's tokens, without those that end it."""
+        return str(get_tokenizer().detokenize([token for token in ids if token not in self.end_ids])).strip()
 
     def continues_word(self) -> torch.Tensor:
         """Returns a [vocabulary] bool tensor: tokens of letters only, without the space that begins a word."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,10 @@ from megatron_smar.model.vlm import VisionLanguageModel
 from megatron_smar.routing.modalities import PADDING
 from megatron_smar.training.batch import ModelBatch, prepare_batch
 
-# Positions whose logits are converted to float32 at a time: 0.6 GB for a vocabulary of 150,000.
+# Positions whose logits are gathered and converted to float32 at a time: 0.6 GB for a vocabulary of 150,000.
 _POSITIONS = 1024
+# Positions of a batch, which has fewer rows if they are long: 5 GB of logits in bf16 for a vocabulary of 150,000.
+_BATCH_POSITIONS = 16384
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Evaluator:
         """
         found: dict[int, list[Score]] = {}
         order = sorted(range(len(samples)), key=lambda n: -len(samples[n].input_ids))  # memory fails early
-        for places in self._passes(len(samples), name):
+        for places in self._passes([len(samples[number].input_ids) for number in order], name):
             numbers = [order[place] for place in places]
             if not numbers:
                 self.pass_through([])
@@ -119,19 +122,27 @@ class Evaluator:
             announce: Called before each forward pass with the numbers of the samples in its rows; -1 for a row whose
                 tokens are not counted, which a rank needs when others have one sample more.
         """
-        for numbers in self._passes(len(samples), name):
+        for numbers in self._passes([len(sample.input_ids) for sample in samples], name):
             announce(numbers or [-1])
             self.pass_through([samples[number] for number in numbers])
 
-    def _passes(self, number: int, name: str) -> Iterator[list[int]]:
+    def _passes(self, lengths: Sequence[int], name: str) -> Iterator[list[int]]:
         """Yields the places of the samples in each of this rank's forward passes; neighbors share a pass.
 
         Every rank makes the same number of passes, or the experts' all-to-all would hang; a rank's last may be empty.
+
+        Args:
+            lengths: Length of each sample.
+            name: Name of the progress bar.
         """
-        size = self.batch_size * self.groups.dp.size()
-        starts = range(0, number, size)
-        for start in tqdm(starts, desc=name, unit="batch", disable=dist.get_rank() > 0, mininterval=2):
-            yield list(range(start + self.groups.dp.rank(), min(start + size, number), self.groups.dp.size()))
+        rank, replicas, start = self.groups.dp.rank(), self.groups.dp.size(), 0
+        with tqdm(total=len(lengths), desc=name, unit="sample", disable=dist.get_rank() > 0, mininterval=2) as bar:
+            while start < len(lengths):
+                longest = max(lengths[start : start + self.batch_size * replicas])
+                end = start + replicas * max(1, min(self.batch_size, _BATCH_POSITIONS // longest))
+                yield list(range(start + rank, min(end, len(lengths)), replicas))
+                bar.update(min(end, len(lengths)) - start)
+                start = end
 
     def most_of_replicas(self, number: int) -> int:
         """Returns the largest of the replicas' numbers."""
@@ -154,21 +165,72 @@ class Evaluator:
 
     def _score_batch(self, samples: list[EncodedSample], endings: Sequence[Sequence[int] | None]) -> list[list[Score]]:
         logits, batch, placed = self._logits(samples)
-        losses, hit = _loss_and_hit(logits, placed.labels)
         mask = batch.loss_mask > 0
+        losses, hit = self._loss_and_hit(logits, placed.labels, mask)
         continues = torch.zeros_like(mask)
         if self.continues_word is not None:
             continues = self.continues_word.cpu()[batch.labels] & mask
         scores = [
-            Score(float(loss[m].sum()), int(m.sum()), bool(h[m].all()), *count_completed_words(c.tolist(), h.tolist()))
+            [
+                Score(
+                    float(loss[m].sum()), int(m.sum()), bool(h[m].all()), *count_completed_words(c.tolist(), h.tolist())
+                )
+            ]
             for loss, h, m, c in zip(losses, hit, mask, continues, strict=True)
         ]
-        return [
-            [score] if ends is None else _with_endings(row[len(sample.input_ids) - 1], loss, h, m, ends)
-            for score, sample, row, loss, h, m, ends in zip(
-                scores, samples, logits, losses, hit, mask, endings, strict=True
-            )
-        ]
+        ended = {row: ends for row, ends in enumerate(endings) if ends is not None}
+        last = [len(samples[row].input_ids) - 1 for row in ended]
+        for row, found in zip(ended, self._likelihoods(logits, list(ended), last, list(ended.values())), strict=True):
+            before = mask[row].nonzero().flatten()[:-1]  # without the target that the endings replace
+            loss, exact = float(losses[row][before].sum()), bool(hit[row][before].all())
+            scores[row] = [Score(loss - value, len(before) + 1, exact and is_best) for value, is_best in found]
+        return scores
+
+    def _likelihoods(
+        self, logits: Tensor, rows: list[int], positions: list[int], endings: Sequence[Sequence[int]]
+    ) -> list[list[tuple[float, bool]]]:
+        """Returns for each row and ending the log-likelihood, and whether it is the most likely token.
+
+        Args:
+            logits: This rank's share of the logits [b, s, vocabulary / tp].
+            rows: The rows in question.
+            positions: Position of the target in each of them.
+            endings: Tokens of each of them.
+        """
+        if not rows:
+            return []
+        places = torch.tensor([rows, positions], device=logits.device)
+        likelihoods = self._gather(logits[places[0], places[1]]).float().log_softmax(dim=-1)
+        numbers = [number for number, ends in enumerate(endings) for _ in ends]
+        wanted = torch.tensor([numbers, [token for ends in endings for token in ends]], device=logits.device)
+        values = likelihoods[wanted[0], wanted[1]]
+        is_best = likelihoods.argmax(dim=-1)[wanted[0]] == wanted[1]
+        pairs = iter(torch.stack([values, is_best.to(values.dtype)]).cpu().t().tolist())
+        return [[(value, best > 0) for value, best in islice(pairs, len(ends))] for ends in endings]
+
+    def _gather(self, logits: Tensor) -> Tensor:
+        return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.groups.tp)
+
+    @torch.no_grad()
+    def _loss_and_hit(self, logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the targets' cross-entropy, and whether each is the most likely token, on the host, with one copy.
+
+        Args:
+            logits: This rank's share of the logits [b, s, vocabulary / tp] on the device, of any precision.
+            labels: Target token ids [b, s] on the device.
+            mask: Which positions are targets, [b, s] bool on the host; the others get 0 and False.
+        """
+        targets = mask.flatten().nonzero().flatten()
+        parts = []
+        for piece in targets.to(logits.device).split(_POSITIONS):
+            scores, target = self._gather(logits.flatten(0, 1)[piece]), labels.flatten()[piece]
+            loss = torch.nn.functional.cross_entropy(scores.float(), target, reduction="none")
+            parts.append(torch.stack([loss, (scores.argmax(dim=-1) == target).float()]))
+        found = torch.zeros(2, mask.numel())
+        if parts:
+            found[:, targets] = torch.cat(parts, dim=1).cpu()
+        losses, hit = found.view(2, *mask.shape)
+        return losses, hit > 0
 
     def prepare(
         self, samples: Sequence[EncodedSample], length: int, counted: bool = True
@@ -190,7 +252,7 @@ class Evaluator:
     def _logits(
         self, samples: list[EncodedSample], counted: bool = True
     ) -> tuple[Tensor, VisionLanguageBatch, ModelBatch]:
-        """Returns the model's logits [b, s, vocabulary], and the batch on the host and on the device.
+        """Returns this rank's share of the logits [b, s, vocabulary / tp], and the batch on the host and on the device.
 
         Args:
             samples: The samples, each in one row.
@@ -198,46 +260,7 @@ class Evaluator:
         """
         longest = max(len(sample.input_ids) for sample in samples)
         host, batch = self.prepare(samples, -(-longest // self.multiple_of) * self.multiple_of, counted)
-        logits = self.model(**batch.model_inputs())
-        logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.groups.tp)
-        return logits, host, batch
-
-
-def _loss_and_hit(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the cross-entropy, and whether the label is the most likely token, [b, s] on the host, with one copy.
-
-    Args:
-        logits: Logits [b, s, vocabulary] on the device, of any precision.
-        labels: Target token ids [b, s] on the device.
-    """
-    parts = []
-    pieces = (tensor.split(_POSITIONS) for tensor in (logits.flatten(0, 1), labels.flatten()))
-    for scores, target in zip(*pieces, strict=True):
-        loss = torch.nn.functional.cross_entropy(scores.float(), target, reduction="none")
-        parts.append(torch.stack([loss, (scores.argmax(dim=-1) == target).float()]))
-    losses, hit = torch.cat(parts, dim=1).cpu().view(2, *labels.shape)
-    return losses, hit > 0
-
-
-def _with_endings(logits: Tensor, losses: Tensor, hit: Tensor, mask: Tensor, endings: Sequence[int]) -> list[Score]:
-    """Returns one row's scores with each ending.
-
-    Args:
-        logits: Logits of the last target [vocabulary], on the device.
-        losses: Cross-entropy of the row's labels [s].
-        hit: Whether each label is the most likely token [s].
-        mask: Which positions are targets [s]; the last one is replaced.
-        endings: The tokens that replace the last label.
-    """
-    before = mask.nonzero().flatten()[:-1]
-    loss, exact = float(losses[before].sum()), bool(hit[before].all())
-    likelihoods = logits.float().log_softmax(dim=-1)
-    best = int(likelihoods.argmax())
-    last = (-likelihoods[torch.tensor(endings, device=logits.device)]).tolist()
-    return [
-        Score(loss + ending_loss, len(before) + 1, exact and ending == best)
-        for ending, ending_loss in zip(endings, last, strict=True)
-    ]
+        return self.model(**batch.model_inputs()), host, batch
 
 
 def count_completed_words(continues: list[bool], hit: list[bool]) -> tuple[int, int]:

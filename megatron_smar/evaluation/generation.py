@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy decoding with Megatron's key-value cache, over all data-parallel ranks.
 
-Megatron's static context has one position for all rows of a batch. So a batch begins with the tokens that all its
-prompts have in common in number, as long as the shortest of them; from there on every pass adds one token to each row:
-the prompt's next one as long as there is one, then the most likely one. No row is padded, and no attention mask is
-needed, so that any attention kernel computes the same as without a cache.
+Megatron's static context has one position for all rows of a batch. So a batch first reads as many tokens of each prompt
+as the shortest prompt has. From there on every pass reads one token of each row: the prompt's next one as long as there
+is one, then the most likely one. No row is padded, and no attention mask is needed, so that any attention kernel
+computes the same as without a cache.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def generate_own(
     missing = int(evaluator.most_of_replicas(len(batches))) - len(batches)
     found: dict[int, list[int]] = {}
     show = name is not None and dist.get_rank() == 0
-    with without_sequence_parallelism(evaluator.model), InferenceMode.active(), torch.no_grad():
+    with decoding_settings(evaluator.model), InferenceMode.active(), torch.no_grad():
         for batch in tqdm(batches + [[]] * missing, desc=name, unit="batch", disable=not show, mininterval=2):
             mine = {number: Row(prompts[number], limits[number]) for number in batch}
             rows = Rows(evaluator, list(mine.values()) or [Row(evaluator.idle_sample(), 0)])
@@ -105,8 +105,8 @@ def plan_batches(lengths: Sequence[int], ends_of_images: Sequence[int], size: in
 
     Args:
         lengths: Number of tokens of each prompt.
-        ends_of_images: Position after each prompt's last vision token. It lies within the part that all prompts of a
-            batch have in number, because a pass of one token has no pictures.
+        ends_of_images: Position after each prompt's last vision token. It is at most the length of the batch's shortest
+            prompt, because a pass of one token has no pictures.
         size: Largest number of prompts of a batch.
     """
     batches: list[list[int]] = []
@@ -118,17 +118,27 @@ def plan_batches(lengths: Sequence[int], ends_of_images: Sequence[int], size: in
 
 
 @contextmanager
-def without_sequence_parallelism(model: torch.nn.Module) -> Iterator[None]:
-    """Turns sequence parallelism off in all layers: a single token cannot be divided among tensor-parallel ranks."""
+def decoding_settings(model: torch.nn.Module) -> Iterator[None]:
+    """Turns off, in all layers, what decoding cannot use.
+
+    A single token cannot be divided among tensor-parallel ranks (sequence parallelism), and Megatron 0.19.2 has no
+    fused rotary embedding with a cache for multi-latent attention.
+    """
     candidates: list[Any] = [part for module in model.modules() for part in (module, getattr(module, "config", None))]
-    owners = list({id(part): part for part in candidates if getattr(part, "sequence_parallel", False) is True}.values())
-    for owner in owners:
-        owner.sequence_parallel = False
+    owners = {id(part): part for part in candidates}.values()
+    changed = [(part, "sequence_parallel") for part in owners if getattr(part, "sequence_parallel", False) is True]
+    changed += [
+        (part, "apply_rope_fusion")
+        for part in owners
+        if getattr(part, "multi_latent_attention", False) and getattr(part, "apply_rope_fusion", False) is True
+    ]
+    for part, name in changed:
+        setattr(part, name, False)
     try:
         yield
     finally:
-        for owner in owners:
-            owner.sequence_parallel = True
+        for part, name in changed:
+            setattr(part, name, True)
 
 
 class Row:

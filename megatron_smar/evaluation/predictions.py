@@ -39,22 +39,32 @@ class Predictions:
         """
         if self.path is None:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if resume and self.path.is_file() else []
+        try:
+            self._open(self.path, resume)
+        except OSError as error:
+            raise BenchmarkError(f"{self.path} cannot be read and written ({error.strerror})") from error
+
+    def _open(self, path: Path, resume: bool) -> None:
+        text = path.read_text(encoding="utf-8") if resume and path.is_file() else ""
+        lines = [line for line in text.split("\n") if line]
         if not lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.of) + "\n", encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.of) + "\n", encoding="utf-8")
             return
         if _parsed(lines[0]) != self.of:
             raise BenchmarkError(
-                f"{self.path} holds predictions of {lines[0]}, and this run is of {json.dumps(self.of)}: remove the "
+                f"{path} holds predictions of {lines[0]}, and this run is of {json.dumps(self.of)}: remove the "
                 "file, or give another --output"
             )
-        complete = [record for line in lines[1:] if (record := _parsed(line)) is not None]
+        # Without a line that was cut off by an interruption, and without skipped samples, whose files may be repaired.
+        complete = [record for line in lines[1:] if "prediction" in (record := _parsed(line) or {})]
         for record in complete:
             self._keep(record)
-        # Without a line that was cut off when the run was interrupted.
-        text = "\n".join(json.dumps(record, ensure_ascii=False) for record in [self.of, *complete]) + "\n"
-        self.path.write_text(text, encoding="utf-8")
+        replacement = path.with_suffix(".new")
+        kept = "\n".join(json.dumps(record, ensure_ascii=False) for record in [self.of, *complete]) + "\n"
+        replacement.write_text(kept, encoding="utf-8")
+        replacement.replace(path)
+        print(f"{path}: {len(complete)} answers are taken from an earlier run", flush=True)
 
     def add(self, records: Sequence[dict[str, str]], save: bool) -> None:
         """Adds records with `key` and `prediction`, or `key` and `skipped`, with `save` to the file too."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_smar.routing.mrd import modality_routing_distribution, mrd_distance
@@ -34,6 +35,12 @@ class RoutingRecorder:
         self.statistics[report.layer] = (
             new if old is None else RoutingStatistics(*(a + b for a, b in zip(old, new, strict=True)))
         )
+
+    def reduce(self, group: dist.ProcessGroup) -> None:
+        """Sums what the ranks of a group have recorded, where their routers' statistics are not global."""
+        for statistics in self.statistics.values():
+            for tensor in statistics:
+                dist.all_reduce(tensor, group=group)
 
     def distances(self, top_k: int, eps: float) -> dict[int, float]:
         """Returns the MRD distance of each layer over everything recorded."""

@@ -81,7 +81,7 @@ def recomputed(evaluator: Evaluator, prompt: EncodedSample, new: list[int]) -> T
     ids = torch.cat([prompt.input_ids, torch.tensor(new, dtype=torch.int64)])
     fields = {"input_ids": ids, "labels": ids, "loss_mask": torch.zeros(len(ids))}
     sample = EncodedSample.derive_from(prompt, pixel_values=prompt.pixel_values, **fields)
-    return evaluator._logits([sample])[0][0, len(prompt.input_ids) - 1 :]
+    return evaluator._gather(evaluator._logits([sample])[0])[0, len(prompt.input_ids) - 1 :]
 
 
 def decode(layout: dict[str, Any], tower: str) -> dict[str, Any]:

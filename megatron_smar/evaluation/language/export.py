@@ -25,4 +25,10 @@ def open_export(folder: Path, batch_size: int) -> HFLM:
         ValueError: The folder holds no export.
     """
     chat = open_chat(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    return HFLM(pretrained=chat.model, tokenizer=chat.processor.tokenizer, backend="causal", batch_size=batch_size)
+    return HFLM(
+        pretrained=chat.model,
+        tokenizer=chat.processor.tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        softmax_dtype="float32",
+    )

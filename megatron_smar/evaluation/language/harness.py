@@ -8,17 +8,20 @@ model is sent to all ranks, which share the work. Tokens, truncation and stop se
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -28,9 +31,13 @@ from megatron_smar.conversion.processor import TrainedTokenizer, trained_tokeniz
 from megatron_smar.data.batch import EncodedSample
 from megatron_smar.evaluation.evaluator import Evaluator
 from megatron_smar.evaluation.generation import generate
+from megatron_smar.evaluation.language.task_config import TaskError
+from megatron_smar.evaluation.language.task_run import LanguageTasks
 
 # What the harness's `hf` model generates at most where a task sets no limit.
 MAX_NEW_TOKENS = 256
+# Sent to the ranks at a time, which limits their memory.
+REQUESTS = 8192
 
 
 @dataclass(frozen=True)
@@ -118,14 +125,17 @@ class Ranks:
     """
 
     def __init__(self, evaluator: Evaluator, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.evaluator, self.tokenizer = evaluator, tokenizer
+        self.evaluator, self.tokenizer, self._at_work = evaluator, tokenizer, False
         # The other ranks wait while rank 0 prepares tasks and computes metrics, which may take hours.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def ask(self, job: Likelihoods | Continuations) -> Any:
         """Runs a job on all ranks and returns its result; called by rank 0."""
+        self._at_work = True
         dist.broadcast_object_list([job], src=0, group=self._group)
-        return job.run(self.evaluator, self.tokenizer)
+        found = job.run(self.evaluator, self.tokenizer)
+        self._at_work = False
+        return found
 
     def serve(self) -> None:
         """Runs the jobs of rank 0 until it releases this rank; called by the other ranks."""
@@ -137,7 +147,9 @@ class Ranks:
             received[0].run(self.evaluator, self.tokenizer)
 
     def release(self) -> None:
-        """Lets the other ranks return from `serve`; called by rank 0."""
+        """Lets the other ranks return from `serve`; called by rank 0, and of no use after an error within a job."""
+        if self._at_work:
+            return
         dist.broadcast_object_list([None], src=0, group=self._group)
 
 
@@ -146,17 +158,41 @@ class TrainedModel(TemplateLM):
 
     Args:
         ranks: All ranks' model.
-        tokenizer: The run's tokenizer, with its chat template.
-        end_ids: Tokens that end an answer.
+        tokenizer: The run's tokenizer.
         max_length: The model's largest number of positions.
     """
 
-    def __init__(
-        self, ranks: Ranks, tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int], max_length: int
-    ) -> None:
+    def __init__(self, ranks: Ranks, tokenizer: TrainedTokenizer, max_length: int) -> None:
         super().__init__()
-        self.ranks, self.tokenizer = ranks, tokenizer
-        self.end_ids, self.max_length = tuple(end_ids), max_length
+        self.ranks, self.tokenizer, self.max_length = ranks, tokenizer.fast, max_length
+        self.end_ids = tuple(tokenizer.end_ids)
+        self._images = frozenset(tokenizer.encoder.image_tokens.placeholder_ids)
+
+    def check(self, tasks: LanguageTasks) -> None:
+        """Refuses tasks that this model cannot do, before any of them is run.
+
+        Raises:
+            TaskError: A task asks for sampling, or for more new tokens than the model has positions.
+        """
+        for item in tasks.scored():
+            for task in item.tasks:
+                if task.OUTPUT_TYPE == "generate_until":
+                    self._limit(task.task_name, dict(task.config.generation_kwargs or {}))
+
+    def _limit(self, name: str, asked: dict[str, Any]) -> int:
+        """Returns a task's largest number of new tokens."""
+        settings = normalize_gen_kwargs(asked, MAX_NEW_TOKENS)
+        limit = int(settings["max_gen_toks"])
+        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+            raise TaskError(
+                f"{name} asks for sampling, but answers are decoded greedily here: evaluate an export (--export)."
+            )
+        if limit >= self.max_length:
+            raise TaskError(
+                f"{name} asks for {limit} new tokens, but the model has {self.max_length} positions "
+                "(--max-position-embeddings): leave the task out."
+            )
+        return limit
 
     @property
     def fast(self) -> PreTrainedTokenizerFast:
@@ -184,24 +220,48 @@ class TrainedModel(TemplateLM):
         """Returns a text's token ids, with the tokenizer's own beginning-of-sentence token unless the text has it."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, str(self.fast.decode(self.prefix_token_id)))
-        return list(self.fast.encode(string, add_special_tokens=add_special_tokens))
+        ids = list(self.fast.encode(string, add_special_tokens=add_special_tokens))
+        if not self._images.isdisjoint(ids):
+            raise TaskError(f"a task's text spells out the placeholder of a picture: {string[:200]!r}; leave it out.")
+        return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns a conversation as the text of a prompt."""
-        return str(
-            self.fast.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        template = partial(
+            self.fast.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
+        try:
+            return str(template(chat_history))
+        except TemplateError:  # as the harness does for templates without a system turn
+            return str(template([turn for turn in chat_history if turn["role"] != "system"]))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         asked = [(context, continuation) for _, context, continuation in requests]
-        return list(self.ranks.ask(Likelihoods(asked, self.max_length)))
+        for _, continuation in asked:
+            if not 0 < len(continuation) <= self.max_length:
+                raise TaskError(
+                    f"a task's answer has {len(continuation)} tokens, and the model {self.max_length} positions "
+                    "(--max-position-embeddings): leave the task out."
+                )
+        self._report_cut(sum(len(c) + len(a) > self.max_length + 1 for c, a in asked), len(asked))
+        found: list[tuple[float, bool]] = []
+        for start in range(0, len(asked), REQUESTS):
+            found += self.ranks.ask(Likelihoods(asked[start : start + REQUESTS], self.max_length))
+        return found
+
+    def _report_cut(self, number: int, of: int) -> None:
+        """Says how many prompts lose their beginning, which usually is instruction and examples."""
+        if number:
+            print(
+                f"{number:,} of {of:,} prompts are longer than the model's {self.max_length} positions and lose their "
+                "beginning; fewer examples (--num-fewshot) may fit.",
+                flush=True,
+            )
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Returns the log-likelihood of whole texts, in windows of `max_length` tokens without overlap."""
@@ -219,26 +279,19 @@ class TrainedModel(TemplateLM):
         """Returns greedy continuations, up to their first stop sequence.
 
         Raises:
-            ValueError: A task asks for sampling, or for more new tokens than the model has positions.
+            TaskError: A task asks for sampling, or for more new tokens than the model has positions.
         """
+        limits = [self._limit("a task", dict(request.args[1])) for request in requests]
         settings = [normalize_gen_kwargs(request.args[1], MAX_NEW_TOKENS) for request in requests]
-        if any(setting.get("do_sample") and setting.get("temperature", 1.0) > 0 for setting in settings):
-            raise ValueError(
-                "a task asks for sampling, but answers are decoded greedily here: evaluate an export (--export)."
-            )
-        limits = [int(setting["max_gen_toks"]) for setting in settings]
-        if max(limits, default=0) >= self.max_length:
-            raise ValueError(
-                f"a task asks for {max(limits)} new tokens, but the model has {self.max_length} positions "
-                "(--max-position-embeddings)."
-            )
         eos = str(self.fast.decode(self.eot_token_id, skip_special_tokens=False))
         until = [[*setting["until"], *([] if eos in setting["until"] else [eos])] for setting in settings]
-        prompts = [
-            self.tok_encode(request.args[0])[-(self.max_length - limit) :]
-            for request, limit in zip(requests, limits, strict=True)
-        ]
-        answers = self.ranks.ask(Continuations(prompts, limits, until, self.end_ids))
+        whole = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        prompts = [ids[-(self.max_length - limit) :] for ids, limit in zip(whole, limits, strict=True)]
+        self._report_cut(sum(map(operator.ne, whole, prompts)), len(prompts))
+        answers: list[list[int]] = []
+        for start in range(0, len(prompts), REQUESTS):
+            part = slice(start, start + REQUESTS)
+            answers += self.ranks.ask(Continuations(prompts[part], limits[part], until[part], self.end_ids))
         return [
             postprocess_generated_text(str(self.fast.decode(ids, skip_special_tokens=True)), stops, None)
             for ids, stops in zip(answers, until, strict=True)

@@ -92,10 +92,19 @@ def test_the_scores_of_a_batch_are_read_from_the_device_in_one_copy(model, monke
     """Every read waits for the device, so a read per sample would be slow."""
 
     labels, logits = torch.zeros(4, 6, dtype=torch.int64), torch.randn(4, 6, 128)
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[1:3, 2:] = True
     reads = []
     to_host = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (reads.append(self.shape), to_host(self))[1])
+    losses, hit = evaluator_of(model)._loss_and_hit(logits, labels, mask)
+    assert reads == [(2, 8)] and losses.shape == hit.shape == labels.shape
+    assert (losses[mask] > 0).all() and not losses[~mask].any() and not hit[~mask].any()
+
+
+def test_long_samples_share_a_pass_with_fewer_others(model, monkeypatch):
     from megatron_smar.evaluation import evaluator
 
-    losses, hit = evaluator._loss_and_hit(logits, labels)
-    assert reads == [(2, 24)] and losses.shape == hit.shape == labels.shape
+    monkeypatch.setattr(evaluator, "_BATCH_POSITIONS", 40)
+    passes = list(evaluator_of(model, batch_size=3)._passes([50, 20, 19, 12, 10, 9, 2], "test"))
+    assert passes == [[0], [1, 2], [3, 4, 5], [6]]

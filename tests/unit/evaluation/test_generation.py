@@ -93,11 +93,11 @@ def test_every_prompt_is_in_one_batch_whose_common_part_holds_all_its_images(sin
 
 
 def test_sequence_parallelism_is_on_again_after_an_error(model):
-    from megatron_smar.evaluation.generation import without_sequence_parallelism
+    from megatron_smar.evaluation.generation import decoding_settings
 
     layer = model.language_model.decoder.layers[0].self_attention.linear_qkv
     layer.sequence_parallel = True
-    with pytest.raises(KeyError), without_sequence_parallelism(model):
+    with pytest.raises(KeyError), decoding_settings(model):
         assert layer.sequence_parallel is False
         raise KeyError
     assert layer.sequence_parallel is True
