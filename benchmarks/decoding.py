@@ -52,7 +52,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"--{name} {getattr(options, name)} is not a number of 1 or more.")
     if options.pairs < 2 or options.new <= 2 * options.pairs:
         parser.error(
-            f"--pairs {options.pairs} of --new {options.new}: give at least 2 pairs, and more new tokens than twice that."
+            f"--pairs {options.pairs} of --new {options.new}: give 2 pairs or more, and over twice as many new tokens."
         )
     options.questions, options.float32, options.batch_size = [], False, options.rows
     return options, flags
