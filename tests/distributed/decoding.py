@@ -47,11 +47,12 @@ LATENT = dict(
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "replicas": {},
-        "tensor": {TP: 2},
-        "tensor, sequence": {TP: 2, SP: True},
+        "tensor": {TP: 2, ETP: 1},
+        "tensor, sequence": {TP: 2, SP: True, ETP: 1},
+        "tensor, sequence, sharded experts": {TP: 2, SP: True},
         "experts": {EP: 2},
         "latent, replicas": LATENT,
-        "latent, tensor, sequence": {TP: 2, SP: True} | LATENT,
+        "latent, tensor, sequence": {TP: 2, SP: True, ETP: 1} | LATENT,
         "latent, experts": {EP: 2} | LATENT,
         "experts over tensor ranks": {TP: 2, SP: True, EP: 2, ETP: 1},
     },
@@ -123,11 +124,8 @@ def decode(layout: dict[str, Any], tower: str) -> dict[str, Any]:
 
 def _of_prompts(passes: Passes, group: dist.ProcessGroup, number: int) -> list[tuple[int, list[Tensor]]]:
     """Returns the numbers of this rank's prompts with their logits: the longest prompts were decoded first."""
-    chunks = [list(range(number))[start : start + group.size()] for start in range(0, number, group.size())][::-1]
-    mine = [chunk[group.rank()] for chunk in chunks if group.rank() < len(chunk)]
-    skipped = [len(chunk) <= group.rank() for chunk in chunks]
-    seen = [logits for logits, skip in zip(passes.prompts, skipped, strict=True) if not skip]
-    return list(zip(mine, seen, strict=True))
+    mine = list(range(number))[group.rank() :: group.size()][::-1]
+    return list(zip(mine, passes.prompts, strict=True))
 
 
 def main() -> None:
