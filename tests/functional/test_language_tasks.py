@@ -11,6 +11,7 @@ from tests.functional.test_convert import PROGRAM, TOKENS, language, parts
 from tests.language_data import jsonl
 from tests.launch import run, run_each_rank
 
+EXPERTS = ["--expert-model-parallel-size", "2", "--conversation-template", "mistral"]
 TASKS = {
     # One letter after the same context: all choices share a pass.
     "letters": """
@@ -46,7 +47,14 @@ TASKS = {
         doc_to_target: "{{text}}"
         generation_kwargs: {until: [], max_gen_toks: 7, do_sample: false}
         metric_list: [{metric: ter}, {metric: chrf}]""",
+    "essays": """
+        output_type: generate_until
+        doc_to_text: "{{question}}"
+        doc_to_target: "{{text}}"
+        generation_kwargs: {until: [], max_gen_toks: 500, do_sample: false}
+        metric_list: [{metric: chrf}]""",
 }
+SHORT = [name for name in TASKS if name not in ("chats", "essays")]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,7 @@ def same(one: dict, two: dict) -> None:
 
 def test_a_checkpoint_and_its_export_give_the_same_numbers_under_every_layout(imported, data, tmp_path):
     given = ["tools/evaluate.py", "--load", imported, "--float32", "--conversation-template", "mistral"]
-    given += [*tasks(data, *(name for name in TASKS if name != "chats")), "--batch-size", 3]
+    given += [*tasks(data, *SHORT), "--batch-size", 3]
     said = run(*given, "--output", tmp_path / "one.json", ranks=1).stdout
     assert "letters" in said and "log-likelihood" in said
     layout = ["--tensor-model-parallel-size", 2, "--sequence-parallel", "--expert-model-parallel-size", 2]
@@ -105,7 +113,7 @@ def test_a_checkpoint_and_its_export_give_the_same_numbers_under_every_layout(im
     run(*given, *layout, "--output", tmp_path / "tensor.json", ranks=2)
     run(*given, "--expert-model-parallel-size", 2, "--output", tmp_path / "experts.json", ranks=2)
     run(PROGRAM, "export", "--load", imported, "--hf", imported / "hf", "--output", tmp_path / "export")
-    export = ["--export", tmp_path / "export", "--batch-size", 3, *tasks(data, *(n for n in TASKS if n != "chats"))]
+    export = ["--export", tmp_path / "export", "--batch-size", 3, *tasks(data, *SHORT)]
     run("tools/evaluate.py", *export, "--output", tmp_path / "export.json")
     for name in ("tensor", "experts", "export"):
         same(measured(tmp_path / "one.json"), measured(tmp_path / f"{name}.json"))
@@ -131,3 +139,11 @@ def test_tasks_that_cannot_be_loaded_are_refused_before_the_model_is(imported, d
         (done,) = run_each_rank(*given, *wrong, ranks=1, check=False)
         assert done.returncode != 0 and message in done.stdout
         assert "building VisionLanguageModel" not in done.stdout and "Traceback" not in done.stdout
+
+
+def test_a_task_that_asks_too_much_of_the_model_is_refused_before_any_other_runs(imported, data, tmp_path):
+    given = ["tools/evaluate.py", "--load", imported, "--output", tmp_path / "results.json"]
+    done = run_each_rank(*given, *EXPERTS, *tasks(data, "letters", "essays"), ranks=2, check=False)
+    assert all(rank.returncode != 0 for rank in done[:1])
+    assert "essays asks for 500 new tokens, but the model has 128 positions" in done[0].stdout
+    assert "log-likelihood" not in done[0].stdout and "Traceback" not in done[0].stdout
