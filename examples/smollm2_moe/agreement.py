@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_smar import huggingface
+
 TEXTS = (
     "The capital of France is",
     "In 1969, 3 astronauts flew to the moon; 2 of them walked on it.",
@@ -94,11 +98,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the numbers")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="absolute, for a logit (default: %(default)s)")
     options = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(options.original)
+    huggingface.register()  # uses the package's copy of an export's modeling code; code in a folder is never run
+    tokenizer = AutoTokenizer.from_pretrained(options.original, trust_remote_code=False)
     rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in TEXTS]
-    original = AutoModelForCausalLM.from_pretrained(options.original, dtype=torch.float32)
-    # The export's modeling code, which `convert.py export` wrote.
-    exported = AutoModelForImageTextToText.from_pretrained(options.export, dtype=torch.float32, trust_remote_code=True)
+    settings = {"dtype": torch.float32}
+    original = AutoModelForCausalLM.from_pretrained(options.original, trust_remote_code=False, **settings)
+    exported = AutoModelForImageTextToText.from_pretrained(options.export, trust_remote_code=False, **settings)
     found = compare(original.eval(), exported.eval(), rows)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")

@@ -53,7 +53,7 @@ def read_tokenizer(file: Path) -> Any:
     kind = None if field is None else field.contents()
     if kind != PRE_TOKENIZER:
         raise ValueError(f"{file} has a tokenizer of the kind {kind!r}; this program knows {PRE_TOKENIZER!r}.")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     digits = pre_tokenizers.Digits(individual_digits=True)
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
@@ -81,9 +81,11 @@ def convert(file: Path, output: Path) -> int:
         ValueError: The file's tokenizer or weights are not as expected.
     """
     tokenizer = read_tokenizer(file)
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False, dtype=torch.float32
+    )
     # A model that came from GGUF counts as quantized and cannot be saved: its weights go into a fresh one.
-    config = clean_config(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
+    config = clean_config(AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
