@@ -121,10 +121,10 @@ class Recipe(Pipeline):
             where = ["--cache", self.cache, "--output", self.language_folder]
             self._run("weights", lambda log: self.program(log, HERE / "weights.py", *where), code=code)
         if self.with_tasks:
-            code = source_hash(ROOT, [str(HERE / "benchmarks.py")])
+            code = source_hash(ROOT, [str(HERE / "language_tasks.py")])
             # Not the cache of the scenes' sources: other files of a package that those use too.
             where = ["--cache", self.cache / "benchmarks", "--output", self.output / "tasks"]
-            self._run("tasks", lambda log: self.program(log, HERE / "benchmarks.py", *where), code=code)
+            self._run("tasks", lambda log: self.program(log, HERE / "language_tasks.py", *where), code=code)
         fetch(self.cache, (OPENMOJI,))
         self.make_scenes()
         self.pretrain_vision()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from megatron_smar.data.batch import EncodedSample, VisionLanguageBatch, collate
 from megatron_smar.model.vlm import VisionLanguageModel
 from megatron_smar.routing.modalities import PADDING
-from megatron_smar.training.batch import ModelBatch, prepare_batch
+from megatron_smar.training.batch import ModelBatch, on_device, prepare_batch
 
 # Positions whose logits are gathered and converted to float32 at a time: 0.6 GB for a vocabulary of 150,000.
 _POSITIONS = 1024
@@ -222,7 +222,7 @@ class Evaluator:
         """
         targets = mask.flatten().nonzero().flatten()
         parts = []
-        for piece in targets.to(logits.device).split(_POSITIONS):
+        for piece in on_device(targets).split(_POSITIONS):
             scores, target = self._gather(logits.flatten(0, 1)[piece]), labels.flatten()[piece]
             loss = torch.nn.functional.cross_entropy(scores.float(), target, reduction="none")
             parts.append(torch.stack([loss, (scores.argmax(dim=-1) == target).float()]))

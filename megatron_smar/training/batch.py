@@ -126,7 +126,7 @@ class CountedSteps:
 
     def _mean_over_micro_batches(self, values: list[Tensor], at_least: float = 0) -> Tensor:
         """Returns the sum of all values of the step, over all replicas, divided by the number of micro-batches."""
-        total = _on_device(torch.stack([value.sum() for value in values]).sum())
+        total = on_device(torch.stack([value.sum() for value in values]).sum())
         dist.all_reduce(total, group=self.data_parallel)
         return total.clamp(min=at_least) / len(values)
 
@@ -233,24 +233,24 @@ def prepare_batch(
         # Megatron's sharding of packs needs Transformer Engine; this gives the same shards.
         held = zigzag_positions(batch.lengths.tolist(), cp.size())[cp.rank()]
         sequences = {name: tensor[:, held] for name, tensor in sequences.items()}
-    sequences = {name: _on_device(tensor) for name, tensor in sequences.items()}
+    sequences = {name: on_device(tensor) for name, tensor in sequences.items()}
     if batch.lengths is None and cp.size() > 1:
         sequences = get_batch_on_this_cp_rank(sequences, is_hybrid_cp=False, cp_group=cp)
     return ModelBatch(
         loss_weights=sequences.pop("loss_weights", None),
         **sequences,
-        pixel_values=_on_device(batch.pixel_values) if with_images else None,
+        pixel_values=on_device(batch.pixel_values) if with_images else None,
         packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
         shares=_shares(batch, data_wait),
         step_tokens=batch.step_tokens,
         # Each context-parallel rank has read the full sequences, so no reduction is needed.
-        context_tokens=_on_device(batch.loss_mask.sum()) if cp.size() > 1 else None,
+        context_tokens=on_device(batch.loss_mask.sum()) if cp.size() > 1 else None,
         samples=batch.input_ids.shape[0] if batch.lengths is None else len(batch.lengths),
         step_weight=batch.step_weight,
     )
 
 
-def _on_device(tensor: Tensor) -> Tensor:
+def on_device(tensor: Tensor) -> Tensor:
     """Copies a tensor to this rank's device without blocking, for which the tensor must be in pinned memory.
 
     The loader's tensors are already pinned; tensors computed from them are not.
@@ -266,7 +266,7 @@ def _shares(batch: VisionLanguageBatch, data_wait: tuple[float, float] | None) -
     }
     if data_wait:
         shares["data wait"] = data_wait
-    values = _on_device(torch.tensor(list(shares.values()), dtype=torch.float32))
+    values = on_device(torch.tensor(list(shares.values()), dtype=torch.float32))
     return dict(zip(shares, values, strict=True))
 
 

