@@ -31,8 +31,7 @@ from megatron.core.inference.utils import InferenceMode
 from tqdm import tqdm
 
 from megatron_smar.commands.evaluate import load_model
-from megatron_smar.data.batch import EncodedSample
-from megatron_smar.evaluation.evaluator import Evaluator
+from megatron_smar.evaluation.evaluator import Evaluator, text_sample
 from megatron_smar.evaluation.generation import Row, Rows, decoding_settings
 
 
@@ -67,19 +66,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def sample(ids: list[int]) -> EncodedSample:
-    """Returns a text of these tokens."""
-    tokens = torch.tensor(ids)
-    fields = {"input_ids": tokens, "labels": tokens, "loss_mask": torch.zeros(len(ids))}
-    return EncodedSample(__key__="", __restore_key__=(), pixel_values=torch.zeros(0, 3, 1, 1), **fields)
-
-
 def measure(evaluator: Evaluator, options: argparse.Namespace, vocabulary: int) -> dict[str, float]:
     """Times both ways, side by side."""
     generator = torch.Generator().manual_seed(0)
     allowed = torch.tensor([i for i in range(100, vocabulary) if i not in evaluator.placeholders])
     prompts = allowed[torch.randint(len(allowed), (options.rows, options.prompt), generator=generator)].tolist()
-    rows = Rows(evaluator, [Row(sample(ids), options.new) for ids in prompts])
+    rows = Rows(evaluator, [Row(text_sample(torch.tensor(ids)), options.new) for ids in prompts])
     every = options.new // options.pairs
     cached: list[float] = []
     full: list[float] = []
@@ -91,7 +83,8 @@ def measure(evaluator: Evaluator, options: argparse.Namespace, vocabulary: int) 
                 continue
             # A random text may continue with a placeholder, which a prompt without pictures cannot have.
             texts = [
-                Row(sample([i if i not in evaluator.placeholders else 100 for i in row.ids]), 0) for row in rows.rows
+                Row(text_sample(torch.tensor([i if i not in evaluator.placeholders else 100 for i in row.ids])), 0)
+                for row in rows.rows
             ]
 
             def decode() -> None:

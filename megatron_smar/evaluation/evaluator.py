@@ -154,10 +154,7 @@ class Evaluator:
 
     def idle_sample(self) -> EncodedSample:
         """Returns a sample of one token, for passes that a rank makes only because others need its experts."""
-        ids = torch.tensor([self.pad_id])
-        fields = {"input_ids": ids, "labels": ids, "loss_mask": torch.zeros(1)}
-        tiles = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
-        return EncodedSample(__key__="", __restore_key__=(), pixel_values=tiles, **fields)
+        return text_sample(torch.tensor([self.pad_id]))
 
     def pass_through(self, samples: list[EncodedSample]) -> None:
         """Passes this replica's samples through the model; without any, a token that counts as padding."""
@@ -261,6 +258,24 @@ class Evaluator:
         longest = max(len(sample.input_ids) for sample in samples)
         host, batch = self.prepare(samples, -(-longest // self.multiple_of) * self.multiple_of, counted)
         return self.model(**batch.model_inputs()), host, batch
+
+
+def text_sample(ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> EncodedSample:
+    """Returns a sample without pictures.
+
+    Args:
+        ids: Token ids [n].
+        labels: Token to predict at each position [n]; None for a prompt.
+        mask: Which positions are targets, [n] float; None for none.
+    """
+    return EncodedSample(
+        __key__="",
+        __restore_key__=(),
+        input_ids=ids,
+        labels=ids if labels is None else labels,
+        loss_mask=torch.zeros(len(ids)) if mask is None else mask,
+        pixel_values=torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
+    )
 
 
 def count_completed_words(continues: list[bool], hit: list[bool]) -> tuple[int, int]:

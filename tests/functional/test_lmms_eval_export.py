@@ -218,7 +218,7 @@ def lmms_eval(name: str, export: Path, hub: Path, output: Path) -> tuple[dict[st
     done = subprocess.run(command, cwd=hub, env=environment, capture_output=True, text=True, timeout=400)
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "pope_f1_score" in done.stdout, said[-6000:]
-    assert "Error" not in said, said[-6000:]  # it catches errors of generate() and goes on with empty answers
+    assert "Error" not in said, said[-6000:]  # it catches errors of generate() and continues with empty answers
     (results,) = output.rglob("*_results.json")
     samples = {}
     for category, task in TASKS.items():

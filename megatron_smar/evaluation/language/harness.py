@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_smar.conversion.processor import TrainedTokenizer, trained_tokenizer
 from megatron_smar.data.batch import EncodedSample
-from megatron_smar.evaluation.evaluator import Evaluator
+from megatron_smar.evaluation.evaluator import Evaluator, text_sample
 from megatron_smar.evaluation.generation import generate
 from megatron_smar.evaluation.language.task_config import TaskError
 from megatron_smar.evaluation.language.task_run import LanguageTasks
@@ -75,7 +75,7 @@ class Likelihoods:
         ids = torch.tensor((context + continuation)[-self.max_length - 1 :])
         mask = torch.zeros(len(ids) - 1)
         mask[-len(continuation) :] = 1
-        return _text_sample(ids[:-1], ids[1:], mask)
+        return text_sample(ids[:-1], ids[1:], mask)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Continuations:
 
     def run(self, evaluator: Evaluator, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
         """Returns the new token ids of each prompt."""
-        samples = [_text_sample(ids, ids, torch.zeros(len(ids))) for ids in map(torch.tensor, self.prompts)]
+        samples = [text_sample(torch.tensor(ids)) for ids in self.prompts]
         # A token has at least one byte, so that this many tokens contain a stop sequence that has just been completed.
         tails = [max((len(stop.encode()) for stop in stops), default=0) + 4 for stops in self.until]
 
@@ -107,13 +107,6 @@ class Continuations:
             return any(stop in text for stop in self.until[number])
 
         return generate(evaluator, samples, self.limits, is_complete)
-
-
-def _text_sample(ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> EncodedSample:
-    tiles = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
-    return EncodedSample(
-        __key__="", __restore_key__=(), input_ids=ids, labels=labels, loss_mask=mask, pixel_values=tiles
-    )
 
 
 class Ranks:
