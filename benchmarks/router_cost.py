@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks.generated_kernels import generated_kernels
 from benchmarks.routed_training import BALANCE, BASE, SETTINGS, STRATEGY, Training
 
 
@@ -164,35 +165,59 @@ def count(training: Training) -> dict[str, dict[str, float]]:
 
     Returns:
         `collectives`; `floats`, the number of floats that they reduce; `operations`, in forward and backward without
-        views, which is about the number of kernels on a GPU.
+        views, which is about the number of kernels on a GPU; `kernels`, where torch compiles the routing's functions.
     """
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Counter(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.counts = dict.fromkeys(("collectives", "floats", "operations"), 0)
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "c10d":
-                self.counts["collectives"] += 1
-                if "allreduce" in func.__name__:
-                    self.counts["floats"] += sum(tensor.numel() for tensor in args[0])
-            elif not func.is_view:
-                self.counts["operations"] += 1
-            return func(*args, **(kwargs or {}))
-
     counts = {}
     for setting in SETTINGS:
         training.use(setting)
-        with Counter() as counter:
-            training.step()
-        counts[setting] = counter.counts
+        counts[setting] = dispatched(training.step)
+        counts[setting]["kernels"] = counts[setting]["operations"] - kernels_saved(training)
     none, layers = counts[BASE], len(training.routers)  # one micro-batch per step
     return {
         setting: {name: (value - none[name]) / layers for name, value in counts[setting].items()}
         for setting in SETTINGS[1:]
     }
+
+
+def dispatched(function: Callable[..., Any], *args: Any) -> dict[str, int]:
+    """Returns the `collectives`, `floats` and `operations` (as in `count`) that a call dispatches."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counts = dict.fromkeys(("collectives", "floats", "operations"), 0)
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "c10d":
+                counts["collectives"] += 1
+                if "allreduce" in func.__name__:
+                    counts["floats"] += sum(tensor.numel() for tensor in args[0])
+            elif not func.is_view:
+                counts["operations"] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counter():
+        function(*args)
+    return counts
+
+
+def kernels_saved(training: Training) -> int:
+    """Returns how many operations more than kernels the routing's compiled functions have in one step."""
+    import torch
+
+    from megatron_smar.routing.fusion import FusedFunction
+
+    calls: list[tuple[FusedFunction[Any], tuple[Any, ...]]] = []
+
+    def remember(function: FusedFunction[Any], *args: Any) -> Any:
+        calls.append((function, args))
+        return function.function(*args)
+
+    with patch.object(FusedFunction, "__call__", remember):
+        training.step()
+    kernels = generated_kernels(dict(calls))
+    with torch.no_grad():
+        operations = {function: dispatched(function.function, *args)["operations"] for function, args in calls}
+    return sum(operations[function] - len(kernels[function]) for function, _ in calls)
 
 
 def percent_over(times: list[float], base: list[float]) -> tuple[float, list[float]]:

@@ -22,7 +22,8 @@ Single steps vary by more than a strategy costs, so its parts are also measured 
 real functions (`torch.cuda.Event`: the device's time on CUDA; on the CPU the runtime replaces it by the host's clock).
 The extra backward pass is timed separately, on the routers' inputs of a real step. `global_aux_loss` waits for the
 other ranks inside the router, so its sum includes their lag, for which the other settings wait in the dispatch.
-Collectives and operations are counted in torch's dispatcher. The CUDA code has not been run on a GPU yet.
+Collectives and operations are counted in torch's dispatcher, kernels in the code that torch.compile generates for CUDA,
+also on a machine without a GPU. The CUDA code has not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def measure(strategy: str, name: str, options: argparse.Namespace, vision_path: 
         "collectives_per_layer": counts[STRATEGY]["collectives"],
         "floats_per_layer": counts[STRATEGY]["floats"],
         "operations_per_layer": counts[STRATEGY]["operations"],
+        "kernels_per_layer": counts[STRATEGY]["kernels"],
         "global_aux_loss_collectives_per_layer": counts[BALANCE]["collectives"],
         "global_aux_loss_operations_per_layer": counts[BALANCE]["operations"],
         "step_seconds": step,
@@ -153,6 +155,7 @@ def print_table(strategy: str, name: str, result: dict[str, Any], ranks: int) ->
     print(f"{'added per layer and micro-batch':44} strategy   {BALANCE}")
     for label, key in (("collectives", "collectives_per_layer"), ("operations", "operations_per_layer")):
         print(f"  {label:40} {result[key]:8g}   {result[f'global_aux_loss_{key}']:g}")
+    print(f"  {'kernels, compiled':40} {result['kernels_per_layer']:8g}")
     print(f"  {'floats all-reduced by the strategy':40} {result['floats_per_layer']:8g}")
 
 

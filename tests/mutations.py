@@ -175,8 +175,8 @@ MUTATIONS = (
     Mutation(
         "compare a modality that is absent",
         "megatron_smar/routing/closed_form.py",
-        "tokens.clamp(max=1) @ places",
-        "tokens.new_ones(tokens.shape) @ places",
+        "torch.dot(tokens.clamp(max=1), places)",
+        "torch.dot(torch.ones_like(tokens), places)",
         ("tests/unit/routing/test_closed_form.py",),
     ),
     Mutation(

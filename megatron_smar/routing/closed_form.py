@@ -3,18 +3,19 @@
 
 `statistics` and `mrd` are the same mathematics, equation by equation, and the tests compare the two. Autograd would
 launch about as many small kernels again for the backward pass as the forward pass has; here each backward pass is a
-formula. Nothing here synchronizes the host with the device.
+formula. On a GPU the formulas are compiled (`fusion`). Nothing here synchronizes the host with the device.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_smar.routing.fusion import FusedFunction, constant, to_device
 from megatron_smar.routing.mrd import layer_distance
 from megatron_smar.routing.statistics import RoutingStatistics
 
@@ -24,19 +25,28 @@ TABLE_MODALITIES = 8
 NOTHING = 1e-30
 
 
+@FusedFunction
+def _divided_by_sum(probs: Tensor) -> tuple[Tensor, Tensor]:
+    # Only a token that lost all its experts has a smaller sum; the square of its reciprocal must be finite.
+    total = probs.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny ** 0.5)
+    return probs / total, total
+
+
+@FusedFunction
+def _gradient_of_division(gradient: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    return (gradient - (gradient * weights).sum(dim=-1, keepdim=True)) / total
+
+
 class _Renormalized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, probs: Tensor) -> Tensor:
-        # Only a token that lost all its experts has a smaller sum; the square of its reciprocal must be finite.
-        total = probs.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny ** 0.5)
-        weights = probs / total
+        weights, total = _divided_by_sum(probs)
         ctx.save_for_backward(weights, total)
         return weights
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        weights, total = ctx.saved_tensors
-        return (gradient - (gradient * weights).sum(dim=-1, keepdim=True)) / total
+        return _gradient_of_division(gradient, *ctx.saved_tensors)
 
 
 def renormalized(probs: Tensor) -> Tensor:
@@ -110,11 +120,59 @@ def _pairs(modalities: int, scale: float, dtype: torch.dtype, device: torch.devi
         comparable = (number >= 2).to(form.dtype)
         rows.append(torch.cat([scale * comparable * form.flatten(), comparable.view(1)]))
     places = [2.0**place for place in reversed(range(modalities))]  # `product` varies the last modality first
-    table = torch.stack(rows).to(dtype)
-    numbers = torch.tensor([*places, NOTHING], dtype=dtype, device="cpu")
-    if device.type != "cpu":  # from pinned memory the copies do not block
-        table, numbers = (part.pin_memory().to(device, non_blocking=True) for part in (table, numbers))
-    return table, numbers[:-1], numbers[-1]
+    numbers = constant((*places, NOTHING), dtype, device)
+    return to_device(torch.stack(rows).to(dtype), device), numbers[:-1], numbers[-1]
+
+
+class _DistanceTensors(NamedTuple):
+    """The distance, whether it is defined, and what its gradient needs."""
+
+    distance: Tensor
+    comparable: Tensor
+    mass: Tensor
+    normalized: Tensor
+    smoothed: Tensor
+    of_logs: Tensor
+    of_smoothed: Tensor
+
+
+def _small_product(left: Tensor, right: Tensor) -> Tensor:
+    """Returns left @ right; compiled, without a kernel of its own as a matrix product would have."""
+    if torch.compiler.is_compiling():
+        return (left.unsqueeze(2) * right.unsqueeze(0)).sum(dim=1)
+    return left @ right
+
+
+@FusedFunction
+def _distance(
+    counts: Tensor, weights: Tensor, tokens: Tensor, table: Tensor, places: Tensor, nothing: Tensor, eps: float
+) -> _DistanceTensors:
+    modalities = len(counts)
+    mass = torch.addcmul(nothing, counts, weights)  # Eq. 8; K and the tokens of Eq. 6 and 7 cancel in Eq. 9
+    normalized = mass / mass.sum(dim=1, keepdim=True)
+    smoothed = normalized + eps
+    present = torch.dot(tokens.clamp(max=1), places)
+    row = table.index_select(0, present.long().unsqueeze(0)).squeeze(0)
+    form = row[:-1].view(modalities, modalities)
+    of_logs, of_smoothed = _small_product(form, smoothed.log()), _small_product(form, smoothed)
+    distance = torch.dot(smoothed.flatten(), of_logs.flatten())
+    return _DistanceTensors(distance, row[-1], mass, normalized, smoothed, of_logs, of_smoothed)
+
+
+@FusedFunction
+def _gradient_of_distance(
+    gradient: Tensor,
+    counts: Tensor,
+    mass: Tensor,
+    normalized: Tensor,
+    smoothed: Tensor,
+    of_logs: Tensor,
+    of_smoothed: Tensor,
+) -> Tensor:
+    of_normalized = torch.addcdiv(of_logs, of_smoothed, smoothed)
+    # The derivative by log(mass), through Q = softmax(log(mass)), is torch's own backward pass of softmax.
+    of_log_mass = torch.ops.aten._softmax_backward_data(of_normalized, normalized, 1, normalized.dtype)
+    return of_log_mass * counts / mass * gradient
 
 
 class _Distance(torch.autograd.Function):
@@ -122,16 +180,9 @@ class _Distance(torch.autograd.Function):
     def forward(ctx: Any, counts: Tensor, weights: Tensor, tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         modalities, experts = counts.shape
         # (Q + eps) / (1 + E eps): the divisor is the same in all rows, so it cancels in the difference of logarithms.
-        table, places, nothing = _pairs(modalities, 1.0 / (1.0 + experts * eps), counts.dtype, counts.device)
-        mass = torch.addcmul(nothing, counts, weights)  # Eq. 8; K and the tokens of Eq. 6 and 7 cancel in Eq. 9
-        normalized = mass / mass.sum(dim=1, keepdim=True)
-        smoothed = normalized + eps
-        present = tokens.clamp(max=1) @ places
-        row = table.index_select(0, present.long().unsqueeze(0)).squeeze(0)
-        form = row[:-1].view(modalities, modalities)
-        of_logs, of_smoothed = form @ smoothed.log(), form @ smoothed
-        distance, comparable = torch.dot(smoothed.flatten(), of_logs.flatten()), row[-1]
-        ctx.save_for_backward(counts, mass, normalized, smoothed, of_logs, of_smoothed)
+        constants = _pairs(modalities, 1.0 / (1.0 + experts * eps), counts.dtype, counts.device)
+        distance, comparable, *saved = _distance(counts, weights, tokens, *constants, eps)
+        ctx.save_for_backward(counts, *saved)
         ctx.mark_non_differentiable(comparable)
         ctx.set_materialize_grads(False)  # else a gradient of zeros is made for `comparable`
         return distance, comparable
@@ -140,15 +191,11 @@ class _Distance(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[None, Tensor | None, None, None]:
         if gradient is None:
             return None, None, None, None
-        counts, mass, normalized, smoothed, of_logs, of_smoothed = ctx.saved_tensors
-        of_normalized = torch.addcdiv(of_logs, of_smoothed, smoothed)
-        # The derivative by log(mass), through Q = softmax(log(mass)), is torch's own backward pass of softmax.
-        of_log_mass = torch.ops.aten._softmax_backward_data(of_normalized, normalized, 1, normalized.dtype)
-        return None, of_log_mass * counts / mass * gradient, None, None
+        return None, _gradient_of_distance(gradient, *ctx.saved_tensors), None, None
 
 
 def distance_in_few_operations(statistics: RoutingStatistics, top_k: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Same as `mrd.layer_distance`, value and gradient, in 12 operations forward and 5 backward."""
+    """Same as `mrd.layer_distance`, value and gradient, in 12 operations forward and 5 backward (compiled: 3 and 1)."""
     counts, weights, tokens = statistics
     if len(counts) < 2 or len(counts) > TABLE_MODALITIES:
         return layer_distance(statistics, top_k, eps)

@@ -8,7 +8,7 @@ import pytest
 from tests.launch import run
 
 
-def test_smar_adds_one_collective_and_no_more_operations_than_megatrons_balance_loss_per_layer():
+def test_smar_adds_one_collective_no_more_operations_than_megatrons_balance_loss_and_20_kernels():
     command = ("--strategy", "smar", "none", "--shape", "demo", "--triples", 2, "--json")
     done = run("benchmarks/smar_overhead.py", *command)
     result = json.loads(done.stdout.strip().splitlines()[-1])
@@ -16,6 +16,7 @@ def test_smar_adds_one_collective_and_no_more_operations_than_megatrons_balance_
     assert result["floats_per_layer"] == 2 * (2 * 8 + 1)
     assert result["global_aux_loss_collectives_per_layer"] == 1
     assert result["operations_per_layer"] <= result["global_aux_loss_operations_per_layer"] == 36
+    assert result["kernels_per_layer"] <= 20
     demo = result["shapes"]["demo"]
     assert {"step_overhead_percent", "global_aux_loss_overhead_percent", "exposed_wait_percent"} <= result.keys()
     assert demo["breakdown_sum_percent"] == pytest.approx(sum(demo["breakdown_percent"].values()))
