@@ -15,7 +15,7 @@ from pipeline import EVALUATION_CODE, ROOT, Pipeline
 from progress import Progress
 from sources import OPENMOJI, fetch
 from stages import check_record
-from steps import Step, source_hash
+from steps import Step, StepError, source_hash
 from variants import words
 
 from megatron_smar.config.run_file import read_flags
@@ -44,6 +44,22 @@ def read_yaml(name: str) -> dict[str, Any]:
 def variants() -> dict[str, dict[str, Any]]:
     """Returns the flags of stage 3's variants by name."""
     return read_yaml("variants")
+
+
+def check_scores(original: Path, imported: Path) -> None:
+    """Compares two files with language results.
+
+    Raises:
+        StepError: A score or a prompt of the import differs from the original's.
+    """
+    one, two = (json.loads(file.read_text(encoding="utf-8"))["language"]["tasks"] for file in (original, imported))
+    for name in one:
+        for key in ("prompts", "score"):
+            if one[name][key] != two[name][key]:
+                raise StepError(
+                    f"The {key} of {name} is {one[name][key]} for the original and {two[name][key]} for its import; "
+                    f"see {original} and {imported}."
+                )
 
 
 @dataclass
@@ -78,6 +94,7 @@ class Recipe(Pipeline):
             "import",
             "verify",
             "export",
+            *(["harness"] if self.with_tasks else []),
             "stage1",
             "upcycle",
             f"evaluation_{START}",
@@ -180,6 +197,28 @@ class Recipe(Pipeline):
         )
         self._run("verify", check, code=self.conversion_code, inputs=("import",))
         self._run("export", export, code=self.conversion_code, inputs=("import",))
+        if self.with_tasks:
+            self._compare_scores()
+
+    def _compare_scores(self) -> None:
+        """Compares the harness's scores of the original, in transformers, with those of its import, in the trainer."""
+        asked = [*self._tasks(self.sizes["harness"]["limit"]), "--batch-size", self.sizes["evaluation"]["batch-size"]]
+
+        def work(log: Path) -> None:
+            of_original, of_import = self.scores_files()
+            own = ["--export", self.language_folder, "--output", of_original]
+            self.program(log.with_stem("harness_original"), "tools/evaluate.py", *own, *asked)
+            own = ["--load", self.imported, "--float32", "--conversation-template", "chatml", "--output", of_import]
+            self.program(log.with_stem("harness_import"), "tools/evaluate.py", *own, *asked, ranks=self.ranks)
+            check_scores(of_original, of_import)
+
+        code = source_hash(ROOT, EVALUATION_CODE)
+        self._run("harness", work, [str(word) for word in asked], code=code, inputs=("tasks", "import"))
+
+    def scores_files(self) -> tuple[Path, Path]:
+        """Returns the files with the harness's scores of the original and of its import."""
+        folder = self.output / "harness"
+        return folder / "original.json", folder / "import.json"
 
     def _new(self, log: Path, command: str, output: Path, *options: object) -> None:
         """Runs convert.py with an output folder, which must not exist."""
@@ -253,11 +292,7 @@ class Recipe(Pipeline):
         asked = {"batch-size": options["batch-size"], "examples": options["examples"], "seq-length": LENGTH}
         asked |= {"conversation-template": "chatml", "float32": True}  # one precision before and after
         questions = ["--vqa", scenes / "vqa_held_out.json", "--image-root", scenes]
-        tasks: list[object] = []
-        if self.with_tasks:
-            data = self.output / "tasks"
-            tasks = ["--tasks", *self.sizes["tasks"], "--tasks-data", data, "--task-files", data / "tasks"]
-            tasks += ["--limit", options["limit"]]
+        tasks = self._tasks(options["limit"]) if self.with_tasks else []
         layout = ["--expert-model-parallel-size", self.ranks] if self.ranks > 1 else []
 
         def work(log: Path) -> None:
@@ -268,6 +303,11 @@ class Recipe(Pipeline):
         code = source_hash(ROOT, EVALUATION_CODE)
         inputs = ("scenes", *(["tasks"] if self.with_tasks else []), trained)
         self._run(f"evaluation_{name}", work, asked, [str(word) for word in tasks], code=code, inputs=inputs)
+
+    def _tasks(self, limit: int) -> list[object]:
+        data = self.output / "tasks"
+        given = ["--tasks", *self.sizes["tasks"], "--tasks-data", data, "--task-files", data / "tasks"]
+        return [*given, "--limit", limit]
 
     def results_file(self, name: str) -> Path:
         """Returns the file with the results of a model: `start`, or a variant's name."""

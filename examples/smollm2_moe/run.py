@@ -30,7 +30,7 @@ from recipe import START, Recipe, variants
 from sources import SourceError
 from steps import StepError
 
-from megatron_smar.report.numbers import duration
+from megatron_smar.report.numbers import duration, percent
 
 PROGRAM = "python examples/smollm2_moe/run.py"
 
@@ -85,7 +85,16 @@ def notes_of(recipe: Recipe, command: str) -> list[str]:
     spent = duration(sum(step.seconds for step in recipe.steps.values()))
     trained = ", ".join(duration(step.seconds) for step in stage3)
     limit = f" {asked} questions of each language benchmark." if recipe.with_tasks else ""
-    return [f"`{command}`. One run of each, seed 1234.{limit} Stage 3 took {trained}; all steps {spent}."]
+    notes = [f"`{command}`. One run of each, seed 1234.{limit} Stage 3 took {trained}; all steps {spent}."]
+    if recipe.with_tasks:
+        tasks = json.loads(recipe.scores_files()[0].read_text(encoding="utf-8"))["language"]["tasks"]
+        scores = ", ".join(f"{task['title']} {percent(task['score'])}" for task in tasks.values())
+        number = recipe.sizes["harness"]["limit"]
+        notes.append(
+            f"The published model in transformers and its import have the same scores on {number} questions of each: "
+            f"{scores}."
+        )
+    return notes
 
 
 def report(recipe: Recipe, command: str, document: Path | None) -> None:

@@ -16,7 +16,8 @@ and optionally a `kind` to group by. Measured: the share of exact answers, and t
 Both files are JSON lists or JSON lines, as for prepare.py.
 --tasks: tasks of EleutherAI's lm-evaluation-harness, `smar` for the paper's eight. --benchmarks: the paper's nine
 picture benchmarks. docs/evaluation.md describes both, and the files that they need.
---export evaluates a Hugging Face export with the harness's own `hf` model instead of a checkpoint: --tasks alone.
+--export evaluates a Hugging Face export, or the language model that was imported, with the harness's own `hf` model
+instead of a checkpoint: --tasks alone.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allow-code-execution", action="store_true", help="run code that the model wrote (HumanEval, MBPP)"
     )
-    group.add_argument("--export", type=Path, help="folder of an export, evaluated by the harness's `hf` model")
+    group.add_argument(
+        "--export", type=Path, help="folder of an export or of another model, for the harness's `hf` model"
+    )
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:
