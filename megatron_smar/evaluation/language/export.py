@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from megatron_smar.evaluation.chat import open_chat
 
@@ -25,11 +32,15 @@ def open_export(folder: Path, batch_size: int) -> HFLM:
     Raises:
         ValueError: The folder holds no model.
     """
-    settings = {"backend": "causal", "batch_size": batch_size, "softmax_dtype": "float32"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: PreTrainedModel
     if is_language_model(folder):
-        return HFLM(pretrained=str(folder), dtype="auto", trust_remote_code=False, **settings)
-    chat = open_chat(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    return HFLM(pretrained=chat.model, tokenizer=chat.processor.tokenizer, **settings)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval().to(device)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    else:
+        chat = open_chat(folder, device=device)
+        model, tokenizer = chat.model, chat.processor.tokenizer
+    return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype="float32")
 
 
 def is_language_model(folder: Path) -> bool:
