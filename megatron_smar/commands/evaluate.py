@@ -303,6 +303,7 @@ def write_results(path: Path, results: dict[str, Any], new: dict[str, Any]) -> N
             print(f"{name:24} {value:.4f}")
     for name, result in list(new.get("benchmarks", {}).items())[-1:]:
         skipped = f", {len(result['skipped'])} skipped" if result["skipped"] else ""
+        skipped += f", {result['unfinished']} ended by the token limit" if result["unfinished"] else ""
         print(f"{result['title']} ({name}): {result['asked']} answers{skipped}, {result['version']}")
         for metric, value in result["metrics"].items():
             print(f"    {metric:24} {value:.2f}")

@@ -171,21 +171,22 @@ class BenchmarkRunner:
         size = 4 * self.evaluator.batch_size * self.evaluator.groups.dp.size()
         return [questions[start : start + size] for start in range(0, len(questions), size)]
 
-    def _answer(self, benchmark: Benchmark, questions: Sequence[Question]) -> list[dict[str, str]]:
+    def _answer(self, benchmark: Benchmark, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """Returns a record per question, in order, on all ranks."""
         prompts, records = self._own_prompts(questions)
         positions, ends = get_args().max_position_embeddings, self.encoder.end_ids
         limits = [min(benchmark.max_new_tokens, positions - len(prompt.input_ids)) for prompt in prompts]
         new = generate_own(self.evaluator, prompts, limits, lambda _, ids: ids[-1] in ends)
         for prompt, ids in zip(prompts, new, strict=True):
-            records.append({"key": prompt.__key__, "prediction": self.encoder.answer(ids)})
+            unfinished = {} if ids[-1] in ends else {"unfinished": True}
+            records.append({"key": prompt.__key__, "prediction": self.encoder.answer(ids)} | unfinished)
         group = self.evaluator.groups.dp
-        gathered: list[list[dict[str, str]]] = [[]] * group.size()
+        gathered: list[list[dict[str, Any]]] = [[]] * group.size()
         dist.all_gather_object(gathered, records, group=group)
         by_key = {record["key"]: record for part in gathered for record in part}
         return [by_key[question.key] for question in questions]
 
-    def _own_prompts(self, questions: Sequence[Question]) -> tuple[list[EncodedSample], list[dict[str, str]]]:
+    def _own_prompts(self, questions: Sequence[Question]) -> tuple[list[EncodedSample], list[dict[str, Any]]]:
         """Encodes this replica's share of the questions; returns also a record for each that cannot be asked."""
         group, positions = self.evaluator.groups.dp, get_args().max_position_embeddings
         prompts, records = [], []
@@ -216,6 +217,7 @@ class BenchmarkRunner:
             "main_metric": benchmark.main_metric,
             "metrics": benchmark.score(answers),
             "asked": len(answers),
+            "unfinished": len(predictions.unfinished),
             "limit": read.limit,
             "skipped": skipped,
             "files": paths,

@@ -21,12 +21,14 @@ class Predictions:
         of: What the predictions belong to; a file of another model or version is refused.
         texts: The predictions by key.
         bad: Why samples were skipped, by key.
+        unfinished: Keys of the predictions that end at the largest number of tokens, and not by themselves.
     """
 
     path: Path | None
     of: dict[str, Any]
     texts: dict[str, str] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
+    unfinished: set[str] = field(default_factory=set)
 
     def open(self, resume: bool) -> None:
         """Reads what an interrupted run has written, or begins the file.
@@ -66,17 +68,22 @@ class Predictions:
         replacement.replace(path)
         print(f"{path}: {len(complete)} answers are taken from an earlier run", flush=True)
 
-    def add(self, records: Sequence[dict[str, str]], save: bool) -> None:
-        """Adds records with `key` and `prediction`, or `key` and `skipped`, with `save` to the file too."""
+    def add(self, records: Sequence[dict[str, Any]], save: bool) -> None:
+        """Adds records with `key` and `prediction`, or `key` and `skipped`, with `save` to the file too.
+
+        A prediction that was ended by the largest number of tokens also has `unfinished`.
+        """
         for record in records:
             self._keep(record)
         if save and self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-    def _keep(self, record: dict[str, str]) -> None:
+    def _keep(self, record: dict[str, Any]) -> None:
         if "prediction" in record:
             self.texts[record["key"]] = record["prediction"]
+            if record.get("unfinished"):
+                self.unfinished.add(record["key"])
         else:
             self.bad[record["key"]] = record["skipped"]
 

@@ -62,6 +62,7 @@ def test_benchmarks_give_the_same_answers_on_one_rank_and_on_two_and_name_the_ba
     for name in ("pope", "mme"):
         lines = [(tmp_path / ranks / f"{name}.jsonl").read_text().splitlines() for ranks in ("one", "two")]
         assert lines[0] == lines[1]
+        assert one[name]["unfinished"] == sum('"unfinished": true' in line for line in lines[0])
         assert one[name]["metrics"] == two[name]["metrics"] != {}
         near = [run[name]["routing"]["mrd_distance_by_layer"] for run in (one, two)]
         assert near[0] == pytest.approx(near[1], rel=1e-4) and set(near[0]) == {"1", "2"}

@@ -75,13 +75,15 @@ def predictions(path, resume=True, **of):
 def test_predictions_are_resumed_without_the_line_that_an_interruption_broke(tmp_path):
     path = tmp_path / "deep" / "pairs.jsonl"
     first = predictions(path)
-    first.add([{"key": "1", "prediction": "a\nb\u2028é"}, {"key": "2", "skipped": "is bad"}], save=True)
+    long = {"key": "1", "prediction": "a\nb\u2028é", "unfinished": True}
+    first.add([long, {"key": "2", "skipped": "is bad"}], save=True)
     first.add([{"key": "9", "prediction": "another rank"}], save=False)
     with path.open("a") as file:
         file.write('{"key": "3", "predic')
     again = predictions(path)
     assert (again.texts, again.bad) == ({"1": "a\nb\u2028é"}, {}), "a skipped sample may have been repaired"
     again.add([{"key": "3", "prediction": ""}], save=True)
+    assert again.unfinished == {"1"}
     assert [json.loads(line)["key"] for line in path.read_text().split("\n")[1:-1]] == ["1", "3"]
 
 
