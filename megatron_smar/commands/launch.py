@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Starts a run on SLURM, or on this machine.
+
+    python tools/launch.py slurm --nodes 8 --time 24:00:00 --logs runs/mixtral/jobs -- pretrain_vlm.py FLAGS ...
+    python tools/launch.py local --processes-per-node 2 -- pretrain_vlm.py FLAGS ...
+    python tools/launch.py first-error runs/mixtral/jobs/1234/attempt_0
+
+slurm writes an sbatch file into --logs, for you to read and to change, and submits it (--dry-run prints it and submits
+nothing). SLURM starts one process per GPU; --torchrun starts one torchrun per node instead. Before the time limit the
+run saves and is requeued, and it resumes from its newest checkpoint; so it does after a failure, until three attempts
+in a row have made no new checkpoint. Each rank has a log, and the first error of all of them ends the job's own log.
+local starts the same command under torchrun on this machine. first-error prints the first error of a job's logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_smar.launch.first_error import first_error
+from megatron_smar.launch.job import Job
+from megatron_smar.launch.script import sbatch_script
+
+PROGRAM = "launch.py"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the command line's parser."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="action", required=True)
+    slurm = commands.add_parser("slurm", help="write an sbatch file and submit it")
+    local = commands.add_parser("local", help="start the command under torchrun on this machine")
+    for each in (slurm, local):
+        each.add_argument("--processes-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+        each.add_argument("--cpu", action="store_true", help="ranks without GPUs, on the CPU")
+    slurm.add_argument("--logs", type=Path, required=True, help="folder of the sbatch file and of the jobs' logs")
+    slurm.add_argument("--name", default="megatron_smar", help="the job's name (default: %(default)s)")
+    slurm.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
+    slurm.add_argument("--cpus-per-process", type=int, help="CPU cores of each rank (default: SLURM's)")
+    slurm.add_argument("--time", help="time limit, as HH:MM:SS or D-HH:MM:SS (default: the partition's)")
+    slurm.add_argument(
+        "--warning-seconds", type=int, default=120, metavar="S", help="to save before the limit (default: %(default)s)"
+    )
+    slurm.add_argument("--torchrun", action="store_true", help="one torchrun per node instead of one task per rank")
+    slurm.add_argument("--activate", type=Path, help="virtual environment (default: that of this interpreter, if any)")
+    slurm.add_argument("--container", help="image for pyxis, or a .sif file for apptainer")
+    slurm.add_argument("--mount", nargs="+", default=[], metavar="SOURCE:TARGET", help="folders for the container")
+    slurm.add_argument("--env", nargs="+", default=[], metavar="NAME=VALUE", help="further environment variables")
+    slurm.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="further option of sbatch, as --sbatch=--account=X",
+    )
+    slurm.add_argument("--no-requeue", action="store_true", help="never run again by itself")
+    slurm.add_argument("--dry-run", action="store_true", help="print the sbatch file and submit nothing")
+    first = commands.add_parser("first-error", help="print the first error of a job's logs")
+    first.add_argument("folder", type=Path, help="the attempt's folder")
+    return parser
+
+
+def save_folder(command: Sequence[str]) -> Path | None:
+    """Returns the folder given by --save on a command line; None without."""
+    for number, word in enumerate(command):
+        if word == "--save" and number + 1 < len(command):
+            return Path(command[number + 1])
+        if word.startswith("--save="):
+            return Path(word.removeprefix("--save="))
+    return None
+
+
+def job_of(options: argparse.Namespace, command: Sequence[str]) -> Job:
+    """Returns the job that the options describe.
+
+    Raises:
+        ValueError: They describe none; the message is one sentence.
+    """
+    variables = {}
+    for given in options.env:
+        name, equals, value = given.partition("=")
+        if not equals:
+            raise ValueError(f"--env {given} has no value; give NAME=VALUE.")
+        variables[name] = value
+    activate = options.activate
+    if activate is None and options.container is None and sys.prefix != sys.base_prefix:
+        activate = Path(sys.prefix)
+    if activate is not None and not (activate / "bin" / "activate").is_file():
+        raise ValueError(f"--activate {activate} is no virtual environment: it has no bin/activate.")
+    save = save_folder(command)
+    if save is None and not options.no_requeue:
+        raise ValueError(
+            "the command has no --save, so that a requeued job would begin again: give it, or --no-requeue."
+        )
+    return Job(
+        command=tuple(command),
+        logs=options.logs.resolve(),
+        root=Path.cwd(),
+        name=options.name,
+        nodes=options.nodes,
+        processes_per_node=options.processes_per_node,
+        on_gpus=not options.cpu,
+        cpus_per_process=options.cpus_per_process,
+        time=options.time,
+        warning_seconds=options.warning_seconds,
+        use_torchrun=options.torchrun,
+        activate=activate,
+        container=options.container,
+        mounts=tuple(options.mount),
+        environment=variables,
+        options=tuple(options.sbatch),
+        save=None if options.no_requeue or save is None else save.resolve(),
+    )
+
+
+def submit(job: Job, dry_run: bool) -> None:
+    """Writes the job's sbatch file and submits it.
+
+    Raises:
+        ValueError: SLURM refuses it, or is not there.
+    """
+    text = sbatch_script(job)
+    if dry_run:
+        print(text, end="")
+        return
+    job.logs.mkdir(parents=True, exist_ok=True)
+    file = job.logs / f"{job.name}.sbatch"
+    file.write_text(text, encoding="utf-8")
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ValueError(f"there is no sbatch here; {file} is written, submit it on the cluster.") from None
+    if done.returncode:
+        raise ValueError(f"sbatch refuses {file}: {done.stderr.strip()}")
+    number = done.stdout.strip().partition(";")[0]
+    print(f"job {number}: {file}; its log is {job.logs / number}.log, those of its ranks are in {job.logs / number}")
+
+
+def run_here(options: argparse.Namespace, command: Sequence[str]) -> None:
+    """Replaces this process by torchrun with the command."""
+    if not command:
+        raise ValueError("there is no command: give it after --, as in -- pretrain_vlm.py --config run.yaml.")
+    os.environ.setdefault("MEGATRON_SMAR_DEVICE", "cpu" if options.cpu else "cuda")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes_per_node)]
+    words = [sys.executable, *torchrun, *command]
+    print(shlex.join(words), flush=True)
+    os.execv(sys.executable, words)
+
+
+def main() -> None:
+    """Runs the command line."""
+    words = sys.argv[1:]
+    own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    options = make_parser().parse_args(own)
+    try:
+        if options.action == "slurm":
+            submit(job_of(options, command), options.dry_run)
+        elif options.action == "local":
+            run_here(options, command)
+        else:
+            print(first_error(options.folder) or f"No rank in {options.folder} ended with an error.")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{PROGRAM}: error: {error}")

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job runs, and on what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+(:\d{2})?")
+NAME = re.compile(r"[A-Za-z0-9._-]+")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# What a program's command line or environment must not carry: it would be readable in `ps`, files and logs.
+SECRET = re.compile(r".*(^|[-_])(token|secret|password|credentials?|(api|access|secret)[-_]?key)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that trains on one or more nodes.
+
+    Attributes:
+        command: Program and flags, each one word: `pretrain_vlm.py`, `--config`, ...
+        logs: Folder in which each job gets a folder with its ranks' logs.
+        root: Folder from which the command is run.
+        name: The job's name.
+        nodes: Number of nodes.
+        processes_per_node: Ranks on each node.
+        on_gpus: Whether each rank has a GPU; otherwise it runs on the CPU.
+        cpus_per_process: CPU cores of each rank; None for SLURM's default.
+        time: Time limit in SLURM's form, such as 12:00:00 or 1-00:00:00; None for the partition's.
+        warning_seconds: How long before the time limit SLURM warns, so that the run saves and is requeued.
+        use_torchrun: Whether each node has one torchrun that starts its ranks; otherwise SLURM starts every rank.
+        activate: Virtual environment to activate; None for the environment of the submission.
+        container: Image in which the ranks run, by pyxis (`srun --container-image`) or, for a file that ends in .sif,
+            by apptainer; None without a container.
+        mounts: Folders that the container sees, as SOURCE:TARGET.
+        environment: Further environment variables.
+        options: Further options of sbatch, such as `--account=NAME`.
+        save: Folder of the run's checkpoints, by which a requeued job's progress is judged; None without requeueing.
+    """
+
+    command: tuple[str, ...]
+    logs: Path
+    root: Path
+    name: str = "megatron_smar"
+    nodes: int = 1
+    processes_per_node: int = 8
+    on_gpus: bool = True
+    cpus_per_process: int | None = None
+    time: str | None = None
+    warning_seconds: int = 120
+    use_torchrun: bool = False
+    activate: Path | None = None
+    container: str | None = None
+    mounts: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    save: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.command:
+            raise ValueError("there is no command: give it after --, as in -- pretrain_vlm.py --config run.yaml.")
+        for name in ("nodes", "processes_per_node", "cpus_per_process", "warning_seconds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; give 1 or more.")
+        if self.time is not None and not TIME.fullmatch(self.time):
+            raise ValueError(f"--time is {self.time}; give minutes, HH:MM:SS or D-HH:MM:SS.")
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"--name is {self.name!r}; give letters, digits, '.', '_' and '-'.")
+        self._check_words()
+
+    def _check_words(self) -> None:
+        for word in self.command:
+            if "\n" in word or "\0" in word:
+                raise ValueError(f"the command's word {word!r} has a line break; give each flag on its own.")
+        for word in self.command[1:]:
+            if word.startswith("--") and SECRET.fullmatch(word.partition("=")[0]):
+                raise ValueError(
+                    f"the command has {word.partition('=')[0]}, which every user of the node could read in `ps`: set "
+                    "an environment variable before you submit."
+                )
+        for name, value in self.environment.items():
+            if not VARIABLE.fullmatch(name) or "\n" in value:
+                raise ValueError(f"--env {name}={value!r} is no variable; give NAME=VALUE on one line.")
+            if SECRET.fullmatch(name):
+                raise ValueError(
+                    f"--env {name} would be written into a file that others may read: set it before you submit, "
+                    "SLURM passes the environment on."
+                )
+        for option in self.options:
+            if not option.startswith("--") or "\n" in option:
+                raise ValueError(f"--sbatch {option!r} is no option of sbatch; give it as --NAME=VALUE.")
+        for mount in self.mounts:
+            if ":" not in mount:
+                raise ValueError(f"--mount {mount} is no mount; give SOURCE:TARGET.")
+        if self.mounts and self.container is None:
+            raise ValueError("--mount has no effect without --container.")
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes that train."""
+        return self.nodes * self.processes_per_node

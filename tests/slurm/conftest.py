@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A SLURM cluster of two virtual nodes for these tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.functional.conftest import world
+from tests.slurm.cluster import Cluster, why_not
+
+__all__ = ["world"]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Starts the cluster, or skips the tests with the reason why it cannot run here."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Cluster(nodes=2) as started:
+        yield started

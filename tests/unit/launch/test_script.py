@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sbatch file: it is valid bash, and each option is where SLURM reads it."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_smar.launch.job import Job
+from megatron_smar.launch.script import sbatch_script
+
+TRAIN = ("pretrain_vlm.py", "--config", "run.yaml", "--save", "runs/a")
+
+
+def job(**changes: object) -> Job:
+    return Job(**{"command": TRAIN, "logs": Path("/logs"), "root": Path("/code"), "save": Path("/save")} | changes)
+
+
+def options(text: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+@pytest.mark.parametrize("use_torchrun", [False, True])
+@pytest.mark.parametrize("container", [None, "image.sif", "registry#image"])
+@pytest.mark.parametrize("save", [None, Path("/a folder")])
+def test_the_script_is_no_valid_bash(use_torchrun, container, save):
+    text = sbatch_script(job(use_torchrun=use_torchrun, container=container, save=save, cpus_per_process=4))
+    checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_sbatch_gets_the_job_s_size_and_the_warning():
+    found = options(sbatch_script(job(nodes=4, time="1-00:00:00", cpus_per_process=12, options=("--account=x",))))
+    assert found == {
+        "job-name": "megatron_smar",
+        "nodes": "4",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "cpus-per-task": "12",
+        "time": "1-00:00:00",
+        "signal": "B:USR1@120",
+        "requeue": "",
+        "open-mode": "append",
+        "output": "/logs/%j.log",
+        "account": "x",
+    }
+
+
+def test_one_torchrun_per_node_gets_the_cores_of_all_its_ranks_and_no_gpus_on_the_cpu():
+    text = sbatch_script(job(nodes=2, use_torchrun=True, cpus_per_process=3, processes_per_node=4, on_gpus=False))
+    found = options(text)
+    assert (found["ntasks-per-node"], found["cpus-per-task"]) == ("1", "12") and "gpus-per-node" not in found
+    assert "torch.distributed.run --nnodes 2 --nproc-per-node 4" in text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\n\0\r"), min_size=1, max_size=20))
+def test_a_word_of_the_command_reaches_the_program_changed(word):
+    text = sbatch_script(job(command=("printf", "%s", word), save=None))
+    task = text.split("task=$(cat <<'TASK'\n")[1].split("\nTASK\n")[0]
+    line = next(line for line in task.split("\n") if "printf" in line)
+    found = subprocess.run(["bash", "-c", line[line.index("printf") :]], capture_output=True, check=True)
+    assert found.stdout.decode() == word
+
+
+def test_a_variable_that_is_set_at_the_submission_wins_over_a_default():
+    text = sbatch_script(job(environment={"NCCL_DEBUG": "INFO and more"}))
+    assert "export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}" in text
+    assert "export NCCL_DEBUG='INFO and more'" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"command": ()}, "there is no command: give it after --"),
+        ({"nodes": 0}, "--nodes is 0; give 1 or more"),
+        ({"time": "soon"}, "--time is soon; give minutes, HH:MM:SS or D-HH:MM:SS"),
+        ({"name": "a b"}, "--name is 'a b'"),
+        ({"command": (*TRAIN, "--wandb-api-key", "x")}, "the command has --wandb-api-key"),
+        ({"environment": {"HF_TOKEN": "x"}}, "--env HF_TOKEN would be written into a file"),
+        ({"environment": {"A-B": "x"}}, "--env A-B='x' is no variable"),
+        ({"options": ("account=x",)}, "--sbatch 'account=x' is no option of sbatch"),
+        ({"mounts": ("/a:/b",)}, "--mount has no effect without --container"),
+        ({"mounts": ("/a",), "container": "i"}, "--mount /a is no mount"),
+    ],
+)
+def test_a_job_that_cannot_be_described_is_refused_in_a_sentence(changes, sentence):
+    with pytest.raises(ValueError, match="^" + re.escape(sentence)):
+        job(**changes)
