@@ -42,9 +42,9 @@ TASK
 )
 """
 RUN = r"""
-# SLURM warns this script alone before the time limit (USR1); a preempted or cancelled job gets TERM. The ranks then
-# finish their step, save and exit.
-trap 'signaled=1; kill -TERM $step 2>/dev/null' USR1 TERM
+# SLURM warns this script alone before the time limit (USR1); a preempted job gets TERM. The ranks then finish their
+# step, save and exit. (A TERM to srun itself would kill them.)
+trap 'signaled=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
 
 {srun} \
   --output="$logs/rank_%t.log" bash -c "$task" &
