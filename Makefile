@@ -16,7 +16,7 @@ lock := requirements.lock
 native := $(wildcard megatron_smar/data/csrc/*)
 typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py benchmarks/*.py)
 
-.PHONY: help env lock demo test test-matrix test-cuda-path test-te test-gpu lint clean interpreter
+.PHONY: help env lock demo test test-matrix test-cuda-path test-slurm test-te test-gpu lint clean interpreter
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,7 +41,7 @@ lock: ## update requirements.lock from pyproject.toml (LOCK_FLAGS=--upgrade rais
 	PYTHON="$(PYTHON)" tools/make_lock.sh $(LOCK_FLAGS)
 
 # On the CPU, also on machines with GPUs, unless MEGATRON_SMAR_DEVICE=cuda is set.
-demo test test-matrix test-cuda-path: export MEGATRON_SMAR_DEVICE ?= cpu
+demo test test-matrix test-cuda-path test-slurm: export MEGATRON_SMAR_DEVICE ?= cpu
 
 demo: env ## generate data, train, resume and evaluate a tiny model; results in runs/demo (ROUTING=hard: runs/demo-hard)
 	$(python) examples/emoji_tiny/run.py --routing $(ROUTING) $(DEMO_FLAGS)
@@ -56,6 +56,9 @@ test-matrix: env ## compare every parallel layout with one process, also when re
 
 test-cuda-path: env ## the CUDA path as far as possible without a GPU: a claimed device, storage-less tensors, 8 and 64 ranks
 	OMP_NUM_THREADS=1 $(python) -m pytest --matrix --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) tests/cuda_path
+
+test-slurm: env ## launch jobs on a real SLURM of virtual nodes on this machine; needs root and Debian's slurm packages
+	OMP_NUM_THREADS=1 $(python) -m pytest $(PYTEST_FLAGS) tests/slurm
 
 # Transformer Engine is compiled against torch, which takes a quarter of an hour, in a separate environment.
 test-te: env ## build Transformer Engine into .venv-te and check layers, checkpoints and optimizers with it; needs no GPU
