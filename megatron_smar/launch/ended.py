@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_smar.launch.first_error import first_error, first_failure
+from megatron_smar.launch.first_error import endings, first_error, first_failure
 
 # Attempts in a row that may end without a new checkpoint; after the last the job is not requeued.
 ATTEMPTS = 3
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--status", type=int, required=True, help="exit status of the ranks")
     parser.add_argument("--save", type=Path, help="folder of the run's checkpoints")
     options = parser.parse_args()
-    failed = first_failure(options.folder) if options.status else None
+    failed = first_failure(endings(options.folder)[0]) if options.status else None
     status = failed.status if failed else options.status
     if status and status not in STOPPED:
         error = first_error(options.folder)

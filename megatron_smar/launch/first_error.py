@@ -63,13 +63,13 @@ def endings(folder: Path) -> tuple[list[Ending], list[Path]]:
     return sorted(found, key=lambda ending: ending.time), without
 
 
-def first_failure(folder: Path) -> Ending | None:
+def first_failure(ended: Sequence[Ending]) -> Ending | None:
     """Returns the first rank that ended with an error, if any. SLURM then ends the others, whose status says nothing.
 
     Args:
-        folder: The folder of an attempt, with a log of each rank.
+        ended: How the ranks ended, the earliest first.
     """
-    return next((ending for ending in endings(folder)[0] if ending.status), None)
+    return next((ending for ending in ended if ending.status), None)
 
 
 def first_error(folder: Path) -> str | None:
@@ -78,11 +78,12 @@ def first_error(folder: Path) -> str | None:
     Args:
         folder: The folder of an attempt, with a log of each rank.
     """
-    failed = first_failure(folder)
+    ended, without = endings(folder)
+    failed = first_failure(ended)
     if failed is None:
         return None
     lines = [failed.describe(), "", *_around(_tail(failed.log).splitlines())]
-    if without := endings(folder)[1]:
+    if without:
         names = ", ".join(log.stem for log in without[:8]) + (", ..." if len(without) > 8 else "")
         lines += ["", f"{len(without)} logs have no end ({names}): SLURM ended those ranks, or their node was lost"]
     return "\n".join(lines)
