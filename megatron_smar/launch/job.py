@@ -10,6 +10,7 @@ from pathlib import Path
 
 TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+(:\d{2})?")
 NAME = re.compile(r"[A-Za-z0-9._-]+")
+NO_COMMAND = "there is no command: give it after --, as in -- pretrain_vlm.py --config run.yaml."
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # What a program's command line or environment must not carry: it would be readable in `ps`, files and logs.
 SECRET = re.compile(r".*(^|[-_])(token|secret|password|credentials?|(api|access|secret)[-_]?key)", re.IGNORECASE)
@@ -60,7 +61,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if not self.command:
-            raise ValueError("there is no command: give it after --, as in -- pretrain_vlm.py --config run.yaml.")
+            raise ValueError(NO_COMMAND)
         for name in ("nodes", "processes_per_node", "cpus_per_process", "warning_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -82,11 +82,7 @@ def sbatch_script(job: Job) -> str:
             *_environment(job),
             f"logs={shlex.quote(str(job.logs))}",
             SHELL.strip("\n"),
-            *(
-                [START.strip("\n").format(tracker=shlex.quote(str(job.save / TRACKER)), started=STARTED)]
-                if job.save
-                else []
-            ),
+            *_start(job),
             TASK.format(exports=_rank_variables(job), command=_command(job)).rstrip("\n"),
             RUN.format(srun=_srun(job)).rstrip("\n"),
             ended.format(python=_once(job), save=shlex.quote(str(job.save))).rstrip("\n"),

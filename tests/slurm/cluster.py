@@ -2,7 +2,7 @@
 """A real SLURM cluster of virtual nodes on this machine, for the time of a test; needs root and Debian's packages.
 
 Each node is a set of Linux namespaces with a name, an address and a process table of its own, in which a slurmd runs.
-So a node can lose its power: when its first process is killed, the kernel kills all others.
+When a node's first process is killed, the kernel kills all others.
 """
 
 from __future__ import annotations
@@ -131,10 +131,6 @@ class Cluster:
     def wait(self, job: int, *states: str, seconds: float = 300) -> None:
         """Waits until a job is in one of these states."""
         _until(lambda: self.state(job) in states, seconds, lambda: f"job {job} is {self.state(job)}")
-
-    def lose_power(self, node: int) -> None:
-        """Kills everything on a node."""
-        self._end(f"node{node}")
 
     def boot(self, node: int) -> None:
         """Starts a node."""

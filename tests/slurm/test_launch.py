@@ -12,7 +12,7 @@ from tests.functional.conftest import World
 from tests.launch import ROOT
 from tests.slurm.cluster import Cluster
 
-# Every rank appends its attempt to a file; the ranks fail one after the other, rank 2 first.
+# Every rank fails, rank 2 first.
 FAILING = """
 import os, sys, time
 rank = int(os.environ["RANK"])
