@@ -35,6 +35,7 @@ FLOORS: list[dict[str, str]] = [
         "routing strategy in `strategies/`",
         "data": "readers of published formats (`sources/`), conversations, images, tiling, packing (`csrc/`), blends, "
         "the loader and its state",
+        "reliability": "what a run does when something fails: trusted checkpoints, hangs, steps that are not finite",
         "huggingface": "modeling code of the exports that transformers has no class for; saved next to their weights",
     },
     {"model": "vision tower, connector, the vision-language model; `layers/` has the decoder's layers and their specs"},

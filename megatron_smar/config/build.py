@@ -21,6 +21,7 @@ from megatron_smar.model.layers.specs import LayerConfig
 from megatron_smar.model.vision import VisionConfig, tokens_per_tile
 from megatron_smar.model.vlm import LanguageConfig
 from megatron_smar.monitoring.config import MonitorConfig
+from megatron_smar.reliability.config import ReliabilityConfig
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.strategies import STRATEGIES
 
@@ -133,6 +134,7 @@ class RunConfig:
         freeze: Parts that do not learn.
         template: Name of the conversation template.
         monitor: What is watched of the routing.
+        reliability: What the run does when something fails.
         data: Which data is read; None for a program that reads none.
         loss_weighting: How much each token counts in the loss; None for Megatron's mean.
     """
@@ -145,6 +147,7 @@ class RunConfig:
     freeze: frozenset[str]
     template: str
     monitor: MonitorConfig
+    reliability: ReliabilityConfig
     data: DataConfig | None = None
     loss_weighting: LossWeighting | None = None
 
@@ -165,6 +168,7 @@ class RunConfig:
             freeze=frozenset(args.freeze),
             template=args.conversation_template,
             monitor=MonitorConfig.from_arguments(args),
+            reliability=ReliabilityConfig.from_arguments(args),
             data=data_config(args) if needs_data else None,
             loss_weighting=args.loss_weighting,
         )

@@ -14,6 +14,7 @@ from megatron_smar.config.build import data_config, image_config, modality_routi
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts
 from megatron_smar.model.vision import load_vision_config
 from megatron_smar.monitoring.config import MonitorConfig
+from megatron_smar.reliability.config import ReliabilityConfig
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.strategies import STRATEGIES
 
@@ -65,6 +66,7 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
     _check_sizes(args)
     check_shape(args, is_known=not args.use_checkpoint_args)
     MonitorConfig.from_arguments(args)
+    ReliabilityConfig.from_arguments(args)
     if args.dataloader_type != "external":
         raise ValueError(
             f"--dataloader-type is {args.dataloader_type}; conversations come through energon: leave the flag out."

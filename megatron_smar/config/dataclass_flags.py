@@ -9,13 +9,23 @@ from argparse import _ArgumentGroup
 from dataclasses import MISSING, Field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-from megatron_smar.routing.strategies import StrategyConfig
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 
-def add_config_flags(group: _ArgumentGroup, config: type[StrategyConfig]) -> None:
-    """Adds the flags of a strategy, `--<name>-<field>`.
+class FlaggedConfig(Protocol):
+    """A config whose fields are flags."""
+
+    @classmethod
+    def flag_fields(cls) -> list[Field[Any]]:
+        """Returns the fields that are flags."""
+
+    @classmethod
+    def flag(cls, field: str) -> str:
+        """Returns the flag of a field."""
+
+
+def add_config_flags(group: _ArgumentGroup, config: type[FlaggedConfig]) -> None:
+    """Adds the flags of a config.
 
     Args:
         group: Argument group of the parser.

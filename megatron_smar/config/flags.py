@@ -14,6 +14,7 @@ from megatron_smar.modalities import Modalities
 from megatron_smar.model.connector import ConnectorType
 from megatron_smar.model.parts import PARTS
 from megatron_smar.monitoring.config import MonitorConfig
+from megatron_smar.reliability.config import ReliabilityConfig
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.strategies import STRATEGIES
 from megatron_smar.runtime.console import ALL_MESSAGES
@@ -31,6 +32,10 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     _add_conversation_arguments(parser)
     _add_benchmark_arguments(parser)
     _add_checkpoint_arguments(parser)
+    add_config_flags(
+        parser.add_argument_group("reliability", "Damaged checkpoints, full disks, hangs; docs/reliability.md."),
+        ReliabilityConfig,
+    )
     parser.add_argument_group("console").add_argument(
         ALL_MESSAGES,
         action="store_true",
