@@ -77,9 +77,8 @@ def test_a_flipped_bit_is_found_by_exactly_one_of_the_ranks_that_share_the_work(
         content = bytearray(path.read_bytes())
         content[byte] ^= 1 << bit
         path.write_bytes(content)
-        found = [
-            list(Manifest.read(places.checkpoint).block_problems(places, "full", n, shares)) for n in range(shares)
-        ]
+        made = Manifest.read(places.checkpoint)
+        found = [problem for share in range(shares) for problem in made.block_problems(places, "full", share, shares)]
         begin = byte // BLOCK * BLOCK
         assert found == [f"__0_0.distcp differs from its checksum in bytes {begin} to {begin + BLOCK}"]
     finally:
