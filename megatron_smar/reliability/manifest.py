@@ -85,6 +85,8 @@ class Manifest:
             raise ValueError(f"{NAME} cannot be read ({error})") from error
         if stored != _digest(content):
             raise ValueError(f"{NAME} does not have its own checksum")
+        if outside := next((n for n in files if Path(n).is_absolute() or ".." in Path(n).parts), None):
+            raise ValueError(f"{NAME} names {outside}, which is not in its folder")
         return cls(content["block"], files)
 
     def size_problems(self, places: Places) -> Iterator[str]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smar.reliability import manifest
-from megatron_smar.reliability.manifest import LOADER, NAME, HashingFile, Manifest, Places, collect, sums_of
+from megatron_smar.reliability.manifest import LOADER, NAME, FileSums, HashingFile, Manifest, Places, collect, sums_of
 
 BLOCK = 64
 
@@ -132,6 +132,13 @@ def test_a_damaged_manifest_is_no_manifest_and_not_taken_for_a_missing_one(tmp_p
         Manifest.read(places.checkpoint)
     path.unlink()
     assert Manifest.read(places.checkpoint) is None
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "loader/../../x"])
+def test_a_manifest_names_a_file_outside_of_its_folder(tmp_path, name):
+    Manifest(BLOCK, {name: FileSums(1, ("0",))}).write(tmp_path)
+    with pytest.raises(ValueError, match="which is not in its folder"):
+        Manifest.read(tmp_path)
 
 
 def test_an_error_while_writing_is_kept_with_its_reason_and_leaves_no_hashes(tmp_path):
