@@ -115,8 +115,8 @@ class CheckpointSaver:
         if not is_first_rank():
             return ""
         try:
+            self.clear()
             for folder in (self._staged(iteration), self._staged_loader(iteration)):
-                shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
         except OSError as error:
             return _said(error)
@@ -155,7 +155,7 @@ class CheckpointSaver:
             write_tracker(self.folder, iteration)
         except OSError as error:
             return _said(error)
-        self._remove_staging()
+        self.clear()
         return ""
 
     def _failed(self, iteration: int, problem: str) -> bool:
@@ -166,9 +166,7 @@ class CheckpointSaver:
         """
         self.failures += 1
         if is_first_rank():
-            shutil.rmtree(self._staged(iteration), ignore_errors=True)
-            shutil.rmtree(self._staged_loader(iteration), ignore_errors=True)
-            self._remove_staging()
+            self.clear()
         what = f"step {iteration} was not saved in {self.folder}: {problem}; the half that was written is removed"
         most = self.config.max_failed_saves
         if self.failures >= most or (_is_last(iteration) and get_args().async_save):
@@ -187,10 +185,10 @@ class CheckpointSaver:
         tracker = Path(get_checkpoint_tracker_filename(str(self.folder)))
         return f"The newest checkpoint is that of step {tracker.read_text().strip()}." if tracker.is_file() else ""
 
-    def _remove_staging(self) -> None:
+    def clear(self) -> None:
+        """Removes what saves that did not end have left; one save is in progress at a time."""
         for folder in (self.folder, self.loader_folder):
-            with contextlib.suppress(OSError):  # another save is in progress there
-                (folder / STAGING).rmdir()
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 def write_tracker(folder: Path, iteration: int) -> None:

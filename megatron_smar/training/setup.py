@@ -112,8 +112,15 @@ def _trust_checkpoints(args: Namespace, run: RunConfig) -> None:
     """Makes Megatron's saves leave a complete checkpoint or none, and its loads take an undamaged one."""
     HOOKS.load = partial(take_valid_checkpoint, args, run.reliability.verify_checkpoint)
     if args.save and not args.skip_train:
-        CheckpointSaver(run.reliability, Path(args.save), Path(args.loader_state_folder), save_state).install()
-        HOOKS.train = lambda model, optimizer: check_room(model, Path(args.save))
+        saver = CheckpointSaver(run.reliability, Path(args.save), Path(args.loader_state_folder), save_state)
+        saver.install()
+
+        def begin(model: list[Any], optimizer: Any) -> None:
+            if args.rank == 0:
+                saver.clear()
+            check_room(model, Path(args.save))
+
+        HOOKS.train = begin
 
 
 def _strategy_defaults(args: Namespace, start: StartPoint) -> list[str]:
