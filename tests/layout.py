@@ -23,6 +23,7 @@ BEGIN, END = "<!-- written by python -m tests.layout --write -->", "<!-- end of 
 
 # From the lowest floor to the highest; packages of the same floor do not import each other.
 FLOORS: list[dict[str, str]] = [
+    {"credentials": "refuses passwords and tokens in flags and addresses, and takes them out of messages"},
     {
         "compatibility": "refuses packages that Megatron would fail with, when `megatron_smar` is imported",
         "launch": "SLURM: a job as an sbatch file, what happens when it ends, the first error of many logs",

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_smar.launch.first_error import first_error
-from megatron_smar.launch.job import NO_COMMAND, Job
+from megatron_smar.launch.job import NO_COMMAND, Job, check_command
 from megatron_smar.launch.script import sbatch_script
 
 PROGRAM = "launch.py"
@@ -147,6 +147,7 @@ def run_here(options: argparse.Namespace, command: Sequence[str]) -> None:
     """Replaces this process by torchrun with the command."""
     if not command:
         raise ValueError(NO_COMMAND)
+    check_command(command)
     os.environ.setdefault("MEGATRON_SMAR_DEVICE", "cpu" if options.cpu else "cuda")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes_per_node)]

@@ -4,16 +4,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from megatron_smar.credentials import SECRET_NAME, check_address, check_flags
 
 TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+(:\d{2})?")
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 NO_COMMAND = "there is no command: give it after --, as in -- pretrain_vlm.py --config run.yaml."
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# What a program's command line or environment must not carry: it would be readable in `ps`, files and logs.
-SECRET = re.compile(r".*(^|[-_])(token|secret|password|credentials?|(api|access|secret)[-_]?key)", re.IGNORECASE)
+CONTROL = re.compile(r"[\n\r\0]")
+EXPORTED = re.compile(r"[=,]([A-Za-z_][A-Za-z0-9_]*)=")  # names in sbatch's --export=NAME=VALUE,...
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Refuses a command with line breaks, or with a secret.
+
+    Args:
+        command: Program and flags.
+
+    Raises:
+        ValueError: It has one; the message does not contain the secret.
+    """
+    for word in command:
+        if CONTROL.search(word):
+            raise ValueError(f"the command's word {word!r} has a line break; give each flag on its own.")
+    for word in command[1:]:
+        if word.startswith("--") and SECRET_NAME.fullmatch(word.partition("=")[0]):
+            raise ValueError(
+                f"the command has {word.partition('=')[0]}, which every user of the node could read in `ps`: set "
+                "an environment variable before you start it."
+            )
+    check_flags(command)
 
 
 @dataclass(frozen=True)
@@ -73,26 +96,39 @@ class Job:
         self._check_words()
 
     def _check_words(self) -> None:
-        for word in self.command:
-            if "\n" in word or "\0" in word:
-                raise ValueError(f"the command's word {word!r} has a line break; give each flag on its own.")
-        for word in self.command[1:]:
-            if word.startswith("--") and SECRET.fullmatch(word.partition("=")[0]):
-                raise ValueError(
-                    f"the command has {word.partition('=')[0]}, which every user of the node could read in `ps`: set "
-                    "an environment variable before you submit."
-                )
+        check_command(self.command)
+        places: dict[str, tuple[object, ...]] = {
+            "--logs": (self.logs,),
+            "--activate": (self.activate,),
+            "--container": (self.container,),
+            "--mount": self.mounts,
+            "--save": (self.save,),
+            "the working directory": (self.root,),
+        }
+        for flag, values in places.items():
+            for value in map(str, values):
+                if CONTROL.search(value):  # a line of its own in the file would be a command
+                    raise ValueError(f"{flag} is {value!r}, which has a line break; give a path without one.")
+        if "%" in str(self.logs):
+            raise ValueError(f"--logs is {self.logs}, where SLURM replaces what follows a %; give a path without it.")
         for name, value in self.environment.items():
-            if not VARIABLE.fullmatch(name) or "\n" in value:
+            if not VARIABLE.fullmatch(name) or CONTROL.search(value):
                 raise ValueError(f"--env {name}={value!r} is no variable; give NAME=VALUE on one line.")
-            if SECRET.fullmatch(name):
+            check_address(value, f"--env {name}")
+            if SECRET_NAME.fullmatch(name):
                 raise ValueError(
                     f"--env {name} would be written into a file that others may read: set it before you submit, "
                     "SLURM passes the environment on."
                 )
         for option in self.options:
-            if not option.startswith("--") or "\n" in option:
+            if not option.startswith("--") or CONTROL.search(option):
                 raise ValueError(f"--sbatch {option!r} is no option of sbatch; give it as --NAME=VALUE.")
+            check_address(option, "--sbatch")
+            if secret := next(filter(SECRET_NAME.fullmatch, EXPORTED.findall(option)), None):
+                raise ValueError(
+                    f"--sbatch exports {secret}, which would be written into a file that others may read: set it "
+                    "before you submit, SLURM passes the environment on."
+                )
         for mount in self.mounts:
             if ":" not in mount:
                 raise ValueError(f"--mount {mount} is no mount; give SOURCE:TARGET.")

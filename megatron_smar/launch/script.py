@@ -104,7 +104,7 @@ def _options(job: Job) -> Iterator[str]:
     yield f"--signal=B:USR1@{job.warning_seconds}"
     yield "--requeue" if job.save is not None else "--no-requeue"
     yield "--open-mode=append"
-    yield f"--output={job.logs}/%j.log"
+    yield f"--output={shlex.quote(f'{job.logs}/%j.log')}"
     yield from job.options
 
 
