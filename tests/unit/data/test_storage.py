@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -286,3 +287,34 @@ def test_a_server_that_answers_otherwise_after_the_check_has_its_code_run(
         first_samples(configuration(f"{url}/shards", 0), tokenizer)
     assert not (tmp_path / "was_run").exists()
     assert "evil_data" not in sys.modules
+
+
+class Redirecting(Handler):
+    """A server with signed addresses, as those of object storage: it redirects there, and the connection breaks."""
+
+    signed_server: ClassVar[str] = ""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.close_connection = True
+        signed = "hunter2" in self.path
+        self.send_response(200 if signed else 302)
+        self.send_header("Content-Length", "9" if signed else "0")
+        self.send_header("Location", f"{self.signed_server}{self.path}?X-Amz-Signature=hunter2")
+        self.end_headers()
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["broken", "unreachable"])
+def test_an_error_repeats_the_signature_of_an_address_that_a_server_redirects_to(
+    gone: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("multistorageclient.retry.time.sleep", lambda seconds: None)
+    server = f"http://127.0.0.1:{free_port()}" if gone else ""
+    with serving(type("Signing", (Redirecting,), {"signed_server": server})) as url:
+        with pytest.raises(Exception, match="cannot be reached|Failed to download") as error:
+            EPath(energon_path(f"{url}/file")).read_bytes()
+        shown = "".join(traceback.format_exception(error.value))
+    assert ("cannot be reached" if gone else "the connection broke") in shown
+    assert "hunter2" not in shown + caplog.text
