@@ -313,7 +313,7 @@ def test_an_error_repeats_the_signature_of_an_address_that_a_server_redirects_to
     monkeypatch.setattr("multistorageclient.retry.time.sleep", lambda seconds: None)
     server = f"http://127.0.0.1:{free_port()}" if gone else ""
     with serving(type("Signing", (Redirecting,), {"signed_server": server})) as url:
-        with pytest.raises(Exception, match="cannot be reached|Failed to download") as error:
+        with pytest.raises(Exception, match=r"cannot be reached|Failed to download") as error:
             EPath(energon_path(f"{url}/file")).read_bytes()
         shown = "".join(traceback.format_exception(error.value))
     assert ("cannot be reached" if gone else "the connection broke") in shown
