@@ -42,6 +42,8 @@ def test_a_dry_run_writes_files_or_prints_another_script_than_is_submitted(call,
         (["slurm", "--logs", "l", "--no-requeue"], "there is no command: give it after --"),
         (["slurm", "--logs", "l", "--env", "A", "--", "p", "--save", "x"], "--env A has no value; give NAME=VALUE."),
         (["slurm", "--logs", "l", "--activate", "/none", "--", "p", "--save", "x"], "--activate /none is no virtual"),
+        (["local", "--", "p", "--data-path", "https://me:pw@host/a"], "--data-path has a user or password"),
+        (["local", "--", "p", "--hf-token", "pw"], "the command has --hf-token, which every user"),
         (["local"], "there is no command: give it after --"),
     ],
 )
