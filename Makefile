@@ -7,6 +7,7 @@ LOCK_FLAGS ?=
 # Stage 2's routing in the demo: a strategy of --modality-routing, or a name in examples/emoji_tiny/strategies.yaml.
 ROUTING ?= smar
 DEMO_FLAGS ?=
+CHAOS_FLAGS ?=
 
 python := $(VENV)/bin/python
 stamp := $(VENV)/.megatron_smar-installed
@@ -16,7 +17,7 @@ lock := requirements.lock
 native := $(wildcard megatron_smar/data/csrc/*)
 typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py benchmarks/*.py)
 
-.PHONY: help env lock demo test test-matrix test-cuda-path test-slurm test-te test-gpu lint clean interpreter
+.PHONY: help env lock demo test test-matrix test-cuda-path test-slurm chaos test-te test-gpu lint clean interpreter
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,13 +42,13 @@ lock: ## update requirements.lock from pyproject.toml (LOCK_FLAGS=--upgrade rais
 	PYTHON="$(PYTHON)" tools/make_lock.sh $(LOCK_FLAGS)
 
 # On the CPU, also on machines with GPUs, unless MEGATRON_SMAR_DEVICE=cuda is set.
-demo test test-matrix test-cuda-path test-slurm: export MEGATRON_SMAR_DEVICE ?= cpu
+demo test test-matrix test-cuda-path test-slurm chaos: export MEGATRON_SMAR_DEVICE ?= cpu
 
 demo: env ## generate data, train, resume and evaluate a tiny model; results in runs/demo (ROUTING=hard: runs/demo-hard)
 	$(python) examples/emoji_tiny/run.py --routing $(ROUTING) $(DEMO_FLAGS)
 
 test: env ## run the tests (PYTEST_FLAGS= adds options)
-	OMP_NUM_THREADS=1 $(python) -m pytest $(two_at_a_time) $(PYTEST_FLAGS) tests/functional tests/distributed tests/cuda_path tests/unit
+	OMP_NUM_THREADS=1 $(python) -m pytest $(two_at_a_time) $(PYTEST_FLAGS) tests/chaos tests/slurm tests/functional tests/distributed tests/cuda_path tests/unit
 
 test-matrix: env ## compare every parallel layout with one process, also when resumed; writes docs/exactness.md
 	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/distributed
@@ -59,6 +60,9 @@ test-cuda-path: env ## the CUDA path as far as possible without a GPU: a claimed
 
 test-slurm: env ## launch jobs on a real SLURM of virtual nodes on this machine; needs root and Debian's slurm packages
 	OMP_NUM_THREADS=1 $(python) -m pytest $(PYTEST_FLAGS) tests/slurm
+
+chaos: env ## cause 30 faults in two jobs on that SLURM and compare them with undisturbed runs; writes docs/reliability.md
+	OMP_NUM_THREADS=1 $(python) -m tests.chaos --write docs/reliability.md $(CHAOS_FLAGS)
 
 # Transformer Engine is compiled against torch, which takes a quarter of an hour, in a separate environment.
 test-te: env ## build Transformer Engine into .venv-te and check layers, checkpoints and optimizers with it; needs no GPU

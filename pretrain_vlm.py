@@ -22,6 +22,7 @@ from megatron_smar.checkpoint.metadata import DamagedError
 from megatron_smar.config.flag_errors import FLAG_ERRORS
 from megatron_smar.data.rejects import DataError
 from megatron_smar.evaluation.during_training import training_benchmarks
+from megatron_smar.reliability.saving import SaveFailedError
 from megatron_smar.runtime.finite_steps import NotFiniteError
 from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider
 from megatron_smar.training.setup import fail, fail_before_training, parse_arguments
@@ -45,7 +46,14 @@ def main() -> None:
             model_provider=model_provider,
             non_loss_data_func=benchmarks,
         )
-    except (CheckpointMismatchError, DamagedError, CheckpointException, DataError, NotFiniteError) as error:
+    except (
+        CheckpointMismatchError,
+        DamagedError,
+        CheckpointException,
+        DataError,
+        NotFiniteError,
+        SaveFailedError,
+    ) as error:
         fail(error)
     except SystemExit as end:  # raised by Megatron's loop, also after a signal
         end_after_a_signal(args)

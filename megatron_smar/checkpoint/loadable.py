@@ -31,6 +31,21 @@ def check_formats(args: Namespace) -> None:
                 f"{flag} {value} is not supported: only {FORMAT} is read without running what a file holds, and under "
                 "any layout; leave the flag out."
             )
+    if args.async_save and args.async_strategy != "mcore":
+        raise ValueError(
+            f"--async-strategy {args.async_strategy} is not supported: asynchronous saves are written by a thread of "
+            "each rank, from copies; leave it out."
+        )
+    if args.save_retain_interval is not None:
+        raise ValueError(
+            f"--save-retain-interval {args.save_retain_interval} deletes checkpoints without a look at the newest: "
+            f"give --keep-last 1 --keep-every {args.save_retain_interval}, or --keep-last 2."
+        )
+    if args.verify_integrity:
+        raise ValueError(
+            "--verify-integrity reads each checkpoint again on one rank: every checkpoint has a manifest already, and "
+            "--verify-checkpoint says how much of it is verified; leave it out."
+        )
     if args.non_persistent_ckpt_type is not None:
         raise ValueError(
             f"--non-persistent-ckpt-type {args.non_persistent_ckpt_type} is not supported: a run resumes from what is "

@@ -8,6 +8,7 @@ step it exits with status 0. Here a folder that is not empty either has a checkp
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from megatron_smar.checkpoint.metadata import (
     read_contents,
     read_tracker,
 )
+from megatron_smar.reliability.manifest import Manifest, Places
 
 RELEASE = "release"
+LOADER_STATES = "dataloader"  # in a folder of checkpoints: each step's state of the data loaders
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
@@ -34,12 +37,14 @@ class Location:
         checkpoint: Folder of the checkpoint to load; None if there is none.
         half_written: Names of the checkpoints whose saving was interrupted; they are ignored.
         newer: Names of the checkpoints after the one to load.
+        rejected: Sentences on the later checkpoints that are damaged, for which this one is taken instead.
     """
 
     path: Path
     checkpoint: Path | None
     half_written: tuple[str, ...] = ()
     newer: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -52,13 +57,14 @@ class Location:
         return self.checkpoint is not None and self.checkpoint.name == RELEASE
 
 
-def locate(flag: str, path: str, step: int | None = None) -> Location:
+def locate(flag: str, path: str, step: int | None = None, fall_back: bool = False) -> Location:
     """Finds the checkpoint that a flag names, and checks that it is complete.
 
     Args:
         flag: The flag that names the folder, for the error messages.
         path: The folder.
         step: Step of the checkpoint; None for the step that the tracker file names.
+        fall_back: Whether to take an earlier checkpoint where the one that the tracker names is damaged.
 
     Returns:
         The location; without a checkpoint if the folder holds none, or only half-written ones.
@@ -67,7 +73,7 @@ def locate(flag: str, path: str, step: int | None = None) -> Location:
         ValueError: The path is not a folder of checkpoints, or the checkpoint there cannot be loaded.
     """
     try:
-        return _locate(flag, path, step)
+        return _locate(flag, path, step, fall_back)
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be read ({error.strerror or error}); give another folder.") from error
 
@@ -77,12 +83,49 @@ def same_place(first: str | None, second: str | None) -> bool:
     return bool(first and second) and Path(str(first)).resolve() == Path(str(second)).resolve()
 
 
-def _locate(flag: str, path: str, step: int | None) -> Location:
+def resumes_own_run(args: Namespace) -> bool:
+    """Returns whether a run resumes from the checkpoints that it saves, so that any of them is its own."""
+    return same_place(args.load, args.save) and not args.finetune and not args.skip_train
+
+
+def problem_of(checkpoint: Path) -> str | None:
+    """Returns why a checkpoint cannot be loaded, as far as sizes and tables of contents show; None if it can."""
+    if not checkpoint.is_dir():
+        return f"there is no {checkpoint.name}"
+    if not (checkpoint / ".metadata").is_file():
+        return f"{checkpoint} has no .metadata: it is half-written"
+    try:
+        contents = read_contents(checkpoint)
+        problem = next(file_problems(checkpoint, contents), None)
+        manifest = Manifest.read(checkpoint) if problem is None else None
+        if manifest is not None:
+            problem = next(manifest.size_problems(Places(checkpoint)), None)
+        if problem is None:
+            read_common_state(checkpoint, contents)
+    except DamagedError as error:
+        return str(error).rstrip(".")
+    except ValueError as error:
+        problem = str(error)
+    return problem and f"{checkpoint} is damaged: {problem}"
+
+
+def earlier_steps(folder: Path, step: int) -> list[Path]:
+    """Returns the checkpoints before a step, the newest first."""
+    iterations = [part for part in folder.iterdir() if _ITERATION.fullmatch(part.name)]
+    earlier = [part for part in iterations if _step(part) < step and not _is_foreign(part)]
+    return sorted(earlier, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("iter_"))
+
+
+def _locate(flag: str, path: str, step: int | None, fall_back: bool) -> Location:
     _check_place(flag, path)
     folder = Path(path)
     iterations = sorted(
         (part for part in (folder.iterdir() if folder.is_dir() else ()) if _ITERATION.fullmatch(part.name)),
-        key=lambda part: int(part.name.removeprefix("iter_")),
+        key=_step,
     )
     release = [folder / RELEASE] if (folder / RELEASE).is_dir() else []
     foreign = next((part for part in [*release, *iterations] if _is_foreign(part)), None)
@@ -104,9 +147,18 @@ def _locate(flag: str, path: str, step: int | None) -> Location:
     if step is not None and step <= 0:
         raise ValueError(f"--ckpt-step is {step}; steps count from 1: give that of a checkpoint in {flag} {path}.")
     chosen = Path(get_checkpoint_name(path, step or named, is_release, return_base_dir=True))
-    _check_checkpoint(flag, chosen, f"--ckpt-step {step}" if step else f"its {tracker.name}", complete)
+    rejected: tuple[str, ...] = ()
+    try:
+        _check_checkpoint(flag, chosen, f"--ckpt-step {step}" if step else f"its {tracker.name}", complete)
+    except DamagedError:
+        earlier = [] if step or is_release or not fall_back else earlier_steps(folder, named)
+        other = next((part for part in earlier if problem_of(part) is None), None)
+        if other is None:
+            raise
+        rejected, half = (f"{flag}: {problem_of(chosen)}",), tuple(name for name in half if name != chosen.name)
+        chosen = other
     newer = complete[complete.index(chosen.name) + 1 :] if chosen.name in complete and not is_release else ()
-    return Location(folder, chosen, half, tuple(newer))
+    return Location(folder, chosen, half, tuple(newer), rejected)
 
 
 def _check_place(flag: str, path: str) -> None:
@@ -136,20 +188,13 @@ def _check_checkpoint(flag: str, chosen: Path, named_by: str, complete: list[str
         tracker = get_checkpoint_tracker_filename(str(chosen.parent))
         fix += f"; write {_tracker_content(others[-1])} into {tracker} to go back to {others[-1]}"
     if not chosen.is_dir():
-        raise ValueError(f"{flag} {chosen.parent} has no {chosen.name}, which {named_by} names; {fix}.")
+        raise DamagedError(f"{flag} {chosen.parent} has no {chosen.name}, which {named_by} names; {fix}.")
     if _is_foreign(chosen):
         raise ValueError(_other_format(flag, chosen))
     if not (chosen / ".metadata").is_file():
-        raise ValueError(f"{flag}: {chosen}, which {named_by} names, has no .metadata: it is half-written; {fix}.")
-    try:
-        contents = read_contents(chosen)
-        problem = next(file_problems(chosen, contents), None)
-        if problem is None:
-            read_common_state(chosen, contents)
-    except DamagedError as error:
-        raise ValueError(f"{flag}: {str(error).rstrip('.')}; {fix}.") from error
-    if problem is not None:
-        raise ValueError(f"{flag}: {chosen} is damaged: {problem}; {fix}.")
+        raise DamagedError(f"{flag}: {chosen}, which {named_by} names, has no .metadata: it is half-written; {fix}.")
+    if (problem := problem_of(chosen)) is not None:
+        raise DamagedError(f"{flag}: {problem}; {fix}.")
 
 
 def _looks_complete(folder: Path) -> bool:

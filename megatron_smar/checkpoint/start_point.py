@@ -66,6 +66,7 @@ class StartPoint:
             takes the stored origin.
         resumes_from_save: Whether the run resumes from --save although the flags name another start or none.
         notes: Lines to print.
+        step: Step to load, where it is not the one that the tracker or --ckpt-step names.
     """
 
     load: str | None
@@ -73,6 +74,7 @@ class StartPoint:
     origin: dict[str, Any]
     resumes_from_save: bool = False
     notes: tuple[str, ...] = ()
+    step: int | None = None
 
 
 def find_start(args: Namespace) -> StartPoint:
@@ -92,7 +94,8 @@ def find_start(args: Namespace) -> StartPoint:
         source = _source(args, load, finetune) if load is not None else None
         return StartPoint(load, finetune, _origin(source, finetune), notes=_notes("--load", source))
     # --ckpt-step chooses among the checkpoints of --load.
-    saved = locate("--save", args.save, args.ckpt_step if same_place(args.load, args.save) else None)
+    step = args.ckpt_step if same_place(args.load, args.save) else None
+    saved = locate("--save", args.save, step, fall_back=True)
     _check_writable(Path(args.save))
     if saved.checkpoint is not None and not saved.is_release:
         return _resumed(args, saved, load, finetune)
@@ -101,14 +104,15 @@ def find_start(args: Namespace) -> StartPoint:
             flag = "--finetune" if finetune else "--exit-on-missing-checkpoint"
             raise ValueError(f"{flag} needs a checkpoint in --load, but {load} holds none; give another folder.")
         found = load if saved.checkpoint is not None else None
-        return StartPoint(found, finetune, _origin(saved, finetune), notes=_notes("--save", saved))
+        notes = _notes("--save", saved) + (() if found else (_new_weights(args.save),))
+        return StartPoint(found, finetune, _origin(saved, finetune), notes=notes)
     if saved.checkpoint is not None:
         raise ValueError(
             f"--save {args.save} holds a converted model, which belongs to no run; give another folder to save in"
             + ("." if load else ", or --load with this one to train from it.")
         )
     if load is None:
-        return StartPoint(None, False, {}, notes=_notes("--save", saved))
+        return StartPoint(None, False, {}, notes=(*_notes("--save", saved), _new_weights(args.save)))
     source = _source(args, load, finetune)
     return StartPoint(
         load, finetune, _origin(source, finetune), notes=_notes("--load", source) + _notes("--save", saved)
@@ -131,6 +135,8 @@ def apply_start(argv: Sequence[str], start: StartPoint) -> list[str]:
             kept.append(part)
         else:
             skipped = 0 if joined else _LOADING_FLAGS[name]
+    if start.step is not None:
+        kept += ["--ckpt-step", str(start.step)]
     kept += ["--load", start.load] if start.load is not None else []
     return [*kept, *(["--finetune"] if start.finetune else [])]
 
@@ -205,19 +211,21 @@ def _source(args: Namespace, load: str, finetune: bool) -> Location:
 def _resumed(args: Namespace, saved: Location, load: str | None, finetune: bool) -> StartPoint:
     """Returns the start point of a run that has checkpoints in --save."""
     notes = [*_notes("--save", saved)]
+    notes += [f"WARNING: {sentence}. The run resumes from step {saved.step} instead." for sentence in saved.rejected]
+    taken = saved.step if saved.rejected else None
     if same_place(load, args.save) and not finetune:
         if args.ckpt_step is not None and saved.newer:
             notes.append(
                 f"--ckpt-step {args.ckpt_step}: the run goes back to this step, and what --save {args.save} holds of "
                 f"later ones ({', '.join(saved.newer)}) will be replaced."
             )
-        return StartPoint(args.save, False, {}, notes=tuple(notes))
+        return StartPoint(args.save, False, {}, notes=tuple(notes), step=taken)
     origin = _origin_if_there(args, load, finetune)
     notes.append(
         f"--save {args.save} holds this run up to step {saved.step}: it resumes there"
         + (f", and does not start again from --load {load}." if load else ".")
     )
-    return StartPoint(args.save, False, origin, resumes_from_save=True, notes=tuple(notes))
+    return StartPoint(args.save, False, origin, resumes_from_save=True, notes=tuple(notes), step=taken)
 
 
 def _origin_if_there(args: Namespace, load: str | None, finetune: bool) -> dict[str, Any]:
@@ -305,6 +313,10 @@ def _notes(flag: str, place: Location | None) -> tuple[str, ...]:
         return ()
     names = ", ".join(place.half_written)
     return (f"{flag} {place.path}: {names} {_are(place)} half-written and ignored.",)
+
+
+def _new_weights(save: str) -> str:
+    return f"--save {save} holds no checkpoint: the run starts at step 0, with new weights."
 
 
 def _are(place: Location) -> str:

@@ -53,6 +53,7 @@ from megatron_smar.checkpoint.metadata import (
     read_common_state,
     read_contents,
 )
+from megatron_smar.reliability.manifest import Places, collect
 
 SWEEP_BYTES = 1 << 25
 
@@ -218,6 +219,7 @@ def write_contents(
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended: one process
         dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(shards, objects, progress), no_dist=True)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    collect(Places(folder)).write(folder)
 
 
 def pickled(data: Any) -> io.BytesIO:

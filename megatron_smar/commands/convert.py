@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ import torch.distributed as dist
 from megatron.training import get_args
 
 from megatron_smar.checkpoint.describe import describe
+from megatron_smar.checkpoint.location import LOADER_STATES, problem_of
 from megatron_smar.checkpoint.metadata import find_checkpoint, run_arguments
 from megatron_smar.checkpoint.safetensors_io import read_folder
 from megatron_smar.checkpoint.stored_flags import strategy_flags
+from megatron_smar.checkpoint.valid import verified_problems
 from megatron_smar.config.build import get_run_config
 from megatron_smar.config.flags import CONNECTORS
 from megatron_smar.config.run_file import saved_folder
@@ -49,6 +52,7 @@ from megatron_smar.evaluation.verify import (
     compare,
 )
 from megatron_smar.modalities import Modalities
+from megatron_smar.reliability.manifest import Manifest, Verification
 from megatron_smar.training.setup import start
 
 FORMS = "give either --hf, or both --language and --vision."
@@ -88,6 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
     inspected.add_argument("load", type=Path, metavar="CHECKPOINT", help="folder of the checkpoint")
     inspected.add_argument("--iteration", type=int, help="step of the checkpoint to read. Default: the latest")
     inspected.add_argument("--json", action="store_true", help="print one JSON object")
+    inspected.add_argument(
+        "--verify",
+        nargs="?",
+        choices=["full", "sampled", "none"],
+        const="full",
+        help="compare the files with the checkpoint's manifest: full (the default) every byte, sampled a few blocks of "
+        "each file, none sizes only; exit status 1 if they differ",
+    )
     verified = commands.add_parser(
         "verify",
         help="compare the logits of a checkpoint and a Hugging Face model; exit status 1 if they differ",
@@ -258,7 +270,9 @@ def main() -> None:
     try:
         if args.command == "verify":
             sys.exit(0 if verify(args, flags) else 1)
-        if args.command == "inspect":
+        if args.command == "inspect" and args.verify:
+            print(verify_files(find_checkpoint(args.load, args.iteration), args.verify))
+        elif args.command == "inspect":
             description = describe(args.load, args.iteration)
             print(json.dumps(description.as_json()) if args.json else description.table())
         elif args.command in ("import", "upcycle"):
@@ -277,6 +291,23 @@ def main() -> None:
             print(outcome.of_export(args.output, written, load))
     except ValueError as error:
         parser.error(str(error))
+
+
+def verify_files(checkpoint: Path, how: Verification) -> str:
+    """Returns a sentence on the files of an undamaged checkpoint.
+
+    Raises:
+        ValueError: The checkpoint is damaged; the message names every file.
+    """
+    loader = checkpoint.parent / LOADER_STATES / checkpoint.name
+    begin, problem = time.monotonic(), problem_of(checkpoint)
+    problems = [problem] if problem else verified_problems(checkpoint, how, loader if loader.is_dir() else None)
+    if problems:
+        raise ValueError(f"{checkpoint} is damaged: {'; '.join(problems)}.")
+    if (manifest := Manifest.read(checkpoint)) is None:
+        return f"{checkpoint} has no manifest, so only the sizes of its files were verified: no problem."
+    seconds = time.monotonic() - begin
+    return f"{checkpoint} is undamaged: {manifest.size / 1e9:.3g} GB, verification {how} in {seconds:.1f} s."
 
 
 if __name__ == "__main__":

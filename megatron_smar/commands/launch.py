@@ -6,10 +6,12 @@ r"""Starts a run on SLURM, or on this machine.
     python tools/launch.py first-error runs/mixtral/jobs/1234/attempt_0
 
 slurm writes an sbatch file into --logs, for you to read and to change, and submits it (--dry-run prints it and submits
-nothing). SLURM starts one process per GPU; --torchrun starts one torchrun per node instead. Before the time limit the
-run saves and is requeued, and it resumes from its newest checkpoint; so it does after a failure, until three attempts
-in a row have made no new checkpoint. Each rank has a log, and the first error of all of them ends the job's own log.
-local starts the same command under torchrun on this machine. first-error prints the first error of a job's logs.
+nothing). The nodes are checked first, and --spare-nodes replace those that fail. SLURM starts one process per GPU;
+--torchrun starts one torchrun per node instead. Before the time limit the run saves and is requeued, and it resumes
+from its newest checkpoint; so it does after a failure, until three attempts in a row have made no new checkpoint.
+--chain submits jobs that continue one another instead, --array a run for each line of a file. Each rank has a log, and
+the first error of all of them ends the job's own log. local starts the same command under torchrun on this machine.
+first-error prints the first error of a job's logs.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_smar.launch.attempts import COMPLETE
+from megatron_smar.launch.command import check_words, folder_of
 from megatron_smar.launch.first_error import first_error
-from megatron_smar.launch.job import NO_COMMAND, Job, check_command
+from megatron_smar.launch.job import NO_COMMAND, Job
 from megatron_smar.launch.script import sbatch_script
+from megatron_smar.launch.sweep import Element, read_elements
 
 PROGRAM = "launch.py"
 
@@ -60,21 +65,25 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="OPTION",
         help="further option of sbatch, as --sbatch=--account=X",
     )
+    slurm.add_argument("--no-preflight", action="store_true", help="start the ranks without checking the nodes")
+    slurm.add_argument(
+        "--preflight-seconds", type=int, default=60, metavar="S", help="limit of each round (default: %(default)s)"
+    )
+    slurm.add_argument(
+        "--spare-nodes", type=int, default=0, metavar="K", help="further nodes, for those that the preflight leaves out"
+    )
+    slurm.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="submit N jobs, of which each continues the one before"
+    )
+    slurm.add_argument(
+        "--array", type=Path, metavar="FILE", help="a job array: further flags of an element in each line"
+    )
+    slurm.add_argument("--array-parallel", type=int, metavar="M", help="elements that run at once (default: all)")
     slurm.add_argument("--no-requeue", action="store_true", help="never run again by itself")
     slurm.add_argument("--dry-run", action="store_true", help="print the sbatch file and submit nothing")
     first = commands.add_parser("first-error", help="print the first error of a job's logs")
     first.add_argument("folder", type=Path, help="the attempt's folder")
     return parser
-
-
-def save_folder(command: Sequence[str]) -> Path | None:
-    """Returns the folder given by --save on a command line; None without."""
-    for number, word in enumerate(command):
-        if word == "--save" and number + 1 < len(command):
-            return Path(command[number + 1])
-        if word.startswith("--save="):
-            return Path(word.removeprefix("--save="))
-    return None
 
 
 def job_of(options: argparse.Namespace, command: Sequence[str]) -> Job:
@@ -94,11 +103,10 @@ def job_of(options: argparse.Namespace, command: Sequence[str]) -> Job:
         activate = Path(sys.prefix)
     if activate is not None and not (activate / "bin" / "activate").is_file():
         raise ValueError(f"--activate {activate} is no virtual environment: it has no bin/activate.")
-    save = save_folder(command)
-    if save is None and not options.no_requeue:
-        raise ValueError(
-            "the command has no --save, so that a requeued job would begin again: give it, or --no-requeue."
-        )
+    elements: tuple[Element, ...] = ()
+    if options.array is not None:
+        command, elements = read_elements(options.array, command)
+    save = folder_of(command, "--save")
     return Job(
         command=tuple(command),
         logs=options.logs.resolve(),
@@ -116,7 +124,14 @@ def job_of(options: argparse.Namespace, command: Sequence[str]) -> Job:
         mounts=tuple(options.mount),
         environment=variables,
         options=tuple(options.sbatch),
-        save=None if options.no_requeue or save is None else save.resolve(),
+        save=None if save is None else save.resolve(),
+        requeue=not options.no_requeue,
+        preflight=not options.no_preflight,
+        preflight_seconds=options.preflight_seconds,
+        spare_nodes=options.spare_nodes,
+        chain=options.chain,
+        elements=elements,
+        parallel=options.array_parallel,
     )
 
 
@@ -130,24 +145,50 @@ def submit(job: Job, dry_run: bool) -> None:
     if dry_run:
         print(text, end="")
         return
-    job.logs.mkdir(parents=True, exist_ok=True)
     file = job.logs / f"{job.name}.sbatch"
+    _forget_completion(job, file, text)
+    job.logs.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
+    numbers: list[str] = []
+    for _ in range(job.chain):
+        numbers.append(_sbatch(file, numbers))
+    if job.elements:
+        print(f"job array {numbers[0]} of {len(job.elements)}: {file}; the elements' logs are in {job.logs}/ELEMENT")
+        return
+    first = f"job {numbers[0]}" if job.chain == 1 else f"jobs {', '.join(numbers)}, one after the other"
+    logs = job.logs / numbers[0]
+    print(f"{first}: {file}; the log is {logs}.log, those of the ranks are in {logs}")
+
+
+def _sbatch(file: Path, before: Sequence[str]) -> str:
+    """Submits a file, to run after the last of other jobs, and returns the job's number."""
+    after = [f"--dependency=afterany:{before[-1]}"] if before else []
     try:
-        done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False)
+        done = subprocess.run(["sbatch", "--parsable", *after, str(file)], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise ValueError(f"there is no sbatch here; {file} is written, submit it on the cluster.") from None
     if done.returncode:
-        raise ValueError(f"sbatch refuses {file}: {done.stderr.strip()}")
-    number = done.stdout.strip().partition(";")[0]
-    print(f"job {number}: {file}; its log is {job.logs / number}.log, those of its ranks are in {job.logs / number}")
+        already = f" (submitted: {', '.join(before)})" if before else ""
+        raise ValueError(f"sbatch refuses {file}: {done.stderr.strip()}{already}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _forget_completion(job: Job, file: Path, text: str) -> None:
+    """Refuses to submit a complete run again; what is to run now is another one if its file differs."""
+    markers = [folder / COMPLETE for folder in [job.logs, *(job.logs / element.name for element in job.elements)]]
+    same = file.is_file() and file.read_text(encoding="utf-8") == text
+    for marker in [marker for marker in markers if marker.is_file()]:
+        if not same:
+            marker.unlink()
+        elif not job.elements:
+            raise ValueError(f"this run is complete: {file} is the same as then. Remove {marker} to run it again.")
 
 
 def run_here(options: argparse.Namespace, command: Sequence[str]) -> None:
     """Replaces this process by torchrun with the command."""
     if not command:
         raise ValueError(NO_COMMAND)
-    check_command(command)
+    check_words(command)
     os.environ.setdefault("MEGATRON_SMAR_DEVICE", "cpu" if options.cpu else "cuda")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes_per_node)]

@@ -46,6 +46,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     explain_unknown_flags(parser)
     # Megatron 0.19.2 leaves eval_interval at None and then divides by it. A run that gets a signal to end saves first.
     defaults = {"dataloader_type": "external", "eval_interval": 1000, "exit_signal_handler": True}
+    # --async-save needs no other flag: it is written by runtime.asynchronous.
+    defaults |= {"use_persistent_ckpt_worker": True, "async_strategy": "mcore"}
     parser.set_defaults(**defaults, **runtime.argument_defaults())
     return parser
 

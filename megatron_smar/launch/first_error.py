@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENDED = re.compile(r"^rank (\d+) on (\S+) ended with status (\d+) at (\S+)$", re.MULTILINE)
+STARTED = re.compile(r"^rank (\d+) on (\S+) started at", re.MULTILINE)
 TRACEBACK = "Traceback (most recent call last):"
 TAIL = 200_000  # characters of a log that are read from its end
 LINES = 30  # shown without a traceback
@@ -84,9 +85,31 @@ def first_error(folder: Path) -> str | None:
         return None
     lines = [failed.describe(), "", *_around(_tail(failed.log).splitlines())]
     if without:
-        names = ", ".join(log.stem for log in without[:8]) + (", ..." if len(without) > 8 else "")
-        lines += ["", f"{len(without)} logs have no end ({names}): SLURM ended those ranks, or their node was lost"]
+        lines += [
+            "",
+            f"{len(without)} logs have no end{_named(without)}: SLURM ended those ranks, or their node was lost",
+        ]
     return "\n".join(lines)
+
+
+def lost(folder: Path) -> str:
+    """Returns the ranks whose logs have no end, with their nodes, in brackets; "" if there are none.
+
+    Args:
+        folder: The folder of an attempt, with a log of each rank.
+    """
+    return _named(endings(folder)[1])
+
+
+def _named(logs: Sequence[Path]) -> str:
+    """Returns the ranks of logs by node, in brackets: (node2: rank_2, rank_3)."""
+    nodes: dict[str, list[str]] = {}
+    for log in logs:
+        with log.open(encoding="utf-8", errors="replace") as file:
+            started = STARTED.match(file.readline())
+        nodes.setdefault(started[2] if started else "unknown node", []).append(log.stem)
+    said = [f"{node}: {', '.join(ranks[:8])}{', ...' if len(ranks) > 8 else ''}" for node, ranks in nodes.items()]
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _around(lines: Sequence[str]) -> list[str]:

@@ -4,39 +4,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_smar.credentials import SECRET_NAME, check_address, check_flags
+from megatron_smar.credentials import SECRET_NAME, check_address
+from megatron_smar.launch.command import CONTROL, check_words
+from megatron_smar.launch.sweep import Element
 
 TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+(:\d{2})?")
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 NO_COMMAND = "there is no command: give it after --, as in -- pretrain_vlm.py --config run.yaml."
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-CONTROL = re.compile(r"[\n\r\0]")
+# The least value of each number, and the flags whose names differ from the fields'.
+LEAST = {
+    "nodes": 1,
+    "processes_per_node": 1,
+    "cpus_per_process": 1,
+    "warning_seconds": 1,
+    "preflight_seconds": 5,
+    "spare_nodes": 0,
+    "chain": 1,
+    "parallel": 1,
+}
+FLAGS = {"parallel": "array_parallel"}
 EXPORTED = re.compile(r"[=,]([A-Za-z_][A-Za-z0-9_]*)=")  # names in sbatch's --export=NAME=VALUE,...
-
-
-def check_command(command: Sequence[str]) -> None:
-    """Refuses a command with line breaks, or with a secret.
-
-    Args:
-        command: Program and flags.
-
-    Raises:
-        ValueError: It has one; the message does not contain the secret.
-    """
-    for word in command:
-        if CONTROL.search(word):
-            raise ValueError(f"the command's word {word!r} has a line break; give each flag on its own.")
-    for word in command[1:]:
-        if word.startswith("--") and SECRET_NAME.fullmatch(word.partition("=")[0]):
-            raise ValueError(
-                f"the command has {word.partition('=')[0]}, which every user of the node could read in `ps`: set "
-                "an environment variable before you start it."
-            )
-    check_flags(command)
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,14 @@ class Job:
         mounts: Folders that the container sees, as SOURCE:TARGET.
         environment: Further environment variables.
         options: Further options of sbatch, such as `--account=NAME`.
-        save: Folder of the run's checkpoints, by which a requeued job's progress is judged; None without requeueing.
+        save: Folder of the run's checkpoints, by which the progress of attempts is judged; None without.
+        requeue: Whether the job runs again after a warning or a failure.
+        preflight: Whether nodes are checked before the ranks start.
+        preflight_seconds: How long each round of these checks may take; a node that takes longer is a fault.
+        spare_nodes: Nodes that are allocated in addition, to replace those that the checks leave out.
+        chain: Number of jobs that continue one another; instead of requeueing.
+        elements: The runs of a job array; none for one run.
+        parallel: How many of them run at the same time; None for all.
     """
 
     command: tuple[str, ...]
@@ -81,28 +80,49 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     save: Path | None = None
+    requeue: bool = True
+    preflight: bool = True
+    preflight_seconds: int = 60
+    spare_nodes: int = 0
+    chain: int = 1
+    elements: tuple[Element, ...] = ()
+    parallel: int | None = None
 
     def __post_init__(self) -> None:
         if not self.command:
             raise ValueError(NO_COMMAND)
-        for name in ("nodes", "processes_per_node", "cpus_per_process", "warning_seconds"):
+        for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; give 1 or more.")
+            if value is not None and value < least:
+                raise ValueError(f"--{FLAGS.get(name, name).replace('_', '-')} is {value}; give {least} or more.")
         if self.time is not None and not TIME.fullmatch(self.time):
             raise ValueError(f"--time is {self.time}; give minutes, HH:MM:SS or D-HH:MM:SS.")
         if not NAME.fullmatch(self.name):
             raise ValueError(f"--name is {self.name!r}; give letters, digits, '.', '_' and '-'.")
+        self._check_attempts()
         self._check_words()
 
-    def _check_words(self) -> None:
-        check_command(self.command)
+    def _check_attempts(self) -> None:
+        if self.save is None and not self.elements and (self.requeue or self.chain > 1):
+            again = "a chain of jobs" if self.chain > 1 else "a requeued job"
+            raise ValueError(
+                f"the command has no --save, so that {again} would begin again: give it"
+                + (", or --no-requeue." if self.chain == 1 else ".")
+            )
+        if self.spare_nodes and not self.preflight:
+            raise ValueError("--spare-nodes has no effect with --no-preflight, which chooses the nodes: leave one out.")
+        if self.elements and self.chain > 1:
+            raise ValueError("--array and --chain exclude each other: the elements of an array are requeued.")
+        if self.parallel is not None and not self.elements:
+            raise ValueError("--array-parallel has no effect without --array.")
+
+    def _check_places(self) -> None:
         places: dict[str, tuple[object, ...]] = {
             "--logs": (self.logs,),
             "--activate": (self.activate,),
             "--container": (self.container,),
             "--mount": self.mounts,
-            "--save": (self.save,),
+            "--save": (self.save, *(element.save for element in self.elements)),
             "the working directory": (self.root,),
         }
         for flag, values in places.items():
@@ -111,6 +131,10 @@ class Job:
                     raise ValueError(f"{flag} is {value!r}, which has a line break; give a path without one.")
         if "%" in str(self.logs):
             raise ValueError(f"--logs is {self.logs}, where SLURM replaces what follows a %; give a path without it.")
+
+    def _check_words(self) -> None:
+        check_words(self.command)
+        self._check_places()
         for name, value in self.environment.items():
             if not VARIABLE.fullmatch(name) or CONTROL.search(value):
                 raise ValueError(f"--env {name}={value!r} is no variable; give NAME=VALUE on one line.")
@@ -139,3 +163,13 @@ class Job:
     def ranks(self) -> int:
         """Number of processes that train."""
         return self.nodes * self.processes_per_node
+
+    @property
+    def saves(self) -> bool:
+        """Whether the run has checkpoints, by which the progress of attempts is judged."""
+        return self.save is not None or bool(self.elements)
+
+    @property
+    def requeues(self) -> bool:
+        """Whether the job runs again by itself; a job of a chain leaves that to the next one."""
+        return self.requeue and self.chain == 1

@@ -45,6 +45,9 @@ LOGGED = {
     "megatron.core.optimizer": r"Setting up optimizer with config",
     "megatron.core.optimizer_param_scheduler": r"> learning rate decay style",
     "megatron.core.dist_checkpointing.strategies.torch": r"MCore's async save is deprecated",
+    # The save reports the cause, such as a full disk; these name a consequence of it.
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": r"Local worker \d+ encountered|"
+    r"An error is caught while starting worker",
     "megatron.core.timers": r"\(min, max\) time across ranks \(ms\):\n\s+(model-and-optimizer-setup|save-checkpoint|"
     r"load-checkpoint|evaluate) ",
 }
@@ -61,7 +64,9 @@ PRINTED = re.compile(
     r"Number of active parameters in|Number of parameters in |Total number of (active )?parameters in|"
     r"compute_activation_memory_without_sp|"
     r"Activation memory footprint per|Number of in-flight microbatches|Theoretical memory footprints: |"
-    r"\[Rank \d+\] \(.*\) memory \(MB\) \| allocated: 0\.00 \|)"
+    r"\[Rank \d+\] \(.*\) memory \(MB\) \| allocated: 0\.00 \||"
+    r"init_persistent_async_worker|"
+    r"\[[\d :.-]+\] +successfully saved checkpoint)"  # printed before the checkpoint is complete
 )
 
 _MODULES = (

@@ -36,17 +36,10 @@ def skip_compiling_helpers() -> None:
     Where.ANYWHERE,
 )
 def collect_results_of_a_save_in_the_process() -> None:
-    """Collects the results of a save's threads in a plain queue, unless --async-save writes in another process."""
+    """Collects the results of a save's threads in a plain queue: all saves are written by the rank's own process."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
-    from megatron.training import get_args
 
-    get_shared_queue = filesystem.get_write_results_queue
-
-    @functools.wraps(get_shared_queue)
-    def get_queue(mp_mode: str = "spawn") -> Any:
-        return get_shared_queue(mp_mode) if get_args().async_save else queue.Queue()
-
-    filesystem.get_write_results_queue = get_queue
+    filesystem.get_write_results_queue = lambda mp_mode="spawn": queue.Queue()
 
 
 @adaptation(

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from megatron.training.dist_signal_handler import DistributedSignalHandler
@@ -22,13 +21,14 @@ from megatron.training.dist_signal_handler import DistributedSignalHandler
 # torchrun forwards signals: if the launcher signals all processes of a job, each rank receives the same signal twice.
 _ONE_REQUEST = 1.0  # seconds within which two signals count as one
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its ranks
+_SLURM = "SLURM_JOB_ID"
 
 
 class StopSignals(DistributedSignalHandler):
     """Megatron's signal handler, extended to all signals that ask a run to end.
 
     Args:
-        sig: Megatron's --exit-signal, handled in addition to SIGTERM, SIGINT and SIGHUP.
+        sig: Megatron's --exit-signal, handled in addition to SIGTERM, SIGINT, SIGHUP and SIGUSR1.
     """
 
     current: StopSignals | None = None
@@ -40,14 +40,14 @@ class StopSignals(DistributedSignalHandler):
         self.received: signal.Signals | None = None
         self.stopped = False
         self._first = 0.0
-        self._before_saving: list[Callable[[], None]] = []
+        self.saving = False
 
     def __enter__(self) -> StopSignals:
         """Installs the handlers."""
         self._signal_received = self.released = False
         self._process = os.getpid()
         self._original: dict[signal.Signals, Any] = {}
-        for sig in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, self.sig}:
+        for sig in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, self.sig}:
             if sig == signal.SIGHUP and signal.getsignal(sig) == signal.SIG_IGN:
                 continue  # nohup
             self._original[sig] = signal.signal(sig, self._handle)
@@ -65,23 +65,21 @@ class StopSignals(DistributedSignalHandler):
         return True
 
     def signals_received(self) -> list[int]:
-        """Returns for each rank whether it received a signal; if any did, runs the functions of `before_saving`."""
+        """Returns for each rank whether it received a signal."""
         received: list[int] = super().signals_received()
         if any(received):
             self.stopped = True
-            for prepare in self._before_saving:
-                prepare()
         return received
-
-    def before_saving(self, prepare: Callable[[], None]) -> None:
-        """Registers a function to run between the last step and the checkpoint."""
-        self._before_saving.append(prepare)
 
     def _handle(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
             return  # a forked process that the launcher signaled too: its parent decides
         sig, now = signal.Signals(number), time.monotonic()
-        if self._signal_received and now - self._first > (_ONE_REQUEST if _TORCHRUN in os.environ else 0.1):
+        if self._signal_received and self.saving:
+            _say(f"{sig.name}: the checkpoint is being saved; only SIGKILL ends that")
+        elif self._signal_received and sig != signal.SIGINT and _SLURM in os.environ:
+            return  # SLURM signals a step more than once, and ends it with SIGKILL when its patience is over
+        elif self._signal_received and now - self._first > (_ONE_REQUEST if _TORCHRUN in os.environ else 0.1):
             _end_at_once(f"a second {sig.name}: ended at once; what was learned since the last checkpoint is lost", sig)
         if not self.training:
             _end_at_once(f"ended by {sig.name}, with nothing to save", sig)

@@ -29,7 +29,7 @@ from megatron_smar.runtime.signals import begin_training
 from megatron_smar.training.batch import DataWait, prepare_batch, read_ahead
 from megatron_smar.training.console import write_arguments
 from megatron_smar.training.loss import lm_loss, weighted_lm_loss
-from megatron_smar.training.resume import SavedPositions, restore
+from megatron_smar.training.resume import restore
 from megatron_smar.training.summary import data_lines, place_lines, summary
 
 _CHUNKS: list[VisionLanguageModel] = []  # this rank's model chunks, in the order in which they were built
@@ -104,8 +104,6 @@ def data_iterators_provider(
         train = EnergonIterator(build_train_loader(config, get_tokenizer(), *place, **settings), config)
         opened.append(train)
         restore(train, *place)
-        if args.virtual_pipeline_model_parallel_size and args.save and settings["announce_rejects"]:
-            train = SavedPositions(train, place[0], args.loader_state_folder)
         if args.record_samples and settings["announce_rejects"]:
             train = RecordedSamples(train, args.record_samples, *place, args.iteration, lambda: args.curr_iteration + 1)
         weighting = get_run_config().loss_weighting

@@ -10,24 +10,45 @@ from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
 from megatron.training.checkpointing import get_checkpoint_name
 
-from megatron_smar.data.batch import VisionLanguageBatch
+from megatron_smar.checkpoint.location import LOADER_STATES
 from megatron_smar.data.loader import EnergonIterator
 from megatron_smar.data.state import load_rank_state
-from megatron_smar.runtime.signals import StopSignals
 
 
 def dataloader_state_folder(checkpoint: str) -> str:
     """Returns the folder of the loader's states: not in the iterations' folders, which must be empty for Megatron."""
-    return os.path.join(checkpoint, "dataloader")
+    return os.path.join(checkpoint, LOADER_STATES)
 
 
 def take_over_folder(args: Namespace) -> None:
-    """Sets the loader states' folder (`loader_state_folder`), and whether Megatron saves them (`dataloader_save`)."""
+    """Sets the loader states' folder (`loader_state_folder`); `save_state` saves them instead of Megatron.
+
+    Megatron 0.19.2 writes the states in place, ends only the ranks that fail at that, and fails on the list of all
+    virtual stages' iterators.
+    """
     args.loader_state_folder = args.dataloader_save or (dataloader_state_folder(args.save) if args.save else None)
-    args.dataloader_save = None if args.virtual_pipeline_model_parallel_size else args.loader_state_folder
+    args.dataloader_save = None
+
+
+def save_state(iterator: Any, iteration: int, folder: Path) -> None:
+    """Saves this rank's position in the data, if the rank is the first of those that read the same samples.
+
+    Args:
+        iterator: Megatron's iterator of the training data, or those of all virtual stages, which read the same samples.
+        iteration: The checkpoint's step.
+        folder: Folder of this step's states; the files have Megatron's names.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    iterator = iterator[0] if isinstance(iterator, list) else iterator
+    if iterator is None or groups.pp.rank() or groups.tp.rank() or groups.cp.rank():
+        return
+    file = folder / _state_file(str(folder), iteration, groups.dp.rank()).relative_to(folder / folder.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"dataloader_state_dict": iterator.iterable.save_state()}, file)
 
 
 def restore(iterator: EnergonIterator, data_parallel_rank: int, data_parallel_size: int) -> None:
@@ -76,66 +97,3 @@ def _state_file(folder: str, iteration: int, rank: int) -> Path:
     ]
     # Runs with and without pipeline parallelism name their folders differently; the newest file is the checkpoint's.
     return max((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, default=files[0])
-
-
-class SavedPositions:
-    """Saves the loader's state instead of Megatron, for virtual pipeline stages.
-
-    Megatron 0.19.2 saves the state of one iterator, and fails on the list of all virtual stages' iterators. All virtual
-    stages read the same samples, so the first chunk's state is sufficient. Nothing is read between two steps: the state
-    after a step's last micro-batch belongs to a checkpoint after that step, and is written before that checkpoint.
-
-    Args:
-        iterator: The training loader's iterator.
-        data_parallel_rank: This rank's index among those that read different samples.
-        folder: Folder of the states, which have Megatron's file names.
-    """
-
-    def __init__(self, iterator: EnergonIterator, data_parallel_rank: int, folder: str) -> None:
-        self.iterator = iterator
-        self._rank, self._folder = data_parallel_rank, folder
-        self._left = 0
-        self._written: int | None = None
-        if StopSignals.current is not None:
-            StopSignals.current.before_saving(lambda: self._save(get_args().curr_iteration + 1))
-
-    def __iter__(self) -> SavedPositions:
-        return self
-
-    def __next__(self) -> VisionLanguageBatch:
-        """Returns the next micro-batch; after the last micro-batch of a step, saves the state."""
-        self._left = self._left or get_num_microbatches()
-        batch = next(self.iterator)
-        self._left -= 1
-        if not self._left:
-            self._forget_unused()
-            if _may_be_saved(get_args().curr_iteration + 1):
-                self._save(get_args().curr_iteration + 1)
-        return batch
-
-    def save_state(self) -> dict[str, Any]:
-        """Returns the loader's state."""
-        return self.iterator.save_state()
-
-    def _forget_unused(self) -> None:
-        """Deletes the last saved state if no checkpoint was saved with it."""
-        if self._written is not None and not os.path.isdir(get_checkpoint_name(get_args().save, self._written, True)):
-            _state_file(self._folder, self._written, self._rank).unlink(missing_ok=True)
-        self._written = None
-
-    def _save(self, step: int) -> None:
-        file = _state_file(self._folder, step, self._rank)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        torch.save({"dataloader_state_dict": self.save_state()}, partial)
-        partial.replace(file)
-        self._written = step
-
-
-def _may_be_saved(step: int) -> bool:
-    """Whether Megatron's loop may save a checkpoint after a step, apart from a signal to end."""
-    args = get_args()
-    if args.exit_duration_in_mins or args.non_persistent_save_interval:
-        return True
-    intervals = (args.save_interval, args.exit_interval)
-    return step == args.train_iters or any(step % interval == 0 for interval in intervals if interval)

@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,17 +29,21 @@ from megatron_smar.checkpoint.location import locate
 from megatron_smar.checkpoint.metadata import DamagedError, run_arguments
 from megatron_smar.checkpoint.model_identity import check_identity
 from megatron_smar.checkpoint.start_point import StartPoint, apply_start, find_start, keep_origin
+from megatron_smar.checkpoint.valid import take_valid_checkpoint
 from megatron_smar.config.build import RunConfig, set_run_config, transformer_config
 from megatron_smar.config.checks import check_arguments, check_shape
 from megatron_smar.config.flag_errors import FLAG_ERRORS, sentence
 from megatron_smar.config.flags import add_arguments
 from megatron_smar.config.run_file import add_run_file_options, expand, write_run_file
 from megatron_smar.monitoring.tracker import install_metrics
+from megatron_smar.reliability.saving import CheckpointSaver
+from megatron_smar.reliability.space import check_room
 from megatron_smar.routing.strategies import STRATEGIES
 from megatron_smar.runtime import failure
+from megatron_smar.runtime.saving import HOOKS
 from megatron_smar.training.console import show_step_lines
 from megatron_smar.training.providers import model_provider
-from megatron_smar.training.resume import take_over_folder
+from megatron_smar.training.resume import save_state, take_over_folder
 
 
 def parse_arguments(
@@ -100,14 +105,23 @@ def parse_arguments(
     install_metrics(run.monitor)
     show_step_lines()
     take_over_folder(args)
+    _trust_checkpoints(args, run)
     return args
+
+
+def _trust_checkpoints(args: Namespace, run: RunConfig) -> None:
+    """Makes Megatron's saves leave a complete checkpoint or none, and its loads take an undamaged one."""
+    HOOKS.load = partial(take_valid_checkpoint, args, run.reliability.verify_checkpoint)
+    if args.save and not args.skip_train:
+        CheckpointSaver(run.reliability, Path(args.save), Path(args.loader_state_folder), save_state).install()
+        HOOKS.train = lambda model, optimizer: check_room(model, Path(args.save))
 
 
 def _strategy_defaults(args: Namespace, start: StartPoint) -> list[str]:
     """Returns flags of the chosen strategy whose default depends on other flags or on the run that is resumed."""
     saved = None
     if start.load is not None and not start.finetune:
-        step = None if start.resumes_from_save else args.ckpt_step
+        step = start.step or (None if start.resumes_from_save else args.ckpt_step)
         found = locate("--load", start.load, step)
         if found.checkpoint is not None and not found.is_release:
             saved = run_arguments(found.path, step)

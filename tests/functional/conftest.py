@@ -82,10 +82,15 @@ def train_tokenizer(path: Path) -> None:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
     """Makes the files once for all functional tests, with the project's programs."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(root: Path) -> World:
+    """Makes the files in a folder."""
     import torch
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
-    root = tmp_path_factory.mktemp("world")
+    root.mkdir(exist_ok=True)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     vision = InternVLVisionConfig(**sizes, image_size=[32, 32], patch_size=[8, 8])

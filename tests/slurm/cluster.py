@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshare", "nsenter")
-NETWORK = "10.214.77"
-BRIDGE = "smarslurm"
+CLUSTERS = 40  # that may run on this machine at the same time, each with a network and a port of its own
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}({network}.254)
+SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -93,6 +93,7 @@ class Cluster:
         self.root = Path(tempfile.mkdtemp(prefix="slurm.", dir="/tmp"))  # short: sockets' paths are limited
         self.environment = os.environ | {"PATH": _path(), "SLURM_CONF": str(self.root / "slurm.conf"), "LC_ALL": "C"}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.bridge = self.network = ""
 
     def __enter__(self) -> Cluster:
         """Starts the cluster and waits until all nodes are idle."""
@@ -107,7 +108,8 @@ class Cluster:
         """Ends everything that was started."""
         for name in sorted(self.daemons, reverse=True):  # slurmctld, nodes, munged
             self._end(name)
-        subprocess.run(["ip", "link", "del", BRIDGE], env=self.environment, capture_output=True, check=False)
+        if self.bridge:
+            self.run("ip", "link", "del", self.bridge, check=False)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def run(self, *command: object, check: bool = True) -> str:
@@ -132,6 +134,22 @@ class Cluster:
         """Waits until a job is in one of these states."""
         _until(lambda: self.state(job) in states, seconds, lambda: f"job {job} is {self.state(job)}")
 
+    def inside(self, node: int, *command: object) -> str:
+        """Runs a command in a node's namespaces and returns its output."""
+        return self.run("nsenter", "-t", self._first(node), "--all", "--", *command)
+
+    def lose(self, node: int) -> None:
+        """Ends all processes of a node at once, as a loss of power does."""
+        self._end(f"node{node}")
+
+    def restore(self, node: int) -> None:
+        """Starts a node again, with nothing of what was changed in it, and waits until it is idle."""
+        if f"node{node}" in self.daemons:
+            self.lose(node)
+        self.boot(node)
+        state = ["sinfo", "-h", "-n", f"node{node}", "-o", "%t"]
+        _until(lambda: self.run(*state).strip() == "idle", 60, lambda: self.run("sinfo", "-N", "-l"))
+
     def boot(self, node: int) -> None:
         """Starts a node."""
         name = f"node{node}"
@@ -140,18 +158,23 @@ class Cluster:
         script = FIRST_PROCESS.format(name=name, root=self.root)
         spaces = ["--uts", "--mount", "--pid", "--net", "--fork", "--kill-child", "--mount-proc"]
         self._daemon(name, "unshare", *spaces, "bash", "-c", script)
-        children = Path(f"/proc/{self.daemons[name].pid}/task/{self.daemons[name].pid}/children")
-        _until(lambda: bool(children.read_text().split()), 5, lambda: f"{name} does not start")
-        first = int(children.read_text().split()[0])
+        _until(lambda: bool(self._first(node)), 5, lambda: f"{name} does not start")
+        first = self._first(node)
         own = os.readlink("/proc/self/ns/net")
         _until(lambda: os.readlink(f"/proc/{first}/ns/net") != own, 5, lambda: f"{name} has no network")
-        link = f"{BRIDGE[:9]}n{node}"
+        link = f"{self.bridge}n{node}"
         self.run("ip", "link", "del", link, check=False)
         self.run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", first)
-        self.run("ip", "link", "set", link, "master", BRIDGE, "up")
-        inside = f"ip link set lo up; ip addr add {NETWORK}.{node}/24 dev eth0; ip link set eth0 up"
+        self.run("ip", "link", "set", link, "master", self.bridge, "up")
+        inside = f"ip link set lo up; ip addr add {self.network}.{node}/24 dev eth0; ip link set eth0 up"
         self.run("nsenter", "-t", first, "-n", "sh", "-c", inside)
         (self.root / f"{name}.connected").touch()
+
+    def _first(self, node: int) -> int:
+        """Returns the number of a node's first process; 0 before there is one."""
+        outside = self.daemons[f"node{node}"].pid
+        children = Path(f"/proc/{outside}/task/{outside}/children").read_text().split()
+        return int(children[0]) if children else 0
 
     def _start(self) -> None:
         host = socket.gethostname().partition(".")[0]
@@ -159,16 +182,14 @@ class Cluster:
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        addresses = {"localhost": "127.0.0.1", host: f"{NETWORK}.254"}
-        addresses |= {f"node{number}": f"{NETWORK}.{number}" for number in range(1, self.nodes + 1)}
+        number = self._connect()
+        addresses = {"localhost": "127.0.0.1", host: f"{self.network}.254"}
+        addresses |= {f"node{node}": f"{self.network}.{node}" for node in range(1, self.nodes + 1)}
         (self.root / "hosts").write_text("".join(f"{address} {name}\n" for name, address in addresses.items()))
-        config = CONFIG.format(host=host, network=NETWORK, root=self.root, nodes=self.nodes)
+        port = 16800 + number
+        config = CONFIG.format(host=host, network=self.network, port=port, root=self.root, nodes=self.nodes)
         (self.root / "slurm.conf").write_text(config)
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        self.run("ip", "link", "del", BRIDGE, check=False)
-        self.run("ip", "link", "add", BRIDGE, "type", "bridge")
-        self.run("ip", "addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
-        self.run("ip", "link", "set", BRIDGE, "up")
         files = {name: self.root / f"munge.{name}" for name in ("pid", "log", "seed")}
         self._daemon(
             "amunged",
@@ -184,6 +205,20 @@ class Cluster:
             self.boot(number)
         idle = ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"]
         _until(lambda: len(self.run(*idle).split()) == self.nodes, 30, lambda: self.run("sinfo", "-N", "-l"))
+
+    def _connect(self) -> int:
+        """Makes the nodes' bridge and network; returns the cluster's number, that of a bridge that did not exist."""
+        for number in range(CLUSTERS):
+            bridge = f"slurm{number}"
+            if "File exists" in (said := self.run("ip", "link", "add", bridge, "type", "bridge", check=False)):
+                continue
+            if said:
+                raise ClusterError(f"no bridge: {said}")
+            self.bridge, self.network = bridge, f"10.214.{number}"
+            self.run("ip", "addr", "add", f"{self.network}.254/24", "dev", bridge)
+            self.run("ip", "link", "set", bridge, "up")
+            return number
+        raise ClusterError(f"the bridges slurm0 to slurm{CLUSTERS - 1} exist: remove those of ended runs (ip link del)")
 
     def _daemon(self, name: str, *command: object) -> None:
         log = (self.root / f"{name}.out").open("ab")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A SLURM cluster of two virtual nodes for these tests."""
+"""A SLURM cluster of three virtual nodes for these tests."""
 
 from collections.abc import Iterator
 
@@ -16,5 +16,5 @@ def cluster() -> Iterator[Cluster]:
     """Starts the cluster, or skips the tests with the reason why it cannot run here."""
     if reason := why_not():
         pytest.skip(reason)
-    with Cluster(nodes=2) as started:
+    with Cluster(nodes=3) as started:
         yield started

@@ -21,7 +21,8 @@ from megatron_smar.runtime.unpickling import load_object
 from tests.unsafe import Command, poison_object
 
 FLAGS = dict(ckpt_step=None, save=None, ckpt_format="torch_dist", ckpt_convert_format=None, pretrained_checkpoint=None)
-FLAGS |= dict(non_persistent_ckpt_type=None, non_persistent_global_ckpt_dir=None, load=None)
+FLAGS |= dict(non_persistent_ckpt_type=None, non_persistent_global_ckpt_dir=None, load=None, async_save=False)
+FLAGS |= dict(save_retain_interval=None, verify_integrity=False, async_strategy="mcore")
 
 
 def read_metadata(path: str):
@@ -138,9 +139,12 @@ def test_code_in_a_file_of_another_format_is_not_run_however_it_is_loaded(tmp_pa
         (dict(save="x", ckpt_convert_format="torch"), "--ckpt-convert-format torch "),
         (dict(save="x", non_persistent_ckpt_type="local"), "--non-persistent-ckpt-type local "),
         (dict(save="x", non_persistent_ckpt_type="global"), "--non-persistent-ckpt-type global "),
+        (dict(save="x", async_save=True, async_strategy="nvrx"), "--async-strategy nvrx "),
+        (dict(save="x", save_retain_interval=100), "give --keep-last 1 --keep-every 100"),
+        (dict(save="x", verify_integrity=True), "--verify-integrity reads each checkpoint again"),
     ],
 )
-def test_formats_that_are_unpickled_unchecked_are_refused(changes, said):
+def test_formats_and_saves_that_this_trainer_does_not_vouch_for_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         check_loadable(Namespace(**FLAGS | changes))
 

@@ -163,3 +163,25 @@ def test_a_path_that_is_not_a_folders_is_refused(path, said):
 def test_a_step_without_a_checkpoint_is_refused(run, step, said):
     with pytest.raises(ValueError, match=said):
         locate("--load", str(run), step)
+
+
+FALLS_BACK = ["missing", "half-written", "truncated", "a file gone", "contents damaged"]
+
+
+@pytest.mark.parametrize("how", FALLS_BACK)
+def test_a_run_that_resumes_takes_the_checkpoint_before_a_damaged_one_and_says_why(run, how):
+    found = locate("--save", str(break_it(run, how)), fall_back=True)
+    assert found.step == 1 and len(found.rejected) == 1 and "iter_0000002" in found.rejected[0]
+
+
+def test_a_run_without_an_undamaged_checkpoint_is_refused_not_started_again(run):
+    for checkpoint in run.glob("iter_*"):
+        interrupt(checkpoint)
+    with pytest.raises(ValueError, match="half-written; complete ones there: none"):
+        locate("--save", str(run), fall_back=True)
+
+
+def test_a_chosen_step_is_never_replaced_by_another(run):
+    break_it(run, "truncated")
+    with pytest.raises(ValueError, match="is damaged"):
+        locate("--load", str(run), 2, fall_back=True)

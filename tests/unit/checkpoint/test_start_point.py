@@ -177,13 +177,27 @@ def test_going_back_to_an_earlier_step_is_printed(runs):
     assert not start(load=runs / "first", save=runs / "first", ckpt_step=2).notes
 
 
+@pytest.mark.parametrize("load", [True, False])
+def test_a_run_resumes_from_the_newest_undamaged_checkpoint_and_says_so(runs, load):
+    folder = runs / "first"
+    (folder / "iter_0000002" / ".metadata").unlink()
+    point = start(load=folder if load else None, save=folder)
+    assert point.step == 1 and point.load == str(folder)
+    assert "iter_0000002 has no .metadata: it is half-written. The run resumes from step 1 instead" in point.notes[0]
+    command = apply_start(["train.py", "--load", str(folder), "--save", str(folder)], point)
+    assert command[command.index("--ckpt-step") + 1] == "1"
+
+
 def test_half_written_checkpoints_in_save_are_named_and_the_run_starts(runs):
     for name in ("iter_0000001", "iter_0000002"):
         (runs / "first" / name / ".metadata").unlink()
     (runs / "first" / TRACKER).unlink()
     point = start(load=runs / "first", save=runs / "first")
     assert point.load is None
-    assert point.notes == (f"--save {runs / 'first'}: iter_0000001, iter_0000002 are half-written and ignored.",)
+    assert point.notes == (
+        f"--save {runs / 'first'}: iter_0000001, iter_0000002 are half-written and ignored.",
+        f"--save {runs / 'first'} holds no checkpoint: the run starts at step 0, with new weights.",
+    )
     with pytest.raises(ValueError, match="holds no checkpoint but iter_0000001, iter_0000002, which are half-written"):
         start(load=runs / "first", save=runs / "second")
 

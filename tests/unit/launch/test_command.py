@@ -32,13 +32,17 @@ def test_a_dry_run_writes_files_or_prints_another_script_than_is_submitted(call,
     file = tmp_path / "logs" / "megatron_smar.sbatch"
     assert status == f"launch.py: error: there is no sbatch here; {file} is written, submit it on the cluster."
     assert file.read_text() == printed
-    assert "export A='b c'" in printed and f"--save {Path.cwd() / 'x'}" in printed
+    assert "export A='b c'" in printed and f"save={Path.cwd() / 'x'}\n" in printed
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["slurm", "--logs", "l"], "the command has no --save"),
+        (["slurm", "--logs", "l", "--", "p"], "the command has no --save, so that a requeued job"),
+        (
+            ["slurm", "--logs", "l", "--chain", "2", "--no-requeue", "--", "p"],
+            "the command has no --save, so that a ch",
+        ),
         (["slurm", "--logs", "l", "--no-requeue"], "there is no command: give it after --"),
         (["slurm", "--logs", "l", "--env", "A", "--", "p", "--save", "x"], "--env A has no value; give NAME=VALUE."),
         (["slurm", "--logs", "l", "--activate", "/none", "--", "p", "--save", "x"], "--activate /none is no virtual"),

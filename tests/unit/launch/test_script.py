@@ -29,7 +29,9 @@ def options(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("container", [None, "image.sif", "registry#image"])
 @pytest.mark.parametrize("save", [None, Path("/a folder")])
 def test_the_script_is_no_valid_bash(use_torchrun, container, save):
-    text = sbatch_script(job(use_torchrun=use_torchrun, container=container, save=save, cpus_per_process=4))
+    text = sbatch_script(
+        job(use_torchrun=use_torchrun, container=container, save=save, requeue=save is not None, cpus_per_process=4)
+    )
     checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr
 
@@ -61,7 +63,7 @@ def test_one_torchrun_per_node_gets_the_cores_of_all_its_ranks_and_no_gpus_on_th
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\n\0\r"), min_size=1, max_size=20))
 def test_a_word_of_the_command_reaches_the_program_changed(word):
-    text = sbatch_script(job(command=("printf", "%s", word), save=None))
+    text = sbatch_script(job(command=("printf", "%s", word), save=None, requeue=False))
     task = text.split("task=$(cat <<'TASK'\n")[1].split("\nTASK\n")[0]
     line = next(line for line in task.split("\n") if "printf" in line)
     found = subprocess.run(["bash", "-c", line[line.index("printf") :]], capture_output=True, check=True)
@@ -70,7 +72,7 @@ def test_a_word_of_the_command_reaches_the_program_changed(word):
 
 def test_a_variable_that_is_set_at_the_submission_wins_over_a_default():
     text = sbatch_script(job(environment={"NCCL_DEBUG": "INFO and more"}))
-    assert "export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}" in text
+    assert 'export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"' in text
     assert "export NCCL_DEBUG='INFO and more'" in text
 
 
