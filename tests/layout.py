@@ -25,7 +25,8 @@ BEGIN, END = "<!-- written by python -m tests.layout --write -->", "<!-- end of 
 FLOORS: list[dict[str, str]] = [
     {
         "compatibility": "refuses packages that Megatron would fail with, when `megatron_smar` is imported",
-        "launch": "SLURM: a job as an sbatch file, what happens when it ends, the first error of many logs",
+        "launch": "SLURM: a job as an sbatch file, checks of its nodes (`preflight/`), its attempts, the first error "
+        "of many logs",
         "modalities": "the table of a run's modalities: id, name, placeholder token",
         "runtime": "the environment (CPU or GPU), its defaults of flags, adaptations of torch and Megatron: each a "
         "named function with its reason and where the reason holds",

@@ -35,6 +35,32 @@ def test_a_dry_run_writes_files_or_prints_another_script_than_is_submitted(call,
     assert "export A='b c'" in printed and f"save={Path.cwd() / 'x'}\n" in printed
 
 
+def test_a_complete_run_is_submitted_again_or_another_one_in_its_folder_is_not(call, tmp_path):
+    flags = ["slurm", "--logs", tmp_path, "--", "pretrain_vlm.py", "--save=x"]
+    call(*flags)  # writes the file; there is no sbatch
+    (tmp_path / "complete").write_text("job 1")
+    status, _ = call(*flags)
+    file = tmp_path / "megatron_smar.sbatch"
+    marker = f"Remove {tmp_path / 'complete'} to run it again."
+    assert status == f"launch.py: error: this run is complete: {file} is the same as then. {marker}"
+    call(*flags, "--lr", 1)
+    assert not (tmp_path / "complete").exists()
+
+
+def test_flags_do_not_reach_the_job(call, tmp_path):
+    (tmp_path / "sweep").write_text("--lr 1\n--lr 2\n")
+    given = ["--logs", tmp_path, "--preflight-seconds", 30, "--spare-nodes", 2, "--nodes", 3, "--array-parallel", 1]
+    given += ["--array", tmp_path / "sweep", "--", "p.py", "--save", tmp_path]
+    status, printed = call("slurm", "--dry-run", *given)
+    assert status == 0
+    assert "#SBATCH --nodes=5\n" in printed and "#SBATCH --array=0-1%1\n" in printed
+    assert "--nodes 3 --seconds 30 --among" in printed and "--nodes=3 --ntasks=24 --ntasks-per-node=8" in printed
+    status, printed = call(
+        "slurm", "--dry-run", "--no-preflight", "--chain", 2, "--logs", "l", "--", "p", "--save", "x"
+    )
+    assert status == 0 and "preflight" not in printed and "#SBATCH --no-requeue\n" in printed
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

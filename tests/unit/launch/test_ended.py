@@ -27,6 +27,11 @@ def test_the_earliest_failure_is_the_first_error_and_not_the_lowest_rank(tmp_pat
     assert "closed by peer" not in text and "1 logs have no end (node2: rank_2)" in text
 
 
+def test_a_torchrun_that_was_warned_is_taken_for_one_that_failed(tmp_path):
+    log(tmp_path, 0, "Traceback\ntorch...api.SignalException: Process 535 got signal: 15\n", 1)
+    assert endings(tmp_path)[0][0].status == 143
+
+
 def test_a_killed_rank_is_named_and_complete_ranks_are_no_error(tmp_path):
     log(tmp_path, 0, "", 0)
     assert first_error(tmp_path) is None

@@ -75,7 +75,7 @@ def test_a_port_that_another_program_has_is_free(tmp_path):
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        assert f"port {port} on node1, where the ranks would meet, is taken" in check(tmp_path, port=port)["port"].fault
+        assert f"port {port}, at which the ranks meet, is taken on node1" in check(tmp_path, port=port)["port"].fault
     assert not check(tmp_path, port=port)["port"].fault
 
 

@@ -27,9 +27,17 @@ def options(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("use_torchrun", [False, True])
 @pytest.mark.parametrize("container", [None, "image.sif", "registry#image"])
 @pytest.mark.parametrize("save", [None, Path("/a folder")])
-def test_the_script_is_no_valid_bash(use_torchrun, container, save):
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_the_script_is_no_valid_bash(use_torchrun, container, save, on_gpus):
     text = sbatch_script(
-        job(use_torchrun=use_torchrun, container=container, save=save, requeue=save is not None, cpus_per_process=4)
+        job(
+            on_gpus=on_gpus,
+            use_torchrun=use_torchrun,
+            container=container,
+            save=save,
+            requeue=save is not None,
+            cpus_per_process=4,
+        )
     )
     checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr
@@ -85,6 +93,9 @@ def test_a_variable_that_is_set_at_the_submission_wins_over_a_default():
         ({"command": (*TRAIN, "--wandb-api-key", "x")}, "the command has --wandb-api-key"),
         ({"environment": {"HF_TOKEN": "x"}}, "--env HF_TOKEN would be written into a file"),
         ({"environment": {"A-B": "x"}}, "--env A-B='x' is no variable"),
+        ({"spare_nodes": 1, "preflight": False}, "--spare-nodes has no effect with --no-preflight"),
+        ({"spare_nodes": -1}, "--spare-nodes is -1; give 0 or more"),
+        ({"preflight_seconds": 1}, "--preflight-seconds is 1; give 5 or more"),
         ({"options": ("account=x",)}, "--sbatch 'account=x' is no option of sbatch"),
         ({"mounts": ("/a:/b",)}, "--mount has no effect without --container"),
         ({"mounts": ("/a",), "container": "i"}, "--mount /a is no mount"),
