@@ -24,7 +24,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_smar.launch.attempts import COMPLETE
 from megatron_smar.launch.command import folder_of
 from megatron_smar.launch.first_error import first_error
 from megatron_smar.launch.job import NO_COMMAND, Job
@@ -146,7 +145,8 @@ def submit(job: Job, dry_run: bool) -> None:
         print(text, end="")
         return
     file = job.logs / f"{job.name}.sbatch"
-    _forget_completion(job, file, text)
+    if not job.elements and job.marker().is_file():
+        raise ValueError(f"this run is complete: {job.marker()} says so; remove it to run the same command again.")
     job.logs.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     numbers: list[str] = []
@@ -171,17 +171,6 @@ def _sbatch(file: Path, before: Sequence[str]) -> str:
         already = f" (submitted: {', '.join(before)})" if before else ""
         raise ValueError(f"sbatch refuses {file}: {done.stderr.strip()}{already}")
     return done.stdout.strip().partition(";")[0]
-
-
-def _forget_completion(job: Job, file: Path, text: str) -> None:
-    """Refuses to submit a complete run again; what is to run now is another one if its file differs."""
-    markers = [folder / COMPLETE for folder in [job.logs, *(job.logs / element.name for element in job.elements)]]
-    same = file.is_file() and file.read_text(encoding="utf-8") == text
-    for marker in [marker for marker in markers if marker.is_file()]:
-        if not same:
-            marker.unlink()
-        elif not job.elements:
-            raise ValueError(f"this run is complete: {file} is the same as then. Remove {marker} to run it again.")
 
 
 def run_here(options: argparse.Namespace, command: Sequence[str]) -> None:

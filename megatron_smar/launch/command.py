@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,6 +44,11 @@ def without(command: Sequence[str], flag: str) -> tuple[str, ...]:
 def data_paths(command: Sequence[str]) -> tuple[Path, ...]:
     """Returns the local files and folders from which a command reads its data."""
     return tuple(Path(value) for flag in DATA for value in values(command, flag) if "://" not in value)
+
+
+def checksum(words: Sequence[str]) -> str:
+    """Returns eight digits that tell command lines apart."""
+    return hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
 
 
 def check_words(words: Sequence[str], what: str = "the command") -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_smar.launch.command import SECRET, check_words
+from megatron_smar.launch.command import SECRET, check_words, checksum
 from megatron_smar.launch.sweep import Element
 
 TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+(:\d{2})?")
@@ -142,6 +142,16 @@ class Job:
     def saves(self) -> bool:
         """Whether the run has checkpoints, by which the progress of attempts is judged."""
         return self.save is not None or bool(self.elements)
+
+    def marker(self, element: Element | None = None) -> Path:
+        """Returns the file that says that the run is complete: another one for each command line.
+
+        Args:
+            element: The run of an array, if the job is one.
+        """
+        if element is None:
+            return self.logs / f"complete_{checksum(self.command)}"
+        return self.logs / element.name / f"complete_{checksum([*self.command, *element.words])}"
 
     @property
     def requeues(self) -> bool:

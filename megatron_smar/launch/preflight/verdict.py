@@ -135,10 +135,8 @@ def _silent(node: str, trial: Trial, missing: str | None, seconds: float) -> str
 def _collective_fault(node: str, trial: Trial) -> str:
     other = next((name for name in trial.nodes if name != node), None)
     where = f"with {other}, which works with another node" if other else "by itself"
-    return (
-        f"{node} fails in an all-reduce {where} ({_reason(trial)}): look at its network ({NETWORK}) and devices; "
-        f"its output is {trial.log}."
-    )
+    look = f"look at its network ({NETWORK})" if other else "look at its installation and devices"
+    return f"{node} fails in an all-reduce {where} ({_reason(trial)}): {look}; its output is {trial.log}."
 
 
 def _reason(trial: Trial) -> str:

@@ -82,10 +82,12 @@ def test_an_element_s_folders_are_those_of_another_one_or_its_job_is_the_whole_a
     command, elements = sweep(tmp_path, "--a 1\n--b 'x y'\n")
     text = sbatch_script(Job(command, tmp_path / "l", tmp_path, elements=elements))
     folders = text[text.index("job=") : text.index("attempt=")]
-    shown = 'echo "$job|$logs|$save"'
+    shown = 'echo "$job|$logs|$save|$complete"'
     variables = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     done = subprocess.run(["bash", "-uc", folders + shown], env=variables, capture_output=True, text=True, check=True)
-    assert done.stdout == f"7_1|{tmp_path}/l/{elements[1].name}|/runs/a/{elements[1].name}\n"
+    *found, marker = done.stdout.strip().split("|")
+    assert found == ["7_1", f"{tmp_path}/l/{elements[1].name}", f"/runs/a/{elements[1].name}"]
+    assert marker.startswith(f"{tmp_path}/l/{elements[1].name}/complete_")
     assert not re.search(r"(scancel|requeue) .*SLURM_JOB_ID", text)
 
 
