@@ -43,11 +43,32 @@ def test_a_dry_run_writes_files_or_prints_another_script_than_is_submitted(call,
         (["slurm", "--logs", "l", "--env", "A", "--", "p", "--save", "x"], "--env A has no value; give NAME=VALUE."),
         (["slurm", "--logs", "l", "--activate", "/none", "--", "p", "--save", "x"], "--activate /none is no virtual"),
         (["local"], "there is no command: give it after --"),
+        (["local", "--nodes", "2", "--", "p"], "the run needs 2 nodes"),
+        (["local", "--lr", "1", "--", "p"], "--lr is no option of local; the command and its flags come after --."),
+        (["slurm", "--logs", "l", "--tor", "--", "p"], "--tor is no option of slurm"),
     ],
 )
 def test_options_that_describe_no_job_are_refused_in_a_sentence(call, words, sentence):
     status, printed = call(*words)
     assert str(status).startswith(f"launch.py: error: {sentence}") and not printed
+
+
+@pytest.mark.parametrize(("status", "wait"), [(0, True), (3, True), (0, False)])
+def test_a_job_that_is_waited_for_is_named_before_it_ends_and_gives_its_status(call, tmp_path, status, wait):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/given\necho "17;cluster"\nexit {status}\n')
+    sbatch.chmod(0o755)
+    ended, printed = call("slurm", "--logs", tmp_path / "l", *["--wait"][: int(wait)], "--", "p", "--save", "x")
+    assert ended == status and printed.startswith("job 17: ")
+    assert ("ended with status 3" in printed) == (status == 3)
+    assert ("--wait" in (tmp_path / "given").read_text()) == wait
+
+
+def test_a_job_that_sbatch_refuses_is_reported_with_its_reason(call, tmp_path):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'no such partition' >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    status, _ = call("slurm", "--logs", tmp_path / "l", "--wait", "--", "p", "--save", "x")
+    assert str(status).endswith("megatron_smar.sbatch: no such partition")
 
 
 def test_first_error_of_ranks_that_all_ended_well_invents_one(call, tmp_path):
