@@ -12,7 +12,7 @@ cd "${1:?give the checkout within the image}"
 export PIP_CONSTRAINT='' PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 kept=$(mktemp)
 
-# What was compiled with the image's torch stays: a wheel of another build would not fit its CUDA, NCCL and vision kernels.
+# What was compiled with the torch of the image stays: a wheel of another build does not fit its CUDA and NCCL.
 python - >"$kept" <<'END'
 from importlib.metadata import distributions
 

@@ -68,9 +68,10 @@ runs_here() {
   ((${#LAUNCH[@]} == 0)) || die "${LAUNCH[0]} is no option of this script; flags of the program come after --."
 }
 
-# need NAME WHAT: requires an environment variable.
+# need NAME WHAT: requires an environment variable. A path gets absolute: a container may start in another folder.
 need() {
   [[ -n ${!1:-} ]] || die "$1 is not set; set it to $2."
+  [[ ! -e ${!1} ]] || printf -v "$1" %s "$(cd "$(dirname "${!1}")" && pwd)/$(basename "${!1}")"
 }
 
 # need_folder NAME WHAT: requires an environment variable that names a folder.

@@ -3,7 +3,7 @@
 # Exports the trained model to Hugging Face's format, verifies the export against the checkpoint, evaluates, and writes
 # the run's report.
 #
-#   TEXT=texts.jsonl QUESTIONS=vqa.json IMAGES=images examples/mixtral_8x7b_internvit/evaluate.sh [--gpus 8|64] [--slurm]
+#   TEXT=texts.jsonl QUESTIONS=vqa.json IMAGES=images examples/mixtral_8x7b_internvit/evaluate.sh [--slurm]
 #   examples/mixtral_8x7b_internvit/evaluate.sh --tiny
 #
 # Run it after stage2.sh. CHECKPOINT selects another checkpoint, such as OUTPUT/stage1 to evaluate before stage 2.

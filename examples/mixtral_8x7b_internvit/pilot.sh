@@ -8,7 +8,8 @@
 #   examples/mixtral_8x7b_internvit/pilot.sh --tiny
 #
 # Run it after convert.sh; it does not need stage 1. The export is made and asked on the CPU, where this script runs, and
-# needs 100 GB of memory. examples/common.sh lists the options of all scripts.
+# the answer needs 100 GB of memory; NODE="srun --mem 128G ...", words that start a program on another node, does both
+# there. examples/common.sh lists the options of all scripts.
 set -euo pipefail
 RECIPE=mixtral_8x7b_internvit
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -31,5 +32,7 @@ train --exit-interval 10
 train # resumes
 
 EXPORT=$OUTPUT/export/pilot_$(cat "$OUTPUT/pilot/latest_checkpointed_iteration.txt")
-[[ -d $EXPORT ]] || "${CONVERT[@]}" export --load "$OUTPUT/pilot" --hf "$START/hf" --output "$EXPORT"
-"$PYTHON" "$ROOT/tools/chat.py" "$EXPORT" "Which colours are these?" --image "$IMAGE" --max-new-tokens 8
+read -ra node <<<"${NODE:-}"
+there() { ${node[@]+"${node[@]}"} "$@"; }
+[[ -d $EXPORT ]] || there "${CONVERT[@]}" export --load "$OUTPUT/pilot" --hf "$START/hf" --output "$EXPORT"
+there "$PYTHON" "$ROOT/tools/chat.py" "$EXPORT" "Which colours are these?" --image "$IMAGE" --max-new-tokens 8

@@ -3,7 +3,7 @@
 # Exports the trained model to Hugging Face's format, verifies the export against the checkpoint, evaluates, and writes
 # the run's report.
 #
-#   TEXT=texts.jsonl QUESTIONS=vqa.json IMAGES=images examples/qwen3_30b_a3b_internvl/evaluate.sh [--gpus 8|64] [--slurm]
+#   TEXT=texts.jsonl QUESTIONS=vqa.json IMAGES=images examples/qwen3_30b_a3b_internvl/evaluate.sh [--slurm]
 #   examples/qwen3_30b_a3b_internvl/evaluate.sh --tiny
 #
 # Run it after stage2.sh. CHECKPOINT selects another checkpoint, such as OUTPUT/stage1 to evaluate before stage 2.
