@@ -36,7 +36,7 @@ def run_script(recipe: str, script: str, output: Path, *options: str, **environm
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=900,
     )
 
 
