@@ -69,7 +69,7 @@ def run(words: Sequence[str], log: Path | None) -> int:
     with subprocess.Popen(words, **output) as child:
         for number in PASSED_ON:
             signal.signal(number, lambda received, _: child.send_signal(received))
-        if sys.stdin.isatty():  # Ctrl-C reaches the command by itself
+        if os.isatty(0):  # Ctrl-C reaches the command by itself
             signal.signal(signal.SIGINT, lambda *_: None)
         if log is not None:
             _copy(child, log)
