@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimates the GPU memory of the recipes' parallel layouts by counting; nothing here has been measured on a GPU.
+"""Estimates memory and disk of the recipes' parallel layouts by counting; nothing here has been measured on a GPU.
 
     python examples/memory.py
 
 Weights take 2 bytes (bf16), Megatron's gradients 4 (fp32), AdamW's main weights and moments 12 (fp32). Experts are
 sharded over the expert-parallel ranks and replicated on the others; everything else is replicated on all ranks. The
-distributed optimizer shards its 12 bytes per parameter over the replicas. In the host's memory
-(--optimizer-cpu-offload) they are 16 bytes, with a copy of the gradients. Temporary memory for saving is left out.
-Layers are recomputed. A rank is assumed to receive twice the tokens of an even share, since SMAR's specialized experts
-may unbalance the load that much.
+distributed optimizer shards its 12 bytes per parameter over the replicas. In the host's memory (--optimizer-cpu-
+offload) they are 16 bytes, with a copy of the gradients. A checkpoint has the weights and, of those that are trained,
+the optimizer's 12 bytes; while it is saved or loaded each rank holds that part of its own experts and other weights in
+the host's memory ("saving"). Layers are recomputed. A rank is assumed to receive twice the tokens of an even share,
+since SMAR's specialized experts may unbalance the load that much.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def activations(architecture: Architecture, layout: Layout) -> float:
 
 
 def estimate(architecture: Architecture, layout: Layout) -> dict[str, float]:
-    """Returns the bytes on one GPU by kind, and the bytes of the host's memory per GPU."""
+    """Returns the bytes on one GPU by kind, those of the host's memory per GPU, and those of a checkpoint on disk."""
     parameters = count(architecture)
     experts = parameters.experts / layout.experts
     own = (parameters.experts + parameters.trained_rest) / layout.gpus
@@ -108,6 +109,9 @@ def estimate(architecture: Architecture, layout: Layout) -> dict[str, float]:
         "optimizer": 0.0 if layout.offload else OPTIMIZER * own,
         "activations": activations(architecture, layout),
         "host": OFFLOADED * own if layout.offload else 0.0,
+        "saving": OPTIMIZER * (experts + parameters.trained_rest),
+        "checkpoint": WEIGHT * (parameters.experts + parameters.rest + parameters.vision)
+        + OPTIMIZER * (parameters.experts + parameters.trained_rest),
     }
 
 
@@ -124,12 +128,13 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 
 def main() -> None:
     """Prints the table, in GB of 10^9 bytes."""
-    names = ("weights", "gradients", "optimizer", "activations")
-    print(f"{'recipe':24}{'GPUs':>5}{'EP':>4}", *(f"{name:>12}" for name in (*names, "of a GPU", "host/GPU")))
+    names, on_the_host = ("weights", "gradients", "optimizer", "activations"), ("host/GPU", "saving/GPU", "checkpoint")
+    print(f"{'recipe':24}{'GPUs':>5}{'EP':>4}", *(f"{name:>12}" for name in (*names, "of a GPU", *on_the_host)))
     for recipe, layouts in LAYOUTS.items():
         for layout in layouts:
             parts = estimate(ARCHITECTURES[recipe], layout)
-            values = [*(parts[name] for name in names), sum(parts[name] for name in names), parts["host"]]
+            values = [*(parts[name] for name in names), sum(parts[name] for name in names)]
+            values += [parts["host"], parts["saving"], parts["checkpoint"]]
             place = f"{recipe:24}{layout.gpus:>5}{layout.experts:>4}"
             print(place, *(f"{value / 1e9:>12.1f}" for value in values))
 

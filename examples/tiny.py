@@ -159,7 +159,7 @@ def make_data(output: Path) -> None:
     for stage, records in (("stage1", captions), ("stage2", questions)):
         file = output / f"{stage}.json"
         file.write_text(json.dumps(records))
-        prepare(output / stage, [file], image_root=output, overwrite=True, progress=False)
+        prepare(output / stage, [file], image_root=output, valid_fraction=0.2, overwrite=True, progress=False)
     (output / "vqa.json").write_text(json.dumps(items[::3]))
     (output / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:4]))
 

@@ -23,9 +23,11 @@ BEGIN, END = "<!-- written by python -m tests.layout --write -->", "<!-- end of 
 
 # From the lowest floor to the highest; packages of the same floor do not import each other.
 FLOORS: list[dict[str, str]] = [
+    {"credentials": "refuses passwords and tokens in flags and addresses, and takes them out of messages"},
     {
         "compatibility": "refuses packages that Megatron would fail with, when `megatron_smar` is imported",
-        "launch": "SLURM: a job as an sbatch file, what happens when it ends, the first error of many logs",
+        "launch": "SLURM: a job as an sbatch file, checks of its nodes (`preflight/`), its attempts, the first error "
+        "of many logs",
         "modalities": "the table of a run's modalities: id, name, placeholder token",
         "runtime": "the environment (CPU or GPU), its defaults of flags, adaptations of torch and Megatron: each a "
         "named function with its reason and where the reason holds",

@@ -2,9 +2,11 @@
 """Files that run a command when they are unpickled."""
 
 import copy
+import io
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 
 class Command:
@@ -30,3 +32,16 @@ def poison_object(folder: Path, kind: type, content: bytes, begins: str = "") ->
         file.write(content)
     (folder / ".metadata").write_bytes(pickle.dumps(contents))
     return index.fqn
+
+
+def change_arguments(folder: Path, **values: Any) -> None:
+    """Changes the run's arguments that a checkpoint stores."""
+    import torch
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    from megatron_smar.checkpoint.metadata import COMMON_STATE, read_common_state, read_contents
+
+    state = read_common_state(folder, read_contents(folder))
+    vars(state["args"]).update(values)
+    torch.save([state], content := io.BytesIO())
+    poison_object(folder, BytesStorageMetadata, content.getvalue(), COMMON_STATE)

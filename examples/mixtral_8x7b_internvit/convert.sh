@@ -11,6 +11,7 @@ set -euo pipefail
 RECIPE=mixtral_8x7b_internvit
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 read_options "$@"
+runs_here
 
 DTYPE=bfloat16
 if [[ $LAYOUT == tiny ]]; then

@@ -12,6 +12,7 @@ set -euo pipefail
 RECIPE=moe_llava_phi
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 read_options "$@"
+runs_here
 
 DTYPE=bfloat16
 if [[ $LAYOUT == tiny ]]; then

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Evaluates the trained model. It is not exported: transformers has no class for a Phi with experts.
 #
-#   TEXT=held_out.jsonl QUESTIONS=vqa.json IMAGES=images examples/moe_llava_phi/evaluate.sh [--gpus 8|64]
+#   TEXT=texts.jsonl QUESTIONS=vqa.json IMAGES=images examples/moe_llava_phi/evaluate.sh [--gpus 8|64] [--slurm]
 #   examples/moe_llava_phi/evaluate.sh --tiny
 #
 # Run it after stage3.sh. CHECKPOINT selects another checkpoint, such as OUTPUT/start to evaluate the upcycled model.
@@ -26,7 +26,7 @@ need QUESTIONS "questions with answers (a JSON list of image, question, answer)"
 need_folder IMAGES "the folder that their images' paths start from"
 
 # The model's flags are in the checkpoint. Template and length are stage 3's; the upcycled model has none of its own.
-launch evaluate tools/evaluate.py --load "$CHECKPOINT" --conversation-template vicuna_v1 --seq-length 2048 \
+launch_and_wait evaluate tools/evaluate.py --load "$CHECKPOINT" --conversation-template vicuna_v1 --seq-length 2048 \
   --text "$TEXT" --vqa "$QUESTIONS" --image-root "$IMAGES" --output "$OUTPUT/results.json" \
   "${PLACE[@]}" ${MORE[@]+"${MORE[@]}"}
 

@@ -11,6 +11,7 @@ set -euo pipefail
 RECIPE=qwen3_30b_a3b_internvl
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 read_options "$@"
+runs_here
 
 DTYPE=bfloat16
 if [[ $LAYOUT == tiny ]]; then

@@ -41,9 +41,8 @@ _RUNNING = (
     "vision_model",
     "tokenizer_type",
     "tokenizer_model",
-    "trust_remote_code",
     "tiktoken_pattern",
-)
+)  # not trust_remote_code: a stranger's checkpoint would switch on the code of the tokenizer that it names
 # Fused kernels that a run had to switch off stay off; whether the others can be used depends on the machine.
 _FUSIONS = (
     "apply_rope_fusion",

@@ -10,22 +10,22 @@ nothing). The nodes are checked first, and --spare-nodes replace those that fail
 --torchrun starts one torchrun per node instead. Before the time limit the run saves and is requeued, and it resumes
 from its newest checkpoint; so it does after a failure, until three attempts in a row have made no new checkpoint.
 --chain submits jobs that continue one another instead, --array a run for each line of a file. Each rank has a log, and
-the first error of all of them ends the job's own log. local starts the same command under torchrun on this machine.
-first-error prints the first error of a job's logs.
+the first error of all of them ends the job's own log. local starts the same command under torchrun on this machine;
+with --nodes it is started on each of them, with NODE_RANK and MASTER_ADDR set. first-error prints the first error of a
+job's logs.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_smar.launch.attempts import COMPLETE
-from megatron_smar.launch.command import folder_of
+from megatron_smar.launch import here
+from megatron_smar.launch.command import check_words, folder_of
 from megatron_smar.launch.first_error import first_error
 from megatron_smar.launch.job import NO_COMMAND, Job
 from megatron_smar.launch.script import sbatch_script
@@ -40,14 +40,15 @@ def make_parser() -> argparse.ArgumentParser:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="action", required=True)
-    slurm = commands.add_parser("slurm", help="write an sbatch file and submit it")
-    local = commands.add_parser("local", help="start the command under torchrun on this machine")
+    # No abbreviations: a flag of the program before the -- is refused, and not taken for an option here.
+    slurm = commands.add_parser("slurm", help="write an sbatch file and submit it", allow_abbrev=False)
+    local = commands.add_parser("local", help="start the command under torchrun on this machine", allow_abbrev=False)
     for each in (slurm, local):
+        each.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
         each.add_argument("--processes-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
         each.add_argument("--cpu", action="store_true", help="ranks without GPUs, on the CPU")
     slurm.add_argument("--logs", type=Path, required=True, help="folder of the sbatch file and of the jobs' logs")
     slurm.add_argument("--name", default="megatron_smar", help="the job's name (default: %(default)s)")
-    slurm.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
     slurm.add_argument("--cpus-per-process", type=int, help="CPU cores of each rank (default: SLURM's)")
     slurm.add_argument("--time", help="time limit, as HH:MM:SS or D-HH:MM:SS (default: the partition's)")
     slurm.add_argument(
@@ -80,7 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     slurm.add_argument("--array-parallel", type=int, metavar="M", help="elements that run at once (default: all)")
     slurm.add_argument("--no-requeue", action="store_true", help="never run again by itself")
+    slurm.add_argument("--wait", action="store_true", help="return when the job has ended, with its exit status")
     slurm.add_argument("--dry-run", action="store_true", help="print the sbatch file and submit nothing")
+    local.add_argument("--log", type=Path, metavar="FILE", help="add the output to this file, beside the terminal")
     first = commands.add_parser("first-error", help="print the first error of a job's logs")
     first.add_argument("folder", type=Path, help="the attempt's folder")
     return parser
@@ -135,8 +138,16 @@ def job_of(options: argparse.Namespace, command: Sequence[str]) -> Job:
     )
 
 
-def submit(job: Job, dry_run: bool) -> None:
+def submit(job: Job, dry_run: bool, wait: bool = False) -> int:
     """Writes the job's sbatch file and submits it.
+
+    Args:
+        job: The job.
+        dry_run: Print the file instead.
+        wait: Return when the job has ended.
+
+    Returns:
+        The job's exit status if it is waited for, else 0.
 
     Raises:
         ValueError: SLURM refuses it, or is not there.
@@ -144,68 +155,77 @@ def submit(job: Job, dry_run: bool) -> None:
     text = sbatch_script(job)
     if dry_run:
         print(text, end="")
-        return
+        return 0
     file = job.logs / f"{job.name}.sbatch"
-    _forget_completion(job, file, text)
+    if not job.elements and job.marker().is_file():
+        raise ValueError(f"this run is complete: {job.marker()} says so; remove it to run the same command again.")
     job.logs.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     numbers: list[str] = []
-    for _ in range(job.chain):
-        numbers.append(_sbatch(file, numbers))
-    if job.elements:
-        print(f"job array {numbers[0]} of {len(job.elements)}: {file}; the elements' logs are in {job.logs}/ELEMENT")
-        return
-    first = f"job {numbers[0]}" if job.chain == 1 else f"jobs {', '.join(numbers)}, one after the other"
-    logs = job.logs / numbers[0]
-    print(f"{first}: {file}; the log is {logs}.log, those of the ranks are in {logs}")
+    for index in range(job.chain):
+        is_last = index == job.chain - 1
+        number, status = _sbatch(job, file, numbers, wait and is_last)
+        numbers.append(number)
+        if status:
+            return status
+    return 0
 
 
-def _sbatch(file: Path, before: Sequence[str]) -> str:
-    """Submits a file, to run after the last of other jobs, and returns the job's number."""
+def _sbatch(job: Job, file: Path, before: Sequence[str], wait: bool) -> tuple[str, int]:
+    """Submits a file, to run after the last of other jobs; returns the job's number and, with `wait`, its status."""
     after = [f"--dependency=afterany:{before[-1]}"] if before else []
+    words = ["sbatch", "--parsable", *(["--wait"] if wait else []), *after, str(file)]
     try:
-        done = subprocess.run(["sbatch", "--parsable", *after, str(file)], capture_output=True, text=True, check=False)
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     except FileNotFoundError:
         raise ValueError(f"there is no sbatch here; {file} is written, submit it on the cluster.") from None
-    if done.returncode:
+    assert process.stdout is not None
+    number = process.stdout.readline().strip().partition(";")[0]
+    if number:  # before the job has ended
+        numbers = [*before, number]
+        if len(numbers) == job.chain:
+            print(_submitted(job, file, numbers), flush=True)
+    _, errors = process.communicate()
+    if process.returncode and not number:
         already = f" (submitted: {', '.join(before)})" if before else ""
-        raise ValueError(f"sbatch refuses {file}: {done.stderr.strip()}{already}")
-    return done.stdout.strip().partition(";")[0]
+        raise ValueError(f"sbatch refuses {file}: {errors.strip()}{already}")
+    if process.returncode:
+        print(f"{PROGRAM}: job {number} ended with status {process.returncode}; see {job.logs / number}.log")
+    return number, process.returncode
 
 
-def _forget_completion(job: Job, file: Path, text: str) -> None:
-    """Refuses to submit a complete run again; what is to run now is another one if its file differs."""
-    markers = [folder / COMPLETE for folder in [job.logs, *(job.logs / element.name for element in job.elements)]]
-    same = file.is_file() and file.read_text(encoding="utf-8") == text
-    for marker in [marker for marker in markers if marker.is_file()]:
-        if not same:
-            marker.unlink()
-        elif not job.elements:
-            raise ValueError(f"this run is complete: {file} is the same as then. Remove {marker} to run it again.")
+def _submitted(job: Job, file: Path, numbers: Sequence[str]) -> str:
+    """Returns a line with the jobs that were submitted, and where their logs are."""
+    if job.elements:
+        return f"job array {numbers[0]} of {len(job.elements)}: {file}; the elements' logs are in {job.logs}/ELEMENT"
+    first = f"job {numbers[0]}" if job.chain == 1 else f"jobs {', '.join(numbers)}, one after the other"
+    logs = job.logs / numbers[0]
+    return f"{first}: {file}; the log is {logs}.log, those of the ranks are in {logs}"
 
 
-def run_here(options: argparse.Namespace, command: Sequence[str]) -> None:
-    """Replaces this process by torchrun with the command."""
+def run_here(options: argparse.Namespace, command: Sequence[str]) -> int:
+    """Runs the command under torchrun and returns its exit status."""
     if not command:
         raise ValueError(NO_COMMAND)
+    check_words(command)
+    words = [*here.torchrun(options.nodes, options.processes_per_node, os.environ), *command]
     os.environ.setdefault("MEGATRON_SMAR_DEVICE", "cpu" if options.cpu else "cuda")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes_per_node)]
-    words = [sys.executable, *torchrun, *command]
-    print(shlex.join(words), flush=True)
-    os.execv(sys.executable, words)
+    os.environ.setdefault("OMP_NUM_THREADS", str(here.threads_of_each(options.processes_per_node)))
+    return here.run(words, options.log)
 
 
 def main() -> None:
     """Runs the command line."""
     words = sys.argv[1:]
     own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    options = make_parser().parse_args(own)
+    options, unknown = make_parser().parse_known_args(own)
     try:
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no option of {options.action}; the command and its flags come after --.")
         if options.action == "slurm":
-            submit(job_of(options, command), options.dry_run)
+            sys.exit(submit(job_of(options, command), options.dry_run, options.wait))
         elif options.action == "local":
-            run_here(options, command)
+            sys.exit(run_here(options, command))
         else:
             print(first_error(options.folder) or f"No rank in {options.folder} ended with an error.")
     except (ValueError, OSError) as error:

@@ -22,6 +22,8 @@ from multistorageclient import providers
 from multistorageclient.providers.base import BaseStorageProvider
 from multistorageclient.types import ObjectMetadata, Range, RetryableError
 
+from megatron_smar.credentials import redacted
+
 PROTOCOLS = ("http", "https")
 _TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
 _CHUNK = 1 << 20
@@ -58,7 +60,9 @@ class HttpStorageProvider(BaseStorageProvider):
                 method, url, headers=headers, timeout=_TIMEOUT, stream=True, allow_redirects=True
             )
         except (requests.ConnectionError, requests.Timeout) as error:
-            raise RetryableError(f"{self._scheme}://{urlsplit(url).netloc} cannot be reached ({error})") from error
+            # `from None`: the chained error would be printed too, with the query of an address it was redirected to.
+            server = f"{self._scheme}://{urlsplit(url).netloc}"
+            raise RetryableError(f"{server} cannot be reached ({redacted(str(error))})") from None
         if response.status_code == 429 or response.status_code >= 500:
             raise RetryableError(f"{url}: the server answered {response.status_code} {response.reason}")
         # For a folder, servers redirect to its name with a slash, whether or not they list it.
@@ -83,8 +87,8 @@ class HttpStorageProvider(BaseStorageProvider):
         with self._request("GET", path, byte_range) as response:
             if byte_range and response.status_code != 206:
                 raise RuntimeError(
-                    f"{response.url}: the server sends full files only (it does not support Range), but a file of "
-                    "this size has to be read in parts"
+                    f"{redacted(response.url)}: the server sends full files only (it does not support Range), but a "
+                    "file of this size has to be read in parts"
                 )
             return b"".join(_chunks(response))
 
@@ -117,7 +121,7 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
     try:
         yield from response.iter_content(_CHUNK)
     except requests.RequestException as error:
-        raise RetryableError(f"{response.url}: the connection broke ({error})") from error
+        raise RetryableError(redacted(f"{response.url}: the connection broke ({error})")) from None
 
 
 @lru_cache(maxsize=1)

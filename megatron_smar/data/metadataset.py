@@ -23,6 +23,7 @@ from megatron.energon.metadataset import Metadataset
 from megatron.energon.metadataset.dataset_loader import DatasetLoader
 from megatron.energon.metadataset.metadataset_v2 import Subset
 
+from megatron_smar.credentials import check_address, redacted
 from megatron_smar.data.paths import META_FOLDER, PREPARE, energon_path, reason
 
 DATASET_CLASS = ("megatron.energon", "CrudeWebdataset")
@@ -354,6 +355,7 @@ def _mapping(value: Any, where: str, empty: bool = False) -> Mapping[str, Any]:
 
 def _resolve(file: EPath, path: str, where: str = "") -> EPath:
     """Resolves a path in a metadataset; a relative path starts from the metadataset's folder."""
+    check_address(path, where)
     try:
         return EPath(energon_path(path)) if "://" in path else file.parent / path
     except Exception as error:  # an address that no kind of storage accepts
@@ -379,4 +381,4 @@ def _shown(value: Any) -> str:
 
 
 def _shown_path(source: Any) -> str:
-    return str(source.get("path", "no path")) if isinstance(source, dict) else _shown(source)
+    return redacted(str(source.get("path", "no path"))) if isinstance(source, dict) else _shown(source)

@@ -10,6 +10,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.metadata import check_dataset_info_present
 from multistorageclient.config import PROTOCOL_TO_PROVIDER_TYPE_MAPPING
 
+from megatron_smar.credentials import check_address, redacted
 from megatron_smar.data import http_storage
 
 http_storage.register()
@@ -53,6 +54,7 @@ def check_data_path(path: str, flag: str) -> None:
 
 
 def _check_url(path: str, flag: str) -> None:
+    check_address(path, flag)
     if not _is_remote(path):
         known = ", ".join(f"{protocol}://" for protocol in _REMOTE)
         raise ValueError(f"{flag} {path} is not an address that can be read: give a local folder, or one of {known}.")
@@ -89,4 +91,4 @@ def reason(error: BaseException) -> str:
     """Returns the innermost cause of an error, on one line: the client wraps the storage's error in its own."""
     while error.__cause__ is not None and not isinstance(error, FileNotFoundError):
         error = error.__cause__
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return " ".join(redacted(str(error)).split()).rstrip(".") or type(error).__name__

@@ -14,7 +14,6 @@ from pathlib import Path
 # Attempts in a row that may end without a new checkpoint; after the last there is no other.
 ATTEMPTS = 3
 HISTORY = "attempts.json"
-COMPLETE = "complete"  # a file in the folder of all jobs' logs
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's, in the folder of a run's checkpoints
 _AFTER = re.compile(r"after(?:any|ok|notok):(\d+)(?:\+\d+)?")
 

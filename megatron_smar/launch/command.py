@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# What a program's command line or environment must not carry: it would be readable in `ps`, files and logs.
-SECRET = re.compile(r".*(^|[-_])(token|secret|password|credentials?|(api|access|secret)[-_]?key)", re.IGNORECASE)
+from megatron_smar.credentials import SECRET_NAME, check_flags
+
+CONTROL = re.compile(r"[\n\r\0]")
 DATA = ("--data-path", "--valid-data-path")
 
 
@@ -44,6 +47,11 @@ def data_paths(command: Sequence[str]) -> tuple[Path, ...]:
     return tuple(Path(value) for flag in DATA for value in values(command, flag) if "://" not in value)
 
 
+def checksum(words: Sequence[str]) -> str:
+    """Returns eight digits that tell command lines apart."""
+    return hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
+
+
 def check_words(words: Sequence[str], what: str = "the command") -> None:
     """Refuses words that would not reach the program as they are, and secrets.
 
@@ -51,10 +59,11 @@ def check_words(words: Sequence[str], what: str = "the command") -> None:
         ValueError: There is one; the message is one sentence.
     """
     for word in words:
-        if "\n" in word or "\0" in word:
+        if CONTROL.search(word):
             raise ValueError(f"{what}'s word {word!r} has a line break; give each flag on its own.")
-        if word.startswith("--") and SECRET.fullmatch(word.partition("=")[0]):
+        if word.startswith("--") and SECRET_NAME.fullmatch(word.partition("=")[0]):
             raise ValueError(
                 f"{what} has {word.partition('=')[0]}, which every user of the node could read in `ps`: set an "
-                "environment variable before you submit."
+                "environment variable before you start it."
             )
+    check_flags(words)

@@ -20,7 +20,9 @@ STOPPED = {128 + 15: "SIGTERM", 128 + 10: "SIGUSR1", 128 + 2: "SIGINT"}
 REQUEUE, CHAIN, END = "requeue", "chain", "end"  # what follows an attempt that is not complete
 
 
-def decide(folder: Path, status: int, save: Path | None, then: str = END) -> tuple[bool, str]:
+def decide(
+    folder: Path, status: int, save: Path | None, then: str = END, marker: Path | None = None
+) -> tuple[bool, str]:
     """Decides whether the job runs again, and records the attempt.
 
     Args:
@@ -28,15 +30,16 @@ def decide(folder: Path, status: int, save: Path | None, then: str = END) -> tup
         status: The exit status of the first rank that failed, else of all.
         save: Folder of the run's checkpoints; None if it has none.
         then: What follows an attempt that is not complete: requeue, chain or end.
+        marker: File that will say that the run is complete, if it is.
 
     Returns:
         Whether it runs again, and why, in one sentence.
     """
     history = attempts.end(folder, save, status) if save is not None else []
     if status == 0:
-        if save is not None:
+        if marker is not None:
             when = f"job {folder.parent.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            (folder.parent.parent / attempts.COMPLETE).write_text(when + "\n", encoding="utf-8")
+            marker.write_text(when + "\n", encoding="utf-8")
         return False, "the job is complete"
     how = f"was stopped by {STOPPED[status]}" if status in STOPPED else f"failed with status {status}"
     if save is None or then == END:
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--then", choices=(REQUEUE, CHAIN, END), default=END, help="what follows (default: %(default)s)"
     )
+    parser.add_argument("--marker", type=Path, help="file that will say that the run is complete")
     options = parser.parse_args()
     ended = endings(options.folder)
     failed = first_failure(ended[0]) if options.status else None
@@ -67,7 +71,7 @@ def main() -> None:
     if status and status not in STOPPED and (ended[0] or ended[1]):  # a preflight has said its faults
         error = first_error(options.folder)
         print(error or f"no rank says why the job failed; see {options.folder} and the job's own log", flush=True)
-    again, why = decide(options.folder, status, options.save, options.then)
+    again, why = decide(options.folder, status, options.save, options.then, options.marker)
     print(f"megatron-smar-launch: {why}.", flush=True)
     sys.exit(0 if again else 1)
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 ENDED = re.compile(r"^rank (\d+) on (\S+) ended with status (\d+) at (\S+)$", re.MULTILINE)
 STARTED = re.compile(r"^rank (\d+) on (\S+) started at", re.MULTILINE)
+# torchrun's last words when a signal has ended it, with status 1.
+SIGNALED = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
 TRACEBACK = "Traceback (most recent call last):"
 TAIL = 200_000  # characters of a log that are read from its end
 LINES = 30  # shown without a traceback
@@ -55,12 +57,14 @@ def endings(folder: Path) -> tuple[list[Ending], list[Path]]:
     """
     found, without = [], []
     for log in sorted(folder.glob("rank_*.log"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0)):
-        ended = list(ENDED.finditer(_tail(log)))
+        text = _tail(log)
+        ended = list(ENDED.finditer(text))
         if not ended:
             without.append(log)
             continue
         rank, node, status, time = ended[-1].groups()
-        found.append(Ending(int(rank), node, int(status), time, log))
+        signals = SIGNALED.findall(text) if status == "1" else []
+        found.append(Ending(int(rank), node, 128 + int(signals[-1]) if signals else int(status), time, log))
     return sorted(found, key=lambda ending: ending.time), without
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_smar.launch.command import SECRET, check_words
+from megatron_smar.credentials import SECRET_NAME, check_address
+from megatron_smar.launch.command import CONTROL, check_words, checksum
 from megatron_smar.launch.sweep import Element
 
 TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+(:\d{2})?")
@@ -26,6 +27,7 @@ LEAST = {
     "parallel": 1,
 }
 FLAGS = {"parallel": "array_parallel"}
+EXPORTED = re.compile(r"[=,]([A-Za-z_][A-Za-z0-9_]*)=")  # names in sbatch's --export=NAME=VALUE,...
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -114,19 +116,43 @@ class Job:
         if self.parallel is not None and not self.elements:
             raise ValueError("--array-parallel has no effect without --array.")
 
+    def _check_places(self) -> None:
+        places: dict[str, tuple[object, ...]] = {
+            "--logs": (self.logs,),
+            "--activate": (self.activate,),
+            "--container": (self.container,),
+            "--mount": self.mounts,
+            "--save": (self.save, *(element.save for element in self.elements)),
+            "the working directory": (self.root,),
+        }
+        for flag, values in places.items():
+            for value in map(str, values):
+                if CONTROL.search(value):  # a line of its own in the file would be a command
+                    raise ValueError(f"{flag} is {value!r}, which has a line break; give a path without one.")
+        if "%" in str(self.logs):
+            raise ValueError(f"--logs is {self.logs}, where SLURM replaces what follows a %; give a path without it.")
+
     def _check_words(self) -> None:
         check_words(self.command)
+        self._check_places()
         for name, value in self.environment.items():
-            if not VARIABLE.fullmatch(name) or "\n" in value:
+            if not VARIABLE.fullmatch(name) or CONTROL.search(value):
                 raise ValueError(f"--env {name}={value!r} is no variable; give NAME=VALUE on one line.")
-            if SECRET.fullmatch(name):
+            check_address(value, f"--env {name}")
+            if SECRET_NAME.fullmatch(name):
                 raise ValueError(
                     f"--env {name} would be written into a file that others may read: set it before you submit, "
                     "SLURM passes the environment on."
                 )
         for option in self.options:
-            if not option.startswith("--") or "\n" in option:
+            if not option.startswith("--") or CONTROL.search(option):
                 raise ValueError(f"--sbatch {option!r} is no option of sbatch; give it as --NAME=VALUE.")
+            check_address(option, "--sbatch")
+            if secret := next(filter(SECRET_NAME.fullmatch, EXPORTED.findall(option)), None):
+                raise ValueError(
+                    f"--sbatch exports {secret}, which would be written into a file that others may read: set it "
+                    "before you submit, SLURM passes the environment on."
+                )
         for mount in self.mounts:
             if ":" not in mount:
                 raise ValueError(f"--mount {mount} is no mount; give SOURCE:TARGET.")
@@ -142,6 +168,16 @@ class Job:
     def saves(self) -> bool:
         """Whether the run has checkpoints, by which the progress of attempts is judged."""
         return self.save is not None or bool(self.elements)
+
+    def marker(self, element: Element | None = None) -> Path:
+        """Returns the file that says that the run is complete: another one for each command line.
+
+        Args:
+            element: The run of an array, if the job is one.
+        """
+        if element is None:
+            return self.logs / f"complete_{checksum(self.command)}"
+        return self.logs / element.name / f"complete_{checksum([*self.command, *element.words])}"
 
     @property
     def requeues(self) -> bool:

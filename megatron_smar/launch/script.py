@@ -27,7 +27,9 @@ export MASTER_ADDR=${nodes%%,*}
 PORT = "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))"
 STARTED = r"""
 # Ends the job here if the run is complete, or if three attempts in a row have made no checkpoint.
-{python} -m megatron_smar.launch.started "$logs" --save "$save" --after "${{SLURM_JOB_DEPENDENCY:-}}"
+{python} -m megatron_smar.launch.started "$logs" \
+  --save "$save" --marker "$complete" \
+  --after "${{SLURM_JOB_DEPENDENCY:-}}"
 case $? in {complete}) exit 0 ;; {stopped}) exit 1 ;; esac
 """
 FINISH = r"""
@@ -133,7 +135,8 @@ def _options(job: Job) -> Iterator[str]:
     yield f"--signal=B:USR1@{job.warning_seconds}"
     yield "--requeue" if job.requeues else "--no-requeue"
     yield "--open-mode=append"
-    yield f"--output={job.logs}/{'%A_%a' if job.elements else '%j'}.log"
+    log = job.logs / ("%A_%a.log" if job.elements else "%j.log")
+    yield f"--output={shlex.quote(str(log))}"
     yield from job.options
 
 
@@ -143,13 +146,18 @@ def _folders(job: Job) -> Iterator[str]:
         yield "# An element's own name: SLURM_JOB_ID alone can be the number of the whole array."
         yield "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
         yield from _by_element(
-            job, lambda element: f"logs={shlex.quote(str(job.logs / element.name))} save={_quoted(element.save)}"
+            job,
+            lambda element: (
+                f"logs={_quoted(job.logs / element.name)} save={_quoted(element.save)} "
+                f"complete={_quoted(job.marker(element))}"
+            ),
         )
         return
     yield "job=$SLURM_JOB_ID"
     yield f"logs={_quoted(job.logs)}"
     if job.save is not None:
         yield f"save={_quoted(job.save)}"
+        yield f"complete={_quoted(job.marker())}"
 
 
 def _by_element(job: Job, words: Callable[[Element], str]) -> Iterator[str]:
@@ -182,7 +190,7 @@ def _begin(job: Job) -> Iterator[str]:
 
 
 def _finish(job: Job) -> str:
-    flags = ' --save "$save"' if job.saves else ""
+    flags = ' \\\n    --save "$save" --marker "$complete"' if job.saves else ""
     if job.requeues:
         flags += f" --then {ended.REQUEUE}"
     elif job.chain > 1:
@@ -233,7 +241,8 @@ def _once(job: Job) -> str:
     inside = _in_image(job, gpus=False)
     if job.container is not None and not inside:
         inside = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", *_pyxis(job)]
-    return " ".join([*inside, _python(job)])
+    # The limit is for a file system that hangs, and long enough to import an image.
+    return " ".join(["timeout", "600", *inside, _python(job)])
 
 
 def _in_image(job: Job, gpus: bool) -> list[str]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a job does when an attempt starts: it ends at once if there is nothing to do, or no use in trying.
 
-    python -m megatron_smar.launch.started LOGS/JOB/attempt_N --save CHECKPOINTS [--after afterany:JOB]
+    python -m megatron_smar.launch.started LOGS/JOB/attempt_N --save CHECKPOINTS --marker FILE [--after afterany:JOB]
 
 The sbatch file of `launch.script` runs it. Exits with 0 if the attempt goes on.
 """
@@ -18,18 +18,18 @@ from megatron_smar.launch.first_error import lost
 COMPLETE, STOPPED = 3, 4  # exit statuses
 
 
-def start(folder: Path, save: Path, after: str) -> tuple[int, str]:
+def start(folder: Path, save: Path, marker: Path, after: str) -> tuple[int, str]:
     """Begins an attempt, unless the run is complete or has stopped making progress.
 
     Args:
         folder: The attempt's folder.
         save: Folder of the run's checkpoints.
+        marker: File that says that the run is complete, if it is.
         after: The job's dependency in SLURM's form; "" without one.
 
     Returns:
         The exit status, and what to print.
     """
-    marker = folder.parent.parent / attempts.COMPLETE
     if marker.is_file():
         said = marker.read_text(encoding="utf-8").strip()
         return COMPLETE, f"the run is complete ({said}): nothing to do. Remove {marker} to run it again."
@@ -53,9 +53,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder with the logs of the attempt's ranks")
     parser.add_argument("--save", type=Path, required=True, help="folder of the run's checkpoints")
+    parser.add_argument("--marker", type=Path, required=True, help="file that says that the run is complete")
     parser.add_argument("--after", default="", help="the job's dependency")
     options = parser.parse_args()
-    status, text = start(options.folder, options.save, options.after)
+    status, text = start(options.folder, options.save, options.marker, options.after)
     if text:
         print(f"megatron-smar-launch: {text}", flush=True)
     sys.exit(status)

@@ -7,14 +7,13 @@ not resume an element from another one's checkpoints.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_smar.launch.command import check_words, folder_of, without
+from megatron_smar.launch.command import check_words, checksum, folder_of, without
 
 LONGEST = 60  # characters of a name
 
@@ -85,7 +84,7 @@ def name_of(words: Sequence[str]) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-")
     if name == text and 0 < len(name) <= LONGEST:
         return name
-    return f"{name[: LONGEST - 9]}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}"
+    return f"{name[: LONGEST - 9]}-{checksum(words)}"
 
 
 def _check(elements: Sequence[Element], file: Path) -> None:

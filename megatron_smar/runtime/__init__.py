@@ -15,6 +15,7 @@ from typing import Any
 from megatron_smar.runtime import console, defaults, failure
 from megatron_smar.runtime.adaptation import Adaptation, Where, adaptations
 from megatron_smar.runtime.environment import Device, Environment, detect_device, detect_environment
+from megatron_smar.runtime.private_folder import use_private_folder
 
 __all__ = [
     "Adaptation",
@@ -45,9 +46,10 @@ def install(wanted: Device | None = None) -> Device:
         The device of this process.
 
     Raises:
-        RuntimeError: See `detect_environment`.
+        RuntimeError: See `detect_environment` and `private_folder`.
     """
     if not _INSTALLED:
+        use_private_folder()
         _INSTALLED.append(detect_environment(wanted))
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for tensor parallelism
         if _INSTALLED[0].device == "cuda" and "LOCAL_RANK" in os.environ:

@@ -9,12 +9,14 @@ import pickle
 import queue
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from megatron_smar.runtime import unpickling
 from megatron_smar.runtime.adaptation import Where, adaptation
+
+DATA_CLASSES = ("CrudeWebdataset", "Metadataset", "MetadatasetV2")
 
 
 @adaptation(
@@ -166,6 +168,32 @@ def forget_members_that_were_read() -> None:
 
 
 @adaptation(
+    "energon imports whatever class or function a data folder's files name; they are checked (`data/metadataset.py`), "
+    "but energon reads them again afterwards, when a server can answer something else",
+    Where.ANYWHERE,
+    needed_by="megatron-energon 7.4.1",
+)
+def import_nothing_that_data_names() -> None:
+    """Makes energon resolve only its own three classes in data folders and metadatasets, and no file next to them."""
+    from megatron.energon.module_loader import ModuleLoader
+    from megatron.energon.typed_converter import JsonParser
+
+    resolve = JsonParser._resolve_object
+
+    @functools.wraps(resolve)
+    def resolve_known(self: Any, module_name: str, object_name: str, *args: Any, **kwargs: Any) -> Any:
+        if module_name != "megatron.energon" or object_name not in DATA_CLASSES:
+            raise ValueError(f"the data names {module_name}.{object_name}, but only energon's own classes are loaded")
+        return resolve(self, module_name, object_name, *args, **kwargs)
+
+    def refuse(self: Any, function: str, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(f"the data names the function {function}, but no code from a data folder is run")
+
+    JsonParser._resolve_object = resolve_known
+    ModuleLoader.get_function = refuse
+
+
+@adaptation(
     "logging the first step after a start does not reset the sums, even if a log interval ends with that step: with "
     "--log-interval 1 the second line shows the mean of two steps, for losses and time",
     Where.ANYWHERE,
@@ -223,6 +251,7 @@ ADAPTATIONS = (
     never_ask_to_run_a_models_code,
     listen_to_all_signals_that_end_a_run,
     forget_members_that_were_read,
+    import_nothing_that_data_names,
     end_the_first_interval,
     keep_one_loss_scale,
 )

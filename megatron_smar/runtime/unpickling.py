@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import pickle
 import sys
+from collections.abc import Iterator
+from pathlib import PurePath
 from typing import IO, Any
 
 import torch
@@ -70,12 +73,45 @@ def load_contents(file: IO[bytes], path: object) -> Any:
     from torch.distributed.checkpoint.metadata import Metadata
 
     try:
-        contents = _Contents(file).load()
+        with _classes_unchanged():
+            contents = _Contents(file).load()
+        outside = _outside(contents)
     except Exception as error:  # a broken pickle can raise anything
         raise DamagedError(f"{path} cannot be read ({one_line(error)}); the checkpoint is damaged.") from error
     if not isinstance(contents, Metadata):
         raise DamagedError(f"{path} is not the table of contents of a checkpoint; the checkpoint is damaged.")
+    if outside is not None:
+        raise DamagedError(f"{path} names the file {outside}, which is not in its folder; the checkpoint is damaged.")
     return contents
+
+
+@contextlib.contextmanager
+def _classes_unchanged() -> Iterator[None]:
+    """Undoes what a pickle changed in the admitted classes, as it can: every path of the process could lead elsewhere.
+
+    Raises:
+        UnpicklingError: A class was changed.
+    """
+    names = [(module, name) for module, admitted_names in _ADMITTED.items() for name in admitted_names]
+    found = [getattr(importlib.import_module(module), name) for module, name in names]
+    before = {kind: dict(vars(kind)) for kind in found if isinstance(kind, type)}
+    changed = []
+    try:
+        yield
+    finally:
+        for kind, was in before.items():
+            for name in [name for name in {*was, *vars(kind)} if was.get(name) is not vars(kind).get(name)]:
+                changed.append(f"{kind.__name__}.{name}")
+                setattr(kind, name, was[name]) if name in was else delattr(kind, name)
+    if changed:
+        raise pickle.UnpicklingError(f"it changes {', '.join(changed)}")
+
+
+def _outside(contents: Any) -> str | None:
+    """Returns a file that a table of contents names and that is not in the checkpoint's folder, if there is one."""
+    places = (getattr(contents, "storage_data", None) or {}).values()
+    names = {place.relative_path for place in places if hasattr(place, "relative_path")}
+    return next((str(name) for name in names if PurePath(name).is_absolute() or ".." in PurePath(name).parts), None)
 
 
 def load_object(content: bytes) -> Any:

@@ -20,7 +20,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_smar import __version__, runtime
+from megatron_smar import __version__, credentials, runtime
 from megatron_smar.checkpoint.continuation import check_continuation
 from megatron_smar.checkpoint.expert_order import keep_expert_order
 from megatron_smar.checkpoint.fit import CheckpointMismatchError, leave_other_random_state, resumed_state
@@ -66,6 +66,7 @@ def parse_arguments(
         sys.argv = [sys.argv[0], *argv]
     try:
         sys.argv[1:] = given_flags = expand(sys.argv[1:])
+        credentials.check_flags(given_flags)
     except ValueError as error:
         fail(error)
     if os.environ.get("RANK", "0") == "0":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that the recipes' scripts start on GPUs, recorded from the scripts themselves."""
+"""The commands that the recipes' scripts start on GPUs, recorded from what the scripts give the launcher."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def command_on_gpus(recipe: str, script: str, gpus: int, output: Path, **files: 
     recording = {"PYTHON": str(recorder), "RECORD": str(record)}
     run_script(recipe, script, output, "--gpus", str(gpus), **recording, **place, **files)
     words = record.read_bytes().decode().split("\0")[:-1]
-    program = next(index for index, word in enumerate(words) if word.endswith(".py"))
-    return words[program], expand(words[program + 1 :])
+    program, *flags = words[words.index("--") + 1 :]  # after tools/launch.py and its options
+    return program, expand(flags)

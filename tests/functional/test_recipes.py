@@ -36,13 +36,14 @@ def run_script(recipe: str, script: str, output: Path, *options: str, **environm
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=900,
     )
 
 
 def run_recipe(recipe: str, output: Path) -> Path:
     """Runs all of a recipe's scripts and returns the output folder."""
-    for script in ("convert.sh", *(f"{stage}.sh" for stage in STAGES[recipe]), "evaluate.sh"):
+    pilot = ["pilot.sh"] if recipe == "mixtral_8x7b_internvit" else []
+    for script in ("convert.sh", *pilot, *(f"{stage}.sh" for stage in STAGES[recipe]), "evaluate.sh"):
         done = run_script(recipe, script, output, "--tiny")
         assert done.returncode == 0, f"{script} failed:\n{done.stdout[-6000:]}"
     return output
@@ -109,10 +110,62 @@ def test_the_exported_model_loads_in_transformers_with_every_weight(outputs, rec
     assert answer.shape[1] > prompt["input_ids"].shape[1]
 
 
+def test_the_pilot_trains_biases_resumes_and_exports(outputs):
+    output = outputs["mixtral_8x7b_internvit"].result()
+    after = weights_of(output / "pilot")
+    assert changed_parts(weights_of(output / "start"), after) == ALL - {"experts"}
+    assert all(value.any() for name, value in after.items() if name.endswith("modality_bias.bias"))
+    log = (output / "logs" / "pilot.log").read_text()
+    assert "holds this run up to step 10: it resumes there" in log
+    assert [re.findall(rf"validation loss at iteration {step} on", log) != [] for step in (10, 20)] == [True, True]
+    assert (output / "export" / "pilot_20" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_options_reach_the_launcher_and_flags_the_program(tmp_path, recipe):
+    output, stage = with_a_model(tmp_path, recipe)
+    options = (
+        "--gpus",
+        "64",
+        "--slurm",
+        "--dry-run",
+        "--time",
+        "24:00:00",
+        "--sbatch=--account=NAME",
+        "--",
+        "--lr",
+        "1",
+    )
+    done = run_script(recipe, f"{stage}.sh", output, *options, DATA="shards")
+    assert done.returncode == 0, done.stdout
+    wanted = "nodes=8", "ntasks-per-node=8", "cpus-per-task=12", "time=24:00:00", "account=NAME", "mem=0", "requeue"
+    assert {f"#SBATCH --{option}" for option in wanted} < set(done.stdout.splitlines())
+    (command,) = (line for line in done.stdout.splitlines() if "pretrain_vlm.py" in line)
+    assert (
+        command.endswith("--data-path shards --lr 1")
+        and f"--layout 64 --num-layers 2 --vision-model {output}" in command
+    )
+    assert f"--save {output / stage}" in command
+
+
+def with_a_model(folder: Path, recipe: str) -> tuple[Path, str]:
+    """Writes the files of convert.sh that the checks look at; returns the output folder and the first stage."""
+    output = folder / "output"
+    (output / "start").mkdir(parents=True)
+    (output / "start" / "flags.txt").write_text("--num-layers 2\n")
+    (output / "start" / "latest_checkpointed_iteration.txt").write_text("release")
+    return output, next(iter(STAGES[recipe]))
+
+
 MISTAKES = {
     "another number of GPUs": (("--gpus", "12"), {}, "--gpus is 12; there are layouts for 8 and for 64."),
     "no model": ((), {}, "holds no converted model; run convert.sh first"),
-    "nodes without SLURM": (("--gpus", "64"), {"DATA": "x"}, "needs 8 nodes; start this within SLURM"),
+    "nodes without SLURM": (("--gpus", "64"), {"DATA": "x"}, "the run needs 8 nodes: submit it to SLURM"),
+    "a flag before the --": (
+        ("--lr", "1"),
+        {"DATA": "x"},
+        "--lr is no option of local; the command and its flags come",
+    ),
     "no data": ((), {}, "DATA is not set; set it to shards of"),
 }
 
@@ -122,10 +175,9 @@ MISTAKES = {
 def test_a_script_says_in_one_sentence_what_is_missing(tmp_path, recipe, mistake):
     options, environment, said = MISTAKES[mistake]
     output, stage = tmp_path / "output", next(iter(STAGES[recipe]))
-    if mistake != "no model":  # the files of convert.sh that the checks look at
-        (output / "start").mkdir(parents=True)
-        (output / "start" / "flags.txt").write_text("--num-layers 2\n")
-        (output / "start" / "latest_checkpointed_iteration.txt").write_text("release")
+    if mistake != "no model":
+        with_a_model(tmp_path, recipe)
     done = run_script(recipe, f"{stage}.sh", output, *options, **environment)
     assert done.returncode == 1
-    assert done.stdout.count("\n") == 1 and f"{stage}.sh: error: " in done.stdout and said in done.stdout, done.stdout
+    assert done.stdout.count("\n") == 1 and re.match(rf"({stage}.sh|launch.py): error: ", done.stdout), done.stdout
+    assert said in done.stdout

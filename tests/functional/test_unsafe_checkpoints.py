@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every program refuses a checkpoint that asks for a command to be run, in one sentence, and does not run it."""
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import TWO_STEPS, run
-from tests.unsafe import Command, poison_object
+from tests.unsafe import Command, change_arguments, poison_object
 
 
 @pytest.fixture
@@ -64,3 +65,25 @@ def test_no_other_program_runs_a_command_in_metadata(world, unsafe, tmp_path, na
     done = run(*command, check=False)
     assert done.returncode != 0 and ".metadata cannot be read" in done.stdout and "Traceback" not in done.stdout
     assert not (tmp_path / "was_run").exists()
+
+
+def test_evaluating_runs_no_code_that_the_checkpoints_arguments_switch_on(saved, tmp_path):
+    """The stored --trust-remote-code would run the code of the tokenizer's folder, which the checkpoint names too."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = tmp_path / "tokenizer"
+    words = {"<unk>": 0, "<img>": 1, "</img>": 2, "<IMG_CONTEXT>": 3}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<unk>"))).save_pretrained(tokenizer)
+    (tokenizer / "evil.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    folder = shutil.copytree(saved, tmp_path / "unsafe")
+    tokenizer_flags = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tokenizer)}
+    change_arguments(folder / "iter_0000002", trust_remote_code=True, **tokenizer_flags)
+    (tmp_path / "text.jsonl").write_text('{"text": "Name a colour, please."}\n')
+    files = ("--text", tmp_path / "text.jsonl", "--output", tmp_path / "results.json")
+    done = run("tools/evaluate.py", "--load", folder, *files, check=False)
+    assert "a folder's code is only run with --trust-remote-code" in done.stdout, done.stdout
+    assert done.returncode != 0 and not (tmp_path / "was_run").exists()

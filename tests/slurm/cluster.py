@@ -120,17 +120,17 @@ class Cluster:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def state(self, job: int) -> str:
+    def state(self, job: object) -> str:
         """Returns a job's state, such as RUNNING."""
         words = self.run("scontrol", "show", "job", job).split()
         return next(word.removeprefix("JobState=") for word in words if word.startswith("JobState="))
 
-    def restarts(self, job: int) -> int:
+    def restarts(self, job: object) -> int:
         """Returns how often a job was requeued."""
         words = self.run("scontrol", "show", "job", job).split()
         return int(next(word.removeprefix("Restarts=") for word in words if word.startswith("Restarts=")))
 
-    def wait(self, job: int, *states: str, seconds: float = 300) -> None:
+    def wait(self, job: object, *states: str, seconds: float = 300) -> None:
         """Waits until a job is in one of these states."""
         _until(lambda: self.state(job) in states, seconds, lambda: f"job {job} is {self.state(job)}")
 

@@ -164,7 +164,7 @@ def data(request: Request) -> Finding | None:
 
 
 def port(request: Request) -> Finding:
-    """Finds whether the port of the ranks' meeting point is free. Only the first node's matters (`verdict`)."""
+    """Finds whether the port at which the ranks meet is free: each node may be the first one."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tried:
         tried.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
@@ -174,7 +174,7 @@ def port(request: Request) -> Finding:
             tried.listen()
         except OSError as error:
             fault = (
-                f"port {request.port} on {request.node}, where the ranks would meet, is taken ({error.strerror}): end "
+                f"port {request.port}, at which the ranks meet, is taken on {request.node} ({error.strerror}): end "
                 f"the program that has it (ss -tlnp 'sport = :{request.port}'), or give --env MASTER_PORT=NUMBER."
             )
             return Finding(request.node, "port", "taken", fault)

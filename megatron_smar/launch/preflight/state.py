@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -87,7 +88,8 @@ def read_trial(nodes: Sequence[str], log: Path) -> Trial:
     findings, rest = [], []
     for line in text.splitlines():
         if line.startswith(MARK):
-            findings.append(Finding(**json.loads(line.removeprefix(MARK))))
+            with contextlib.suppress(ValueError):  # a line that was cut when the node was lost
+                findings.append(Finding(**json.loads(line.removeprefix(MARK))))
         elif line.strip() and not _STATUS.match(line):
             rest.append(line.strip())
     status = _STATUS.search(text)
@@ -131,17 +133,24 @@ def failed_nodes(tried: Iterable[Trial]) -> dict[str, Trial]:
 
 
 def _pairs(nodes: tuple[str, ...], passed: dict[tuple[str, ...], bool]) -> list[tuple[str, ...]]:
-    """Returns pairs that have not been tried: of each unproven node with a proven one, if there are any."""
+    """Returns pairs that have not been tried: of each unproven node with a proven one, if there are any.
+
+    Each is in SLURM's order, in which the run would meet, and no node is in two of them.
+    """
     proven = [node for node in nodes if any(ok and len(group) == 2 and node in group for group, ok in passed.items())]
-    unproven = [node for node in nodes if node not in proven]
-    if len(nodes) < 3 and len(proven) == 0:
-        return [] if nodes in passed else [nodes]
     if proven:
-        return [(node, proven[i % len(proven)]) for i, node in enumerate(unproven)]
-    tried = {frozenset(group) for group in passed}
-    for shift in range(len(nodes)):
-        turned = nodes[shift:] + nodes[:shift]
-        pairs = [turned[i : i + 2] for i in range(0, len(turned) - 1, 2)]
-        if new := [pair for pair in pairs if frozenset(pair) not in tried]:
+        unproven = [node for node in nodes if node not in proven]
+        return [tuple(sorted(pair, key=nodes.index)) for pair in zip(unproven, proven, strict=False)]
+    for turn in range(len(nodes)):  # as in a tournament: each meets each
+        new = [pair for pair in _tournament(nodes, turn) if pair not in passed]
+        if new:
             return new
     return []
+
+
+def _tournament(nodes: tuple[str, ...], turn: int) -> list[tuple[str, ...]]:
+    ring = [*nodes, ""] if len(nodes) % 2 else list(nodes)  # who meets nobody has a pause
+    turned = ring[1 + turn :] + ring[1 : 1 + turn]
+    ring = [ring[0], *turned]
+    pairs = [(ring[i], ring[-1 - i]) for i in range(len(ring) // 2)]
+    return [tuple(sorted(pair, key=nodes.index)) for pair in pairs if "" not in pair]

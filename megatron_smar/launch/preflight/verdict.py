@@ -85,12 +85,7 @@ def judge(own: Sequence[Trial], together: Sequence[Trial], needed: int, seconds:
                 faults.setdefault(finding.node, []).append(sentence)
     well = [node for node in nodes if node not in faults]
     text, works = _together(well, together)
-    ports = {f.node: f.fault for trial in own for f in trial.findings if f.check == "port" and f.fault}
-    chosen = choose(well, ports, needed) if works else ()
-    # A taken port is a fault only where the ranks would meet.
-    for node in well[: well.index(chosen[0]) if chosen else None]:
-        if node in ports:
-            faults[node] = [ports[node]]
+    chosen = tuple(well[:needed]) if works and len(well) >= needed else ()
     return Verdict(nodes, chosen, {node: tuple(said) for node, said in faults.items()}, text, cells)
 
 
@@ -100,18 +95,12 @@ def well_alone(own: Sequence[Trial], seconds: float) -> tuple[str, ...]:
     return tuple(trial.nodes[0] for trial in own if trial.nodes[0] not in bad)
 
 
-def choose(well: Sequence[str], ports: Mapping[str, str], needed: int) -> tuple[str, ...]:
-    """Returns the nodes of the run: the first ones that are well, beginning with one whose port is free."""
-    start = next((i for i, node in enumerate(well) if node not in ports), len(well))
-    return tuple(well[start : start + needed]) if len(well) - start >= needed else ()
-
-
 def local_faults(own: Sequence[Trial], seconds: float) -> dict[str, list[str]]:
-    """Returns what each node's own checks say, without its port; a node that did not answer is a fault."""
+    """Returns what is wrong with each node by its own checks; no answer is a fault."""
     faults: dict[str, list[str]] = {}
     for trial in own:
         node = trial.nodes[0]
-        said = [finding.fault for finding in trial.findings if finding.fault and finding.check != "port"]
+        said = [finding.fault for finding in trial.findings if finding.fault]
         done = {finding.check for finding in trial.findings}
         if missing := next((name for name in LOCAL if name not in done), None):
             said.append(_silent(node, trial, missing if done else None, seconds))
@@ -146,10 +135,8 @@ def _silent(node: str, trial: Trial, missing: str | None, seconds: float) -> str
 def _collective_fault(node: str, trial: Trial) -> str:
     other = next((name for name in trial.nodes if name != node), None)
     where = f"with {other}, which works with another node" if other else "by itself"
-    return (
-        f"{node} fails in an all-reduce {where} ({_reason(trial)}): look at its network ({NETWORK}) and devices; "
-        f"its output is {trial.log}."
-    )
+    look = f"look at its network ({NETWORK})" if other else "look at its installation and devices"
+    return f"{node} fails in an all-reduce {where} ({_reason(trial)}): {look}; its output is {trial.log}."
 
 
 def _reason(trial: Trial) -> str:

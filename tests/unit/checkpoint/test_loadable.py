@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.dist_checkpointing.strategies.common import load_common
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -94,6 +95,19 @@ def test_no_object_of_a_checkpoint_runs_a_command_in_any_reader(copied, mark):
         check_objects(folder, read_contents(folder))
     with pytest.raises(ValueError, match="does not give the run's arguments"):
         check_loadable(Namespace(**FLAGS | {"load": str(copied)}))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch"])
+def test_a_common_pt_that_a_stranger_put_into_a_checkpoint_is_run(copied, mark, write):
+    """Older releases of Megatron wrote this file; every release reads it, and prefers it to what the others hold."""
+    folder = copied / "iter_0000002"
+    with (folder / "common.pt").open("wb") as file:
+        write(Command(mark), file)
+    with pytest.raises(ValueError, match=r"common\.pt does not give the run's arguments"):
+        check_loadable(Namespace(**FLAGS | {"load": str(copied)}))
+    with pytest.raises(pickle.UnpicklingError):
+        load_common(folder)
     assert not mark.exists()
 
 

@@ -331,6 +331,13 @@ def test_energons_first_version_of_metadatasets_is_read(make_config: Make, token
     assert len(shares(train(config, tokenizer, 1), 50)) > 60
 
 
+@pytest.mark.parametrize("address", ["http://me:hunter2@127.0.0.1:9/a", "https://127.0.0.1:9/a?sig=hunter2"])
+def test_a_secret_in_the_path_of_a_source_is_read_or_repeated(make_config: Make, tmp_path: Path, address: str) -> None:
+    with pytest.raises(ValueError, match="in its address") as error:
+        make_config(data_path=blend(tmp_path / "data.yaml", {"path": address, "weight": 1}))
+    assert "hunter2" not in str(error.value)
+
+
 # ---- code
 
 

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shards on a local HTTP server and on a local S3 server give the same samples as the folder."""
 
+import contextlib
+import io
 import json
+import shutil
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +22,7 @@ from megatron.energon.epathlib import EPath
 from moto.server import ThreadedMotoServer
 from werkzeug.serving import WSGIRequestHandler
 
+from megatron_smar import runtime
 from megatron_smar.data import DataConfig, EnergonIterator, ImageConfig, build_train_loader, build_valid_loader
 from megatron_smar.data.paths import check_data_path, energon_path
 
@@ -41,9 +47,11 @@ def serving(handler: Callable[..., Any]) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:  # otherwise a failing test leaves a thread that keeps the process from ending
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +246,75 @@ def test_a_wrong_address_is_reported_in_one_sentence(
     with pytest.raises(ValueError, match=rf"^--data-path {path} .*{message}") as error:
         check_data_path(path, "--data-path")
     assert "\n" not in str(error.value)
+
+
+class Changing(Handler):
+    """A file server that answers something else for one kind of file, from its n-th request on."""
+
+    suffix: ClassVar[str]
+    content: ClassVar[bytes]
+    honest: ClassVar[int]
+
+    def send_head(self) -> Any:
+        if self.path.endswith(self.suffix) and self.command == "GET":
+            type(self).honest -= 1
+            if self.honest < 0:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(self.content)))
+                self.end_headers()
+                return io.BytesIO(self.content)
+        return super().send_head()
+
+
+IMPORTS = b"__module__: evil_data\n__class__: CrudeWebdataset\n"
+FILTERS = b"__module__: megatron.energon\n__class__: DefaultGenericWebdatasetFactory\n"
+FILTERS += b"sample_loader: s.py:f\npart_filter: s.py:f\n"
+
+
+@pytest.mark.parametrize("honest", (1, 2, 3))
+@pytest.mark.parametrize("content", [IMPORTS, FILTERS], ids=["class", "function"])
+def test_a_server_that_answers_otherwise_after_the_check_has_its_code_run(
+    content: bytes, honest: int, tokenizer: Any, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.install()
+    (tmp_path / "evil_data.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    shutil.copytree(shards, tmp_path / "shards")
+    (tmp_path / "shards/.nv-meta/s.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\nf = print\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"suffix": "dataset.yaml", "content": content, "honest": honest}
+    handler = type("Handler", (Changing,), settings)
+    with serving(partial(handler, directory=str(tmp_path))) as url, contextlib.suppress(Exception):
+        first_samples(configuration(f"{url}/shards", 0), tokenizer)
+    assert not (tmp_path / "was_run").exists()
+    assert "evil_data" not in sys.modules
+
+
+class Redirecting(Handler):
+    """A server with signed addresses, as those of object storage: it redirects there, and the connection breaks."""
+
+    signed_server: ClassVar[str] = ""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.close_connection = True
+        signed = "hunter2" in self.path
+        self.send_response(200 if signed else 302)
+        self.send_header("Content-Length", "9" if signed else "0")
+        self.send_header("Location", f"{self.signed_server}{self.path}?X-Amz-Signature=hunter2")
+        self.end_headers()
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["broken", "unreachable"])
+def test_an_error_repeats_the_signature_of_an_address_that_a_server_redirects_to(
+    gone: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("multistorageclient.retry.time.sleep", lambda seconds: None)
+    server = f"http://127.0.0.1:{free_port()}" if gone else ""
+    with serving(type("Signing", (Redirecting,), {"signed_server": server})) as url:
+        with pytest.raises(Exception, match=r"cannot be reached|Failed to download") as error:
+            EPath(energon_path(f"{url}/file")).read_bytes()
+        shown = "".join(traceback.format_exception(error.value))
+    assert ("cannot be reached" if gone else "the connection broke") in shown
+    assert "hunter2" not in shown + caplog.text

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from megatron_smar.launch.attempts import COMPLETE, TRACKER, begin
+from megatron_smar.launch.attempts import TRACKER, begin
 from megatron_smar.launch.ended import CHAIN, REQUEUE, decide
 from megatron_smar.launch.first_error import endings, first_error
 
@@ -25,6 +25,11 @@ def test_the_earliest_failure_is_the_first_error_and_not_the_lowest_rank(tmp_pat
     text = first_error(tmp_path)
     assert text.startswith("rank 10 on node10 ended with status 1 at ") and "OSError: disk full" in text
     assert "closed by peer" not in text and "1 logs have no end (node2: rank_2)" in text
+
+
+def test_a_torchrun_that_was_warned_is_taken_for_one_that_failed(tmp_path):
+    log(tmp_path, 0, "Traceback\ntorch...api.SignalException: Process 535 got signal: 15\n", 1)
+    assert endings(tmp_path)[0][0].status == 143
 
 
 def test_a_killed_rank_is_named_and_complete_ranks_are_no_error(tmp_path):
@@ -70,6 +75,7 @@ def test_a_complete_job_and_one_without_checkpoints_do_not_run_again(tmp_path):
     assert decide(folder, 1, None) == (False, "the job failed with status 1; it is not requeued")
     again, why = decide(folder, 143, tmp_path, REQUEUE)
     assert again and why.startswith("the job was stopped by SIGTERM, without a checkpoint in ")
-    assert not (tmp_path / COMPLETE).exists()
-    assert decide(folder, 0, tmp_path, REQUEUE) == (False, "the job is complete")
-    assert "job 1, " in (tmp_path / COMPLETE).read_text()
+    marker = tmp_path / "complete"
+    assert not decide(folder, 1, tmp_path, marker=marker)[0] and not marker.exists()
+    assert decide(folder, 0, tmp_path, REQUEUE, marker) == (False, "the job is complete")
+    assert "job 1, " in marker.read_text()

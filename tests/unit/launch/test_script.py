@@ -2,6 +2,7 @@
 """The sbatch file: it is valid bash, and each option is where SLURM reads it."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -27,9 +28,17 @@ def options(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("use_torchrun", [False, True])
 @pytest.mark.parametrize("container", [None, "image.sif", "registry#image"])
 @pytest.mark.parametrize("save", [None, Path("/a folder")])
-def test_the_script_is_no_valid_bash(use_torchrun, container, save):
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_the_script_is_no_valid_bash(use_torchrun, container, save, on_gpus):
     text = sbatch_script(
-        job(use_torchrun=use_torchrun, container=container, save=save, requeue=save is not None, cpus_per_process=4)
+        job(
+            on_gpus=on_gpus,
+            use_torchrun=use_torchrun,
+            container=container,
+            save=save,
+            requeue=save is not None,
+            cpus_per_process=4,
+        )
     )
     checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr
@@ -83,8 +92,16 @@ def test_a_variable_that_is_set_at_the_submission_wins_over_a_default():
         ({"time": "soon"}, "--time is soon; give minutes, HH:MM:SS or D-HH:MM:SS"),
         ({"name": "a b"}, "--name is 'a b'"),
         ({"command": (*TRAIN, "--wandb-api-key", "x")}, "the command has --wandb-api-key"),
+        ({"command": (*TRAIN, "--data-path", "https://me:pw@host/a")}, "--data-path has a user or password"),
+        ({"command": (*TRAIN, "--data-path=https://host/a?sig=pw")}, "--data-path has a signature or other query"),
+        ({"environment": {"HTTPS_PROXY": "http://me:pw@proxy"}}, "--env HTTPS_PROXY has a user or password"),
+        ({"options": ("--export=ALL,WANDB_API_KEY=pw",)}, "--sbatch exports WANDB_API_KEY"),
+        ({"logs": Path("/a%b")}, "--logs is /a%b, where SLURM replaces"),
         ({"environment": {"HF_TOKEN": "x"}}, "--env HF_TOKEN would be written into a file"),
         ({"environment": {"A-B": "x"}}, "--env A-B='x' is no variable"),
+        ({"spare_nodes": 1, "preflight": False}, "--spare-nodes has no effect with --no-preflight"),
+        ({"spare_nodes": -1}, "--spare-nodes is -1; give 0 or more"),
+        ({"preflight_seconds": 1}, "--preflight-seconds is 1; give 5 or more"),
         ({"options": ("account=x",)}, "--sbatch 'account=x' is no option of sbatch"),
         ({"mounts": ("/a:/b",)}, "--mount has no effect without --container"),
         ({"mounts": ("/a",), "container": "i"}, "--mount /a is no mount"),
@@ -93,3 +110,34 @@ def test_a_variable_that_is_set_at_the_submission_wins_over_a_default():
 def test_a_job_that_cannot_be_described_is_refused_in_a_sentence(changes, sentence):
     with pytest.raises(ValueError, match="^" + re.escape(sentence)):
         job(**changes)
+
+
+PLACES = [("logs", Path), ("root", Path), ("activate", Path), ("save", Path), ("container", str), ("mounts", tuple)]
+
+
+@pytest.mark.parametrize(("name", "kind"), PLACES)
+def test_a_path_with_a_line_break_adds_a_command_to_the_script(name, kind):
+    evil = "/a:\nTASK\ntouch was_run\n.sif"
+    changes = {name: (evil,) if kind is tuple else kind(evil)} | ({"container": "i"} if name == "mounts" else {})
+    with pytest.raises(ValueError, match="has a line break; give a path without one"):
+        job(**changes)
+
+
+@pytest.mark.parametrize("word", ["a b", "$(touch was_run)", "`touch was_run`", "'; touch was_run; '", '"', "#"])
+def test_the_script_runs_what_a_path_contains(word, tmp_path):
+    """The batch script itself is run, with a `srun` that only writes its arguments, and without SLURM's others."""
+    for name in ("srun", "scontrol", "scancel", "python", "python3"):
+        (tmp_path / name).write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    folder = tmp_path / word
+    folder.mkdir()
+    places = {"logs": folder / "logs", "root": folder, "save": folder / "save", "mounts": (f"{folder}:/a",)}
+    text = sbatch_script(job(**places, container=word, command=("train.py", "--save", str(folder))))
+    (output,) = [line for line in text.splitlines() if line.startswith("#SBATCH --output=")]
+    assert shlex.split(output.removeprefix("#SBATCH ")) == [f"--output={folder}/logs/%j.log"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
+    text = text.replace("sleep 60", "true")
+    done = subprocess.run(["bash"], input=text, text=True, env=environment, capture_output=True, cwd=tmp_path)
+    assert f"--container-image={word}" in done.stdout.splitlines(), done.stderr
+    assert f"--container-mounts={folder}:/a" in done.stdout.splitlines()
+    assert not list(tmp_path.rglob("was_run")) and (folder / "logs/7/attempt_0").is_dir()
