@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.energon import (
     SavableDataLoader,
     WorkerConfig,
@@ -253,8 +254,10 @@ class EnergonIterator:
         """Returns the next micro-batch, or None at the end of a pass."""
         try:
             if self._iterator is None:
-                self._iterator = iter(self.loader)
-                with _blocked_signals():  # the worker processes start with the first batch
+                # torch draws its workers' seed from the generator of dropout: a resumed run would draw once more.
+                # The worker processes start with the first batch.
+                with torch.random.fork_rng(devices=[]), _blocked_signals():
+                    self._iterator = iter(self.loader)
                     return next(self._iterator)
             return next(self._iterator)
         except StopIteration:

@@ -153,7 +153,9 @@ def _cause(target: Target, step: int, kind: Callable[..., None], delay: float, c
 def compare(reference: Path, reference_save: Path, disturbed: Path, save: Path, steps: int) -> None:
     """Compares two runs: scalars of every attempt, samples, final weights and optimizer state, bit for bit."""
     expected = read_scalars(reference / "tensorboard")
-    tags = [tag for tag in expected if not any(word in tag for word in ("time", "mem", "wait", "throughput", "vs samples"))]
+    tags = [
+        tag for tag in expected if not any(word in tag for word in ("time", "mem", "wait", "throughput", "vs samples"))
+    ]
     assert {"lm loss", "grad-norm"} <= set(tags), tags
     seen: set[int] = set()
     for file in event_files(disturbed / "tensorboard"):

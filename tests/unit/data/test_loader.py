@@ -147,6 +147,14 @@ def test_open_tar_files_do_not_keep_the_members_that_were_read(
     assert len(lines) > 20 and {kept for _, kept in lines} == {"0"} and str(os.getpid()) not in dict(lines)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_starting_to_read_draws_from_the_generator_of_dropout(make_config: Make, tokenizer: Any, workers: int) -> None:
+    """A run that is resumed starts to read once more than one that is not."""
+    before = torch.get_rng_state()
+    keys(train(make_config(num_workers=workers), tokenizer), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_two_workers_alternate_between_the_batches_of_two_ranks(make_config: Make, tokenizer: Any) -> None:
     one = keys(train(make_config(num_workers=2), tokenizer), 20)
     ranks = [keys(train(make_config(num_workers=1), tokenizer, rank, 2), 10) for rank in range(2)]
