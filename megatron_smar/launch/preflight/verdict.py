@@ -136,11 +136,13 @@ def _collective_fault(node: str, trial: Trial) -> str:
     other = next((name for name in trial.nodes if name != node), None)
     where = f"with {other}, which works with another node" if other else "by itself"
     look = f"look at its network ({NETWORK})" if other else "look at its installation and devices"
-    return f"{node} fails in an all-reduce {where} ({_reason(trial)}): {look}; its output is {trial.log}."
+    return f"{node} fails in an all-reduce {where} ({_reason(trial, node)}): {look}; its output is {trial.log}."
 
 
-def _reason(trial: Trial) -> str:
-    said = next((finding.fault for finding in trial.findings if finding.fault), None)
+def _reason(trial: Trial, node: str | None = None) -> str:
+    """Returns why a group failed, in the words of a node if it has said something."""
+    faults = [finding for finding in trial.findings if finding.fault]
+    said = next((finding.fault for finding in sorted(faults, key=lambda finding: finding.node != node)), None)
     if said is None and trial.overdue:
         return "no answer"
     return said or trial.said or "no output"
