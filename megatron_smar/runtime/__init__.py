@@ -55,9 +55,9 @@ def install(wanted: Device | None = None) -> Device:
             import torch
 
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        from megatron_smar.runtime import cpu_megatron, cpu_torch, finite_steps, repairs, torch_adam
+        from megatron_smar.runtime import cpu_megatron, cpu_torch, finite_steps, progress, repairs, torch_adam
 
-        for part in (cpu_torch, cpu_megatron, repairs, finite_steps, torch_adam):
+        for part in (cpu_torch, cpu_megatron, repairs, finite_steps, progress, torch_adam):
             for adapt in part.ADAPTATIONS:
                 adapt(_INSTALLED[0])
     return _INSTALLED[0].device
