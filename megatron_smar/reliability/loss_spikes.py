@@ -64,6 +64,7 @@ class LossSpikes:
         group: The ranks that read different samples.
         reports: Whether this rank writes the line; one of the ranks with the loss.
         folder: Folder for the keys; None if the run saves nothing.
+        last_step: Number of the run's last step.
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class LossSpikes:
         group: dist.ProcessGroup,
         reports: bool,
         folder: Path | None,
+        last_step: int | None = None,
     ) -> None:
         self._finder = SpikeFinder(sigma)
         self._name, self._keys_of, self._group = name, keys_of, group
-        self._reports, self._folder = reports, folder
+        self._reports, self._folder, self._last_step = reports, folder, last_step
         self._last: tuple[int, Tensor, list[str]] | None = None
 
     def __call__(self, step: int, losses: dict[str, Any], skipped: bool) -> None:
@@ -88,6 +90,9 @@ class LossSpikes:
             loss = losses[self._name].detach()
             copy = torch.empty(loss.shape, dtype=loss.dtype).pin_memory()
             self._last = step, copy.copy_(loss, non_blocking=True), self._keys_of(step)
+        if step == self._last_step:
+            torch.cuda.synchronize()
+            self.finish()
 
     def finish(self) -> None:
         """Looks at the loss that was kept."""

@@ -23,12 +23,11 @@ class Stragglers:
     Args:
         log_interval: Steps between two comparisons, or a multiple of it that is 10 steps or more.
         sections: Parts of a step (`runtime.progress`).
-        stages: Pipeline stage of each rank: ranks of different stages have different work.
-        rank: This rank.
+        stage: This rank's pipeline stage: ranks of different stages have different work.
     """
 
-    def __init__(self, log_interval: int, sections: Sequence[str], stages: Sequence[int], rank: int) -> None:
-        self._log_interval, self._sections, self._stages, self._rank = log_interval, sections, stages, rank
+    def __init__(self, log_interval: int, sections: Sequence[str], stage: int) -> None:
+        self._log_interval, self._sections, self._stage = log_interval, sections, stage
         self._steps = -1  # the first step compiles and opens files
 
     def __call__(self, step: int, losses: dict[str, Any], skipped: bool) -> None:
@@ -41,12 +40,13 @@ class Stragglers:
         taken = PROGRESS.take_seconds()
         own = [1000 * taken.get(name, 0.0) / self._steps for name in self._sections]
         self._steps = 0
-        times = torch.tensor(own, dtype=torch.float32, device=torch.cuda.current_device())
-        every = times.new_empty(len(self._stages), len(own))
-        dist.all_gather_into_tensor(every.view(-1), times)
-        if self._rank == len(self._stages) - 1:
-            columns = dict(zip(self._sections, every.t().tolist(), strict=True))
-            for line in slow_ranks(columns, self._stages):
+        values = torch.tensor([self._stage, *own], dtype=torch.float32, device=torch.cuda.current_device())
+        every = values.new_empty(dist.get_world_size(), len(values))
+        dist.all_gather_into_tensor(every.view(-1), values)
+        if dist.get_rank() == len(every) - 1:
+            stages, *columns = every.t().tolist()
+            times = dict(zip(self._sections, columns, strict=True))
+            for line in slow_ranks(times, [int(stage) for stage in stages]):
                 print(f"WARNING: iteration {step}: {line}", flush=True)
 
 

@@ -18,14 +18,15 @@ from typing import Any
 from megatron_smar.runtime.adaptation import Where, adaptation
 from megatron_smar.runtime.environment import Device
 
-START = "starting"
-DATA = "reading data"
+START = "the start"
+DATA = "the data loader"
 PASS = "the forward and backward pass"
 OPTIMIZER = "the optimizer's step"
-SAVE = "saving a checkpoint"
-LOAD = "loading a checkpoint"
-EVALUATION = "evaluation"
-BETWEEN = "between two steps"
+SAVE = "a save"
+LOAD = "the loading of a checkpoint"
+EVALUATION = "the evaluation"
+BETWEEN = "the loop between two steps"
+END = "the end of the run"
 # Sections in which reading or writing files is progress.
 FILES = frozenset({START, SAVE, LOAD})
 
@@ -146,8 +147,15 @@ def mark_the_sections_of_a_run() -> None:
             call(PROGRESS.step, done[0], bool(done[1]))
         return done
 
-    training.train_step = marked_step
-    training.train = _within(train, BETWEEN)
+    @functools.wraps(train)
+    def marked_training(*args: Any, **kwargs: Any) -> Any:
+        PROGRESS.go(Place(BETWEEN))
+        try:
+            return train(*args, **kwargs)
+        finally:
+            PROGRESS.go(Place(END))
+
+    training.train_step, training.train = marked_step, marked_training
     training.load_checkpoint = _within(training.load_checkpoint, LOAD)
     training.save_checkpoint_and_time = _within(training.save_checkpoint_and_time, SAVE)
     training.maybe_finalize_async_save = _within(training.maybe_finalize_async_save, SAVE)

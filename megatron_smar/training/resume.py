@@ -16,6 +16,7 @@ from megatron.training.checkpointing import get_checkpoint_name
 from megatron_smar.data.batch import VisionLanguageBatch
 from megatron_smar.data.loader import EnergonIterator
 from megatron_smar.data.state import load_rank_state
+from megatron_smar.reliability.step_samples import WatchedSamples
 from megatron_smar.runtime.signals import StopSignals
 
 
@@ -91,7 +92,7 @@ class SavedPositions:
         folder: Folder of the states, which have Megatron's file names.
     """
 
-    def __init__(self, iterator: EnergonIterator, data_parallel_rank: int, folder: str) -> None:
+    def __init__(self, iterator: WatchedSamples, data_parallel_rank: int, folder: str) -> None:
         self.iterator = iterator
         self._rank, self._folder = data_parallel_rank, folder
         self._left = 0
@@ -115,7 +116,8 @@ class SavedPositions:
 
     def save_state(self) -> dict[str, Any]:
         """Returns the loader's state."""
-        return self.iterator.save_state()
+        state: dict[str, Any] = self.iterator.save_state()
+        return state
 
     def _forget_unused(self) -> None:
         """Deletes the last saved state if no checkpoint was saved with it."""

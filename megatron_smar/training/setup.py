@@ -39,6 +39,7 @@ from megatron_smar.runtime import failure
 from megatron_smar.training.console import show_step_lines
 from megatron_smar.training.providers import model_provider
 from megatron_smar.training.resume import take_over_folder
+from megatron_smar.training.watch import count_skipped_steps
 
 
 def parse_arguments(
@@ -125,6 +126,7 @@ def _resume(args: Namespace, point: StartPoint) -> None:
     keep_expert_order(args)
     check_continuation(args, state)
     leave_other_random_state(args, state)
+    count_skipped_steps(args, state)
     for note in point.notes:
         print_rank_0(note)
 

@@ -48,7 +48,7 @@ with section(DATA):
     done = run(code)
     assert done.returncode == STATUS
     assert "Thread MainThread (most recent call first):" in done.stderr and "in wait_for_ever" in done.stderr
-    assert "no progress for 1 s (--hang-seconds 1), in step 1: rank 0 is in reading data. The stacks" in done.stderr
+    assert "no progress for 1 s (--hang-seconds 1), in step 1: rank 0 is in the data loader. The stacks" in done.stderr
     assert process_status(done.stdout.strip(), "State")[:1] in ("", "Z")
 
 
@@ -95,9 +95,9 @@ print("went on")
     [
         (
             {0: (PASS, True), 1: (DATA, False), 2: (PASS, True)},
-            "rank 1 is in reading data, the likely cause; ranks 0, 2 are waiting for other ranks in the forward and",
+            "rank 1 is in the data loader, the likely cause; ranks 0, 2 are waiting for other ranks in the forward and",
         ),
-        ({0: (SAVE, True), 1: (SAVE, True), 2: (SAVE, True)}, "ranks 0-2 are waiting for other ranks in saving a "),
+        ({0: (SAVE, True), 1: (SAVE, True), 2: (SAVE, True)}, "ranks 0-2 are waiting for other ranks in a save: "),
         ({0: (START, False), 2: (PASS, True)}, "rank 1 (process 1 on elsewhere does not answer), the likely cause; r"),
     ],
 )

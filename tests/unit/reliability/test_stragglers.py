@@ -9,13 +9,13 @@ from megatron_smar.reliability.stragglers import slow_ranks
 @pytest.mark.parametrize(
     ("times", "stages", "said"),
     [
-        ({"reading data": [1, 1], "the pass": [100, 131]}, [0, 0], ["rank 1 is slow in the pass: 131.0 ms"]),
-        ({"reading data": [1, 1], "the pass": [100, 129]}, [0, 0], []),
+        ({"the data loader": [1, 1], "the pass": [100, 131]}, [0, 0], ["rank 1 is slow in the pass: 131.0 ms"]),
+        ({"the data loader": [1, 1], "the pass": [100, 129]}, [0, 0], []),
         # Milliseconds that nobody would miss are left out, even if they are a multiple.
-        ({"reading data": [4, 1], "the pass": [100, 100]}, [0, 0], []),
-        ({"reading data": [40, 0], "the pass": [100, 100]}, [0, 0], ["rank 0 is slow in reading data: 40.0 ms"]),
+        ({"the data loader": [4, 1], "the pass": [100, 100]}, [0, 0], []),
+        ({"the data loader": [40, 0], "the pass": [100, 100]}, [0, 0], ["rank 0 is slow in the data loader: 40.0 ms"]),
         # The first stage has the vision encoder: it is compared with itself alone.
-        ({"reading data": [1, 1, 1, 1], "the pass": [200, 200, 100, 100]}, [0, 0, 1, 1], []),
+        ({"the data loader": [1, 1, 1, 1], "the pass": [200, 200, 100, 100]}, [0, 0, 1, 1], []),
         ({"the pass": [200, 200, 100, 150]}, [0, 0, 1, 1], ["rank 3 is slow in the pass: 150.0 ms"]),
         ({"the pass": [200]}, [0], []),
         (
