@@ -41,6 +41,7 @@ def build_stuck_step():
 
     def stuck_step(iterator, model):
         if IS_STUCK and KIND == "lock" and get_args().curr_iteration == 2:
+            time.sleep(1)  # until the watch has seen that the limit of later steps applies
             ctypes.PyDLL(None).sleep(1000)
         if IS_STUCK and KIND == "slow":
             time.sleep(0.1)
