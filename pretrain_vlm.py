@@ -27,6 +27,7 @@ from megatron_smar.runtime.finite_steps import NotFiniteError
 from megatron_smar.training.providers import build_forward_step, data_iterators_provider, model_provider
 from megatron_smar.training.setup import fail, fail_before_training, parse_arguments
 from megatron_smar.training.stop import end_after_a_signal
+from megatron_smar.training.watch import watch_for_hangs
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
         benchmarks = training_benchmarks(args)
     except ValueError as error:  # a tokenizer without the image tokens, or a benchmark whose files cannot be used
         fail(error)
+    watch_for_hangs(args)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),

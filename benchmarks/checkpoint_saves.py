@@ -4,8 +4,9 @@
     python benchmarks/checkpoint_saves.py [--write docs/reliability.md]
 
 Trains a model whose checkpoint has about a gigabyte, once with synchronous and once with asynchronous saves. Times are
-those that the run prints; the first save is left out, since it touches its memory for the first time. Then the run is resumed once for each --verify-checkpoint. The last row writes the largest file of
-the checkpoint again, with and without hashes. All times are of one machine and one run; the ratios are what counts.
+those that the run prints; the first save is left out, since it touches its memory for the first time. Then the run is
+resumed once for each --verify-checkpoint. The last row writes the largest file of the checkpoint again, with and
+without hashes. All times are of one machine and one run; the ratios are what counts.
 """
 
 from __future__ import annotations

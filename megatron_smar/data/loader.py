@@ -9,6 +9,7 @@ micro-batches of two ranks with one worker each.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import threading
@@ -317,6 +318,7 @@ def _block_signals_in_workers[L: SavableDataLoader[Any] | BasicDataLoader[Any]](
 def _start_worker(start: Callable[[int], None], worker: int) -> None:
     start(worker)
     signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
+    faulthandler.register(signal.SIGUSR2, file=2)  # the watch for hangs asks for its stacks
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 

@@ -73,6 +73,12 @@ class TrainingStep:
         for router, sums in zip(routers, own, strict=True):
             router.update(sums)
 
+    def discard(self) -> None:
+        """Forgets what the routers have accumulated in a step that is not applied."""
+        for router in self.routers:
+            router.take_step_sums()
+        self.routers = {}
+
     def reductions(self, is_global: bool, replicas: int, per_token: bool) -> float | Tensor:
         """Returns the factor that corrects an auxiliary loss for Megatron's reductions over data-parallel replicas.
 

@@ -62,12 +62,13 @@ def install(wanted: Device | None = None) -> Device:
             cpu_megatron,
             cpu_torch,
             finite_steps,
+            progress,
             repairs,
             saving,
             torch_adam,
         )
 
-        for part in (cpu_torch, cpu_megatron, repairs, finite_steps, saving, asynchronous, torch_adam):
+        for part in (cpu_torch, cpu_megatron, repairs, finite_steps, saving, asynchronous, progress, torch_adam):
             for adapt in part.ADAPTATIONS:
                 adapt(_INSTALLED[0])
     return _INSTALLED[0].device

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stops a run, on all ranks and with one sentence, before a step with a NaN or infinite loss or gradient is applied.
 
+With --max-skipped-steps the run goes on without such a step, as often as that allows (`skipped_steps`).
+
 The check uses the gradient norm, which Megatron reads in every step anyway. The losses of all ranks are included in it:
 their sum times 0, which is 0 or NaN, is added to the gradients that the norm is computed from. So are the gradients
 that the norm leaves out: those of a weight's copies on the other tensor-parallel ranks. With fp16, dynamic loss scaling
@@ -12,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_smar.runtime.adaptation import Where, adaptation
+from megatron_smar.runtime.skipped_steps import SKIPS
 
 
 class NotFiniteError(RuntimeError):
@@ -31,7 +35,19 @@ class _Step:
     def __init__(self) -> None:
         # [2], one for the losses and one for the copies' gradients: 0, or NaN if any rank's is not finite.
         self.faults: Tensor | None = None
+        self.own_losses: Tensor | None = None  # [], the same for this rank's losses
         self.optimizer: Any = None  # the outermost optimizer of this step; chained optimizers can be nested
+        self.model: list[torch.nn.Module] = []
+        self.verdict = ""  # of a second run of the step, which was still faulty or gave another result
+
+    def begin(self, model: list[torch.nn.Module]) -> None:
+        """Starts a step."""
+        self.model, self.verdict = model, ""
+        SKIPS.begin(model)
+
+    def end(self) -> None:
+        """Ends a step."""
+        self.model, self.verdict, self.faults, self.own_losses = [], "", None, None
 
     def note(self, reports: Iterable[dict[str, Tensor]] | None, copies: list[Tensor]) -> None:
         """Checks losses and copies' gradients over all ranks, without copying anything from the device.
@@ -49,7 +65,7 @@ class _Step:
             else torch.zeros((), device=device)
             for values in (losses, largest)
         ]
-        self.faults = torch.stack(zeros)
+        self.own_losses, self.faults = zeros[0], torch.stack(zeros)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.faults)
 
@@ -89,12 +105,18 @@ def refuse_steps_that_are_not_finite() -> None:
             return step(self)
         _STEP.optimizer = self
         try:
+            if _STEP.verdict:
+                raise NotFiniteError(_STEP.verdict)
             done = step(self)
+            if not done[0] and done[1] is None and not _scale_adapts(self):  # a constant scale would skip every step
+                raise NotFiniteError
+            return done
+        except NotFiniteError as error:
+            if not _skips(str(error)):
+                raise
+            return False, None, None  # what Megatron's optimizers return for a step that overflows with fp16
         finally:
             _STEP.optimizer = None
-        if not done[0] and done[1] is None and not _scale_adapts(self):  # a constant scale would skip every step
-            raise NotFiniteError
-        return done
 
     optimizers.ChainedOptimizer.step = checked_step
     optimizers.ChainedOptimizer.get_grad_norm = _checked_norm(get_grad_norm)
@@ -154,6 +176,7 @@ def stop_at_steps_that_are_not_finite() -> None:
             _STEP.note(reports, _copies(model))
             return reports
 
+        _STEP.begin(model)
         try:
             done = train_step(forward, data, model, optimizer, scheduler, config, run_schedule, **kwargs)
             if done[1] and _STEP.has_faulty_loss() and _any_rank(_faults(model)[0] != ""):
@@ -161,10 +184,10 @@ def stop_at_steps_that_are_not_finite() -> None:
             return done
         except NotFiniteError as error:
             training.maybe_finalize_async_save(blocking=True, terminate=True)
-            sentence = _sentence(model, int(training.get_args().curr_iteration) + 1, str(error))
-            raise NotFiniteError(sentence) from None
+            verdict = "; ".join(filter(None, (str(error), SKIPS.exhausted())))
+            raise NotFiniteError(_sentence(_diagnose(model), _current_step(), verdict)) from None
         finally:
-            _STEP.faults = None
+            _STEP.end()
 
     training.train_step = watched_step
 
@@ -191,31 +214,94 @@ def let_reruns_save_nothing() -> None:
 
     @functools.wraps(decide)
     def decide_without_saving(self: Any) -> tuple[bool, bool, int]:
-        if self.mode == RerunMode.VALIDATE_RESULTS and self.state in verdicts:
+        if self.mode != RerunMode.VALIDATE_RESULTS or self.state not in verdicts:
+            return decide(self)
+        if SKIPS.left <= 0:
             raise NotFiniteError(verdicts[self.state])
-        return decide(self)
+        # The optimizer refuses the step; the next one begins as after any other, and no checkpoint holds the fault.
+        _STEP.verdict, self.state = verdicts[self.state], RerunState.NOT_RUNNING_YET
+        self.rerun_requested = self.checkpoint_requested = False
+        self.failed_validation_call = self.initial_result = self.suspicious_node = self.suspicious_device = None
+        return False, False, 0
 
     RerunStateMachine.validate_result = validate_for_reruns
     RerunStateMachine.should_checkpoint_and_exit = decide_without_saving
 
 
-def _sentence(model: list[torch.nn.Module], step: int, verdict: str) -> str:
-    """Returns what is wrong and how to fix it, the same on all ranks; this waits for the device, when the run ends."""
-    found = [_faults(model)]
+@dataclass(frozen=True)
+class _Diagnosis:
+    """What is wrong with a step, the same on all ranks.
+
+    Attributes:
+        what: What is NaN or infinite.
+        weight: The first weight that is, with its rank; "" for none.
+        gradient: The first gradient that is, with its rank; "" for none.
+        keys: Keys of the samples by data-parallel rank, only of those whose loss is at fault if that is known.
+    """
+
+    what: str
+    weight: str
+    gradient: str
+    keys: list[list[str]]
+
+
+def _diagnose(model: list[torch.nn.Module]) -> _Diagnosis:
+    """Finds what is wrong, on all ranks together; this waits for the device, when the step is lost anyway."""
+    from megatron.core import parallel_state
+
+    is_loss_faulty = _STEP.own_losses is not None and not bool(_STEP.own_losses.isfinite())
+    own = (*_faults(model), is_loss_faulty, SKIPS.keys_of(_current_step()), parallel_state.get_data_parallel_rank())
+    found = [own]
     if torch.distributed.is_initialized():
-        found = [("", "")] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, _faults(model))
+        found = [own] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, own)
     weight, gradient = (
         next((f"{names[kind]} (rank {rank})" for rank, names in enumerate(found) if names[kind]), "") for kind in (0, 1)
     )
+    faulty_losses = {replica for *_, is_faulty, _, replica in found if is_faulty}
+    keys: dict[int, list[str]] = {}
+    for *_, samples, replica in found:
+        keys[replica] = samples if not faulty_losses or replica in faulty_losses else []
     what = "its loss" if _STEP.has_faulty_loss() else "its gradient, not its loss,"
-    if weight:
-        why = f"the weight {weight} was NaN or infinite before it: start from a checkpoint without such a weight"
+    if _STEP.verdict and not gradient and not _STEP.has_faulty_loss():
+        what = "its loss or gradient, the first time,"
+    return _Diagnosis(what, weight, gradient, [keys[replica] for replica in sorted(keys)])
+
+
+def _skips(verdict: str) -> bool:
+    """Skips the present step, if that is allowed and can help; returns whether it did, the same on all ranks."""
+    if SKIPS.left <= 0:
+        return False
+    found, step = _diagnose(_STEP.model), _current_step()
+    if found.weight:  # every further step would have to be skipped
+        return False
+    SKIPS.skip(step)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        again = f"; {verdict}" if verdict else ""
+        gradient = f"; the first gradient that is not finite is that of {found.gradient}" if found.gradient else ""
+        print(
+            f"WARNING: iteration {step} is skipped ({len(SKIPS.done)} of --max-skipped-steps {SKIPS.allowed}), since "
+            f"{found.what} is NaN or infinite{again}{gradient}; its samples: {SKIPS.describe(step, found.keys)}",
+            flush=True,
+        )
+    return True
+
+
+def _current_step() -> int:
+    from megatron.training import get_args
+
+    return int(get_args().curr_iteration) + 1
+
+
+def _sentence(found: _Diagnosis, step: int, verdict: str) -> str:
+    """Returns what is wrong and how to fix it."""
+    if found.weight:
+        why = f"the weight {found.weight} was NaN or infinite before it: start from a checkpoint without such a weight"
     else:
-        first = f", and the first gradient that is not is that of {gradient}" if gradient else ""
+        first = f", and the first gradient that is not is that of {found.gradient}" if found.gradient else ""
         why = f"every weight is finite{first}: look at the step's data, or lower --lr or --clip-grad, or warm up longer"
     again = f"; {verdict}" if verdict else ""
-    return f"step {step} was not applied, since {what} is NaN or infinite{again}; {why}. {_newest_checkpoint()}"
+    return f"step {step} was not applied, since {found.what} is NaN or infinite{again}; {why}. {_newest_checkpoint()}"
 
 
 def _copies(model: list[torch.nn.Module]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from megatron_smar.training.console import write_arguments
 from megatron_smar.training.loss import lm_loss, weighted_lm_loss
 from megatron_smar.training.resume import restore
 from megatron_smar.training.summary import data_lines, place_lines, summary
+from megatron_smar.training.watch import watch_model, watch_samples, watch_steps
 
 _CHUNKS: list[VisionLanguageModel] = []  # this rank's model chunks, in the order in which they were built
 
@@ -62,6 +63,7 @@ def model_provider(
     )
     check_weights(model, args)
     watch_routing(model)
+    watch_model(model)
     _CHUNKS.append(model)
     return model
 
@@ -80,7 +82,7 @@ def _show_summary(args: Namespace) -> None:
 
 def data_iterators_provider(
     num_samples: list[int], vp_stage: int | None = None
-) -> tuple[Iterator[VisionLanguageBatch] | None, EnergonIterator | None, None]:
+) -> tuple[Iterator[VisionLanguageBatch] | None, Iterator[VisionLanguageBatch] | None, None]:
     """Builds this rank's training and validation iterators (Megatron's `external` dataloaders).
 
     Args:
@@ -98,12 +100,14 @@ def data_iterators_provider(
     }
     if not vp_stage:
         _show_summary(args)
+        watch_steps(args, [chunk.step for chunk in _CHUNKS])
     train: Iterator[VisionLanguageBatch] | None = None
-    valid = None
+    valid: Iterator[VisionLanguageBatch] | None = None
     if not args.skip_train:
         train = EnergonIterator(build_train_loader(config, get_tokenizer(), *place, **settings), config)
         opened.append(train)
         restore(train, *place)
+        train = watch_samples(train, not vp_stage)
         if args.record_samples and settings["announce_rejects"]:
             train = RecordedSamples(train, args.record_samples, *place, args.iteration, lambda: args.curr_iteration + 1)
         weighting = get_run_config().loss_weighting
@@ -112,8 +116,8 @@ def data_iterators_provider(
         batches = args.eval_iters * args.eval_global_batch_size // (args.eval_micro_batch_size * place[1])
         config = dataclasses.replace(config, micro_batch_size=args.eval_micro_batch_size)
         loader = build_valid_loader(config, get_tokenizer(), *place, num_batches=batches, **settings)
-        valid = EnergonIterator(loader, config, batches_per_pass=batches)
-        opened.append(valid)
+        opened.append(EnergonIterator(loader, config, batches_per_pass=batches))
+        valid = watch_samples(opened[-1], is_training=False)
     begin_training()
     return train, valid, None
 
@@ -149,7 +153,7 @@ def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardS
         A function of the data iterator and the model, which returns this stage's output and the function that computes
         the loss from it.
     """
-    data_wait = DataWait()
+    data_wait, slowness = DataWait(), StragglerDetector()  # Megatron's, of --log-straggler, which measures on CUDA
     weighting = get_run_config().loss_weighting
 
     def forward_step(
@@ -159,14 +163,16 @@ def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardS
         groups = ProcessGroupCollection.use_mpu_process_groups()
         timers("batch-generator", log_level=2).start()
         with_images = get_attr_wrapped_model(model, "pre_process")
-        read, waited = data_wait.next(data_iterator)
-        batch = prepare_batch(read, placeholders, tile_tokens, with_images, groups, waited)
+        with slowness(bdata=True):
+            read, waited = data_wait.next(data_iterator)
+            batch = prepare_batch(read, placeholders, tile_tokens, with_images, groups, waited)
         if model.training:
             step = get_attr_wrapped_model(model, "step")
             step.iteration, step.tokens = args.curr_iteration, batch.step_tokens
             step.samples = max(step.samples, batch.samples)
         timers("batch-generator").stop()
-        output = model(**batch.model_inputs(), labels=batch.labels)
+        with slowness:
+            output = model(**batch.model_inputs(), labels=batch.labels)
         # In validation Megatron would print each share as a validation loss, with its perplexity.
         shares, check = batch.shares if model.training else {}, args.check_for_nan_in_loss_and_grad
         if model.training and weighting is not None:

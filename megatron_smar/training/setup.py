@@ -44,6 +44,7 @@ from megatron_smar.runtime.saving import HOOKS
 from megatron_smar.training.console import show_step_lines
 from megatron_smar.training.providers import model_provider
 from megatron_smar.training.resume import save_state, take_over_folder
+from megatron_smar.training.watch import count_skipped_steps
 
 
 def parse_arguments(
@@ -147,6 +148,7 @@ def _resume(args: Namespace, point: StartPoint) -> None:
     keep_expert_order(args)
     check_continuation(args, state)
     leave_other_random_state(args, state)
+    count_skipped_steps(args, state)
     for note in point.notes:
         print_rank_0(note)
 

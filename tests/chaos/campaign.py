@@ -28,6 +28,7 @@ SAVE_INTERVAL = 2
 BETWEEN = (2 * SAVE_INTERVAL, 2 * SAVE_INTERVAL + 2)
 COMMON = ["--micro-batch-size", 1, "--global-batch-size", 8, "--num-workers", 1, "--packing-buffer-size", 8]
 COMMON += ["--save-interval", SAVE_INTERVAL, "--keep-last", 3, "--tensorboard-queue-size", 1, "--max-failed-saves", 4]
+MEASURED = ("time", "mem", "wait", "throughput", "vs samples")  # words in the names of scalars that differ by nature
 RUNS: dict[str, list[Any]] = {
     "SMAR, packing, expert parallelism, synchronous saves": [
         *["--modality-routing", "smar", "--smar-d-min", 3, "--smar-d-max", 4, "--smar-coeff", 0.1],

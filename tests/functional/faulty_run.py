@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs pretrain_vlm.py with one fault, which FAULT in the environment defines: kind, step, value, parameter name.
+"""Runs pretrain_vlm.py with one fault, which FAULT in the environment defines: kind, steps, value, parameter name.
 
 The fault is in the first parameter whose name contains the given one. The kinds are:
 
@@ -7,7 +7,10 @@ The fault is in the first parameter whose name contains the given one. The kinds
 - `gradient` sets one element of its gradient in the given step, only on rank 0;
 - `copy` does so only on the last rank, for a parameter that is not sharded: under tensor parallelism the gradient norm
   leaves out that rank's copy;
-- `loss` adds the value to the losses of the last rank, which leaves the gradient unchanged.
+- `loss` adds the value to the losses of the last rank, which leaves the gradient unchanged;
+- `unapplied` leaves out the optimizer's step in the given steps, whose losses and gradients are finite.
+
+Several steps are joined by `+`.
 """
 
 import functools
@@ -19,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pretrain_vlm  # isort: skip  (it adapts torch and Megatron before they are imported)
 import torch
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.training import get_args
 
-KIND, STEP, VALUE, NAME = os.environ["FAULT"].split(",")
+KIND, STEPS, VALUE, NAME = os.environ["FAULT"].split(",")
 
 
 def in_step() -> bool:
-    return get_args().curr_iteration + 1 == int(STEP)
+    return str(get_args().curr_iteration + 1) in STEPS.split("+")
 
 
 def is_faulty_rank() -> bool:
@@ -34,9 +38,15 @@ def is_faulty_rank() -> bool:
 
 def faulty_model(*args, **kwargs):
     model = provide_model(*args, **kwargs)
+    if KIND in ("loss", "unapplied"):
+        return model
     for name, parameter in model.named_parameters():
         is_split = getattr(parameter, "tensor_model_parallel", False)
-        if NAME not in name or KIND == "loss" or (KIND == "copy" and (is_split or not parameter.requires_grad)):
+        if (
+            NAME not in name
+            or KIND in ("loss", "unapplied")
+            or (KIND == "copy" and (is_split or not parameter.requires_grad))
+        ):
             continue
         if KIND == "weight":
             parameter.data.view(-1)[0] = float(VALUE)
@@ -62,6 +72,11 @@ def build_faulty_step():
     return faulty_step
 
 
+def step_or_not(optimizer):
+    return (False, None, None) if KIND == "unapplied" and in_step() else step(optimizer)
+
+
+step, ChainedOptimizer.step = ChainedOptimizer.step, step_or_not
 provide_model, build_step = pretrain_vlm.model_provider, pretrain_vlm.build_forward_step
 pretrain_vlm.model_provider, pretrain_vlm.build_forward_step = faulty_model, build_faulty_step
 pretrain_vlm.main()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that the gradient norm includes the losses, and that optimizers stop at a norm that is not finite."""
+"""Tests that the gradient norm includes the losses, and that optimizers stop at, or skip, a norm that is not finite."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from megatron.core.optimizer import optimizer as optimizers
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
 
 from megatron_smar.runtime import finite_steps
+from megatron_smar.runtime.skipped_steps import SKIPS, Skips
 
 GRADIENTS = [torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]
 
@@ -100,3 +101,55 @@ def test_an_overflow_in_one_of_the_chained_optimizers_lowers_the_loss_scale_of_a
     for expected in (4.0, 8.0):  # the scales also grow together
         assert nested.step()[0]
         assert [scaler.scale.item() for scaler in scalers] == [expected] * 3
+
+
+class Counting(torch.nn.Module):
+    """A model whose forward pass changes a buffer, wrapped as Megatron wraps it: `buffers` is a list there."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+        self.inner.register_buffer("seen", torch.zeros(1))
+        self.buffers = []
+
+    def forward(self, x):
+        self.inner.seen += 1
+        return self.inner(x)
+
+
+def test_the_models_buffers_are_put_back_and_what_was_accumulated_is_forgotten():
+    skips, model, calls = Skips(), Counting(), []
+    skips.allowed, skips.settle, skips.discard = 1, lambda: calls.append("settle"), lambda: calls.append("discard")
+    skips.begin([model])
+    model(torch.ones(2))
+    skips.skip(7)
+    assert model.inner.seen == 0 and calls == ["settle", "discard"] and skips.done == [7] and skips.left == 0
+    skips.begin([model])  # the next could not be skipped: nothing is copied
+    assert calls == ["settle", "discard"] and not skips._buffers
+
+
+@pytest.fixture
+def one_skip(step, monkeypatch):
+    monkeypatch.setattr(finite_steps, "_current_step", lambda: 3)
+    monkeypatch.setattr(SKIPS, "allowed", 1)
+    monkeypatch.setattr(SKIPS, "done", [])
+
+
+def test_an_optimizer_skips_as_many_steps_as_allowed_and_changes_nothing_in_them(one_skip, capsys):
+    good, bad = Part(torch.ones(2)), Part(torch.tensor([1.0, float("nan")]))
+    chained = optimizers.ChainedOptimizer([optimizers.ChainedOptimizer([good, bad])])
+    assert chained.step() == (False, None, None)
+    assert SKIPS.done == [3] and not good.stepped and not bad.stepped
+    assert capsys.readouterr().out.startswith("WARNING: iteration 3 is skipped (1 of --max-skipped-steps 1), since ")
+    with pytest.raises(finite_steps.NotFiniteError):
+        chained.step()
+    assert "1 step has been skipped already (--max-skipped-steps 1)" in SKIPS.exhausted()
+
+
+def test_a_step_is_not_skipped_if_a_weight_is_not_finite(one_skip, monkeypatch):
+    model = torch.nn.Linear(1, 1)
+    model.weight.data.fill_(float("inf"))
+    monkeypatch.setattr(finite_steps._STEP, "model", [model])
+    with pytest.raises(finite_steps.NotFiniteError):
+        optimizers.ChainedOptimizer([Part(torch.tensor([float("nan")]))]).step()
+    assert SKIPS.done == []
