@@ -135,6 +135,9 @@ class CheckpointSaver:
         if problem:
             return self._failed(iteration, problem)
         self.failures = 0
+        if HOOKS.report is not None:
+            HOOKS.report()
+        HOOKS.report = None
         if get_args().async_save:
             print_rank_0(f"step {iteration} is saved ({self.folder})")
         if self.config.keep_last is not None and is_first_rank():

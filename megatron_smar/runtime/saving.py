@@ -27,7 +27,9 @@ class Hooks:
         load: Called before Megatron loads a checkpoint.
         train: Called before the first step, with the model's chunks and the optimizer.
         open: Opens a file of weights for writing.
+        report: What Megatron tells W&B of a save, to be called when the checkpoint has its final name.
         folder: While a checkpoint is saved, the folder in which Megatron is to write it.
+        step: The step that is saved.
         errors: What failed on this rank, where Megatron expects that nothing can fail on one rank alone.
     """
 
@@ -37,6 +39,7 @@ class Hooks:
     load: Callable[[], None] | None = None
     train: Callable[[list[Any], Any], None] | None = None
     open: Callable[[str], IO[bytes]] | None = None
+    report: Callable[[], None] | None = None
     folder: Path | None = None
     step: int = 0
     errors: list[str] = field(default_factory=list)
@@ -56,7 +59,8 @@ def save_through_hooks() -> None:
     import megatron.training.training as training
 
     save, name = training.save_checkpoint, checkpointing.get_checkpoint_name
-    tracker = checkpointing.get_checkpoint_tracker_filename
+    tracker, wandb = checkpointing.get_checkpoint_tracker_filename, checkpointing.wandb_utils
+    report = wandb.on_save_checkpoint_success
 
     @functools.wraps(save)
     def hooked_save(*args: Any, **kwargs: Any) -> None:
@@ -70,6 +74,15 @@ def save_through_hooks() -> None:
     def staged_tracker(path: str) -> str:
         return str(tracker(path)) if HOOKS.folder is None else os.devnull
 
+    @functools.wraps(report)
+    def report_later(path: str, tracker_file: str, folder: str, iteration: int) -> None:
+        if HOOKS.save is None:
+            report(path, tracker_file, folder, iteration)
+            return
+        final = name(folder, iteration, return_base_dir=True)
+        HOOKS.report = functools.partial(report, final, tracker(folder), folder, iteration)
+
+    wandb.on_save_checkpoint_success = report_later
     training.save_checkpoint = hooked_save
     checkpointing.get_checkpoint_name = staged_name
     checkpointing.get_checkpoint_tracker_filename = staged_tracker
