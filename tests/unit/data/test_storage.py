@@ -316,5 +316,6 @@ def test_an_error_repeats_the_signature_of_an_address_that_a_server_redirects_to
         with pytest.raises(Exception, match=r"cannot be reached|Failed to download") as error:
             EPath(energon_path(f"{url}/file")).read_bytes()
         shown = "".join(traceback.format_exception(error.value))
-    assert ("cannot be reached" if gone else "the connection broke") in shown
+    # Whether the answer's first bytes arrive before the connection breaks is a matter of luck.
+    assert "cannot be reached" in shown or (not gone and "the connection broke" in shown)
     assert "hunter2" not in shown + caplog.text
