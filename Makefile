@@ -59,7 +59,7 @@ test-cuda-path: env ## the CUDA path as far as possible without a GPU: a claimed
 	OMP_NUM_THREADS=1 $(python) -m pytest --matrix --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) tests/cuda_path
 
 test-slurm: env ## launch jobs on a real SLURM of virtual nodes on this machine; needs root and Debian's slurm packages
-	OMP_NUM_THREADS=1 $(python) -m pytest $(PYTEST_FLAGS) tests/slurm
+	OMP_NUM_THREADS=1 $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/slurm
 
 chaos: env ## cause 30 faults in two jobs on that SLURM and compare them with undisturbed runs; writes docs/reliability.md
 	OMP_NUM_THREADS=1 $(python) -m tests.chaos --write docs/reliability.md $(CHAOS_FLAGS)

@@ -6,6 +6,8 @@ import re
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.functional.conftest import World
 from tests.slurm.jobs import NODES, Jobs
 
@@ -42,6 +44,7 @@ def test_a_job_that_always_fails_ends_after_three_attempts_and_names_the_first_r
     assert [attempt["status"] for attempt in attempts] == [1, 1, 1]
 
 
+@pytest.mark.matrix  # tests/chaos has the same in short
 def test_a_run_warned_before_its_time_limit_is_requeued_and_has_the_losses_of_torchrun(jobs: Jobs, world: World):
     training = ["--micro-batch-size", 2, "--global-batch-size", 4, "--num-workers", 0, "--train-iters", 8]
     expected = losses(world.train(*training, ranks=2).stdout)
