@@ -141,9 +141,15 @@ class CheckpointSaver:
         if get_args().async_save:
             print_rank_0(f"step {iteration} is saved ({self.folder})")
         if self.config.keep_last is not None and is_first_rank():
+            self._delete_old(iteration)
+        return True
+
+    def _delete_old(self, iteration: int) -> None:
+        try:
             for deleted in delete_old(self.folder, self.loader_folder, iteration, self.config):
                 print(f"deleted {deleted} (--keep-last {self.config.keep_last})", flush=True)
-        return True
+        except OSError as error:
+            print(f"WARNING: an old checkpoint in {self.folder} is not deleted: {_said(error)}", flush=True)
 
     def _commit(self, iteration: int) -> str:
         """Adds the manifest and renames the folders, on rank 0; returns what is wrong."""
@@ -156,7 +162,7 @@ class CheckpointSaver:
                 _replace(self.loader_folder / loader.name, loader)
             _replace(self.folder / staged.name, staged)
             write_tracker(self.folder, iteration)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a damaged file of hashes too: the others wait for this rank
             return _said(error)
         self.clear()
         return ""
