@@ -146,6 +146,7 @@ def warn_of_time_limit(target: Target, chance: random.Random) -> None:
 
 def damage_newest(target: Target, chance: random.Random) -> None:
     """One bit of the newest checkpoint changes, and all ranks are killed."""
+    target.wait(lambda: len(list(target.save.glob("iter_*"))) > 1, 120, "no two checkpoints")
     kill(list(target.processes().values()))
     checkpoint = target.save / f"iter_{target.saved():07d}"
     path = chance.choice(sorted(checkpoint.glob("*.distcp")))
