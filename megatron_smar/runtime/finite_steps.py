@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stops a run, on all ranks and with one sentence, before a step with a NaN or infinite loss or gradient is applied.
 
-With --max-skipped-steps the run goes on without such a step, as often as that allows (`skipped_steps`).
+With --max-skipped-steps the run continues without such a step, as often as that allows (`skipped_steps`).
 
 The check uses the gradient norm, which Megatron reads in every step anyway. The losses of all ranks are included in it:
 their sum times 0, which is 0 or NaN, is added to the gradients that the norm is computed from. So are the gradients

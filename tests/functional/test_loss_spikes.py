@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loss spike is logged with the samples that its step has read, and training goes on."""
+"""A loss spike is logged with the samples that its step has read, and training continues."""
 
 import re
 
