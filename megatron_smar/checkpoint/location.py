@@ -112,11 +112,12 @@ def problem_of(checkpoint: Path) -> str | None:
 def earlier_steps(folder: Path, step: int) -> list[Path]:
     """Returns the checkpoints before a step, the newest first."""
     iterations = [part for part in folder.iterdir() if _ITERATION.fullmatch(part.name)]
-    earlier = [part for part in iterations if _step(part) < step and not _is_foreign(part)]
-    return sorted(earlier, key=_step, reverse=True)
+    earlier = [part for part in iterations if step_of(part) < step and not _is_foreign(part)]
+    return sorted(earlier, key=step_of, reverse=True)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Returns the step of a checkpoint, by its folder's name."""
     return int(checkpoint.name.removeprefix("iter_"))
 
 
@@ -125,7 +126,7 @@ def _locate(flag: str, path: str, step: int | None, fall_back: bool) -> Location
     folder = Path(path)
     iterations = sorted(
         (part for part in (folder.iterdir() if folder.is_dir() else ()) if _ITERATION.fullmatch(part.name)),
-        key=_step,
+        key=step_of,
     )
     release = [folder / RELEASE] if (folder / RELEASE).is_dir() else []
     foreign = next((part for part in [*release, *iterations] if _is_foreign(part)), None)

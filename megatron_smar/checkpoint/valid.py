@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from megatron.training import print_rank_0
 
 from megatron_smar.checkpoint.fit import checkpoint_to_load
-from megatron_smar.checkpoint.location import LOADER_STATES, earlier_steps, problem_of, resumes_own_run
+from megatron_smar.checkpoint.location import LOADER_STATES, earlier_steps, problem_of, resumes_own_run, step_of
 from megatron_smar.checkpoint.metadata import DamagedError
 from megatron_smar.reliability.agreement import problems_of_all
 from megatron_smar.reliability.manifest import Manifest, Places, Verification
@@ -33,9 +32,9 @@ def verified_problems(checkpoint: Path, how: Verification, loader: Path | None) 
     ranked = torch.distributed.is_initialized()
     share, shares = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ranked else (0, 1)
     try:
-        manifest = Manifest.read(checkpoint)
-        found: Iterable[str] = [] if manifest is None else manifest.size_problems(places) if share == 0 else []
-        found = list(found)
+        manifest, found = Manifest.read(checkpoint), list[str]()
+        if manifest is not None and share == 0:
+            found += manifest.size_problems(places)
         if manifest is not None and not found:
             found += manifest.block_problems(places, how, share, shares)
     except (OSError, ValueError) as error:
@@ -70,9 +69,8 @@ def take_valid_checkpoint(args: Namespace, how: Verification) -> None:
         if other is None:
             fix = "give another --load" if not resumes_own_run(args) else "no earlier checkpoint there is undamaged"
             raise DamagedError(f"{'. '.join(rejected)}; {fix}.")
-        step = int(other.name.removeprefix("iter_"))
         print_rank_0(f"WARNING: {rejected[-1]}. The run resumes from {other.name} instead.")
-        args.ckpt_step, checkpoint = step, other
+        args.ckpt_step, checkpoint = step_of(other), other
 
 
 def _timed(checkpoint: Path, how: Verification, loader: Path | None) -> list[str]:
@@ -93,7 +91,7 @@ def _one_before(args: Namespace, checkpoint: Path) -> Path | None:
     """Returns the newest complete checkpoint before one, for a run that resumes from its own checkpoints."""
     if not resumes_own_run(args):
         return None
-    earlier = earlier_steps(checkpoint.parent, int(checkpoint.name.removeprefix("iter_")))
+    earlier = earlier_steps(checkpoint.parent, step_of(checkpoint))
     return next((part for part in earlier if problem_of(part) is None), None)
 
 

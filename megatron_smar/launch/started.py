@@ -3,7 +3,7 @@
 
     python -m megatron_smar.launch.started LOGS/JOB/attempt_N --save CHECKPOINTS --marker FILE [--after afterany:JOB]
 
-The sbatch file of `launch.script` runs it. Exits with 0 if the attempt goes on.
+The sbatch file of `launch.script` runs it. Exits with 0 if the attempt continues.
 """
 
 from __future__ import annotations

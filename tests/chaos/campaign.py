@@ -76,10 +76,10 @@ def plan(kinds: Sequence[Callable[..., None]], chance: random.Random) -> list[tu
 
 
 @contextmanager
-def disk(folder: Path, megabytes: int) -> Iterator[Path]:
+def disk(folder: Path, kilobytes: int) -> Iterator[Path]:
     """Mounts a small disk of its own."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)], check=True)
     try:
         yield folder
     finally:
@@ -120,7 +120,7 @@ def run_campaign(
     world.train(*flags_of(world, name, steps, reference, reference / "save")[len(world.flags) :], ranks=4, timeout=1200)
     disturbed.mkdir()
     outcomes = []
-    with disk(disturbed / "disk", 64) as place, Cluster(nodes=2) as cluster:
+    with disk(disturbed / "disk", 64 << 10) as place, Cluster(nodes=2) as cluster:
         jobs = Jobs(cluster, disturbed)
         command = ["pretrain_vlm.py", *flags_of(world, name, steps, disturbed, place / "save")]
         [job] = jobs.submit(*NODES, "--no-preflight", "--", *command)

@@ -4,17 +4,14 @@
 import os
 import re
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from megatron_smar.checkpoint.torch_dist import CheckpointReader
 from megatron_smar.reliability.saving import STAGING
-from tests.chaos.campaign import compare_checkpoints
+from tests.chaos.campaign import compare_checkpoints, disk
 from tests.functional.conftest import World
 from tests.functional.test_signals import Started
 from tests.launch import run
@@ -23,17 +20,7 @@ SIZES = ["--micro-batch-size", 2, "--global-batch-size", 8, "--num-workers", 0, 
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-@contextmanager
-def disk(folder: Path, kilobytes: int) -> Iterator[Path]:
-    """Mounts a small disk of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 
 
 def test_training_changes_what_an_asynchronous_save_is_still_writing(world: World, tmp_path: Path):
@@ -49,6 +36,7 @@ def test_training_changes_what_an_asynchronous_save_is_still_writing(world: Worl
         compare_checkpoints(CheckpointReader(tmp_path / "plain", step), CheckpointReader(tmp_path / "slow", step))
 
 
+@needs_root
 def test_a_full_disk_leaves_half_a_checkpoint_or_ends_the_run_without_saying_so(world: World, tmp_path: Path):
     with disk(tmp_path / "disk", 2500) as place:  # a checkpoint has 1,500 KB
         save = place / "save"
@@ -63,6 +51,7 @@ def test_a_full_disk_leaves_half_a_checkpoint_or_ends_the_run_without_saying_so(
         assert not (save / STAGING).exists() and (save / TRACKER).read_text() == "2"
 
 
+@needs_root
 def test_a_run_trains_for_nothing_because_its_disk_has_no_room_for_a_checkpoint(world: World, tmp_path: Path):
     with disk(tmp_path / "disk", 500) as place:
         errors = world.errors(*SIZES, "--train-iters", 4, "--save", place / "save")
