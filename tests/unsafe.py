@@ -20,8 +20,9 @@ class Command:
 
 
 def poison_object(folder: Path, kind: type, content: bytes, begins: str = "") -> str:
-    """Puts other content into the first object, or tensor, of a checkpoint; its name."""
+    """Puts other content into the first object, or tensor, of a checkpoint, with a manifest that agrees; its name."""
     from megatron_smar.checkpoint.metadata import read_contents
+    from megatron_smar.reliability.manifest import NAME, Places, collect
 
     contents = copy.deepcopy(read_contents(folder))
     found = [i for i in contents.storage_data if isinstance(contents.state_dict_metadata[i.fqn], kind)]
@@ -31,6 +32,8 @@ def poison_object(folder: Path, kind: type, content: bytes, begins: str = "") ->
         place.offset, place.length = file.tell(), len(content)
         file.write(content)
     (folder / ".metadata").write_bytes(pickle.dumps(contents))
+    if (folder / NAME).exists():
+        collect(Places(folder)).write(folder)
     return index.fqn
 
 

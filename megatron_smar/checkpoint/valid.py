@@ -17,7 +17,7 @@ from megatron_smar.reliability.agreement import problems_of_all
 from megatron_smar.reliability.manifest import Manifest, Places, Verification
 
 
-def verified_problems(checkpoint: Path, how: Verification, loader: Path | None) -> list[str]:
+def verify_content(checkpoint: Path, how: Verification, loader: Path | None) -> tuple[list[str], str]:
     """Compares a checkpoint's files with its manifest; the ranks divide the work.
 
     Args:
@@ -26,13 +26,14 @@ def verified_problems(checkpoint: Path, how: Verification, loader: Path | None) 
         loader: Folder of the data loader's state; None if it is not needed.
 
     Returns:
-        What is wrong, the same on all ranks; empty for a checkpoint without a manifest.
+        What is wrong, the same on all ranks; and, if nothing is, a sentence that says what was verified.
     """
-    places = Places(checkpoint, loader)
+    begin, places = time.monotonic(), Places(checkpoint, loader)
     ranked = torch.distributed.is_initialized()
     share, shares = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ranked else (0, 1)
+    manifest, found = None, list[str]()
     try:
-        manifest, found = Manifest.read(checkpoint), list[str]()
+        manifest = Manifest.read(checkpoint)
         if manifest is not None and share == 0:
             found += manifest.size_problems(places)
         if manifest is not None and not found:
@@ -42,7 +43,11 @@ def verified_problems(checkpoint: Path, how: Verification, loader: Path | None) 
     problems: list[str] = []
     for sentences in problems_of_all("\n".join(found)):
         problems += [sentence for sentence in sentences.splitlines() if sentence not in problems]
-    return problems
+    if manifest is None:
+        return problems, f"{checkpoint} has no manifest, so only the sizes of its files were verified"
+    seconds = time.monotonic() - begin
+    done = f"{manifest.size / 1e9:.3g} GB verified in {seconds:.1f} s (verification: {how})"
+    return problems, f"{checkpoint} is undamaged: {done}"
 
 
 def take_valid_checkpoint(args: Namespace, how: Verification) -> None:
@@ -61,8 +66,9 @@ def take_valid_checkpoint(args: Namespace, how: Verification) -> None:
     rejected: list[str] = []
     while True:
         loader = _loader_states(args, checkpoint)
-        problems = _timed(checkpoint, how, loader)
+        problems, outcome = verify_content(checkpoint, how, loader)
         if not problems:
+            print_rank_0(outcome)
             return
         rejected.append(f"{checkpoint} is damaged: {'; '.join(problems)}")
         other = _one_before(args, checkpoint)
@@ -71,20 +77,6 @@ def take_valid_checkpoint(args: Namespace, how: Verification) -> None:
             raise DamagedError(f"{'. '.join(rejected)}; {fix}.")
         print_rank_0(f"WARNING: {rejected[-1]}. The run resumes from {other.name} instead.")
         args.ckpt_step, checkpoint = step_of(other), other
-
-
-def _timed(checkpoint: Path, how: Verification, loader: Path | None) -> list[str]:
-    begin = time.monotonic()
-    problems = verified_problems(checkpoint, how, loader)
-    seconds, manifest = time.monotonic() - begin, None
-    if not problems and (manifest := Manifest.read(checkpoint)) is not None:
-        print_rank_0(
-            f"{checkpoint} is undamaged: {manifest.size / 1e9:.3g} GB verified in {seconds:.1f} s "
-            f"(--verify-checkpoint {how})"
-        )
-    elif not problems:
-        print_rank_0(f"{checkpoint} has no manifest, so only the sizes of its files were verified")
-    return problems
 
 
 def _one_before(args: Namespace, checkpoint: Path) -> Path | None:

@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from megatron_smar.checkpoint.location import LOADER_STATES, problem_of
 from megatron_smar.checkpoint.metadata import find_checkpoint, run_arguments
 from megatron_smar.checkpoint.safetensors_io import read_folder
 from megatron_smar.checkpoint.stored_flags import strategy_flags
-from megatron_smar.checkpoint.valid import verified_problems
+from megatron_smar.checkpoint.valid import verify_content
 from megatron_smar.config.build import get_run_config
 from megatron_smar.config.flags import CONNECTORS
 from megatron_smar.config.run_file import saved_folder
@@ -52,7 +51,7 @@ from megatron_smar.evaluation.verify import (
     compare,
 )
 from megatron_smar.modalities import Modalities
-from megatron_smar.reliability.manifest import Manifest, Verification
+from megatron_smar.reliability.manifest import Verification
 from megatron_smar.training.setup import start
 
 FORMS = "give either --hf, or both --language and --vision."
@@ -300,14 +299,12 @@ def verify_files(checkpoint: Path, how: Verification) -> str:
         ValueError: The checkpoint is damaged; the message names every file.
     """
     loader = checkpoint.parent / LOADER_STATES / checkpoint.name
-    begin, problem = time.monotonic(), problem_of(checkpoint)
-    problems = [problem] if problem else verified_problems(checkpoint, how, loader if loader.is_dir() else None)
+    if (problem := problem_of(checkpoint)) is not None:
+        raise ValueError(f"{checkpoint} is damaged: {problem}.")
+    problems, outcome = verify_content(checkpoint, how, loader if loader.is_dir() else None)
     if problems:
         raise ValueError(f"{checkpoint} is damaged: {'; '.join(problems)}.")
-    if (manifest := Manifest.read(checkpoint)) is None:
-        return f"{checkpoint} has no manifest, so only the sizes of its files were verified: no problem."
-    seconds = time.monotonic() - begin
-    return f"{checkpoint} is undamaged: {manifest.size / 1e9:.3g} GB, verification {how} in {seconds:.1f} s."
+    return f"{outcome}."
 
 
 if __name__ == "__main__":

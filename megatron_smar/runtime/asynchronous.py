@@ -8,6 +8,7 @@ being written. That process imports everything again at the first save, and repo
 from __future__ import annotations
 
 import functools
+import io
 import threading
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from megatron_smar.runtime.adaptation import Where, adaptation
 
@@ -66,13 +68,29 @@ def staged_copy(key: MetadataIndex, tensor: Tensor) -> Tensor:
 
     Args:
         key: Which part of the checkpoint the tensor is.
-        tensor: The tensor, on any device.
+        tensor: The tensor, on any device; its copy is complete after a synchronization of that device.
     """
     copy = _STAGED.get(key)
     if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
         copy = _STAGED[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    copy.copy_(tensor, non_blocking=True)
+    copy.copy_(tensor.detach(), non_blocking=True)
     return copy
+
+
+class StagingPlanner:
+    """Gives a writer staged copies of the tensors that a planner finds.
+
+    Args:
+        planner: The planner of the save.
+    """
+
+    def __init__(self, planner: SavePlanner) -> None:
+        self._planner = planner
+
+    def resolve_data(self, item: WriteItem) -> Tensor | io.BytesIO:
+        """Returns what one item of the plan writes."""
+        data = self._planner.resolve_data(item)
+        return staged_copy(item.index, data) if isinstance(data, Tensor) else data
 
 
 @adaptation(
@@ -83,25 +101,19 @@ def staged_copy(key: MetadataIndex, tensor: Tensor) -> Tensor:
 def write_asynchronous_saves_from_a_thread() -> None:
     """Makes --async-save stage copies and write them from a thread of the rank."""
     import megatron.core.dist_checkpointing.strategies.async_utils as strategies
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.training import get_args
 
-    preload = filesystem.FileSystemWriterAsync.preload_tensors
+    prepare = FileSystemWriterAsync.prepare_write_data
 
-    @functools.wraps(preload)
-    def stage(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
-        if not get_args().async_save:
-            return list(preload(write_buckets, non_blocking))
-        staged = [
-            (path, name, (objects, [(item, staged_copy(item.index, tensor)) for item, tensor in tensors]))
-            for path, name, (objects, tensors) in write_buckets
-        ]
-        torch.cuda.synchronize()
-        return staged
+    # Here and not in preload_tensors, which comes after this has cloned each view into memory of its own.
+    @functools.wraps(prepare)
+    def prepare_copies(self: FileSystemWriterAsync, plan: SavePlan, planner: Any) -> None:
+        prepare(self, plan, StagingPlanner(planner) if get_args().async_save else planner)
 
     strategies.AsyncCallsQueue._get_async_caller = lambda self: ThreadCaller()
     strategies.AsyncCallsQueue.warmup_persistent_caller = lambda *args, **kwargs: None
-    filesystem.FileSystemWriterAsync.preload_tensors = staticmethod(stage)
+    FileSystemWriterAsync.prepare_write_data = prepare_copies
 
 
 ADAPTATIONS = (write_asynchronous_saves_from_a_thread,)

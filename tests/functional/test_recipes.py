@@ -145,7 +145,7 @@ def test_options_reach_the_launcher_and_flags_the_program(tmp_path, recipe):
     assert done.returncode == 0, done.stdout
     wanted = "nodes=8", "ntasks-per-node=8", "cpus-per-task=12", "time=24:00:00", "account=NAME", "mem=0", "requeue"
     assert {f"#SBATCH --{option}" for option in wanted} < set(done.stdout.splitlines())
-    (command,) = (line for line in done.stdout.splitlines() if "pretrain_vlm.py" in line)
+    (command,) = re.findall(r"^python \S*pretrain_vlm\.py .*$", done.stdout, flags=re.MULTILINE)
     assert (
         command.endswith("--data-path shards --lr 1")
         and f"--layout 64 --num-layers 2 --vision-model {output}" in command

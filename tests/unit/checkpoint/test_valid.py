@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smar.checkpoint.metadata import DamagedError
-from megatron_smar.checkpoint.valid import take_valid_checkpoint, verified_problems
+from megatron_smar.checkpoint.valid import take_valid_checkpoint, verify_content
 from megatron_smar.reliability.manifest import Places, collect
 
 
@@ -67,7 +67,7 @@ def test_another_step_is_never_taken_for_a_checkpoint_that_the_user_chose(run, f
 
 def test_sizes_are_compared_without_reading_and_none_trusts_everything(run):
     flip(run / "iter_0000002")
-    assert verified_problems(run / "iter_0000002", "none", None) == []
+    assert verify_content(run / "iter_0000002", "none", None)[0] == []
     args = arguments(run)
     take_valid_checkpoint(args, "none")
     assert args.ckpt_step is None
