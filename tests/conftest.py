@@ -23,6 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="also run what is marked `matrix`: every parallel layout")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """With --matrix, every program is started in a new interpreter."""
+    if config.getoption("--matrix"):
+        os.environ["MEGATRON_SMAR_TESTS_INTERPRETERS"] = "new"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without --matrix, leave its tests out; a mark expression (-m) stays free for the user."""
     if not config.getoption("--matrix"):

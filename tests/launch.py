@@ -2,6 +2,7 @@
 """Runs the project's programs like a user, and reads their results."""
 
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
@@ -10,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests import forked
 from tests.conftest import free_port
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.forked import ROOT
 
 # A model like Mixtral in everything but size; every flag is Megatron's.
 SMALL_MODEL = """
@@ -26,13 +28,14 @@ SMALL_MODEL = """
     --hidden-dropout 0 --seq-length 128 --max-position-embeddings 128 --make-vocab-size-divisible-by 64 --seed 7
 """.split()
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # a rank's environment
+
 TWO_STEPS = ["--micro-batch-size", "4", "--global-batch-size", "8", "--train-iters", "2", "--num-workers", "0"]
 
 
 def users_environment() -> dict[str, str]:
     """Returns the environment without the variables of the tests' own process group, which a program would join."""
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in launched}
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHED}
 
 
 def run(
@@ -58,7 +61,6 @@ def run(
     Returns:
         The finished process; its output has standard output and standard error together.
     """
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     environment = (
         users_environment()
         | {
@@ -70,37 +72,54 @@ def run(
         }
         | dict(rank or {})
     )
-    process = subprocess.Popen(
-        [sys.executable, *launch, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+    words = [str(word) for word in command]
+    # Variables that are read before or during the imports need an interpreter of their own.
+    may_fork = (
+        words[0] in forked.PROGRAMS
+        and not set(rank or {}) - {*LAUNCHED}
+        and "MEGATRON_SMAR_TESTS_INTERPRETERS" not in os.environ
     )
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin as answering:
-        answering.write(answers.encode())
+    start = forked.start if may_fork else _start_interpreter
+    (reads, answering), (reading, writes) = (multiprocessing.Pipe(duplex=False) for _ in range(2))
+    number, wait = start(words, ranks, environment, reads, writes)
+    reads.close(), writes.close()
+    with contextlib.suppress(BrokenPipeError), answering:
+        os.write(answering.fileno(), answers.encode())
     output, end = bytearray(), time.monotonic() + timeout
-    assert process.stdout is not None
     events = select.poll()  # select.select would take none of the thousands of descriptors that unit tests leave open
-    events.register(process.stdout, select.POLLIN | select.POLLHUP)
+    events.register(reading, select.POLLIN | select.POLLHUP)
     while True:
         left = idle or end - time.monotonic()  # beyond the timeout it is a hang, even if output is still written
         readable = left > 0 and events.poll(1000 * left)
-        chunk = os.read(process.stdout.fileno(), 1 << 16) if readable else b""
+        chunk = os.read(reading.fileno(), 1 << 16) if readable else b""
         output += chunk
         if not chunk:
             break
     hung = not readable
     if hung:
-        os.killpg(process.pid, signal.SIGKILL)  # also the ranks, which would otherwise keep waiting for each other
-    process.stdout.close()
-    done = subprocess.CompletedProcess(process.args, process.wait(), output.decode(errors="replace"))
+        os.killpg(number, signal.SIGKILL)  # also the ranks, which would otherwise keep waiting for each other
+    reading.close()
+    done = subprocess.CompletedProcess(words, wait(), output.decode(errors="replace"))
     if check and (hung or done.returncode):
         raise AssertionError(f"{command[0]} {'hung' if hung else 'failed'}:\n{done.stdout[-6000:]}")
     return done
+
+
+def _start_interpreter(
+    command: list[str], ranks: int, environment: dict[str, str], answers: Connection, output: Connection
+) -> tuple[int, Callable[[], int]]:
+    """Starts a program as a user does; see `forked.start`."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    process = subprocess.Popen(
+        [sys.executable, *launch, *command],
+        cwd=ROOT,
+        env=environment,
+        stdin=answers.fileno(),
+        stdout=output.fileno(),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    return process.pid, process.wait
 
 
 def run_each_rank(*command: Any, ranks: int, **options: Any) -> list[subprocess.CompletedProcess[str]]:
