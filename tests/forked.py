@@ -4,7 +4,7 @@
 A new interpreter imports for eight seconds of a core before a program does anything, and `make test` starts hundreds of
 programs on two cores. Only the imports are shared: each program runs its file as `__main__`, with its own arguments,
 environment, folder and process group. What forked processes cannot show (another order of imports, hashes that differ
-between ranks) is left to the tests that start new interpreters: tests/slurm, tests/chaos, the recipes, the examples, and
+between ranks) is left to the tests that start new interpreters: tests/slurm, tests/chaos, the recipes, the examples and
 all of `make test-matrix`.
 """
 
@@ -35,6 +35,7 @@ PROGRAMS = {
     "tools/placement.py": "megatron_smar.commands.placement",
     "tools/report.py": "megatron_smar.commands.report",
 }
+MADE = {"CUDA_DEVICE_MAX_CONNECTIONS", "TORCHINDUCTOR_CACHE_DIR", "ENERGON_LOCAL_COPY_TMP_DIR"}  # by runtime.install
 TERMINATION = 30  # seconds from SIGTERM to SIGKILL, as torchrun
 
 
@@ -72,7 +73,8 @@ def _start(
     sys.stdin, sys.stdout, sys.stderr = (
         os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate("rww")
     )
-    os.environ.clear()
+    for name in set(os.environ) - set(environment) - MADE:
+        del os.environ[name]
     os.environ.update(environment)
     os.chdir(ROOT)
     if ranks:

@@ -55,7 +55,7 @@ def run(
         timeout: Seconds after which the program is killed with all its ranks, and fails.
         idle: If given, the program is killed after this many seconds without output, instead of after `timeout`.
         check: Whether a failure raises AssertionError.
-        rank: Environment of one rank of several, for `run_each_rank`.
+        rank: Further variables of the environment, such as a rank's.
         answers: The program's standard input.
 
     Returns:

@@ -53,18 +53,16 @@ def files_with(folder: Path, secret: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
-def test_a_runs_password_or_tokens_are_in_its_log_or_files(world, address, tmp_path, monkeypatch):
+def test_a_runs_password_or_tokens_are_in_its_log_or_files(world, address, tmp_path):
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     scratch.mkdir()
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login me password {PASSWORD}\n")
     (tmp_path / "netrc").chmod(0o600)
     variables = SECRETS | {"NETRC": str(tmp_path / "netrc"), "WANDB_MODE": "offline", "TMPDIR": str(scratch)}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
     flags = ["--data-path", f"http://{address}", "--save", out, "--save-interval", 2, "--tensorboard-dir", out / "tb"]
     flags += ["--wandb-project", "p", "--wandb-exp-name", "e", "--wandb-save-dir", out / "wandb", "--all-messages"]
-    said = world.train(*TWO_STEPS, *flags, "--rejects-dir", out / "rejects", ranks=1).stdout
-    said += run("tools/report.py", out, "--tensorboard-dir", out / "tb").stdout
+    said = world.train(*TWO_STEPS, *flags, "--rejects-dir", out / "rejects", ranks=1, rank=variables).stdout
+    said += run("tools/report.py", out, "--tensorboard-dir", out / "tb", rank=variables).stdout
     assert "iteration        2/" in said and (out / "report.html").is_file() and (out / "iter_0000002").is_dir()
     assert files_with(out, f"http://{address}"), "the search finds nothing"
     assert list((out / "wandb").rglob("*.wandb")), "W&B wrote nothing"
