@@ -23,9 +23,11 @@ from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Program -> the module that it is, or runs.
+# Program -> the module that it is, or runs, which is imported beforehand.
 PROGRAMS = {
     "pretrain_vlm.py": "pretrain_vlm",
+    "tests/functional/faulty_run.py": "pretrain_vlm",
+    "tests/functional/slow_disk.py": "pretrain_vlm",
     "tools/chat.py": "megatron_smar.commands.chat",
     "tools/checkpoint/convert.py": "megatron_smar.commands.convert",
     "tools/data/prepare.py": "megatron_smar.commands.prepare",
@@ -52,7 +54,7 @@ def start(
         output: Where it writes standard output and standard error.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PROGRAMS.values()))
+    context.set_forkserver_preload(sorted(set(PROGRAMS.values())))
     process = context.Process(target=_start, args=(list(command), ranks, dict(environment), answers, output))
     process.start()
 

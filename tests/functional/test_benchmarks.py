@@ -8,6 +8,7 @@ import pytest
 from tests.launch import run
 
 
+@pytest.mark.matrix
 def test_smar_adds_one_collective_no_more_operations_than_megatrons_balance_loss_and_20_kernels():
     command = ("--strategy", "smar", "none", "--shape", "demo", "--triples", 2, "--json")
     done = run("benchmarks/smar_overhead.py", *command)
@@ -55,6 +56,7 @@ def test_both_pipelines_give_the_same_samples_tokens_and_tiles_from_the_same_dat
     assert result["stages"][result["limit"]]["share"] > 0.2
 
 
+@pytest.mark.matrix
 def test_a_long_run_of_the_loader_does_not_retain_memory_of_the_samples_it_has_read():
     done = run("benchmarks/data.py", "--long", "--samples", 3000, "--json")
     result = json.loads(done.stdout.strip().splitlines()[-1])

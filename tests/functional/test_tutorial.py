@@ -18,6 +18,7 @@ import pytest
 from tests.conftest import free_port
 from tests.launch import ROOT, users_environment
 
+pytestmark = pytest.mark.matrix  # five minutes
 PAGE = ROOT / "docs" / "tutorial.md"
 BLOCK = re.compile(r"^```(bash|python)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PHOTOGRAPH = "a cat"  # the answer about the photograph, expected from every program
