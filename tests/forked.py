@@ -23,11 +23,9 @@ from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Program -> the module that it is, or runs, which is imported beforehand.
+# Program -> the module that it is, or whose imports it shares, which is imported beforehand.
 PROGRAMS = {
     "pretrain_vlm.py": "pretrain_vlm",
-    "tests/functional/faulty_run.py": "pretrain_vlm",
-    "tests/functional/slow_disk.py": "pretrain_vlm",
     "tools/chat.py": "megatron_smar.commands.chat",
     "tools/checkpoint/convert.py": "megatron_smar.commands.convert",
     "tools/data/prepare.py": "megatron_smar.commands.prepare",
@@ -36,6 +34,18 @@ PROGRAMS = {
     "tools/evaluate.py": "megatron_smar.commands.evaluate",
     "tools/placement.py": "megatron_smar.commands.placement",
     "tools/report.py": "megatron_smar.commands.report",
+    **dict.fromkeys(
+        (
+            "tests/distributed/converted.py",
+            "tests/distributed/decoding.py",
+            "tests/distributed/dispatches.py",
+            "tests/distributed/order.py",
+            "tests/distributed/steps.py",
+            "tests/functional/faulty_run.py",
+            "tests/functional/slow_disk.py",
+        ),
+        "pretrain_vlm",
+    ),
 }
 MADE = {"CUDA_DEVICE_MAX_CONNECTIONS", "TORCHINDUCTOR_CACHE_DIR", "ENERGON_LOCAL_COPY_TMP_DIR"}  # by runtime.install
 TERMINATION = 30  # seconds from SIGTERM to SIGKILL, as torchrun

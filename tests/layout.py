@@ -29,6 +29,7 @@ FLOORS: list[dict[str, str]] = [
         "launch": "SLURM: a job as an sbatch file, checks of its nodes (`preflight/`), its attempts, the first error "
         "of many logs",
         "modalities": "the table of a run's modalities: id, name, placeholder token",
+        "planning": "what a model costs, from a plain description of its shape",
         "runtime": "the environment (CPU or GPU), its defaults of flags, adaptations of torch and Megatron: each a "
         "named function with its reason and where the reason holds",
     },

@@ -101,6 +101,13 @@ def _add_routing_arguments(parser: ArgumentParser) -> None:
         help="Warn when more than this share of a modality's tokens chooses the same expert of a layer, over the steps "
         "of a --log-interval; 1 switches the warning off. Default: %(default)s.",
     )
+    group.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="TFLOPS",
+        help="The device's peak in TFLOP/s, which MFU is a share of. Default: the data sheet's, in bf16, of GPUs that "
+        "are known (A100, H100, H200, B200, ...); for others no MFU is logged.",
+    )
 
 
 def _add_vision_arguments(parser: ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_logging import (
     get_moe_metrics_tracker,
     set_moe_metrics_tracker,
 )
+from megatron.training import get_timers
 from megatron.training.utils import print_rank_last
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,6 +25,7 @@ from megatron_smar.monitoring.collapse import CollapseWatch
 from megatron_smar.monitoring.config import MonitorConfig
 from megatron_smar.monitoring.load import MSI, layer_specialization, load_images, load_scalars
 from megatron_smar.monitoring.recorder import routers_of
+from megatron_smar.monitoring.throughput import ThroughputMeter, console_part
 from megatron_smar.routing.router import MRD_DISTANCE, RoutingReport
 from megatron_smar.routing.statistics import RoutingStatistics
 from megatron_smar.routing.strategies.base import Metric
@@ -63,9 +65,10 @@ class RoutingMetricsTracker(MoEMetricsTracker):
 
     Megatron also prints a line after a run's first step; the means on the next line include that step again.
 
-    Every --log-interval steps, over all tokens since the previous interval: the images of `load_images`, and a warning
-    if routing collapses. Sums over steps are kept on the device; they are reduced and read only in steps that report
-    something, which are the same on every rank: the run's first step, and those at the two intervals.
+    Every --log-interval steps, over all tokens since the previous interval: the images of `load_images`, the throughput
+    (`ThroughputMeter`), and a warning if routing collapses. Sums over steps are kept on the device; they are reduced
+    and read only in steps that report something, which are the same on every rank: the run's first step, and those at
+    the two intervals.
     """
 
     def __init__(self, config: MonitorConfig | None = None) -> None:
@@ -86,6 +89,7 @@ class RoutingMetricsTracker(MoEMetricsTracker):
             self.config.collapse_tokens,
         )
         self._begun = False
+        self.meter: ThroughputMeter | None = None
 
     def watch(self, modules: Iterable[torch.nn.Module]) -> None:
         """Makes the modality-aware routers of these modules report to this tracker."""
@@ -148,10 +152,24 @@ class RoutingMetricsTracker(MoEMetricsTracker):
             self._log_scalars(self._scalars(self._unwritten), iteration, *due)
             self._unwritten = Sums()
         if ends or first:
-            log += self._console_part()
+            log += self._console_part() + self._throughput(iteration, ends, writer, wandb_writer)
         if ends:
             self._end_interval(iteration, writer, wandb_writer)
         return log
+
+    def _throughput(self, iteration: int, ends: bool, writer: Any, wandb_writer: Any) -> str:
+        """Logs how much the steps since the last interval computed per second; returns the text for the console."""
+        if self.meter is None:
+            return ""
+        routed = float(self._unprinted.load[..., :-1].sum())
+        if self.config.scope == "local":  # the load is then a replica's on average
+            routed *= self.meter.config.replicas
+        # Megatron's own timer, which does not run during saves and evaluation.
+        seconds = get_timers()("interval-time").elapsed(reset=False)
+        scalars = self.meter.report(seconds, routed, ends)
+        if ends:
+            self._log_scalars(scalars, iteration, writer, wandb_writer)
+        return console_part(scalars)
 
     def _log_scalars(self, scalars: dict[str, Any], iteration: int, writer: Any, wandb_writer: Any) -> None:
         """Logs as Megatron does, but all scalars in one W&B call: hundreds of calls, one per scalar, are slow."""
@@ -242,6 +260,13 @@ def watch_routing(model: torch.nn.Module) -> None:
     tracker = get_moe_metrics_tracker()
     assert isinstance(tracker, RoutingMetricsTracker)
     tracker.watch([model])
+
+
+def measure_throughput(meter: ThroughputMeter) -> None:
+    """Makes the tracker that `install_metrics` has installed report the throughput."""
+    tracker = get_moe_metrics_tracker()
+    assert isinstance(tracker, RoutingMetricsTracker)
+    tracker.meter = meter
 
 
 def install_metrics(config: MonitorConfig) -> None:

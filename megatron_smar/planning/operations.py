@@ -25,8 +25,7 @@ class Work:
 
     Attributes:
         samples: Number of samples.
-        tokens: Positions of the decoder, s.
-        vision_tokens: Those of them that are vision tokens.
+        tokens: Positions of the decoder.
         pairs: Attention scores per head: the sum over sequences of n^2, or of n (n + 1) / 2 for causal attention.
         routed: Copies of tokens that experts compute, over all MoE layers.
         tiles: Tiles of pictures.
@@ -34,7 +33,6 @@ class Work:
 
     samples: float = 0.0
     tokens: float = 0.0
-    vision_tokens: float = 0.0
     pairs: float = 0.0
     routed: float = 0.0
     tiles: float = 0.0
@@ -155,9 +153,8 @@ def operations(
         recomputation: What the backward pass computes again; None for model operations.
     """
     trained = shape.trained if trains else frozenset()
-    encoder, has_gradient = _total(encoder_stages(shape, work), trained, False)
-    # Word embeddings and norms are no products, but their gradients pass through every layer.
-    has_gradient = has_gradient or not trained.isdisjoint(("embeddings", "norms"))
+    encoder, _ = _total(encoder_stages(shape, work), trained, False)
+    has_gradient = bool(trained)  # Megatron's block of layers always computes the gradient of its input
     decoder, again = 0.0, recomputation or Recomputation()
     for number, has_experts in enumerate(shape.decoder.moe_layers):
         stages = list(layer_stages(shape, work, has_experts))

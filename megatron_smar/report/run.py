@@ -197,9 +197,8 @@ def summary_rows(run: Run) -> list[tuple[str, str, str]]:
     rows = [_row(name, run.scalars[name].values, decimal) for name in wanted if name in run.scalars]
     if run.step_seconds.values:
         rows.append(_row("seconds per step", run.step_seconds.values, "{:.3g}".format))
-        if "batch-size" in run.scalars:
-            rate = fmean(run.scalars["batch-size"].values) / median(run.step_seconds.values)
-            rows.append(("samples per second, median", "", f"{rate:.3g}"))
+    logged = [(name, run.scalars.get(f"throughput/{tag}")) for tag, name in _RATES.items()]
+    rows += [(f"{name}, median", "", f"{median(series.values):.4g}") for name, series in logged if series]
     rows += [(title, _number(run.before, key, form), _number(run.after, key, form)) for title, key, form in _MEASURES]
     accuracies = [results.get("word_accuracy") for results in (run.before, run.after) if results]
     if len(accuracies) == 2 and None not in accuracies:
@@ -212,6 +211,14 @@ def summary_rows(run: Run) -> list[tuple[str, str, str]]:
     return [row for row in rows if row[1] or row[2]]
 
 
+# Tags of `monitoring.throughput` -> their names here.
+_RATES = {
+    "tokens_per_second": "tokens per second",
+    "samples_per_second": "samples per second",
+    "tiles_per_second": "tiles per second",
+    "model_tflops": "model TFLOP/s per device",
+    "mfu": "MFU",
+}
 _MEASURES = (
     ("text perplexity", "text_perplexity", decimal),
     ("word accuracy", "word_accuracy", percent),
@@ -300,11 +307,14 @@ def _header(run: Run) -> Markup:
 
 
 def _throughput(run: Run) -> Markup:
-    steps, values = run.step_seconds
-    if not values:
-        return Markup()
-    image = drawing(figures.over_training(steps, values, "seconds per step"), "seconds", "Seconds per step", "")
-    return section("Throughput", tag("div", image, class_="two"))
+    shown = {"seconds per step": run.step_seconds}
+    shown |= {name: series for tag, name in _RATES.items() if (series := run.scalars.get(f"throughput/{tag}"))}
+    images = [
+        drawing(figures.over_training(*series, name), name.replace(" ", "-").replace("/", "-"), name[0].upper() + name[1:], "")
+        for name, series in shown.items()
+        if series.values
+    ]
+    return section("Throughput", tag("div", *images, class_="two")) if images else Markup()
 
 
 def _skipped(run: Run) -> Markup:

@@ -65,10 +65,12 @@ def install(wanted: Device | None = None) -> Device:
             progress,
             repairs,
             saving,
+            throughput,
             torch_adam,
         )
 
-        for part in (cpu_torch, cpu_megatron, repairs, finite_steps, saving, asynchronous, progress, torch_adam):
+        parts = (cpu_torch, cpu_megatron, repairs, finite_steps, saving, asynchronous, progress, throughput, torch_adam)
+        for part in parts:
             for adapt in part.ADAPTATIONS:
                 adapt(_INSTALLED[0])
     return _INSTALLED[0].device

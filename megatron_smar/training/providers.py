@@ -24,6 +24,7 @@ from megatron_smar.data.loader import EnergonIterator, build_train_loader, build
 from megatron_smar.data.sample_log import RecordedSamples
 from megatron_smar.data.tokens import TextEncoder
 from megatron_smar.model.vlm import VisionLanguageModel
+from megatron_smar.monitoring.throughput import ThroughputMeter
 from megatron_smar.monitoring.tracker import watch_routing
 from megatron_smar.runtime.signals import begin_training
 from megatron_smar.training.batch import DataWait, prepare_batch, read_ahead
@@ -31,9 +32,11 @@ from megatron_smar.training.console import write_arguments
 from megatron_smar.training.loss import lm_loss, weighted_lm_loss
 from megatron_smar.training.resume import restore
 from megatron_smar.training.summary import data_lines, place_lines, summary
+from megatron_smar.training.throughput import throughput_meter
 from megatron_smar.training.watch import watch_model, watch_samples, watch_steps
 
 _CHUNKS: list[VisionLanguageModel] = []  # this rank's model chunks, in the order in which they were built
+_METER: list[ThroughputMeter] = []  # of this run, while it trains
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Iterator[VisionLanguageBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
@@ -100,6 +103,7 @@ def data_iterators_provider(
     }
     if not vp_stage:
         _show_summary(args)
+        _METER[:] = [throughput_meter(args, get_run_config(), _placeholders(), groups)]
         watch_steps(args, [chunk.step for chunk in _CHUNKS])
     train: Iterator[VisionLanguageBatch] | None = None
     valid: Iterator[VisionLanguageBatch] | None = None
@@ -137,9 +141,14 @@ data_iterators_provider.is_distributed = True  # type: ignore[attr-defined]  # e
 def build_forward_step() -> ForwardStep:
     """Builds the forward step of the run."""
     # The data loaders would also report a missing token, but only after the model has been built.
-    run = get_run_config()
-    encoder = TextEncoder(get_tokenizer(), template_for(run.template, get_tokenizer()).special_tokens, run.modalities)
-    return make_forward_step(encoder.image_tokens.placeholder_ids, run.tokens_per_tile)
+    return make_forward_step(_placeholders(), get_run_config().tokens_per_tile)
+
+
+def _placeholders() -> Sequence[int]:
+    """Returns the token ids of the placeholders, one for each kind of images."""
+    run, tokenizer = get_run_config(), get_tokenizer()
+    encoder = TextEncoder(tokenizer, template_for(run.template, tokenizer).special_tokens, run.modalities)
+    return encoder.image_tokens.placeholder_ids
 
 
 def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardStep:
@@ -170,6 +179,8 @@ def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardS
             step = get_attr_wrapped_model(model, "step")
             step.iteration, step.tokens = args.curr_iteration, batch.step_tokens
             step.samples = max(step.samples, batch.samples)
+            if _METER and not get_attr_wrapped_model(model, "vp_stage"):  # every chunk of a rank reads the same samples
+                _METER[0].count(read)
         timers("batch-generator").stop()
         with slowness:
             output = model(**batch.model_inputs(), labels=batch.labels)

@@ -61,6 +61,16 @@ def one_rank(world, start, tmp_path_factory):
     return folder
 
 
+def work_per_token(folder, ranks):
+    """Returns the model operations of all ranks and the tiles, per token, of each step: times cancel out."""
+    scalars = {name: read_scalars(folder)[f"throughput/{name}"].values for name in RATES}
+    operations, tiles, tokens = (scalars[name] for name in RATES)
+    return [ranks * o / n * 1e12 + t / n for o, t, n in zip(operations, tiles, tokens, strict=True)]
+
+
+RATES = ("model_tflops", "tiles_per_second", "tokens_per_second")
+
+
 def test_ten_losses_agree_between_one_rank_and_two_with_expert_parallelism(world, start, one_rank, tmp_path):
     """Both runs read the same micro-batches: one rank with two data workers, two ranks with one each."""
     two = [*start, "--num-workers", 1, "--expert-model-parallel-size", 2, "--tensorboard-dir", tmp_path]
@@ -70,6 +80,9 @@ def test_ten_losses_agree_between_one_rank_and_two_with_expert_parallelism(world
         assert list(one) == list(range(1, 11))
         assert one == pytest.approx(two, abs=1e-4), name
     assert losses(one_rank)[10] < losses(one_rank)[1] - 0.5, "ten equal losses of a model that learns"
+    one, two = work_per_token(one_rank, ranks=1), work_per_token(tmp_path, ranks=2)
+    assert one == pytest.approx(two, rel=1e-5), "tokens, tiles or operations are counted twice or not at all"
+    assert len(set(one)) == 10, "the steps have different pictures and lengths"
 
 
 @pytest.mark.parametrize(
