@@ -137,6 +137,7 @@ class RunConfig:
         reliability: What the run does when something fails.
         data: Which data is read; None for a program that reads none.
         loss_weighting: How much each token counts in the loss; None for Megatron's mean.
+        balance_vision: Whether replicas share the vision encoder's work.
     """
 
     routing: ModalityRoutingConfig
@@ -150,6 +151,7 @@ class RunConfig:
     reliability: ReliabilityConfig
     data: DataConfig | None = None
     loss_weighting: LossWeighting | None = None
+    balance_vision: bool = False
 
     @classmethod
     def from_arguments(cls, args: Namespace, needs_data: bool = True) -> RunConfig:
@@ -171,6 +173,7 @@ class RunConfig:
             reliability=ReliabilityConfig.from_arguments(args),
             data=data_config(args) if needs_data else None,
             loss_weighting=args.loss_weighting,
+            balance_vision=args.balance_vision,
         )
 
     @property

@@ -51,6 +51,7 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
         raise ValueError("--vision-model is missing; give the folder or the hub name of a Hugging Face vision encoder.")
     load_vision_config(vision_config(args))
     image_config(args)
+    _check_vision_balance(args)
     if needs_data:
         if not args.data_path or len(args.data_path) != 1 or len(args.valid_data_path or []) > 1:
             raise ValueError(
@@ -123,6 +124,20 @@ def _check_freeze(args: Namespace, shape_is_known: bool) -> None:
     if parts <= frozen_parts(args.freeze):
         raise ValueError(
             f"--freeze {' '.join(args.freeze)} leaves nothing to train in this model; leave out at least one of them."
+        )
+
+
+def _check_vision_balance(args: Namespace) -> None:
+    if not args.balance_vision:
+        return
+    if "vision" not in args.freeze:
+        raise ValueError(
+            "--balance-vision is for a frozen vision encoder: the gradient of a trained one would be computed by other "
+            "replicas than those that hold its samples; give --freeze vision, or leave --balance-vision out."
+        )
+    if not args.use_gloo_process_groups:
+        raise ValueError(
+            "--balance-vision exchanges numbers of tiles over Gloo; leave out --disable-gloo-process-groups."
         )
 
 

@@ -128,6 +128,12 @@ def _add_vision_arguments(parser: ArgumentParser) -> None:
         "which the tokenizer must have (tools/data/add_tokens.py --also). Default: vision.",
     )
     group.add_argument(
+        "--balance-vision",
+        action="store_true",
+        help="Share the frozen vision encoder's work evenly between data-parallel replicas in each micro-batch: those "
+        "with more tiles send pixels to those with fewer, and get the features back.",
+    )
+    group.add_argument(
         "--image-size", type=int, default=448, help="Side of a tile in pixels. Default: %(default)s, the paper's."
     )
     group.add_argument(

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.image_processing_base import ImageProcessingMixin
 
 from megatron_smar import huggingface
+from megatron_smar.model.vision_balance import TileExchange, even_shares
 
 Channels = tuple[float, float, float]
 
@@ -218,29 +219,42 @@ class VisionEncoder(nn.Module):
             patches = patches.unflatten(1, (grid, grid)) * self.vision.feature_scale
             return pixel_shuffle(patches, self.vision.shuffle_step)
 
-    def encode(self, pixel_values: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Computes the features of tiles like `forward`, dividing the work between ranks that hold the same tiles.
+    def encode(self, pixel_values: Tensor, group: dist.ProcessGroup, exchange: TileExchange | None = None) -> Tensor:
+        """Computes the features of tiles like `forward`, dividing the work between ranks.
 
         Tensor- and context-parallel ranks hold the same tiles. A frozen encoder runs on an equal share of them on each
         rank, and the features are gathered. A trainable encoder runs on all of them on every rank, so that each rank
         has the complete gradient.
 
         Args:
-            pixel_values: See `forward`; the same on all ranks.
+            pixel_values: See `forward`; the same on all ranks of the group.
             group: The ranks that hold the same tiles.
+            exchange: Shares the work with the other replicas, for a frozen encoder; then all replicas call this
+                together, also those without tiles.
 
         Returns:
             [n, tokens_per_tile, output_size].
         """
-        if self.trainable or group.size() == 1:
+        if self.trainable or (group.size() == 1 and exchange is None):
             return self(pixel_values)
-        tiles, share = len(pixel_values), -(-len(pixel_values) // group.size())
-        own = pixel_values[group.rank() * share :][:share]
-        shape = (share, self.tokens_per_tile, self.output_size)
-        features = torch.empty(shape, dtype=self.tower.dtype, device=pixel_values.device)
-        if len(own):  # the last ranks may have none
-            features[: len(own)] = self(own)
-        return gather_from_sequence_parallel_region(features, group=group)[:tiles]
+        # Replicas with one tile give it to different ranks, so that the work of an exchange is even too.
+        shares = even_shares(len(pixel_values), group.size(), exchange.replicas.rank() if exchange else 0)
+        own = pixel_values.split(shares)[group.rank()]
+        features = self._features(own) if exchange is None else exchange.encode(own, self._features)
+        if group.size() == 1:
+            return features
+        padded = features.new_zeros(max(shares), *features.shape[1:])
+        padded[: len(features)] = features
+        gathered = gather_from_sequence_parallel_region(padded, group=group)
+        if min(shares) == max(shares):
+            return gathered
+        return torch.cat([part[:share] for part, share in zip(gathered.chunk(len(shares)), shares, strict=True)])
+
+    def _features(self, tiles: Tensor) -> Tensor:
+        """Returns the features of tiles, of which there may be none."""
+        if len(tiles):
+            return self(tiles)
+        return torch.empty(0, self.tokens_per_tile, self.output_size, dtype=self.tower.dtype, device=tiles.device)
 
 
 def load_tower(vision: VisionConfig, tower: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -29,6 +29,7 @@ from megatron_smar.model.score_transport import (
     with_wider_activations,
 )
 from megatron_smar.model.vision import VisionConfig, VisionEncoder
+from megatron_smar.model.vision_balance import TileExchange
 from megatron_smar.model.vocabulary import mask_padding
 from megatron_smar.routing.config import ModalityRoutingConfig
 from megatron_smar.routing.modalities import modality_mask_from_ids
@@ -85,6 +86,7 @@ class VisionLanguageModel(MegatronModule):
         post_process: Whether this is the last pipeline stage.
         pg_collection: Megatron's process groups; None for the global ones.
         vp_stage: Index of the virtual pipeline stage, or None.
+        balance_vision: Whether the replicas share the work of the frozen vision encoder while the model trains.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class VisionLanguageModel(MegatronModule):
         post_process: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
+        balance_vision: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
@@ -113,6 +116,9 @@ class VisionLanguageModel(MegatronModule):
             self.connector = Connector(
                 connector, self.vision_model.output_size, config.hidden_size, config.params_dtype
             )
+        self._exchange: TileExchange | None = None
+        if pre_process and balance_vision and self.pg_collection.dp.size() > 1:
+            self._exchange = TileExchange(self.pg_collection.dp, parallel_state.get_data_parallel_group_gloo())
         self.language_model = GPTModel(
             config=config,
             transformer_layer_spec=decoder_block_spec(config, modality_routing, vp_stage, language.layers, self.step),
@@ -266,13 +272,17 @@ class VisionLanguageModel(MegatronModule):
         """Returns embeddings with the vision features inserted, [s, b, h]; sharded under sequence parallelism."""
         assert self.vision_model is not None and self.connector is not None
         embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=position_ids)
-        if pixel_values is None or pixel_values.shape[0] == 0:
+        exchange = self._exchange if self.training else None
+        features = None
+        if pixel_values is not None and (len(pixel_values) or exchange is not None):
+            features = self.vision_model.encode(pixel_values, self.pg_collection.tp_cp, exchange)
+        if features is None or not len(features):
             if torch.is_grad_enabled():
                 embeddings = embeddings + self._unused_vision(embeddings)
         else:
             if vision_index is None:
                 raise ValueError("pixel_values were given without vision_index; see megatron_smar.training.batch.")
-            features = self.connector(self.vision_model.encode(pixel_values, self.pg_collection.tp_cp)).flatten(0, 1)
+            features = self.connector(features).flatten(0, 1)
             placed = features[_spread(vision_index, len(features))].transpose(0, 1).to(embeddings.dtype)
             # Contiguous: otherwise the strides persist to the stage's output, which is sent to the next stage.
             embeddings = torch.where((vision_index >= 0).t().unsqueeze(-1), placed, embeddings).contiguous()

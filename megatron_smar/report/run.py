@@ -309,11 +309,11 @@ def _header(run: Run) -> Markup:
 def _throughput(run: Run) -> Markup:
     shown = {"seconds per step": run.step_seconds}
     shown |= {name: series for tag, name in _RATES.items() if (series := run.scalars.get(f"throughput/{tag}"))}
-    images = [
-        drawing(figures.over_training(*series, name), name.replace(" ", "-").replace("/", "-"), name[0].upper() + name[1:], "")
-        for name, series in shown.items()
-        if series.values
-    ]
+    images = []
+    for name, series in shown.items():
+        if series.values:
+            place, title = name.replace(" ", "-").replace("/", "-"), name[0].upper() + name[1:]
+            images.append(drawing(figures.over_training(*series, name), place, title, ""))
     return section("Throughput", tag("div", *images, class_="two")) if images else Markup()
 
 

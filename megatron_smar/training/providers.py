@@ -63,6 +63,7 @@ def model_provider(
         post_process=post_process,
         pg_collection=pg_collection,
         vp_stage=vp_stage,
+        balance_vision=run.balance_vision,
     )
     check_weights(model, args)
     watch_routing(model)

@@ -198,6 +198,7 @@ def cases() -> Iterator[Case]:
     yield from _backbones()
     yield from _strategies()
     yield from _modalities()
+    yield from _balanced_vision()
 
 
 def _packs() -> Iterator[Case]:
@@ -460,6 +461,23 @@ def _modalities() -> Iterator[Case]:
     hard = ("--modality-routing", "hard", "--num-experts", "8", "--freeze", "vision")
     parts = ("--hard-experts", "text=0-3", "vision=4,5", "chart=6,7", "--image-modalities", "vision", "chart")
     yield Case("three modalities, hard routing, EP 2", 2, 2, EP, replace(three, flags=(*hard, *parts)))
+
+
+def _balanced_vision() -> Iterator[Case]:
+    """Yields replicas that share the vision encoder's work; the reference is one process, which has nobody to share."""
+    balanced, smar, packs = "--balance-vision", Setting(), Setting(batch="packed", micro_batches=1)
+    yield Case("balanced vision, DP 2", 2, 2, balanced, smar, core=True)
+    yield Case("balanced vision, DP 2, stage 1", 2, 2, balanced, Setting(flags=STAGE_1))
+    two = replace(smar, micro_batches=2)
+    yield Case("balanced vision, EP 2 x DP 2, 2 micro-batches", 4, 4, f"{balanced} {EP}", two)
+    yield Case("balanced vision, TP 2 x DP 2", 4, 2, f"{balanced} {TP_SP}", smar, core=True)
+    yield Case("balanced vision, CP 2 x DP 2", 4, 2, f"{balanced} {CP}", smar)
+    yield Case("balanced vision, PP 2 x DP 2", 4, 2, f"{balanced} {PP}", two)
+    pipelined = replace(smar, model="four layers", micro_batches=4)
+    yield Case("balanced vision, PP 2 interleaved x DP 2", 4, 2, f"{balanced} {VIRTUAL}", pipelined, dtype="float32")
+    yield Case("balanced vision, packed, DP 2", 2, 2, balanced, packs, smar)
+    extremes = Setting(batch="extremes", flags=PER_TOKEN)
+    yield Case("balanced vision, ranks of text, vision, padding, all", 4, 4, balanced, extremes, core=True)
 
 
 CASES = {case.name: case for case in cases()}
