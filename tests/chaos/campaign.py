@@ -99,6 +99,7 @@ def run_campaign(
     seed: int,
     root: Path,
     report: Callable[[Outcome], None] = lambda outcome: None,
+    ranks: int = 4,
 ) -> list[Outcome]:
     """Runs a job under faults and compares it with an undisturbed run.
 
@@ -109,6 +110,7 @@ def run_campaign(
         seed: Draws their order, times and places.
         root: An empty folder.
         report: Called after each fault.
+        ranks: Number of ranks, half of them on each node.
 
     Raises:
         AssertionError: The job did not survive, or its results differ.
@@ -117,14 +119,16 @@ def run_campaign(
     planned = plan(kinds, chance)
     steps = planned[-1][0] + BETWEEN[1]
     reference, disturbed = root / "reference", root / "disturbed"
-    world.train(*flags_of(world, name, steps, reference, reference / "save")[len(world.flags) :], ranks=4, timeout=1200)
+    world.train(
+        *flags_of(world, name, steps, reference, reference / "save")[len(world.flags) :], ranks=ranks, timeout=1200
+    )
     disturbed.mkdir()
     outcomes = []
     with disk(disturbed / "disk", 64 << 10) as place, Cluster(nodes=2) as cluster:
         jobs = Jobs(cluster, disturbed)
         command = ["pretrain_vlm.py", *flags_of(world, name, steps, disturbed, place / "save")]
-        [job] = jobs.submit(*NODES, "--no-preflight", "--", *command)
-        target = Target(cluster, job, jobs.logs / str(job), place / "save", 4)
+        [job] = jobs.submit(*NODES, "--processes-per-node", ranks // 2, "--no-preflight", "--", *command)
+        target = Target(cluster, job, jobs.logs / str(job), place / "save", ranks)
         for step, kind, delay in planned:
             outcomes.append(_cause(target, step, kind, delay, chance))
             report(outcomes[-1])

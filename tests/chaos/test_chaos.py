@@ -17,7 +17,7 @@ def test_a_job_that_is_killed_in_a_save_finds_damage_and_is_warned_has_another_r
     if reason := why_not():
         pytest.skip(reason)
     kinds = [kill_all_in_save, damage_newest, warn_of_time_limit]
-    outcomes = run_campaign(world, list(RUNS)[1], kinds, 5, tmp_path)
+    outcomes = run_campaign(world, list(RUNS)[1], kinds, 5, tmp_path, ranks=2)
     assert len(outcomes) == 3 and any(outcome.in_save for outcome in outcomes)
     assert any(outcome.lost > 0 for outcome in outcomes)
 
