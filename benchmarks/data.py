@@ -23,10 +23,12 @@ may differ by two gray levels, since torch and Pillow round differently, and one
 libraries resize the axes in a different order, and clip values beyond white or black after the first axis.
 
 The stages are measured in one process, in CPU time. The full pipelines are measured in wall-clock time, in turns; their
-workers are warmed up, prefetched batches are consumed before the clock starts, and the workers of the other pipeline
+workers are warmed up, prefetched batches are consumed before the clock starts, and the workers of the other pipelines
 are idle. `ratio_torch` is the median over rounds of the samples per second of "ours" divided by those of "torch", with
-one worker. The gain from a second worker depends on the number of cores: the training process, which here normalizes
-without a GPU, needs a core for itself ("busy" is the share of the time in which it computes).
+one worker. `ratio_limit` is the same for "alone": workers that decode and tile the same pictures with the same
+libraries, without tokens, batches, or anything for the training process (pictures_alone.py). The gain from a second
+worker depends on the number of cores: the training process, which here normalizes without a GPU, needs a core for
+itself ("busy" is the share of the time in which it computes).
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from megatron.energon import Cooker, TaskEncoder, WorkerConfig, get_loader, get_val_dataset
 from mixture import make_data
 from packing import LONGEST_TEXT
+from pictures_alone import PicturesAlone, decoded_pictures
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
@@ -223,7 +226,7 @@ def measure(batches: Iterator[Counter[str]], workers: int, samples: int) -> dict
 def compare(
     pipelines: dict[str, Iterator[Counter[str]]], workers: int, options: argparse.Namespace, bar: tqdm
 ) -> dict[str, Any]:
-    """Measures both pipelines in turns and returns their speeds."""
+    """Measures the pipelines in turns and returns their speeds."""
     speeds: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
     for batches in pipelines.values():
         for _ in range(4 * workers):
@@ -238,16 +241,19 @@ def compare(
 
 
 def summarise(speeds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Returns the medians over rounds, and the quartiles of the ratio."""
+    """Returns the medians over rounds, and the quartiles of the ratios."""
     summary: dict[str, Any] = {
         name: {unit: statistics.median(speed[unit] for speed in turns) for unit in turns[0]}
         for name, turns in speeds.items()
     }
-    pairs = list(zip(speeds["ours"], speeds["torch"], strict=True))
-    for unit in ("samples", "tiles"):
-        ratios = [ours[unit] / theirs[unit] for ours, theirs in pairs]
+    for name, other, unit in (
+        ("ratio_samples", "torch", "samples"),
+        ("ratio_tiles", "torch", "tiles"),
+        ("ratio_limit", "alone", "tiles"),
+    ):
+        ratios = [ours[unit] / theirs[unit] for ours, theirs in zip(speeds["ours"], speeds[other], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
-        summary[f"ratio_{unit}"] = {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]}
+        summary[name] = {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]}
     return summary
 
 
@@ -363,10 +369,12 @@ def print_tables(result: dict[str, Any]) -> None:
         speeds = "".join(f"{stage[unit]:12,.0f}" for unit in UNITS)
         print(f"{name:34}{speeds}{100 * stage['share']:10.1f}")
     print(f"the limit is {result['limit']}; normalising runs in the training process, in parallel to the workers")
-    print(f"{'full pipeline':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'busy %':>10}{'ratio':>8}  quartiles")
+    print(f"{'full pipeline':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'busy %':>10}{'ours/':>8}  quartiles")
     for workers, row in result["workers"].items():
         ratio, (low, high) = row["ratio_samples"]["median"], row["ratio_samples"]["quartiles"]
-        for name, end in (("ours", f"{ratio:8.2f}  {low:.2f}..{high:.2f}"), ("torch", "")):
+        limit, (least, most) = row["ratio_limit"]["median"], row["ratio_limit"]["quartiles"]
+        ends = {"ours": "", "torch": f"{ratio:8.2f}  {low:.2f}..{high:.2f}"}
+        for name, end in (ends | {"alone": f"{limit:8.2f}  {least:.2f}..{most:.2f}"}).items():
             speeds = "".join(f"{row[name][unit]:12,.1f}" for unit in UNITS)
             print(f"{f'{name}, {workers} worker(s)':34}{speeds}{100 * row[name]['busy']:10.0f}{end}")
     growth = result["growth"]
@@ -426,13 +434,18 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     stages = Stages(config, encoder, dataset)
     stages.run()
     batch_size = max(1, round(stages.counts["samples"] / stages.counts["packs"]))
+    files = [[(folder / record["image"]).read_bytes()] if "image" in record else [] for record in dataset.records]
+    pictures = PicturesAlone(files, config.image)
     workers = {}
     with tqdm(total=len(WORKERS) * options.rounds, desc="rounds", disable=None) as bar:
         for number in WORKERS:
             ours, theirs = our_batches(config, tokenizer, number), plain_batches(dataset, batch_size, number)
-            workers[number] = compare({"ours": ours, "torch": theirs}, number, options, bar)
+            alone = decoded_pictures(pictures, batch_size, number, PREFETCH)
+            pipelines = {"ours": ours, "torch": theirs, "alone": alone}
+            workers[number] = compare(pipelines, number, options, bar)
     return {
         "ratio_torch": workers[1]["ratio_samples"]["median"],
+        "ratio_limit": {number: row["ratio_limit"]["median"] for number, row in workers.items()},
         "samples_per_second": workers[1]["ours"]["samples"],
         "workers": workers,
         "growth": {name: workers[2][name]["samples"] / workers[1][name]["samples"] for name in ("ours", "torch")},

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -114,6 +115,7 @@ class Training:
     Attributes:
         step: Runs one training step.
         routers: Routers of all MoE layers.
+        models: The model's chunks.
 
     Args:
         shape: The model's sizes.
@@ -122,6 +124,7 @@ class Training:
         bf16: Whether the model is in bfloat16.
         strategy: A value of --modality-routing.
         extra: Further flags.
+        read: Returns the next micro-batch; None for the same one in each step.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class Training:
         bf16: bool,
         strategy: str = "smar",
         extra: Sequence[str] = (),
+        read: Callable[[], Any] | None = None,
     ) -> None:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -150,8 +154,9 @@ class Training:
         config = get_model_config(model[0])
         config.grad_scale_func = optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
-        batch = make_batch(shape, seed=2 + get_args().rank)
-        iterator = RerunDataIterator(iter(functools.partial(lambda: batch), None))
+        if read is None:
+            read = itertools.repeat(make_batch(shape, seed=2 + get_args().rank)).__next__
+        iterator = RerunDataIterator(iter(read, None))
         forward_step = make_forward_step([IMAGE_TOKEN], TOKENS_PER_TILE)
         arguments = (forward_step, iterator, model, optimizer, scheduler, config, get_forward_backward_func())
         for chunk in model:
@@ -159,8 +164,8 @@ class Training:
         self._train: Callable[[], Any] = functools.partial(train_step, *arguments, iteration=0)
         modules = [module for chunk in model for module in chunk.modules()]
         self.routers: list[Any] = [module for module in modules if isinstance(module, ModalityAwareRouter)]
-        self._models = unwrap_model(model)
-        self._routing = self._models[0].modality_routing
+        self.models: list[Any] = unwrap_model(model)
+        self._routing = self.models[0].modality_routing
         self._plain = replace(self._routing, strategy=NoneConfig())
 
     def step(self) -> None:
@@ -174,7 +179,7 @@ class Training:
         """Switches the live routers to one of SETTINGS; see the program's docstring."""
         from megatron.core.transformer.moe.router import TopKRouter
 
-        for model in self._models:  # a strategy may need more than the modality mask: samples, scores of the attention
+        for model in self.models:  # a strategy may need more than the modality mask: samples, scores of the attention
             model.modality_routing = self._routing if setting == STRATEGY else self._plain
         own = {"forward": TopKRouter.forward, "gating": TopKRouter.gating, "routing": megatron_routing}
         for router in self.routers:

@@ -6,6 +6,11 @@ clipping. "ours": Megatron's `train_step` with DDP, Megatron's optimizer and SMA
 is the ratio of tokens per second, the median over pairs of consecutive steps.
 
     python benchmarks/vs_transformers.py [--quick] [--json]
+    python benchmarks/vs_transformers.py --lengths llava [--samples 64] [--quick] [--json]
+
+With --lengths llava the samples have the lengths and tiles of LLaVA-1.5's mixture (mixed_lengths.py): "ours" packs
+them, "theirs" pads batches of similar lengths. A pair is then a round of the same samples, and tokens per second are
+those of the samples, padding excluded.
 """
 
 from __future__ import annotations
@@ -16,10 +21,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 IMAGE_TOKEN, IMAGE_SIZE, PATCH, VOCABULARY = 5, 64, 8, 8192
+ONE_PACK = ["--micro-batch-size", "1", "--global-batch-size", "1"]
 TOKENS_PER_TILE = (IMAGE_SIZE // PATCH // 2) ** 2
 
 
@@ -34,6 +41,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--lengths", choices=("fixed", "llava"), default="fixed", help="Default: %(default)s.")
+    parser.add_argument(
+        "--samples", type=int, default=64, help="Of a round, with --lengths llava. Default: %(default)s."
+    )
     parser.add_argument("--bf16", action="store_true", help="Both in bfloat16 instead of float32.")
     parser.add_argument("--quick", action="store_true", help="Three pairs, within a minute.")
     parser.add_argument("--json", action="store_true", help="One JSON object as the last line.")
@@ -110,19 +121,18 @@ def make_batch(options: argparse.Namespace) -> dict[str, Any]:
     return {"ids": ids, "labels": labels, "mask": mask, "pixels": pixels}
 
 
-def their_step(model: Any, batch: dict[str, Any]) -> Callable[[], float]:
+def their_trainer(model: Any) -> Callable[[dict[str, Any]], float]:
     """Returns a plain PyTorch training step on Hugging Face's model, with its vision tower frozen as in "ours"."""
     import torch
 
     model.model.vision_tower.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-    labels = batch["ids"].masked_fill(batch["ids"] == IMAGE_TOKEN, -100)
     model.train()
 
-    def step() -> float:
+    def step(inputs: dict[str, Any]) -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = model(input_ids=batch["ids"], pixel_values=batch["pixels"], labels=labels).loss
+        loss = model(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -131,9 +141,14 @@ def their_step(model: Any, batch: dict[str, Any]) -> Callable[[], float]:
     return step
 
 
-def our_step(flags: list[str], batch: dict[str, Any]) -> Callable[[], float]:
-    """Returns Megatron's `train_step` on this project's model."""
-    import torch
+def their_step(model: Any, batch: dict[str, Any]) -> Callable[[], float]:
+    """Returns the step of `their_trainer` on one batch."""
+    labels = batch["ids"].masked_fill(batch["ids"] == IMAGE_TOKEN, -100)
+    return partial(their_trainer(model), {"input_ids": batch["ids"], "pixel_values": batch["pixels"], "labels": labels})
+
+
+def our_trainer(flags: list[str]) -> Callable[[Any], float]:
+    """Returns Megatron's `train_step` on this project's model, a function of the micro-batch."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.rerun_state_machine import RerunDataIterator
@@ -141,7 +156,6 @@ def our_step(flags: list[str], batch: dict[str, Any]) -> Callable[[], float]:
     from megatron.training import get_args
     from megatron.training.training import train_step
 
-    from megatron_smar.data.batch import VisionLanguageBatch
     from megatron_smar.training.providers import make_forward_step
     from megatron_smar.training.setup import start
 
@@ -150,6 +164,24 @@ def our_step(flags: list[str], batch: dict[str, Any]) -> Callable[[], float]:
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
+    schedule, forward_step = get_forward_backward_func(), make_forward_step([IMAGE_TOKEN], TOKENS_PER_TILE)
+    for chunk in model:
+        chunk.train()
+
+    def step(micro_batch: Any) -> float:
+        iterator = RerunDataIterator(iter([micro_batch]))
+        losses, *_ = train_step(forward_step, iterator, model, optimizer, scheduler, config, schedule, iteration=0)
+        return float(losses["lm loss"])
+
+    return step
+
+
+def our_step(flags: list[str], batch: dict[str, Any]) -> Callable[[], float]:
+    """Returns the step of `our_trainer` on one batch."""
+    import torch
+
+    from megatron_smar.data.batch import VisionLanguageBatch
+
     micro_batch = VisionLanguageBatch(
         __key__=[str(i) for i in range(len(batch["ids"]))],
         __restore_key__=(),
@@ -159,21 +191,7 @@ def our_step(flags: list[str], batch: dict[str, Any]) -> Callable[[], float]:
         padding_mask=torch.zeros_like(batch["ids"], dtype=torch.bool),
         pixel_values=batch["pixels"],
     )
-
-    def forever() -> Iterator[VisionLanguageBatch]:
-        while True:
-            yield micro_batch
-
-    iterator = RerunDataIterator(forever())
-    schedule, forward_step = get_forward_backward_func(), make_forward_step([IMAGE_TOKEN], TOKENS_PER_TILE)
-
-    def step() -> float:
-        losses, *_ = train_step(forward_step, iterator, model, optimizer, scheduler, config, schedule, iteration=0)
-        return float(losses["lm loss"])
-
-    for chunk in model:
-        chunk.train()
-    return step
+    return partial(our_trainer(flags), micro_batch)
 
 
 def seconds(step: Callable[[], float]) -> float:
@@ -192,14 +210,17 @@ def main() -> None:
     os.environ.setdefault("MASTER_PORT", "29541")
     from megatron_smar import runtime
 
-    runtime.install()
+    runtime.install_or_exit()
     import torch
 
     torch.set_num_threads(options.threads)
-    batch = make_batch(options)
     hf = hugging_face_model(options)
     with tempfile.TemporaryDirectory() as folder:
         hf.model.vision_tower.save_pretrained(folder)
+        if options.lengths == "llava":
+            run_mixture(options, hf, our_trainer([*our_flags(options, folder), *ONE_PACK]), their_trainer(hf), pairs)
+            return
+        batch = make_batch(options)
         ours = our_step(our_flags(options, folder), batch)
     theirs = their_step(hf, batch)
     for step in (ours, theirs, ours, theirs):  # warm up, so that all buffers and both optimizers' states exist
@@ -210,22 +231,66 @@ def main() -> None:
         times = {step: seconds(step) for step in order}
         rows.append((times[ours], times[theirs]))
         print(f"pair {pair + 1}/{pairs}: ours {times[ours]:.3f} s, theirs {times[theirs]:.3f} s", flush=True)
+    tokens = options.micro_batch_size * options.seq_length
+    report(options, hf, [(tokens / ours, tokens / theirs) for ours, theirs in rows])
+
+
+def run_all(step: Callable[[Any], float], batches: Sequence[Any]) -> float:
+    """Trains on one batch after another; returns the last loss."""
+    return [step(batch) for batch in batches][-1]
+
+
+def run_mixture(
+    options: argparse.Namespace,
+    hf: Any,
+    ours: Callable[[Any], float],
+    theirs: Callable[[dict[str, Any]], float],
+    rounds: int,
+) -> None:
+    """Times rounds of the same samples, packed and padded, in turns."""
+    from mixed_lengths import draw_samples, packed, padded  # benchmarks/mixed_lengths.py
+
+    samples = draw_samples(options.samples * (rounds + 1), IMAGE_SIZE, VOCABULARY, options.seq_length)
+    rows = []
+    for number in range(rounds + 1):  # the first round warms up
+        of_round = samples[number * options.samples :][: options.samples]
+        packs = packed(of_round, options.seq_length)
+        batches = padded(of_round, options.micro_batch_size, seed=number)
+        work = {"ours": partial(run_all, ours, packs), "theirs": partial(run_all, theirs, batches)}
+        times = {name: seconds(work[name]) for name in (sorted(work) if number % 2 else sorted(work, reverse=True))}
+        tokens = sum(len(sample.ids) for sample in of_round)
+        fill = tokens / sum(batch["input_ids"].numel() for batch in batches)
+        print(
+            f"round {number}/{rounds}: {len(packs)} packs {tokens / (len(packs) * options.seq_length):.1%} full in "
+            f"{times['ours']:.1f} s, {len(batches)} padded batches {fill:.1%} full in {times['theirs']:.1f} s",
+            flush=True,
+        )
+        if number:
+            rows.append((tokens / times["ours"], tokens / times["theirs"]))
     report(options, hf, rows)
 
 
 def report(options: argparse.Namespace, hf: Any, rows: list[tuple[float, float]]) -> None:
-    """Prints the table, and the JSON object if asked for."""
-    ratios = sorted(theirs / ours for ours, theirs in rows)
-    tokens = options.micro_batch_size * options.seq_length
+    """Prints the table, and the JSON object if asked for.
+
+    Args:
+        options: The command line.
+        hf: Hugging Face's model.
+        rows: Tokens per second of each pair: ours, theirs.
+    """
+    ratios = sorted(ours / theirs for ours, theirs in rows)
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
     result = {
-        "ratio": statistics.median(ratios),
+        "ratio": median,
+        "ratio_quartiles": [round(lower, 3), round(upper, 3)],
         "ratio_min": ratios[0],
         "ratio_max": ratios[-1],
-        "tokens_per_second": tokens / statistics.median(ours for ours, _ in rows),
-        "tokens_per_second_transformers": tokens / statistics.median(theirs for _, theirs in rows),
+        "tokens_per_second": statistics.median(ours for ours, _ in rows),
+        "tokens_per_second_transformers": statistics.median(theirs for _, theirs in rows),
         "parameters": sum(p.numel() for p in hf.parameters()),
         "threads": options.threads,
         "dtype": "bfloat16" if options.bf16 else "float32",
+        "lengths": options.lengths,
         "pairs": len(rows),
     }
     for name, value in result.items():

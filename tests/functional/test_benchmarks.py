@@ -54,6 +54,24 @@ def test_both_pipelines_give_the_same_samples_tokens_and_tiles_from_the_same_dat
     assert counts == result["counts_torch"] and result["far_pixels_share"] <= 1e-3
     assert min(result[name] for name in ("ratio_torch", "samples_per_second")) > 0
     assert result["stages"][result["limit"]]["share"] > 0.2
+    assert all(0 < result["ratio_limit"][workers] < 3 for workers in ("1", "2"))
+
+
+@pytest.mark.matrix
+def test_balanced_vision_is_timed_and_a_wrong_number_of_ranks_refused():
+    done = run("benchmarks/vision_balance.py", "--quick", "--json")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert 1 < result["ideal"] < 2 and result["ratio"] > 0 and result["even"] > 0
+    assert all(most > balanced >= 1 for _, _, most, balanced in result["simulated"])
+    done = run("benchmarks/vision_balance.py", "--ranks", 3, check=False)
+    assert done.returncode == 2 and "--ranks 3 cannot share the model's 8 experts; give 2, 4 or 8." in done.stdout
+
+
+@pytest.mark.matrix
+def test_a_mixture_of_lengths_is_packed_here_and_padded_there():
+    done = run("benchmarks/vs_transformers.py", "--lengths", "llava", "--quick", "--samples", 8, "--json")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["lengths"] == "llava" and result["pairs"] == 3 and result["ratio"] > 0
 
 
 @pytest.mark.matrix
