@@ -103,7 +103,10 @@ class Job:
         self._check_words()
 
     def _check_attempts(self) -> None:
-        if self.save is None and not self.elements and (self.requeue or self.chain > 1):
+        saves = {element.save is not None for element in self.elements} or {self.save is not None}
+        if len(saves) > 1:
+            raise ValueError("some elements of --array have --save and others not: give it in all lines, or in none.")
+        if saves == {False} and (self.requeue or self.chain > 1):
             again = "a chain of jobs" if self.chain > 1 else "a requeued job"
             raise ValueError(
                 f"the command has no --save, so that {again} would begin again: give it"
@@ -167,7 +170,7 @@ class Job:
     @property
     def saves(self) -> bool:
         """Whether the run has checkpoints, by which the progress of attempts is judged."""
-        return self.save is not None or bool(self.elements)
+        return self.save is not None or any(element.save is not None for element in self.elements)
 
     def marker(self, element: Element | None = None) -> Path:
         """Returns the file that says that the run is complete: another one for each command line.

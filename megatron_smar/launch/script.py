@@ -145,19 +145,20 @@ def _folders(job: Job) -> Iterator[str]:
     if job.elements:
         yield "# An element's own name: SLURM_JOB_ID alone can be the number of the whole array."
         yield "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
-        yield from _by_element(
-            job,
-            lambda element: (
-                f"logs={_quoted(job.logs / element.name)} save={_quoted(element.save)} "
-                f"complete={_quoted(job.marker(element))}"
-            ),
-        )
+        yield from _by_element(job, lambda element: _folders_of(job, element))
         return
     yield "job=$SLURM_JOB_ID"
     yield f"logs={_quoted(job.logs)}"
     if job.save is not None:
         yield f"save={_quoted(job.save)}"
         yield f"complete={_quoted(job.marker())}"
+
+
+def _folders_of(job: Job, element: Element) -> str:
+    words = f"logs={_quoted(job.logs / element.name)}"
+    if element.save is not None:
+        words += f" save={_quoted(element.save)} complete={_quoted(job.marker(element))}"
+    return words
 
 
 def _by_element(job: Job, words: Callable[[Element], str]) -> Iterator[str]:

@@ -24,13 +24,13 @@ class Element:
 
     Attributes:
         name: Of its folders, made of its flags.
-        words: What is added to the command, `--save` among it.
-        save: Folder of its checkpoints.
+        words: What is added to the command, `--save` among it if it has checkpoints.
+        save: Folder of its checkpoints; None without.
     """
 
     name: str
     words: tuple[str, ...]
-    save: Path
+    save: Path | None
 
 
 def read_elements(file: Path, command: Sequence[str]) -> tuple[tuple[str, ...], tuple[Element, ...]]:
@@ -38,7 +38,8 @@ def read_elements(file: Path, command: Sequence[str]) -> tuple[tuple[str, ...], 
 
     Args:
         file: A line for each element, in a shell's quoting; `#` begins a comment.
-        command: Program and flags that all elements share. Its `--save` is the folder of the elements' folders.
+        command: Program and flags that all elements share. Its `--save` is the folder of the elements' folders; without
+            it, elements have checkpoints only if their lines say so.
 
     Returns:
         The command without `--save` (and without a `--load` of the same folder), and the elements.
@@ -47,10 +48,8 @@ def read_elements(file: Path, command: Sequence[str]) -> tuple[tuple[str, ...], 
         ValueError: The file describes no sweep; the message is one sentence.
     """
     save, load = folder_of(command, "--save"), folder_of(command, "--load")
-    if save is None:
-        raise ValueError("--array needs --save in the command: each element gets a folder of its own in it.")
     command = without(command, "--save")
-    resumes = load == save
+    resumes = save is not None and load == save
     if resumes:
         command = without(command, "--load")
     elements = []
@@ -65,13 +64,15 @@ def read_elements(file: Path, command: Sequence[str]) -> tuple[tuple[str, ...], 
     return command, tuple(elements)
 
 
-def _element(words: list[str], line: str, save: Path, resumes: bool) -> Element:
+def _element(words: list[str], line: str, save: Path | None, resumes: bool) -> Element:
     check_words(words, line)
     if not words[0].startswith("-"):
         raise ValueError(f"{line} begins with {words[0]!r}; give flags, as in --lr 1e-4.")
     own = folder_of(words, "--save")
     name = name_of(without(words, "--save"))
-    folder = (own if own is not None else save / name).resolve()
+    if own is None and save is None:
+        return Element(name, tuple(words), None)
+    folder = (own or Path(save or "") / name).resolve()
     added = [] if own is not None else ["--save", str(folder)]
     if resumes and folder_of(words, "--load") is None:
         added += ["--load", str(folder)]
@@ -94,7 +95,7 @@ def _check(elements: Sequence[Element], file: Path) -> None:
         seen: set[object] = set()
         for element in elements:
             value = getattr(element, what)
-            if value in seen:
+            if value is not None and value in seen:
                 word = "the same flags" if what == "name" else f"--save {value}"
                 raise ValueError(f"two elements of {file} have {word}: each needs checkpoints of its own.")
             seen.add(value)

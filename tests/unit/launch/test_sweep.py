@@ -57,9 +57,15 @@ def test_a_file_that_is_no_sweep_is_accepted(tmp_path, text, sentence):
         sweep(tmp_path, text)
 
 
-def test_a_sweep_without_a_folder_for_its_checkpoints_is_accepted(tmp_path):
-    with pytest.raises(ValueError, match=re.escape("--array needs --save in the command")):
-        sweep(tmp_path, "--a 1", ("train.py",))
+def test_a_sweep_without_checkpoints_is_requeued_to_begin_again_or_mixed_with_one_that_has_them(tmp_path):
+    command, elements = sweep(tmp_path, "--a 1\n--a 2", ("train.py",))
+    with pytest.raises(ValueError, match="the command has no --save, so that a requeued job would begin again"):
+        Job(command, tmp_path / "l", tmp_path, elements=elements)
+    text = sbatch_script(Job(command, tmp_path / "l", tmp_path, elements=elements, requeue=False))
+    assert "save" not in text.split("case $SLURM_ARRAY_TASK_ID in")[1].split("esac")[0] and "launch.started" not in text
+    command, elements = sweep(tmp_path, "--a 1\n--a 2 --save /s", ("train.py",))
+    with pytest.raises(ValueError, match="some elements of --array have --save and others not"):
+        Job(command, tmp_path / "l", tmp_path, elements=elements, requeue=False)
 
 
 def test_a_word_of_an_element_reaches_the_shell_or_the_program_changed(tmp_path):
