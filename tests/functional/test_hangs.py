@@ -130,6 +130,7 @@ def test_a_save_that_blocks_on_one_rank_ends_both_and_names_it(start, tmp_path):
     assert has_stacks(run.log(0), 0, "stuck_save") and has_stacks(run.log(1), 1, "save_checkpoint_and_time")
 
 
+@pytest.mark.matrix
 def test_a_rank_whose_python_is_locked_still_writes_its_stacks_and_ends(start):
     run = start(DRIVER, *SHORT, *LIMITS, hang="lock,1")
     assert run.end(0, 150) == STATUS and run.end(1) == 1, run.log(0)[-3000:]
@@ -137,6 +138,7 @@ def test_a_rank_whose_python_is_locked_still_writes_its_stacks_and_ends(start):
     assert "does not answer: none of its Python code runs), the likely cause" in sentence(run.log(0))
 
 
+@pytest.mark.matrix
 def test_a_save_that_takes_longer_than_the_limit_but_writes_is_no_hang(start, tmp_path):
     (tmp_path / "save").mkdir()
     run = start(DRIVER, *SHORT, *LIMITS, "--save", tmp_path / "save", "--save-interval", 12, hang="long save,1")
@@ -144,6 +146,7 @@ def test_a_save_that_takes_longer_than_the_limit_but_writes_is_no_hang(start, tm
     assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == "12"
 
 
+@pytest.mark.matrix
 def test_a_rank_that_is_slower_than_the_other_is_named_with_the_part_of_the_step(start):
     run = start(DRIVER, *SHORT, "--train-iters", 40, "--log-interval", 20, *LIMITS, hang="slow,1")
     assert run.end(0, 150) == 0 and run.end(1, 150) == 0, run.log(0)[-3000:]

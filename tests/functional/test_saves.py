@@ -27,7 +27,7 @@ def test_training_changes_what_an_asynchronous_save_is_still_writing(world: Worl
     """Each write takes so long that steps are made meanwhile; the checkpoints must be those of a synchronous run."""
     flags = [*world.flags, *SIZES, "--train-iters", 8, "--use-distributed-optimizer"]
     said = run(
-        "tests/functional/slow_disk.py", 0.004, *flags, "--save", tmp_path / "slow", "--async-save", ranks=2
+        "tests/functional/slow_disk.py", 0.001, *flags, "--save", tmp_path / "slow", "--async-save", ranks=2
     ).stdout
     run("pretrain_vlm.py", *flags, "--save", tmp_path / "plain", ranks=2)
     staged, next_step = said.index("step 4 is staged"), said.index("iteration        5/")
@@ -62,7 +62,7 @@ def test_a_run_trains_for_nothing_because_its_disk_has_no_room_for_a_checkpoint(
 def test_a_second_signal_spoils_the_save_that_the_first_has_asked_for(world: World, tmp_path: Path):
     save = tmp_path / "save"
     started = Started(
-        tmp_path, "tests/functional/slow_disk.py", 0.004, *world.flags, *SIZES, "--train-iters", 1000, "--save", save
+        tmp_path, "tests/functional/slow_disk.py", 0.001, *world.flags, *SIZES, "--train-iters", 1000, "--save", save
     )
     started.wait_for_step(3)
     started.signal_all(signal.SIGTERM)

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from megatron_smar.data.sample_log import read_recorded
 from tests.conftest import free_port
 from tests.launch import ROOT
@@ -129,6 +131,7 @@ def test_sigterm_to_every_process_of_two_ranks_saves_once_and_ends_them_together
     assert {len(ranks) for ranks in read_recorded(run.keys).values()} == {2}
 
 
+@pytest.mark.matrix
 def test_a_signal_to_one_rank_of_two_ends_both_and_virtual_stages_save_the_loaders_state(world, tmp_path):
     """Two stages of two chunks each, whose position in the data Megatron does not save."""
     virtual = ["--num-layers", 4, "--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1]

@@ -125,7 +125,7 @@ def test_torchrun_numbers_ranks_wrongly_or_ends_them_before_they_have_saved(jobs
     assert "the first of all ranks" not in log and "the job is complete" in log
 
 
-@pytest.mark.parametrize("lost", [1, 2])
+@pytest.mark.parametrize("lost", [1, pytest.param(2, marks=pytest.mark.matrix)])
 def test_a_job_whose_node_is_lost_hangs_or_does_not_say_which_one(jobs: Jobs, lost: int):
     [job] = jobs.submit(*NODES, "--no-preflight", "--", jobs.program(WAITS), "--save", jobs.save)
     logs = jobs.logs / str(job)
