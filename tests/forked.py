@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from tests.conftest import free_port
@@ -43,12 +44,20 @@ PROGRAMS = {
             "tests/distributed/steps.py",
             "tests/functional/faulty_run.py",
             "tests/functional/slow_disk.py",
+            "tests/unit/model/test_vocabulary.py",
         ),
         "pretrain_vlm",
     ),
 }
 MADE = {"CUDA_DEVICE_MAX_CONNECTIONS", "TORCHINDUCTOR_CACHE_DIR", "ENERGON_LOCAL_COPY_TMP_DIR"}  # by runtime.install
 TERMINATION = 30  # seconds from SIGTERM to SIGKILL, as torchrun
+
+
+def server() -> ForkServerContext:
+    """Returns the context of the process that has imported the programs' modules; it starts with the first use."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(sorted(set(PROGRAMS.values())))
+    return context
 
 
 def start(
@@ -63,9 +72,7 @@ def start(
         answers: Where the program reads its standard input.
         output: Where it writes standard output and standard error.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(sorted(set(PROGRAMS.values())))
-    process = context.Process(target=_start, args=(list(command), ranks, dict(environment), answers, output))
+    process = server().Process(target=_start, args=(list(command), ranks, dict(environment), answers, output))
     process.start()
 
     def wait() -> int:

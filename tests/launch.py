@@ -137,12 +137,13 @@ def run_each_rank(*command: Any, ranks: int, **options: Any) -> list[subprocess.
 
 
 def on_two_ranks(function: Callable[..., None], folder: Path) -> dict[Any, Any]:
-    """Returns the results of two spawned processes that run `function(rank, store, results)` with a file store."""
+    """Returns the results of two processes that run `function(rank, store, results)` with a file store."""
     import torch
 
-    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+    with forked.server().Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(function, (str(folder / "store"), results), nprocs=2)
+        arguments = (str(folder / "store"), results)
+        torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
         return dict(results)
 
 

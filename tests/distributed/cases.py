@@ -470,7 +470,7 @@ def _balanced_vision() -> Iterator[Case]:
     yield Case("balanced vision, DP 2, stage 1", 2, 2, balanced, Setting(flags=STAGE_1))
     two = replace(smar, micro_batches=2)
     yield Case("balanced vision, EP 2 x DP 2, 2 micro-batches", 4, 4, f"{balanced} {EP}", two)
-    yield Case("balanced vision, TP 2 x DP 2", 4, 2, f"{balanced} {TP_SP}", smar, core=True)
+    yield Case("balanced vision, TP 2 x DP 2", 4, 2, f"{balanced} {TP_SP}", smar)
     yield Case("balanced vision, CP 2 x DP 2", 4, 2, f"{balanced} {CP}", smar)
     yield Case("balanced vision, PP 2 x DP 2", 4, 2, f"{balanced} {PP}", two)
     pipelined = replace(smar, model="four layers", micro_batches=4)
