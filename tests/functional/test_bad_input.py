@@ -45,7 +45,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+# The hub is asked for twenty seconds.
+SLOW = {"unknown vision model": pytest.mark.matrix}
+
+
+@pytest.mark.parametrize("mistake", [pytest.param(name, marks=SLOW.get(name, ())) for name in MISTAKES])
 def test_a_wrong_flag_is_refused_with_the_same_sentence_on_every_rank(world, mistake):
     flags, said = MISTAKES[mistake]
     errors = world.errors(*SIZES, *flags)

@@ -104,6 +104,7 @@ def same(one: dict, two: dict) -> None:
         assert metrics == pytest.approx(two[name], rel=2e-4)
 
 
+@pytest.mark.matrix
 def test_a_checkpoint_and_its_export_give_the_same_numbers_under_every_layout(imported, data, tmp_path):
     given = ["tools/evaluate.py", "--load", imported, "--float32", "--conversation-template", "mistral"]
     given += [*tasks(data, *SHORT), "--batch-size", 3]

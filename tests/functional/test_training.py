@@ -121,7 +121,7 @@ PACKS = ["--micro-batch-size", 1, "--global-batch-size", 4, "--packing-buffer-si
 PACKS += ["--max-tiles", 4, "--use-thumbnail", "--text-only-ratio", 0.25]
 RESUMED["packs of tiles and text"] = [*SMAR, *EXPERTS, *PACKS]
 RESUMED["packs, square-root loss weighting"] = [*SMAR, *EXPERTS, *PACKS, "--loss-weighting", "sqrt"]
-OFTEN = ["packs, square-root loss weighting", "stage 1, pipeline, distributed optimizer"]
+OFTEN = ["packs, square-root loss weighting"]
 
 
 @pytest.mark.parametrize("setting", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.matrix) for n in RESUMED])

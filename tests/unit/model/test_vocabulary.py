@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests that rows that pad the vocabulary have no effect on losses, gradients and answers."""
 
-
 import pytest
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
