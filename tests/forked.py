@@ -24,31 +24,20 @@ from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Program -> the module that it is, or whose imports it shares, which is imported beforehand.
+# Programs that may be forked, and the modules that are imported beforehand.
 PROGRAMS = {
-    "pretrain_vlm.py": "pretrain_vlm",
-    "tools/chat.py": "megatron_smar.commands.chat",
-    "tools/checkpoint/convert.py": "megatron_smar.commands.convert",
-    "tools/data/prepare.py": "megatron_smar.commands.prepare",
-    "tools/data/add_tokens.py": "megatron_smar.data.tokens",
-    "tools/data/rejects.py": "megatron_smar.data.rejects",
-    "tools/evaluate.py": "megatron_smar.commands.evaluate",
-    "tools/placement.py": "megatron_smar.commands.placement",
-    "tools/report.py": "megatron_smar.commands.report",
-    **dict.fromkeys(
-        (
-            "tests/distributed/converted.py",
-            "tests/distributed/decoding.py",
-            "tests/distributed/dispatches.py",
-            "tests/distributed/order.py",
-            "tests/distributed/steps.py",
-            "tests/functional/faulty_run.py",
-            "tests/functional/slow_disk.py",
-            "tests/unit/model/test_vocabulary.py",
-        ),
-        "pretrain_vlm",
-    ),
+    "pretrain_vlm.py",
+    *(f"tools/{name}.py" for name in ("chat", "checkpoint/convert", "evaluate", "placement", "report")),
+    *(f"tools/data/{name}.py" for name in ("add_tokens", "prepare", "rejects")),
+    *(f"examples/{name}/run.py" for name in ("emoji_tiny", "smollm2_moe")),
+    *(f"tests/distributed/{name}.py" for name in ("converted", "decoding", "dispatches", "order", "steps")),
+    *(f"tests/functional/{name}.py" for name in ("faulty_run", "slow_disk")),
+    "tests/unit/model/test_vocabulary.py",
 }
+IMPORTED = ["pretrain_vlm"]
+IMPORTED += [
+    f"megatron_smar.commands.{name}" for name in ("chat", "convert", "evaluate", "placement", "prepare", "report")
+]
 MADE = {"CUDA_DEVICE_MAX_CONNECTIONS", "TORCHINDUCTOR_CACHE_DIR", "ENERGON_LOCAL_COPY_TMP_DIR"}  # by runtime.install
 TERMINATION = 30  # seconds from SIGTERM to SIGKILL, as torchrun
 
@@ -56,7 +45,7 @@ TERMINATION = 30  # seconds from SIGTERM to SIGKILL, as torchrun
 def server() -> ForkServerContext:
     """Returns the context of the process that has imported the programs' modules; it starts with the first use."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(sorted(set(PROGRAMS.values())))
+    context.set_forkserver_preload(IMPORTED)
     return context
 
 
