@@ -52,6 +52,8 @@ def check_arguments(args: Namespace, needs_data: bool = True) -> None:
     load_vision_config(vision_config(args))
     image_config(args)
     _check_vision_balance(args)
+    if args.peak_tflops is not None and args.peak_tflops <= 0:
+        raise ValueError(f"--peak-tflops is {args.peak_tflops}; give the device's peak in TFLOP/s, or leave it out.")
     if needs_data:
         if not args.data_path or len(args.data_path) != 1 or len(args.valid_data_path or []) > 1:
             raise ValueError(

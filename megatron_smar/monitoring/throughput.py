@@ -30,8 +30,6 @@ class ThroughputConfig:
     Attributes:
         shape: The model's shape.
         recomputation: What the backward pass computes again.
-        whole_scores: Whether attention computes the whole square of scores, as the local layers do; a flash kernel
-            computes the causal half.
         capacity_limited: Whether padding takes no expert's slots (--moe-expert-capacity-factor).
         peak_tflops: Peak of a device in TFLOP/s, for MFU; None if not known.
         replicas: Number of data-parallel replicas.
@@ -39,7 +37,6 @@ class ThroughputConfig:
 
     shape: ModelShape
     recomputation: Recomputation = field(default_factory=Recomputation)
-    whole_scores: bool = True
     capacity_limited: bool = False
     peak_tflops: float | None = None
     replicas: int = 1
@@ -65,7 +62,7 @@ class ThroughputMeter:
         # Only the first pipeline stage has decoded tiles, so vision tokens are counted.
         vision_tokens = int(torch.isin(batch.input_ids, self._placeholders).logical_and(~batch.padding_mask).sum())
         tiles = vision_tokens / self.config.shape.vision.tokens
-        needed, executed = work_of(batch, tiles, self.config.whole_scores)
+        needed, executed = work_of(batch, tiles)
         self._needed, self._executed = self._needed + needed, self._executed + executed
         self._step = self._step + needed
 
@@ -138,13 +135,14 @@ def console_part(scalars: Mapping[str, float]) -> str:
     return "".join(f" {name}: {value:{form}} |" for name, (value, form) in found.items() if value is not None)
 
 
-def work_of(batch: VisionLanguageBatch, tiles: float, whole_scores: bool) -> tuple[Work, Work]:
+def work_of(batch: VisionLanguageBatch, tiles: float, whole_scores: bool = False) -> tuple[Work, Work]:
     """Returns what a micro-batch needs, and what is executed for it; without the copies that are routed.
 
     Args:
         batch: The micro-batch, on the host.
         tiles: Number of its tiles.
-        whole_scores: Whether the whole square of attention scores is computed.
+        whole_scores: Whether the kernel computes the whole square of attention scores; those that are used (torch's,
+            Transformer Engine's) compute the causal half.
     """
     real = ~batch.padding_mask
     needed, padded = _lengths(batch, real)

@@ -6,8 +6,8 @@ their sums, the output layer), as for torch's FLOP counter. With what is trained
 to three parts: forward, gradient of its input, gradient of its weights.
 
 Model operations are what the step needs: tokens and pictures without padding, each causal attention score once, no
-recomputation. Hardware operations are what the kernels execute: padding included, the whole square of attention scores
-where the kernel computes it, recomputed layers twice. MFU is the first divided by the device's peak, HFU the second.
+recomputation. Hardware operations are what is executed: with padding, and recomputed layers twice. MFU is the first
+divided by the device's peak, HFU the second.
 """
 
 from __future__ import annotations

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
-
-DECODER_PARTS = ("embeddings", "attention", "norms", "dense", "experts", "router")
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,6 @@ class DecoderShape:
     experts: int
     top_k: int
     vocabulary: int
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return len(self.moe_layers)
 
 
 @dataclass(frozen=True)
@@ -79,11 +71,7 @@ class ModelShape:
 
     decoder: DecoderShape
     vision: VisionShape
-    trained: frozenset[str] = frozenset(("connector", *DECODER_PARTS))
-
-    def trains(self, parts: Collection[str]) -> bool:
-        """Returns whether any of some parts is trained."""
-        return not self.trained.isdisjoint(parts)
+    trained: frozenset[str]
 
     @property
     def connector_input(self) -> int:

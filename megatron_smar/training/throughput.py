@@ -31,7 +31,6 @@ def throughput_config(args: Namespace, run: RunConfig, replicas: int) -> Through
     return ThroughputConfig(
         shape=model_shape(run, transformer_config(args)),
         recomputation=recomputation(args),
-        whole_scores=not runtime.current().transformer_engine,
         capacity_limited=args.moe_expert_capacity_factor is not None,
         peak_tflops=known or (peak_tflops(torch.cuda.get_device_name()) if on_gpu else None),
         replicas=replicas,

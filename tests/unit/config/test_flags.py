@@ -60,6 +60,12 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         (["--pixel-shuffle", "0.3"], "--pixel-shuffle is 0.3"),
         (["--max-tiles", "2", "--min-tiles", "4"], "--max-tiles 2 is less than --min-tiles 4"),
         (["--use-thumbnail"], "--use-thumbnail .* --max-tiles 12"),
+        (["--balance-vision", "--freeze", "connector"], "--balance-vision is for a frozen vision encoder"),
+        (
+            ["--balance-vision", "--disable-gloo-process-groups"],
+            "--balance-vision exchanges numbers of tiles over Gloo",
+        ),
+        (["--peak-tflops", "0"], "--peak-tflops is 0.0; give the device's peak"),
         (["--smar-warmup-iters", "-1"], "--smar-warmup-iters is -1"),
         (["--smar-start-iter", "-1"], "--smar-start-iter is -1"),
         (["--smar-band-file", "nowhere.json"], "--smar-band-file nowhere.json cannot be read"),
