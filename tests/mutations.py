@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts faults into the routing, one line at a time, and checks that the tests notice them.
+"""Puts faults into the routing and the exchange of tiles, one line at a time, and checks that the tests notice them.
 
     python tests/mutations.py [--only NAME] [--write docs/routing.md]
 
@@ -283,6 +283,13 @@ MUTATIONS = (
         "mean = reduce_scatter_to_sequence_parallel_region(mean, group=group) / group.size()",
         "mean = mean.chunk(group.size())[group.rank()]",
         (exactness("SMoES, attention scores, TP 2 + SP"),),
+    ),
+    Mutation(
+        "mix up the features that other replicas have computed with a replica's own",
+        "megatron_smar/model/vision_balance.py",
+        "return torch.cat([own, returned])",
+        "return torch.cat([returned, own])",
+        (exactness("balanced vision, DP 2"),),
     ),
 )
 
