@@ -14,6 +14,7 @@ os.environ.setdefault("MEGATRON_SMAR_DEVICE", "cpu")  # a machine's GPUs are tes
 if os.environ["MEGATRON_SMAR_DEVICE"] == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hidden before any test has torch count them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks and data workers share the cores
+INTERPRETERS = "MEGATRON_SMAR_TESTS_INTERPRETERS"  # if set, `tests.launch` forks no program
 # energon leaves each loader's index files open until its process ends, and the data tests open a hundred loaders.
 _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
@@ -26,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """With --matrix, every program is started in a new interpreter."""
     if config.getoption("--matrix"):
-        os.environ["MEGATRON_SMAR_TESTS_INTERPRETERS"] = "new"
+        os.environ[INTERPRETERS] = "new"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

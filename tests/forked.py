@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-from tests.conftest import free_port
+from tests.conftest import INTERPRETERS, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,6 +40,11 @@ IMPORTED += [
 ]
 MADE = {"CUDA_DEVICE_MAX_CONNECTIONS", "TORCHINDUCTOR_CACHE_DIR", "ENERGON_LOCAL_COPY_TMP_DIR"}  # by runtime.install
 TERMINATION = 30  # seconds from SIGTERM to SIGKILL, as torchrun
+
+
+def are_off() -> bool:
+    """Returns whether every program needs a new interpreter: with --matrix, and with CUDA, which survives no fork."""
+    return INTERPRETERS in os.environ or os.environ.get("MEGATRON_SMAR_DEVICE") == "cuda"
 
 
 def server() -> ForkServerContext:

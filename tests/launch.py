@@ -74,12 +74,8 @@ def run(
     )
     words = [str(word) for word in command]
     # Variables that are read before or during the imports need an interpreter of their own.
-    may_fork = (
-        words[0] in forked.PROGRAMS
-        and not set(rank or {}) - {*LAUNCHED}
-        and "MEGATRON_SMAR_TESTS_INTERPRETERS" not in os.environ
-    )
-    start = forked.start if may_fork else _start_interpreter
+    own = set(rank or {}) - {*LAUNCHED} or forked.are_off()
+    start = _start_interpreter if own or words[0] not in forked.PROGRAMS else forked.start
     (reads, answering), (reading, writes) = (multiprocessing.Pipe(duplex=False) for _ in range(2))
     number, wait = start(words, ranks, environment, reads, writes)
     reads.close(), writes.close()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ runtime.install_or_exit("cpu")
 
 from tests.chaos.campaign import RUNS, Outcome, run_campaign
 from tests.chaos.faults import FAULTS, IN_SAVES, damage_newest, kill_one, preempt
+from tests.conftest import INTERPRETERS
 from tests.functional.conftest import make_world
 from tests.slurm.cluster import why_not
 
@@ -49,6 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     if reason := why_not():
         sys.exit(f"python -m tests.chaos: error: {reason}.")
+    os.environ[INTERPRETERS] = "new"  # the undisturbed runs are real ones
     outcomes: dict[str, list[Outcome]] = {}
     names = [name for number, name in enumerate(RUNS, 1) if options.run in (None, number)]
     begin, total = time.monotonic(), options.faults * len(names)
