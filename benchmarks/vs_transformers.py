@@ -6,7 +6,7 @@ clipping. "ours": Megatron's `train_step` with DDP, Megatron's optimizer and SMA
 is the ratio of tokens per second, the median over pairs of consecutive steps.
 
     python benchmarks/vs_transformers.py [--quick] [--json]
-    python benchmarks/vs_transformers.py --lengths llava [--samples 64] [--quick] [--json]
+    python benchmarks/vs_transformers.py --lengths llava [--samples 96] [--quick] [--json]
 
 With --lengths llava the samples have the lengths and tiles of LLaVA-1.5's mixture (mixed_lengths.py): "ours" packs
 them, "theirs" pads batches of similar lengths. A pair is then a round of the same samples, and tokens per second are
@@ -40,15 +40,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--seq-length", type=int, help="Of a row or pack. Default: 512; 1024 with --lengths llava.")
     parser.add_argument("--lengths", choices=("fixed", "llava"), default="fixed", help="Default: %(default)s.")
     parser.add_argument(
-        "--samples", type=int, default=64, help="Of a round, with --lengths llava. Default: %(default)s."
+        "--samples", type=int, default=96, help="Of a round, with --lengths llava. Default: %(default)s."
     )
     parser.add_argument("--bf16", action="store_true", help="Both in bfloat16 instead of float32.")
     parser.add_argument("--quick", action="store_true", help="Three pairs, within a minute.")
     parser.add_argument("--json", action="store_true", help="One JSON object as the last line.")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.seq_length = options.seq_length or (1024 if options.lengths == "llava" else 512)
+    return options
 
 
 def hugging_face_model(options: argparse.Namespace) -> Any:
