@@ -32,6 +32,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_smar import runtime
+
+ENVIRONMENT = dict(os.environ)  # of the runs: what follows hides the GPUs from this process and its children
+runtime.install_or_exit("cpu")
+
+from megatron_smar.config.run_file import expand
 from megatron_smar.launch import here
 from megatron_smar.launch.command import folder_of, without
 from megatron_smar.launch.sweep import name_of
@@ -107,8 +113,6 @@ def points(options: argparse.Namespace, command: Sequence[str]) -> list[Point]:
     Raises:
         ValueError: The options describe none.
     """
-    from megatron_smar.config.run_file import expand  # here, since it imports Megatron
-
     flags = expand(command[1:])
     if folder_of(flags, "--save") is not None:
         raise ValueError(
@@ -167,12 +171,12 @@ def run_here(missing: Sequence[Point], command: Sequence[str]) -> None:
         ahead = "" if eta is None else f", ETA {eta / 60:.0f} min"
         print(f"run {number + 1} of {len(missing)}{ahead}: {point.processes} processes, {point.line}", flush=True)
         point.folder.mkdir(parents=True, exist_ok=True)
-        threads = os.environ.get("OMP_NUM_THREADS") or str(here.threads_of_each(point.processes))
+        threads = ENVIRONMENT.get("OMP_NUM_THREADS") or str(here.threads_of_each(point.processes))
         words = [*here.torchrun(1, point.processes, {}), *command, *point.words]
         with (point.folder / "log.txt").open("w", encoding="utf-8") as log:
             log.write(f"{shlex.join(words)}\n")
             log.flush()
-            environment = os.environ | {"OMP_NUM_THREADS": threads}
+            environment = ENVIRONMENT | {"OMP_NUM_THREADS": threads}
             status = subprocess.run(words, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
         if status:
             raise ValueError(f"the run failed with status {status}; its output is in {point.folder / 'log.txt'}.")
@@ -194,7 +198,7 @@ def submit(missing: Sequence[Point], command: Sequence[str], options: argparse.N
         (jobs / "sweep.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         words = [*LAUNCH, "slurm", "--nodes", str(processes // each), "--processes-per-node", str(each), "--no-requeue"]
         words += ["--logs", str(jobs), "--array", str(jobs / "sweep.txt"), *shlex.split(options.slurm)]
-        status = subprocess.run([*words, "--", *command]).returncode
+        status = subprocess.run([*words, "--", *command], env=ENVIRONMENT).returncode
         if status:
             raise ValueError(f"the job of {processes} processes was not submitted (status {status}).")
 
