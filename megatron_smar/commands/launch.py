@@ -230,3 +230,7 @@ def main() -> None:
             print(first_error(options.folder) or f"No rank in {options.folder} ended with an error.")
     except (ValueError, OSError) as error:
         sys.exit(f"{PROGRAM}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
