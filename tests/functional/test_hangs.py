@@ -118,6 +118,7 @@ def test_a_reader_that_blocks_is_named_with_the_stack_of_its_data_worker_which_i
     assert "in _open_itarfile\n" in run.log(1), "not the place where the worker reads"
 
 
+@pytest.mark.matrix
 def test_a_save_that_blocks_on_one_rank_ends_both_and_names_it(start, tmp_path):
     (tmp_path / "save").mkdir()
     run = start(DRIVER, *SHORT, *LIMITS, "--save", tmp_path / "save", "--save-interval", 2, hang="save,0")

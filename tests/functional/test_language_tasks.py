@@ -148,6 +148,7 @@ def test_prompts_as_conversations_are_those_of_the_export(imported, data, tmp_pa
     same(measured(tmp_path / "one.json"), measured(tmp_path / "export.json"))
 
 
+@pytest.mark.matrix
 def test_tasks_that_cannot_be_loaded_are_refused_before_the_model_is(imported, data, tmp_path):
     given = ["tools/evaluate.py", "--load", imported, "--output", tmp_path / "results.json"]
     for wrong, message in (

@@ -3,11 +3,14 @@
 
 import json
 
+import pytest
+
 from tests.launch import run
 
 SIZES = ["--global-batch-size", 8, "--micro-batch-size", 2, "--num-workers", 0]
 
 
+@pytest.mark.matrix
 def test_an_experiment_is_measured_twice_or_not_at_all_or_its_results_are_lost(world, tmp_path):
     folder = tmp_path / "scaling"
     command = ["tools/scaling.py", folder, "--vary", "modality-routing=none,smar", "--steps", 4, "--warm-up", 1]

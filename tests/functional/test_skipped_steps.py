@@ -73,6 +73,7 @@ def test_a_skipped_step_changes_nothing_is_counted_and_the_count_survives_a_resu
     assert "1 step has been skipped already (--max-skipped-steps 1)" in said
 
 
+@pytest.mark.matrix
 def test_a_run_that_skips_a_step_is_that_in_which_the_step_was_not_applied(world, tmp_path, monkeypatch):
     faulty, left_out = tmp_path / "faulty", tmp_path / "left_out"
     outputs = train(world, monkeypatch, "loss,2,inf,", faulty, "--max-skipped-steps", 2)

@@ -109,6 +109,7 @@ def test_an_element_of_an_array_is_warned_or_requeued_with_another_one(jobs: Job
     assert len({re.search(r"meets at (\d+)", each)[1] for each in said}) == 3
 
 
+@pytest.mark.matrix
 def test_torchrun_numbers_ranks_wrongly_or_ends_them_before_they_have_saved(jobs: Jobs):
     [job] = jobs.submit(
         *NODES, "--torchrun", "--no-preflight", "--", jobs.program(TERM), "--save", jobs.save, "--waits"
