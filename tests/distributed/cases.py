@@ -431,7 +431,7 @@ def _every_layout(name: str, setting: Setting) -> Iterator[Case]:
     """Yields one case for each kind of parallelism and execution, of which one or two belong to the fast core."""
     yield Case(f"{name}, DP 2", 2, 2, "", setting)
     yield Case(f"{name}, EP 2", 2, 2, EP, setting, core=True)
-    yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, setting, core=name.startswith("SMoES"))
+    yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, setting, core=name.startswith(("SMoES", "modality gates")))
     yield Case(f"{name}, PP 2", 2, 1, PP, setting)
     pipelined = replace(setting, model="four layers", micro_batches=4)
     yield Case(f"{name}, PP 2 interleaved", 2, 1, VIRTUAL, pipelined, dtype="float32")
