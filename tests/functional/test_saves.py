@@ -23,6 +23,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 
 
+@pytest.mark.matrix  # tests/chaos has the same in short
 def test_training_changes_what_an_asynchronous_save_is_still_writing(world: World, tmp_path: Path):
     """Each write takes so long that steps are made meanwhile; the checkpoints must be those of a synchronous run."""
     flags = [*world.flags, *SIZES, "--train-iters", 8, "--use-distributed-optimizer"]

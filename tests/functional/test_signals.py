@@ -118,6 +118,7 @@ def test_ctrl_c_saves_at_the_end_of_the_step_and_the_printed_command_resumes_the
     assert list(read_recorded(run.keys)) == list(range(1, step + 2)), "not exactly the next step"
 
 
+@pytest.mark.matrix
 def test_sigterm_to_every_process_of_two_ranks_saves_once_and_ends_them_together(world, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "pretrain_vlm.py"]
     run = Started(tmp_path, *launch, *world.flags, *SIZES, "--save", tmp_path / "save")

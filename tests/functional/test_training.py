@@ -121,10 +121,10 @@ PACKS = ["--micro-batch-size", 1, "--global-batch-size", 4, "--packing-buffer-si
 PACKS += ["--max-tiles", 4, "--use-thumbnail", "--text-only-ratio", 0.25]
 RESUMED["packs of tiles and text"] = [*SMAR, *EXPERTS, *PACKS]
 RESUMED["packs, square-root loss weighting"] = [*SMAR, *EXPERTS, *PACKS, "--loss-weighting", "sqrt"]
-OFTEN = ["packs, square-root loss weighting"]
 
 
-@pytest.mark.parametrize("setting", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.matrix) for n in RESUMED])
+@pytest.mark.matrix  # tests/chaos and test_resume.py have the same in short
+@pytest.mark.parametrize("setting", RESUMED)
 def test_resuming_gives_bit_identical_losses(world, tmp_path, setting):
     common = ["--micro-batch-size", 4, "--global-batch-size", 8, "--num-workers", 1, "--train-iters", 8]
     common += [*RESUMED[setting], "--save-interval", 4]
