@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_smar.launch import here
-from megatron_smar.launch.command import check_words, folder_of
+from megatron_smar.launch.command import check_words, folder_of, split
 from megatron_smar.launch.first_error import first_error
 from megatron_smar.launch.job import NO_COMMAND, Job
 from megatron_smar.launch.script import sbatch_script
@@ -217,7 +217,7 @@ def run_here(options: argparse.Namespace, command: Sequence[str]) -> int:
 def main() -> None:
     """Runs the command line."""
     words = sys.argv[1:]
-    own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    own, command = split(words)
     options, unknown = make_parser().parse_known_args(own)
     try:
         if unknown:

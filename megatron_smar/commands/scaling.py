@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,10 @@ runtime.install_or_exit("cpu")
 
 from megatron_smar.config.run_file import expand
 from megatron_smar.launch import here
-from megatron_smar.launch.command import folder_of, without
+from megatron_smar.launch.command import folder_of, split, values
 from megatron_smar.launch.sweep import name_of
 from megatron_smar.report.figures import new_figure
+from megatron_smar.report.numbers import aligned
 from megatron_smar.report.scalars import read_scalars
 
 RATES = ("tokens_per_second", "samples_per_second", "tiles_per_second", "model_tflops")
@@ -119,11 +120,11 @@ def points(options: argparse.Namespace, command: Sequence[str]) -> list[Point]:
             "the command has --save, and runs that are measured save no checkpoints: leave it out (--unset save, if it "
             "is in a run file)."
         )
-    batch = _number(flags, "--global-batch-size")
+    batch = next((int(value) for value in reversed(list(values(flags, "--global-batch-size")))), None)
     least = min(options.processes)
     found = []
-    for processes, values in itertools.product(options.processes, itertools.product(*varied_flags(options.vary))):
-        varied = dict(values)
+    for processes, chosen in itertools.product(options.processes, itertools.product(*varied_flags(options.vary))):
+        varied = dict(chosen)
         words = [word for name, value in varied.items() for word in (f"--{name}", value)]
         if options.mode == "weak" and "global-batch-size" not in varied:
             if batch is None:
@@ -138,11 +139,6 @@ def points(options: argparse.Namespace, command: Sequence[str]) -> list[Point]:
         words += ["--eval-iters", "0", "--tensorboard-dir", str(folder / "tensorboard")]
         found.append(Point(processes, varied, tuple(words), folder))
     return found
-
-
-def _number(command: Sequence[str], flag: str) -> int | None:
-    word = folder_of(command, flag)
-    return None if word is None else int(str(word))
 
 
 def result_of(point: Point, warm_up: int) -> Result | None:
@@ -221,8 +217,7 @@ def table(results: Sequence[Result]) -> str:
         rows.append(
             [str(result.processes), result.line, *shown, f"{efficiency(result, results):.2f}", str(result.steps)]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(aligned([tuple(row) for row in rows], left=(1,)))
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -242,8 +237,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure.savefig(path)
 
 
-def report(folder: Path, warm_up: int, runs: Sequence[Point]) -> bool:
-    """Prints and draws what has been measured; returns whether every run has."""
+def report(folder: Path, warm_up: int, runs: Sequence[Point]) -> None:
+    """Prints and draws what has been measured, and says how many runs have not."""
     found = [(point, result_of(point, warm_up)) for point in runs]
     results = [result for _, result in found if result is not None]
     if results:
@@ -251,35 +246,38 @@ def report(folder: Path, warm_up: int, runs: Sequence[Point]) -> bool:
         (folder / "scaling.json").write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
         draw(results, folder / "scaling.svg")
         print(f"Written: {folder / 'scaling.json'}, {folder / 'scaling.svg'}; dotted lines: ideal scaling")
-    left = len(found) - len(results)
-    if left:
+    if left := len(found) - len(results):
         print(f"{left} of {len(found)} runs are not complete.")
-    return not left
 
 
-def experiment(options: argparse.Namespace, command: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns options and command, those of the folder's experiment where there is one.
+def experiment(options: argparse.Namespace, command: list[str]) -> tuple[list[str], list[Point]]:
+    """Returns the command and the runs of the folder's experiment; a new one is stored there once it can be run.
+
+    Args:
+        options: The command line; takes the values of a stored experiment.
+        command: The command after the `--`; empty for that of the stored experiment.
 
     Raises:
-        ValueError: There is no experiment, or another one.
+        ValueError: There is no experiment, another one, or one that cannot be run.
     """
     file = options.folder / "experiment.json"
     given = {name: getattr(options, name) for name in ("processes", "mode", "vary", "steps", "warm_up")}
-    given["command"] = without(command, "--tensorboard-dir")
+    given["command"] = command
     if file.exists():
         stored = json.loads(file.read_text(encoding="utf-8"))
-        if command and stored != json.loads(json.dumps(given)):
+        if command and stored != given:
             raise ValueError(f"{options.folder} has another experiment ({file}); give another folder.")
-        given = stored
+        vars(options).update(stored)
     elif not command:
         raise ValueError(
             f"{options.folder} has no experiment; give a command after --, as in -- pretrain_vlm.py FLAGS."
         )
-    else:
+    command = command or options.command
+    runs = points(options, command)
+    if not file.exists():
         options.folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(given, indent=1) + "\n", encoding="utf-8")
-    vars(options).update(given)
-    return options, list(given["command"])
+    return command, runs
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -300,13 +298,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def split(words: Sequence[str]) -> Iterator[list[str]]:
-    """Yields the words before the first -- and those after it."""
-    place = list(words).index("--") if "--" in words else len(words)
-    yield list(words[:place])
-    yield list(words[place + 1 :])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing, and reports."""
     own, command = split(sys.argv[1:] if argv is None else argv)
@@ -317,12 +308,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--steps {options.steps} and --warm-up {options.warm_up} leave nothing to measure.")
         if min(options.processes) < 1:
             raise ValueError(f"--processes {min(options.processes)} is below 1.")
-        options, command = experiment(options, command)
-        runs = points(options, command)
+        is_given = bool(command)
+        command, runs = experiment(options, command)
         missing = [point for point in runs if result_of(point, options.warm_up) is None]
         if missing and options.slurm is not None:
             submit(missing, command, options)
-        elif missing and "--" in (sys.argv if argv is None else argv):
+        elif missing and is_given:
             run_here(missing, command)
         report(options.folder, options.warm_up, runs)
     except ValueError as error:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from argparse import Namespace
 from importlib.util import find_spec
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
 from megatron_smar import runtime
 from megatron_smar.config.build import data_config, image_config, modality_routing_config, vision_config
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts
@@ -120,9 +122,9 @@ def _check_benchmarks(args: Namespace) -> None:
 def _check_freeze(args: Namespace, shape_is_known: bool) -> None:
     parts = {"vision", "connector", *LANGUAGE_PARTS}
     if shape_is_known:
-        moe_layers = len(_moe_layers(args)) if args.num_experts else 0
-        parts -= {"experts", "router"} if not moe_layers else set()
-        parts -= {"dense"} if moe_layers == args.num_layers else set()
+        number = len(moe_layers(args)) if args.num_experts else 0
+        parts -= {"experts", "router"} if not number else set()
+        parts -= {"dense"} if number == args.num_layers else set()
     if parts <= frozen_parts(args.freeze):
         raise ValueError(
             f"--freeze {' '.join(args.freeze)} leaves nothing to train in this model; leave out at least one of them."
@@ -145,7 +147,7 @@ def _check_vision_balance(args: Namespace) -> None:
 
 def _check_allowed(args: Namespace, routing: ModalityRoutingConfig) -> None:
     """Refuses allowed experts that leave a token fewer than K experts, and flags with which they cannot be applied."""
-    for layer in _moe_layers(args):
+    for layer in moe_layers(args):
         allowed = routing.allowed(layer, args.num_experts)
         if allowed is None:
             continue
@@ -192,7 +194,7 @@ def _check_routing(args: Namespace, routing: ModalityRoutingConfig, shape_is_kno
         other.from_arguments(args)  # a wrong value is refused even if this run would not read it
         if other is not type(strategy):
             other.check_unused(args)
-    strategy.check(args, _moe_layers(args) if shape_is_known else None)
+    strategy.check(args, moe_layers(args) if shape_is_known else None)
     if strategy.keeps_state and args.smar_scope == "local":
         raise ValueError(
             f"--smar-scope local with --modality-routing {strategy.name}: the replicas would accumulate different "
@@ -277,7 +279,7 @@ def _check_loss(args: Namespace) -> None:
         )
 
 
-def _moe_layers(args: Namespace) -> list[int]:
+def moe_layers(args: Namespace | TransformerConfig) -> list[int]:
     """Returns the numbers, from 1, of the MoE layers (--moe-layer-freq)."""
     frequency, layers = args.moe_layer_freq, range(1, (args.num_layers or 0) + 1)
     if isinstance(frequency, int):

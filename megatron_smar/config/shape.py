@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from transformers import PretrainedConfig
 
 from megatron_smar.config.build import RunConfig
+from megatron_smar.config.checks import moe_layers
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts
 from megatron_smar.model.vision import load_vision_config, side_in_pixels
 from megatron_smar.planning.shape import DecoderShape, ModelShape, VisionShape
@@ -35,14 +36,11 @@ def decoder_shape(config: TransformerConfig, vocabulary: int) -> DecoderShape:
     """
     matrices = 3 if config.gated_linear_unit else 2
     latent = config.moe_latent_size
-    frequency = config.moe_layer_freq
-    is_moe = (
-        [number % frequency == 0 for number in range(config.num_layers)] if isinstance(frequency, int) else frequency
-    )
+    with_experts = moe_layers(config) if config.num_moe_experts else []
     weights, width = _attention(config)
     return DecoderShape(
         hidden=config.hidden_size,
-        moe_layers=tuple(bool(has_experts) and bool(config.num_moe_experts) for has_experts in is_moe),
+        moe_layers=tuple(number in with_experts for number in range(1, config.num_layers + 1)),
         attention_weights=weights,
         score_width=width,
         dense_weights=matrices * config.hidden_size * config.ffn_hidden_size,

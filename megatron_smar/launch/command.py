@@ -27,6 +27,12 @@ def values(command: Sequence[str], flag: str) -> Iterator[str]:
                 yield value
 
 
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words before the first `--`, which are a launcher's own, and those after it, the command."""
+    place = list(words).index("--") if "--" in words else len(words)
+    return list(words[:place]), list(words[place + 1 :])
+
+
 def folder_of(command: Sequence[str], flag: str) -> Path | None:
     """Returns the folder that a command line gives to a flag, the last one if there are several; None without."""
     return next((Path(value) for value in reversed(list(values(command, flag)))), None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smar.commands.scaling import Result, efficiency, main, make_parser, points
+from megatron_smar.commands.scaling import Result, efficiency, experiment, main, make_parser, points
 
 COMMAND = ["pretrain_vlm.py", "--lr", "1e-4", "--global-batch-size", "8"]
 
@@ -67,3 +67,10 @@ def test_a_folder_takes_the_results_of_another_experiment(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--", *COMMAND])
     assert "has another experiment" in capsys.readouterr().err
+
+
+def test_a_folder_is_spoilt_for_the_right_command_by_a_wrong_one(tmp_path):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--", *COMMAND, "--save", "x"])
+    assert experiment(make_parser().parse_args([str(tmp_path)]), COMMAND)[0] == COMMAND
+    assert json.loads((tmp_path / "experiment.json").read_text())["command"] == COMMAND
