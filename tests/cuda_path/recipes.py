@@ -21,15 +21,16 @@ RECORDER = '#!/bin/bash\n[[ $* == *tools/report.py* ]] || printf "%s\\0" "$@" >"
 
 
 def run_script(recipe: str, script: str, output: Path, *options: str, **environment: str) -> None:
-    """Runs one of a recipe's scripts with the given output folder."""
-    subprocess.run(
+    """Runs one of a recipe's scripts with the given output folder; a failure shows what the script printed."""
+    done = subprocess.run(
         ["bash", ROOT / "examples" / recipe / f"{script}.sh", *options],
         env=os.environ | {"PYTHON": sys.executable, "OUTPUT": str(output)} | environment,
-        check=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        text=True,
         timeout=300,
     )
+    assert done.returncode == 0, f"{script}.sh ended with {done.returncode}: {done.stdout[-6000:]}"
 
 
 def command_on_gpus(recipe: str, script: str, gpus: int, output: Path, **files: str) -> tuple[str, list[str]]:
