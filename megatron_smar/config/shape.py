@@ -3,28 +3,34 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
+import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from torch import nn
 from transformers import PretrainedConfig
 
-from megatron_smar.config.build import RunConfig
 from megatron_smar.config.checks import moe_layers
-from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts
-from megatron_smar.model.vision import load_vision_config, side_in_pixels
-from megatron_smar.planning.shape import DecoderShape, ModelShape, VisionShape
+from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts, part_of
+from megatron_smar.model.vision import VisionConfig, load_vision_config, side_in_pixels
+from megatron_smar.planning.shape import DecoderShape, ModelShape, Parameter, VisionShape
 
 
-def model_shape(run: RunConfig, config: TransformerConfig) -> ModelShape:
-    """Returns the shape of a run's model.
+def model_shape(
+    vision: VisionConfig, freeze: Collection[str], vocabulary: int, config: TransformerConfig
+) -> ModelShape:
+    """Returns the shape of a run's model, without its parameters.
 
     Args:
-        run: The run's configs.
+        vision: The vision encoder's config.
+        freeze: Frozen parts, as --freeze names them.
+        vocabulary: Rows of the output layer.
         config: Megatron's config of the language model.
     """
-    tower = load_vision_config(run.vision)
-    trained = frozenset(("vision", "connector", *LANGUAGE_PARTS)) - frozen_parts(run.freeze)
-    return ModelShape(
-        decoder_shape(config, run.language.vocab_size), vision_shape(tower, run.vision.shuffle_step), trained
-    )
+    trained = frozenset(("vision", "connector", *LANGUAGE_PARTS)) - frozen_parts(freeze)
+    tower = vision_shape(load_vision_config(vision), vision.shuffle_step)
+    return ModelShape(decoder_shape(config, vocabulary), tower, trained)
 
 
 def decoder_shape(config: TransformerConfig, vocabulary: int) -> DecoderShape:
@@ -34,8 +40,6 @@ def decoder_shape(config: TransformerConfig, vocabulary: int) -> DecoderShape:
         config: Megatron's config.
         vocabulary: Rows of the output layer.
     """
-    matrices = 3 if config.gated_linear_unit else 2
-    latent = config.moe_latent_size
     with_experts = moe_layers(config) if config.num_moe_experts else []
     weights, width = _attention(config)
     return DecoderShape(
@@ -43,12 +47,15 @@ def decoder_shape(config: TransformerConfig, vocabulary: int) -> DecoderShape:
         moe_layers=tuple(number in with_experts for number in range(1, config.num_layers + 1)),
         attention_weights=weights,
         score_width=width,
-        dense_weights=matrices * config.hidden_size * config.ffn_hidden_size,
-        expert_weights=matrices
-        * (latent or config.hidden_size)
-        * (config.moe_ffn_hidden_size or config.ffn_hidden_size),
-        shared_weights=config.hidden_size
-        * (matrices * (config.moe_shared_expert_intermediate_size or 0) + 2 * (latent or 0)),
+        heads=config.num_attention_heads,
+        query_groups=config.num_query_groups or config.num_attention_heads,
+        head_size=config.kv_channels,
+        ffn=config.ffn_hidden_size,
+        expert_ffn=config.moe_ffn_hidden_size or config.ffn_hidden_size,
+        shared_ffn=config.moe_shared_expert_intermediate_size or 0,
+        latent=config.moe_latent_size or 0,
+        gated=config.gated_linear_unit,
+        latent_attention=isinstance(config, MLATransformerConfig),
         experts=config.num_moe_experts or 0,
         top_k=config.moe_router_topk,
         vocabulary=vocabulary,
@@ -81,9 +88,35 @@ def vision_shape(tower: PretrainedConfig, shuffle_step: int) -> VisionShape:
     return VisionShape(
         hidden=tower.hidden_size,
         layers=tower.num_hidden_layers,
-        layer_weights=4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size,
+        heads=tower.num_attention_heads,
+        ffn=tower.intermediate_size,
         patches=patches,
         extra_tokens=0 if tower.model_type == "siglip_vision_model" else 1,  # InternViT and CLIP have a class token
         patch_values=3 * patch**2,
         tokens=patches // shuffle_step**2,
     )
+
+
+def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
+    """Lists the parameters of a whole model, built on one rank for bf16.
+
+    Args:
+        model: A `VisionLanguageModel` without parallelism; it may be on the meta device.
+    """
+    return tuple(
+        Parameter(
+            name=name,
+            size=parameter.numel(),
+            part=part_of(name),
+            layer=_number(r"\.decoder\.layers\.(\d+)\.", name),
+            tensor_parallel=getattr(parameter, "tensor_model_parallel", False),
+            expert=_number(r"\.experts\.local_experts\.(\d+)\.", name),
+            float32=parameter.dtype == torch.float32,
+        )
+        for name, parameter in model.named_parameters()
+    )
+
+
+def _number(pattern: str, name: str) -> int | None:
+    found = re.search(pattern, name)
+    return int(found[1]) if found else None

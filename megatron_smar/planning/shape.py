@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -16,24 +17,72 @@ class DecoderShape:
         attention_weights: Weights of the attention's linear layers, per layer.
         score_width: Numbers per query and key that the attention multiplies: heads times the sizes of a head's key and
             of its value.
-        dense_weights: Weights of a feed-forward layer without experts.
-        expert_weights: Weights of one expert.
-        shared_weights: Weights of an MoE layer that every token uses: shared experts, and projections around experts.
+        heads: Attention heads.
+        query_groups: Heads of keys and values.
+        head_size: Size of a head's key.
+        ffn: Intermediate size of a layer without experts.
+        expert_ffn: Intermediate size of an expert.
+        shared_ffn: Intermediate size of the shared experts.
+        latent: Size of the tokens that experts get, where a projection makes them smaller; 0 for h.
+        gated: Whether feed-forward layers have a gate: three matrices instead of two.
+        latent_attention: Whether the attention compresses keys and values (MLA).
         experts: Number of experts of an MoE layer, E.
         top_k: Experts per token, K.
-        vocabulary: Rows of the output layer, with Megatron's padding.
+        vocabulary: Rows of the output layer; Megatron pads them for tensor parallelism.
+        vocabulary_multiple: --make-vocab-size-divisible-by.
     """
 
     hidden: int
     moe_layers: tuple[bool, ...]
     attention_weights: int
     score_width: int
-    dense_weights: int
-    expert_weights: int
-    shared_weights: int
+    heads: int
+    query_groups: int
+    head_size: int
+    ffn: int
+    expert_ffn: int
+    shared_ffn: int
+    latent: int
+    gated: bool
+    latent_attention: bool
     experts: int
     top_k: int
     vocabulary: int
+    vocabulary_multiple: int = 1
+
+    def padded_vocabulary(self, tensor: int) -> int:
+        """Returns the rows of the output layer with the padding for a tensor-parallel size."""
+        return padded(self.vocabulary, self.vocabulary_multiple * tensor)
+
+    @property
+    def matrices(self) -> int:
+        """Weight matrices of a feed-forward layer."""
+        return 3 if self.gated else 2
+
+    @property
+    def dense_weights(self) -> int:
+        """Weights of a feed-forward layer without experts."""
+        return self.matrices * self.hidden * self.ffn
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one expert."""
+        return self.matrices * (self.latent or self.hidden) * self.expert_ffn
+
+    @property
+    def shared_weights(self) -> int:
+        """Weights of an MoE layer that every token uses: shared experts, and projections around experts."""
+        return self.hidden * (self.matrices * self.shared_ffn + 2 * self.latent)
+
+    @property
+    def query_width(self) -> int:
+        """Numbers of a token's queries."""
+        return self.heads * self.head_size
+
+    @property
+    def key_width(self) -> int:
+        """Numbers of a token's keys, and of its values."""
+        return self.query_groups * self.head_size
 
 
 @dataclass(frozen=True)
@@ -43,7 +92,8 @@ class VisionShape:
     Attributes:
         hidden: Hidden size.
         layers: Number of layers.
-        layer_weights: Weights of a layer's linear layers.
+        heads: Attention heads.
+        ffn: Intermediate size of a layer.
         patches: Patches of a tile.
         extra_tokens: Tokens of a tile that are no patches, such as a class token.
         patch_values: Numbers of a patch: 3 channels times its pixels.
@@ -52,11 +102,40 @@ class VisionShape:
 
     hidden: int
     layers: int
-    layer_weights: int
+    heads: int
+    ffn: int
     patches: int
     extra_tokens: int
     patch_values: int
     tokens: int
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of a layer's linear layers."""
+        return 4 * self.hidden**2 + 2 * self.hidden * self.ffn
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the whole model, before it is sharded.
+
+    Attributes:
+        name: Its name in the trainer's model.
+        size: Its elements.
+        part: The part of the model that it belongs to, as `--freeze` names it.
+        layer: The decoder's layer, from 0; None outside.
+        tensor_parallel: Whether tensor parallelism shards it: a shard has `size` / t elements.
+        expert: Whether it is one of an expert, and which, from 0.
+        float32: Whether it stays float32 in a bf16 run.
+    """
+
+    name: str
+    size: int
+    part: str
+    layer: int | None = None
+    tensor_parallel: bool = False
+    expert: int | None = None
+    float32: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,13 +146,37 @@ class ModelShape:
         decoder: The language model.
         vision: The vision encoder.
         trained: The parts that are trained, as `--freeze` names them.
+        parameters: All parameters in the model's order. Only memory and communication depend on them.
+        modalities: Number of modalities, M.
     """
 
     decoder: DecoderShape
     vision: VisionShape
     trained: frozenset[str]
+    parameters: tuple[Parameter, ...] = ()
+    modalities: int = 2
 
     @property
     def connector_input(self) -> int:
         """Size of the vision features: the pixel shuffle folds patches into channels."""
         return self.vision.hidden * self.vision.patches // self.vision.tokens
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.size for parameter in self.parameters)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output layer shares the embedding's weights."""
+        return not any(parameter.name == "language_model.output_layer.weight" for parameter in self.parameters)
+
+    @property
+    def gradient_reaches_encoder(self) -> bool:
+        """Whether the encoder has a backward pass."""
+        return "vision" in self.trained
+
+
+def padded(number: int, divisor: int) -> int:
+    """Rounds up to a multiple."""
+    return math.ceil(number / divisor) * divisor

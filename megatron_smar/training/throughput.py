@@ -29,7 +29,7 @@ def throughput_config(args: Namespace, run: RunConfig, replicas: int) -> Through
     """
     on_gpu, known = runtime.device() == "cuda", args.peak_tflops
     return ThroughputConfig(
-        shape=model_shape(run, transformer_config(args)),
+        shape=model_shape(run.vision, run.freeze, run.language.vocab_size, transformer_config(args)),
         recomputation=recomputation(args),
         capacity_limited=args.moe_expert_capacity_factor is not None,
         peak_tflops=known or (peak_tflops(torch.cuda.get_device_name()) if on_gpu else None),

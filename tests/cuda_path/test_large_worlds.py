@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_smar.planning.layout import Batch, Layout
+from megatron_smar.planning.memory import Place, buffers, held_parameters, owned
 from tests.cuda_path.recipes import STAGES, command_on_gpus
 from tests.launch import ROOT
 
@@ -39,17 +42,17 @@ def write_start(recipe: str, output: Path) -> None:
     config.save_pretrained(output / "start" / "hf")
 
 
-def held_by(recipe: str, gpus: int, rank: int, output: Path) -> dict:
-    """Returns the sizes of one rank in the recipe's last stage."""
+def held_by(recipe: str, gpus: int, rank: int, output: Path, layout: Sequence[str] = (), world: int = 0) -> dict:
+    """Returns the sizes of one rank in the recipe's last stage, with its layout or another one."""
     write_start(recipe, output)
     from architectures import ARCHITECTURES
 
     program, given = command_on_gpus(recipe, STAGES[recipe][-1], gpus, output, DATA=str(output))
     assert program.endswith("pretrain_vlm.py")
     vocabulary = ["--tokenizer-type", "NullTokenizer", "--vocab-size", ARCHITECTURES[recipe].language.vocab_size - 1]
-    result = output / "held.json"
-    command = [sys.executable, ROOT / "tests/cuda_path/large_world.py", result, *given, *vocabulary]
-    place = {"RANK": rank, "WORLD_SIZE": gpus, "LOCAL_RANK": rank % 8, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    result, world = output / "held.json", world or gpus
+    command = [sys.executable, ROOT / "tests/cuda_path/large_world.py", result, *given, *vocabulary, *layout]
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % 8, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
     environment = os.environ | {name: str(value) for name, value in place.items()} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
@@ -117,3 +120,48 @@ def test_a_ranks_sizes_follow_from_the_published_sizes_and_the_parallel_layout(t
     assert abs(held["optimizer"] - shard) <= padding
     assert held["optimizers"] == ["HybridDeviceOptimizer" if offloaded else "AdamW"]
     assert set(held["dtypes"]) == {"torch.bfloat16" if offloaded else "torch.float32"}
+
+
+# Layouts of the planner, each on its first, middle and last rank.
+PLANNED = {
+    "64, experts and replicas": dict(gpus=64, expert=8),
+    "64, tensor and virtual stages": dict(gpus=64, tensor=2, pipeline=4, chunks=4, expert=8),
+    "256, everything": dict(gpus=256, tensor=2, pipeline=4, expert=8, expert_tensor=2),
+    "256, deep": dict(gpus=256, pipeline=16, chunks=2, expert=8),
+    "1024, context": dict(gpus=1024, tensor=4, pipeline=8, context=2, expert=8),
+}
+PLANS = [
+    pytest.param(
+        name,
+        place,
+        id=f"{name}, {place} rank",
+        marks=() if (name, place) == ("64, tensor and virtual stages", "last") else pytest.mark.matrix,
+    )
+    for name in PLANNED
+    for place in ("first", "middle", "last")
+]
+
+
+def coordinates(layout: Layout, rank: int) -> Place:
+    """Returns a rank's place: Megatron's order is tensor, context, data, pipeline; of experts tensor, expert, data."""
+    per_stage = layout.gpus // layout.pipeline
+    within = rank % per_stage
+    return Place(rank // per_stage, within // layout.tensor, within // (layout.expert_tensor * layout.expert))
+
+
+@pytest.mark.parametrize(("name", "place"), PLANS)
+def test_a_rank_of_a_large_world_holds_other_numbers_than_planned(tmp_path, name, place):
+    from megatron_smar.commands.plan import recipe_config
+    from megatron_smar.conversion.model_shape import describe_shape
+
+    layout, batch, recipe = Layout(**PLANNED[name]), Batch(4096, 1024), "mixtral_8x7b_internvit"
+    rank = {"first": 0, "middle": layout.gpus // 2 - 1, "last": layout.gpus - 1}[place]
+    shape = describe_shape(*recipe_config(ROOT / "examples" / recipe, ["--freeze", "vision"]))
+    held = held_by(recipe, 64, rank, tmp_path, layout.flags(shape, batch), layout.gpus)
+    where = coordinates(layout, rank)
+    kept = [item for chunk in held_parameters(shape, layout, where.stage) for item in chunk]
+    laid_out = buffers(shape, layout, where.stage)
+    assert sum(held["parameters"].values()) == sum(size for _, size in kept)
+    for kind, experts in (("dense", False), ("experts", True)):
+        assert held["gradients"].get(kind, 0) == sum(b.elements for b in laid_out if b.experts == experts)
+    assert held["optimizer"] == sum(owned(layout, where, buffer) for buffer in laid_out)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of a model that a Hugging Face config describes, from the trainer's own model without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+from megatron_smar.config.build import transformer_config, vision_config
+from megatron_smar.config.shape import model_shape, parameters_of
+from megatron_smar.conversion.composite import flags
+from megatron_smar.conversion.empty_model import as_argv, build_empty, parse
+from megatron_smar.planning.shape import ModelShape
+
+# Also Megatron's default; conversions keep the vocabulary of the published model, which a run pads.
+VOCABULARY_MULTIPLE = 128
+
+
+def describe_shape(config: PretrainedConfig, given: Sequence[str] = ()) -> ModelShape:
+    """Returns the shape of a composite model with all its parameters.
+
+    Args:
+        config: The composite model's config.
+        given: Further flags of the trainer: what is frozen, the routing strategy, experts of an upcycled model.
+
+    Raises:
+        ValueError: The trainer would refuse the model or the flags.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # the trainer reads the vision tower's shape from a folder
+        config.save_pretrained(folder)
+        argv = [*as_argv(flags(config)), "--vision-model", folder, "--bf16", *given]
+        args = parse(argv, config.text_config.vocab_size)
+        shape = model_shape(vision_config(args), args.freeze, args.padded_vocab_size, transformer_config(args))
+        model = build_empty(args)
+    decoder = dataclasses.replace(shape.decoder, vocabulary_multiple=VOCABULARY_MULTIPLE)
+    return dataclasses.replace(shape, decoder=decoder, parameters=parameters_of(model))
