@@ -116,6 +116,8 @@ class Training:
         step: Runs one training step.
         routers: Routers of all MoE layers.
         models: The model's chunks.
+        chunks: The same with Megatron's gradient buffers around them.
+        optimizer: Megatron's optimizer.
 
     Args:
         shape: The model's sizes.
@@ -125,6 +127,8 @@ class Training:
         strategy: A value of --modality-routing.
         extra: Further flags.
         read: Returns the next micro-batch; None for the same one in each step.
+        batches: Micro-batches that every model chunk reads in turn, instead of `read`.
+        without: Switches of the usual flags that are left out.
     """
 
     def __init__(
@@ -136,6 +140,8 @@ class Training:
         strategy: str = "smar",
         extra: Sequence[str] = (),
         read: Callable[[], Any] | None = None,
+        batches: Sequence[Any] = (),
+        without: Sequence[str] = (),
     ) -> None:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -149,14 +155,19 @@ class Training:
         from megatron_smar.training.providers import make_forward_step
         from megatron_smar.training.setup import start
 
-        model, optimizer, scheduler = start([*flags(shape, ranks, vision_path, bf16, strategy), *extra])
+        usual = [word for word in flags(shape, ranks, vision_path, bf16, strategy) if word not in without]
+        model, optimizer, scheduler = start([*usual, *extra])
+        self.chunks, self.optimizer = model, optimizer
         get_args().curr_iteration = 0
         config = get_model_config(model[0])
         config.grad_scale_func = optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         if read is None:
             read = itertools.repeat(make_batch(shape, seed=2 + get_args().rank)).__next__
-        iterator = RerunDataIterator(iter(read, None))
+        iterator: Any = RerunDataIterator(iter(read, None))
+        if batches:
+            iterators = [RerunDataIterator(itertools.cycle(batches)) for _ in model]
+            iterator = iterators if len(model) > 1 else iterators[0]
         forward_step = make_forward_step([IMAGE_TOKEN], TOKENS_PER_TILE)
         arguments = (forward_step, iterator, model, optimizer, scheduler, config, get_forward_backward_func())
         for chunk in model:

@@ -94,6 +94,7 @@ def vision_shape(tower: PretrainedConfig, shuffle_step: int) -> VisionShape:
         extra_tokens=0 if tower.model_type == "siglip_vision_model" else 1,  # InternViT and CLIP have a class token
         patch_values=3 * patch**2,
         tokens=patches // shuffle_step**2,
+        scales_layers=tower.model_type == "internvl_vision",
     )
 
 

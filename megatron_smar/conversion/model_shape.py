@@ -32,8 +32,21 @@ def describe_shape(config: PretrainedConfig, given: Sequence[str] = ()) -> Model
     with tempfile.TemporaryDirectory() as folder:  # the trainer reads the vision tower's shape from a folder
         config.save_pretrained(folder)
         argv = [*as_argv(flags(config)), "--vision-model", folder, "--bf16", *given]
-        args = parse(argv, config.text_config.vocab_size)
-        shape = model_shape(vision_config(args), args.freeze, args.padded_vocab_size, transformer_config(args))
-        model = build_empty(args)
-    decoder = dataclasses.replace(shape.decoder, vocabulary_multiple=VOCABULARY_MULTIPLE)
-    return dataclasses.replace(shape, decoder=decoder, parameters=parameters_of(model))
+        return shape_of_flags(argv, config.text_config.vocab_size, VOCABULARY_MULTIPLE)
+
+
+def shape_of_flags(argv: Sequence[str], vocabulary: int, multiple: int = 1) -> ModelShape:
+    """Returns the shape of the model that the trainer's flags describe, with all its parameters.
+
+    Args:
+        argv: Flags of the model, --vision-model among them.
+        vocabulary: Rows of the output layer without padding.
+        multiple: --make-vocab-size-divisible-by of the run.
+
+    Raises:
+        ValueError: The trainer would refuse the flags.
+    """
+    args = parse(argv, vocabulary)
+    shape = model_shape(vision_config(args), args.freeze, vocabulary, transformer_config(args))
+    decoder = dataclasses.replace(shape.decoder, vocabulary_multiple=multiple)
+    return dataclasses.replace(shape, decoder=decoder, parameters=parameters_of(build_empty(args)))

@@ -8,7 +8,8 @@ from their sources and published peaks, not measured by this project).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from megatron_smar.planning.layout import Batch, Layout
@@ -96,23 +97,99 @@ def activations(
         raise ValueError("the activations of latent attention (MLA) are not modelled; plan a model without it.")
     kind = implementation or ("fused" if layout.fused else "local")
     local = local_sizes(shape, layout, batch, imbalance)
-    flying = in_flight(layout, batch, stage)
-    attention = experts = 0.0
-    is_full = layout.recomputation.granularity == "full"
-    for layers in layout.layers_of(shape, stage):
-        for layer in layers:
-            if is_full:
-                attention += local.shard * shape.decoder.hidden * local.element
-                continue
-            attention += attention_bytes(shape.decoder, layout, local, kind)
-            experts += feed_forward_bytes(shape.decoder, layout, local, kind, shape.decoder.moe_layers[layer])
-    chunk_share = flying / layout.chunks
-    # The vision encoder's and the output layer's micro-batches in flight are those of the first and last chunk.
-    vision = vision_bytes(shape, layout, batch, local) * min(flying, layout.pipeline + 1) if stage == 0 else 0
-    output = output_bytes(shape.decoder, layout, local, kind) if stage == layout.pipeline - 1 else 0
-    kept = Activations(int(attention * chunk_share), int(experts * chunk_share), int(vision), int(output))
-    temporary = temporary_bytes(shape.decoder, layout, local, kind)
-    return Activations(kept.attention, kept.experts, kept.vision, kept.output, int(temporary))
+    kept = _kept(shape, layout, batch, local, kind, stage)
+    phases = [_experts_backward(shape, layout, batch, local, kind, stage, kept)]
+    if stage == layout.pipeline - 1:
+        phases += _loss_phases(shape, layout, batch, local, kept)
+    return max(phases, key=lambda phase: phase.total)
+
+
+def _kept(
+    shape: ModelShape, layout: Layout, batch: Batch, local: Local, kind: Implementation, stage: int
+) -> Activations:
+    """Returns what all micro-batches in flight keep."""
+    decoder, hidden_bytes = shape.decoder, local.shard * shape.decoder.hidden * local.element
+    flying, is_last = in_flight(layout, batch, stage), stage == layout.pipeline - 1
+    layers = [layer for chunk in layout.layers_of(shape, stage) for layer in chunk]
+    passes = flying / layout.chunks  # of the whole stage
+    if layout.recomputation.granularity == "full":
+        attention, experts = passes * len(layers) * hidden_bytes, 0.0
+    else:
+        attention = passes * len(layers) * attention_bytes(decoder, layout, local, kind)
+        experts = passes * sum(
+            feed_forward_bytes(decoder, layout, local, kind, decoder.moe_layers[layer]) for layer in layers
+        )
+    if layout.pipeline > 1:  # Megatron frees a chunk's output after it has been sent
+        sent = flying - (1 if layout.chunks > 1 else 0)
+        attention -= (
+            sent * decoder.hidden * local.shard * _residual(local, kind) if layout.chunks > 1 or not is_last else 0
+        )
+    vision = 0.0
+    if stage == 0:
+        first = min(flying, 2 * layout.pipeline) if layout.chunks > 1 else flying
+        vision = first * vision_bytes(shape, layout, batch, local)
+    output = output_bytes(decoder, layout, local, kind) if is_last else 0
+    return Activations(
+        int(attention), int(experts), int(vision), int(output), _exchanged(layout, batch, local, shape, stage)
+    )
+
+
+def _exchanged(layout: Layout, batch: Batch, local: Local, shape: ModelShape, stage: int) -> int:
+    """Returns the bytes of what pipeline stages have received, and of gradients that wait to be sent."""
+    if layout.pipeline == 1:
+        return 0
+    flying, is_first, is_last = in_flight(layout, batch, stage), stage == 0, stage == layout.pipeline - 1
+    if layout.chunks == 1:
+        tensors = (0 if is_first else flying + 1) + (0 if is_last else 1)
+    else:  # two receives are always under way, and gradients of chunks are added
+        inputs = max(1, flying - 2 * layout.pipeline) if is_first else flying
+        tensors = inputs + (3 if is_first else 4)
+    return tensors * local.shard * shape.decoder.hidden * local.element
+
+
+def _loss_phases(shape: ModelShape, layout: Layout, batch: Batch, local: Local, kept: Activations) -> list[Activations]:
+    """Returns what is alive in the loss, and in the backward pass of the output layer."""
+    decoder, e = shape.decoder, local.element
+    rows = decoder.padded_vocabulary(layout.tensor) // layout.tensor
+    temporary = local.tokens * decoder.hidden * e
+    if layout.tensor > 1:  # the gradient's shard; the gathered input is in a buffer that Megatron keeps
+        temporary += local.shard * decoder.hidden * e
+    if "embeddings" in shape.trained and not layout.fused:
+        temporary += rows * decoder.hidden * e
+    freed = local.tokens * rows * FLOAT32 if layout.bf16 else 0  # the gradient has replaced the float32 logits
+    backward = replace(kept, output=kept.output - freed, temporary=kept.temporary + temporary)
+    return [kept, backward]
+
+
+def _experts_backward(
+    shape: ModelShape, layout: Layout, batch: Batch, local: Local, kind: Implementation, stage: int, kept: Activations
+) -> Activations:
+    """Returns what is alive while the stage's last layer computes the gradients of its experts, or of its dense layer."""
+    decoder, e = shape.decoder, local.element
+    has_experts = decoder.moe_layers[layout.layers_of(shape, stage)[-1][-1]]
+    tokens = local.routed if has_experts else local.tokens
+    width = decoder.latent or decoder.hidden if has_experts else decoder.hidden
+    ffn = decoder.expert_ffn / layout.expert_tensor if has_experts else decoder.ffn / layout.tensor
+    matrices = decoder.experts // layout.expert if has_experts else 1
+    first = (2 if decoder.gated else 1) * ffn
+    trained = ("experts" if has_experts else "dense") in shape.trained
+    weights = matrices * width * e if trained and kind == "local" else 0  # others accumulate in the buffers directly
+    freed = tokens * width * e if has_experts and kind == "local" else 0
+    inputs = tokens * (2 if kind == "local" and decoder.gated else 1) * ffn * e
+    again = 0.0
+    if layout.recomputation.granularity == "full":
+        again = attention_bytes(decoder, layout, local, kind)
+        again += feed_forward_bytes(decoder, layout, local, kind, has_experts)
+    # The gradients of the second linear layer, when its output is gone; then of the first, without its activation.
+    moments = (
+        (freed, tokens * (ffn + width) * e + weights * ffn),
+        (freed + inputs, tokens * (first + width) * e + weights * first),
+    )
+    gone, needed = max(moments, key=lambda moment: moment[1] - moment[0])
+    if layout.recomputation.granularity == "full":  # the layer is part of the temporary memory
+        needed, gone = needed + again - gone, 0.0
+    temporary = kept.temporary + needed
+    return replace(kept, experts=int(kept.experts - gone), output=0, temporary=int(temporary))
 
 
 def in_flight(layout: Layout, batch: Batch, stage: int) -> int:
@@ -131,7 +208,8 @@ def attention_bytes(decoder: DecoderShape, layout: Layout, local: Local, kind: I
     """Returns what a layer's attention keeps of a micro-batch, with its norm and its residual."""
     e, t, hidden = local.element, local.tokens, decoder.hidden
     queries, keys = decoder.query_width / layout.tensor, decoder.key_width / layout.tensor
-    kept = norm_bytes(hidden, local, layout, kind)
+    # The residual is what the norms read; of bf16 the local norms keep a float32 copy instead.
+    kept = norm_bytes(hidden, local, layout, kind) + 2 * local.shard * hidden * _residual(local, kind)
     logsumexp = t * decoder.heads / layout.tensor * FLOAT32
     output = t * queries * e + logsumexp
     if kind == "fused":
@@ -146,14 +224,18 @@ def attention_bytes(decoder: DecoderShape, layout: Layout, local: Local, kind: I
     return kept + output + rotation + t * queries * e + 2 * everywhere * keys * e + mask
 
 
+def _residual(local: Local, kind: Implementation) -> int:
+    return 0 if kind == "local" and local.element < FLOAT32 else local.element
+
+
 def norm_bytes(hidden: int, local: Local, layout: Layout, kind: Implementation) -> float:
-    """Returns what a norm keeps, with the residual that it reads."""
+    """Returns what a norm keeps besides the residual that it reads."""
     n, e = local.shard, local.element
-    again = layout.recomputation.granularity == "selective" and "layernorm" in layout.recomputation.modules
-    if kind == "fused":
-        return n * hidden * e * (1 if again else 2) + n * FLOAT32  # its input, and its output for the next product
-    # In float32 input, normalized input and output; of bf16 the first two are float32 copies.
-    return n * hidden * (2 * FLOAT32 + e) + n * FLOAT32
+    if kind == "fused":  # its output, which the next product reads
+        again = layout.recomputation.granularity == "selective" and "layernorm" in layout.recomputation.modules
+        return n * hidden * (0 if again else e) + n * FLOAT32
+    copy = FLOAT32 if e < FLOAT32 else 0
+    return n * hidden * (copy + FLOAT32 + e) + n * FLOAT32  # the float32 copy, the normalized input, the output
 
 
 def feed_forward_bytes(
@@ -193,17 +275,22 @@ def _activated(
 def vision_bytes(shape: ModelShape, layout: Layout, batch: Batch, local: Local) -> float:
     """Returns what encoder, connector and embedding keep of a micro-batch; a frozen encoder keeps nothing."""
     vision, decoder, e = shape.vision, shape.decoder, local.element
-    tiles = batch.most_tiles * layout.micro_batch
+    # Tensor- and context-parallel ranks share the tiles.
+    tiles = math.ceil(batch.most_tiles * layout.micro_batch / (layout.tensor * layout.context))
     embedded = local.tokens * decoder.hidden * e
     if not tiles:
         return embedded
-    features = tiles * vision.tokens
-    kept = embedded + features * (shape.connector_input + 2 * decoder.hidden) * e
+    features = batch.most_tiles * layout.micro_batch * vision.tokens
+    kept = embedded
+    if "connector" in shape.trained:
+        kept += features * (shape.connector_input + 2 * decoder.hidden) * e
+    elif shape.gradient_reaches_encoder:
+        kept += features * decoder.hidden * e
     if shape.gradient_reaches_encoder:
         positions = tiles * (vision.patches + vision.extra_tokens)
-        # Two norms, residuals, scaled residuals, queries, keys, values, output; the two sides of the activation.
-        layer = positions * (10 * vision.hidden + 2 * vision.ffn) * e + positions * (vision.heads + 4) * FLOAT32
-        kept += vision.layers * layer + positions * vision.hidden * e + tiles * vision.patches * vision.patch_values * e
+        # Two norms, two residuals, queries, keys, values and output; what is scaled; both sides of the activation.
+        width = (8 + 2 * vision.scales_layers) * vision.hidden + 2 * vision.ffn
+        kept += vision.layers * positions * (width * e + (vision.heads + 4) * FLOAT32)
     return kept
 
 
@@ -211,8 +298,3 @@ def output_bytes(decoder: DecoderShape, layout: Layout, local: Local, kind: Impl
     """Returns what the last norm, the output layer and the loss keep; the loss computes in float32."""
     logits = local.tokens * decoder.padded_vocabulary(layout.tensor) / layout.tensor
     return norm_bytes(decoder.hidden, local, layout, kind) + logits * (FLOAT32 + (local.element if layout.bf16 else 0))
-
-
-def temporary_bytes(decoder: DecoderShape, layout: Layout, local: Local, kind: Implementation) -> float:
-    """Returns the temporary memory of the backward pass where it is largest."""
-    return 2 * local.shard * decoder.hidden * local.element

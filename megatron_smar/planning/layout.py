@@ -58,6 +58,8 @@ class Layout:
         distributed_optimizer: --use-distributed-optimizer.
         overlap: --overlap-grad-reduce and --overlap-param-gather, which need the distributed optimizer.
         offload: --optimizer-cpu-offload: the optimizer's state is in the host's memory.
+        flex: --moe-token-dispatcher-type flex, which sends a token to a node once, instead of alltoall.
+        overlap_experts: --overlap-moe-expert-parallel-comm: the exchange of tokens overlaps with computation.
         bf16: --bf16, with gradients in float32 as Megatron's default; else all is float32.
         fused: Whether layers are Transformer Engine's instead of Megatron's local ones.
     """
@@ -74,6 +76,8 @@ class Layout:
     distributed_optimizer: bool = True
     overlap: bool = True
     offload: bool = False
+    flex: bool = False
+    overlap_experts: bool = False
     bf16: bool = True
     fused: bool = True
 
@@ -148,6 +152,8 @@ class Layout:
         flags += ["--use-distributed-optimizer"] if self.distributed_optimizer else []
         flags += ["--overlap-grad-reduce", "--overlap-param-gather"] if self.overlap else []
         flags += ["--optimizer-cpu-offload"] if self.offload else []
+        flags += ["--moe-token-dispatcher-type", "flex"] if self.flex else []
+        flags += ["--overlap-moe-expert-parallel-comm"] if self.overlap_experts else []
         flags += ["--bf16"] if self.bf16 else []
         return list(map(str, flags))
 

@@ -9,12 +9,14 @@ a buffer as well, and each replica has the optimizer's state of its share.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_smar.planning.activations import Activations, Implementation, activations
 from megatron_smar.planning.layout import Batch, Layout
+from megatron_smar.planning.operations import Recomputation
 from megatron_smar.planning.shape import ModelShape, Parameter, padded
 
 ALIGNMENT, BUCKET_DIVISOR = 64, 128  # megatron.core.optimizer.param_layout
@@ -121,6 +123,11 @@ def held_parameters(shape: ModelShape, layout: Layout, stage: int) -> list[list[
 
     Pictures and embeddings are in the first chunk of the first stage, the output layer in the last of the last.
     """
+    return _held(shape, without_batch(layout), stage)
+
+
+@functools.lru_cache(maxsize=4096)
+def _held(shape: ModelShape, layout: Layout, stage: int) -> list[list[tuple[Parameter, int]]]:
     chunks = []
     local_experts = max(1, shape.decoder.experts // layout.expert)
     for number, layers in enumerate(layout.layers_of(shape, stage)):
@@ -150,6 +157,16 @@ def _shard(shape: ModelShape, layout: Layout, parameter: Parameter) -> int:
 
 def buffers(shape: ModelShape, layout: Layout, stage: int = 0) -> list[Buffer]:
     """Returns the buffers of the trained parameters of a rank of a pipeline stage."""
+    return _buffers(shape, without_batch(layout), stage)
+
+
+def without_batch(layout: Layout) -> Layout:
+    """Returns the layout without what weights and buffers do not depend on, as a key."""
+    return replace(layout, micro_batch=1, recomputation=Recomputation(), offload=False, flex=False)
+
+
+@functools.lru_cache(maxsize=4096)
+def _buffers(shape: ModelShape, layout: Layout, stage: int) -> list[Buffer]:
     found = []
     for number, held in enumerate(held_parameters(shape, layout, stage)):
         groups: dict[tuple[bool, bool], list[int]] = {}
@@ -208,21 +225,24 @@ def memory(
         imbalance: Tokens of the rank with most, relative to an even share of the tokens to the experts.
         implementation: What the layers keep; None for the layout's.
     """
+    weights, gradients, optimizer = _static(shape, without_batch(layout), place)
+    # On the host the state has a pinned copy of the gradients next to it.
+    host = optimizer // (MOMENTS + FLOAT32) * (MOMENTS + 2 * FLOAT32) if layout.offload else 0
+    kept = activations(shape, layout, batch, place.stage, imbalance, implementation)
+    return Memory(weights, gradients, 0 if layout.offload else optimizer, kept, host)
+
+
+@functools.lru_cache(maxsize=4096)
+def _static(shape: ModelShape, layout: Layout, place: Place) -> tuple[int, int, int]:
+    """Returns the bytes of weights, gradients and the optimizer's state."""
     weights = gradients = optimizer = 0
     held = [item for chunk in held_parameters(shape, layout, place.stage) for item in chunk]
-    frozen_or_unpadded = [
-        (parameter, size)
-        for parameter, size in held
-        if not layout.distributed_optimizer or parameter.part not in shape.trained
-    ]
-    for parameter, size in frozen_or_unpadded:
-        weights += size * (BFLOAT16 if layout.bf16 and not parameter.float32 else FLOAT32)
+    for parameter, size in held:
+        if not layout.distributed_optimizer or parameter.part not in shape.trained:
+            weights += size * (BFLOAT16 if layout.bf16 and not parameter.float32 else FLOAT32)
     for buffer in buffers(shape, layout, place.stage):
         element = FLOAT32 if buffer.float32 else BFLOAT16
         weights += buffer.elements * element if layout.distributed_optimizer else 0
         gradients += buffer.elements * FLOAT32
         optimizer += owned(layout, place, buffer) * (MOMENTS + (0 if buffer.float32 else FLOAT32))
-    # On the host the state has a pinned copy of the gradients next to it.
-    host = optimizer // (MOMENTS + FLOAT32) * (MOMENTS + 2 * FLOAT32) if layout.offload else 0
-    kept = activations(shape, layout, batch, place.stage, imbalance, implementation)
-    return Memory(weights, gradients, 0 if layout.offload else optimizer, kept, host)
+    return weights, gradients, optimizer

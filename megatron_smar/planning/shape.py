@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -98,6 +99,7 @@ class VisionShape:
         extra_tokens: Tokens of a tile that are no patches, such as a class token.
         patch_values: Numbers of a patch: 3 channels times its pixels.
         tokens: Vision tokens of a tile after the pixel shuffle.
+        scales_layers: Whether the outputs of attention and feed-forward layer are scaled, as InternViT's.
     """
 
     hidden: int
@@ -108,6 +110,7 @@ class VisionShape:
     extra_tokens: int
     patch_values: int
     tokens: int
+    scales_layers: bool = False
 
     @property
     def layer_weights(self) -> int:
@@ -138,7 +141,7 @@ class Parameter:
     float32: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: it may have thousands of parameters
 class ModelShape:
     """A vision-language model; its connector has two linear layers.
 
@@ -166,7 +169,7 @@ class ModelShape:
         """Number of parameters."""
         return sum(parameter.size for parameter in self.parameters)
 
-    @property
+    @functools.cached_property
     def is_tied(self) -> bool:
         """Whether the output layer shares the embedding's weights."""
         return not any(parameter.name == "language_model.output_layer.weight" for parameter in self.parameters)

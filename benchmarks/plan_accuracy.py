@@ -1,0 +1,553 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the planner says of small models against what a training step does: memory, communication and operations.
+
+    python benchmarks/plan_accuracy.py [--quick] [--json] [CASE ...]
+
+Every case is a model in a parallel layout that trains for real, on CPU ranks with Gloo and Megatron's local layers.
+
+    memory          The allocator's events of a step, up to the end of the last backward pass: the peak, and the part of
+                    the model whose forward pass allocated what is alive then. Weights, gradients and optimizer state
+                    are the sizes of the tensors. The planner knows layout, sizes, tiles, and how many tokens each
+                    rank's experts got, which routing decides.
+    communication   Every collective of the step that torch dispatches, by process group: calls and bytes, compared
+                    exactly.
+    operations      torch's FLOP counter over the step, with the math kernel of attention, which it sees.
+
+The formulas were written for the first cases; the others are held out: combinations of layouts and other sizes, on
+which nothing was adjusted. A part below a hundredth of the peak counts relative to that hundredth. GPUs run other
+kernels: this says nothing of the planner's `fused` formulas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from routed_training import IMAGE_TOKEN, TOKENS_PER_TILE, Shape, Training, flags  # benchmarks/routed_training.py
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = Shape(256, 512, 4, 512, 2, 2048, triples=0, quick_triples=0, heads=8, groups=4)
+OTHER = Shape(192, 640, 8, 384, 1, 4096, triples=0, quick_triples=0, heads=6, groups=2, experts=4, top_k=3)
+TOWER: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
+SIDE, PATCH = 64, 8
+PLAIN = ("--moe-router-load-balancing-type", "none")
+TRAINED_TOWER = ("--freeze", "connector")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in a layout.
+
+    Attributes:
+        layout: Fields of `planning.layout.Layout`.
+        shape: Sizes of the model and of a rank's micro-batch.
+        tiles: Tiles of every row.
+        micro_batches: Micro-batches of a replica per step.
+        flags: Further flags of the trainer.
+        held_out: Whether nothing was adjusted on it.
+        quick: Whether --quick runs it.
+    """
+
+    layout: dict[str, Any] = field(default_factory=dict)
+    shape: Shape = SMALL
+    tiles: int = 2
+    micro_batches: int = 1
+    flags: tuple[str, ...] = ("--freeze", "vision")
+    held_out: bool = False
+    quick: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes."""
+        return self.layout["gpus"]
+
+
+TP, FULL = {"tensor": 2}, {"granularity": "full"}
+CASES: dict[str, Case] = {
+    "DP 2": Case({"gpus": 2}),
+    "EP 2": Case({"gpus": 2, "expert": 2}, quick=True),
+    "TP 2 + SP": Case({"gpus": 2, "tensor": 2}, quick=True),
+    "TP 2, expert TP 2": Case({"gpus": 2, "tensor": 2, "expert_tensor": 2}),
+    "PP 2": Case({"gpus": 2, "pipeline": 2}, micro_batches=4),
+    "PP 2 interleaved": Case({"gpus": 2, "pipeline": 2, "chunks": 2}, micro_batches=4),
+    "CP 2": Case({"gpus": 2, "context": 2}),
+    "bf16": Case({"gpus": 1, "bf16": True}),
+    "all distributed": Case({"gpus": 2, "distributed_optimizer": False, "overlap": False}),
+    "trained encoder": Case({"gpus": 1}, tiles=8, flags=TRAINED_TOWER),
+    "recomputed, EP 2": Case({"gpus": 2, "expert": 2, "recomputation": FULL}),
+    "TP 2 x PP 2": Case({"gpus": 4, "tensor": 2, "pipeline": 2}, OTHER, micro_batches=4, held_out=True),
+    "PP 2 x EP 2": Case({"gpus": 4, "pipeline": 2, "expert": 2}, OTHER, micro_batches=2, held_out=True),
+    "TP 2 x EP 2": Case({"gpus": 2, "tensor": 2, "expert": 2}, OTHER, held_out=True, quick=True),
+    "CP 2 x EP 2": Case({"gpus": 2, "context": 2, "expert": 2}, OTHER, held_out=True),
+    "TP 2 x CP 2": Case({"gpus": 4, "tensor": 2, "context": 2}, OTHER, held_out=True),
+    "bf16, DP 2, trained encoder": Case({"gpus": 2, "bf16": True}, OTHER, 6, flags=TRAINED_TOWER, held_out=True),
+    "recomputed, PP 2": Case({"gpus": 2, "pipeline": 2, "recomputation": FULL}, OTHER, micro_batches=4, held_out=True),
+}
+GROUPS = {
+    "DATA_PARALLEL_GROUP_WITH_CP": "data",
+    "EXPERT_DATA_PARALLEL_GROUP": "expert data",
+    "TENSOR_MODEL_PARALLEL_GROUP": "tensor",
+    "CONTEXT_PARALLEL_GROUP": "context",
+    "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tensor and context",
+    "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tokens",
+    "EXPERT_MODEL_PARALLEL_GROUP": "expert",
+    "EXPERT_TENSOR_PARALLEL_GROUP": "expert tensor",
+    "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "expert and tensor",
+    "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
+    "MODEL_PARALLEL_GROUP": "model",
+    "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "world",
+    "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP": "world",
+    "default_pg": "world",
+}
+OPERATIONS = {
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "send": "send",
+    "recv_": "recv",
+}
+PART_OF_MODULE = (  # the first that is in a module's name
+    ("vision_model", "vision"),
+    ("connector", "vision"),
+    ("embedding", "vision"),
+    ("output_layer", "output"),
+    ("final_layernorm", "output"),
+    (".mlp", "experts"),
+    ("pre_mlp_layernorm", "experts"),
+    (".layers.", "attention"),
+    ("language_model", "output"),
+)
+SPAN, STEP_ENDS = "module:", "optimizer step"
+
+
+def layout_of(case: Case) -> Any:
+    """Returns the case's layout for the planner."""
+    from megatron_smar.planning.layout import Layout
+    from megatron_smar.planning.operations import Recomputation
+
+    given = {"bf16": False, "fused": False, "micro_batch": case.shape.micro_batch_size} | case.layout
+    given["recomputation"] = Recomputation(**given.get("recomputation", {}))
+    return Layout(**given)
+
+
+def batch_sizes(case: Case) -> Any:
+    """Returns what a step of the case trains on, for the planner."""
+    from megatron_smar.planning.layout import Batch
+
+    rows = case.shape.micro_batch_size * case.micro_batches * layout_of(case).data
+    return Batch(case.shape.seq_length, rows, tiles=case.tiles)
+
+
+def model_flags(case: Case, tower: str) -> list[str]:
+    """Returns the trainer's flags for the model alone."""
+    given = [*flags(case.shape, 1, tower, False, "smar"), *PLAIN]
+    # Sizes of the batch and what --bf16 and the optimizer need are not the model's.
+    dropped = ("--micro-batch-size", "--global-batch-size", "--train-iters", "--lr", "--tokenizer-type", "--vocab-size")
+    for name in dropped:
+        at = given.index(name)
+        del given[at : at + 2]
+    bias = ["--bf16"] if layout_of(case).bf16 else []
+    return [word for word in given if word != "--use-distributed-optimizer"] + [*case.flags, *bias]
+
+
+def save_tower(folder: str) -> None:
+    """Saves the vision encoder."""
+    import torch
+    from transformers import InternVLVisionConfig, InternVLVisionModel
+
+    torch.manual_seed(1)
+    config = InternVLVisionConfig(**TOWER, image_size=[SIDE, SIDE], patch_size=[PATCH, PATCH])
+    InternVLVisionModel(config).save_pretrained(folder)
+
+
+def micro_batch(case: Case, seed: int) -> Any:
+    """Returns a micro-batch whose rows begin with their tiles."""
+    import torch
+
+    from megatron_smar.data.batch import VisionLanguageBatch
+
+    generator = torch.Generator().manual_seed(seed)
+    size = (case.shape.micro_batch_size, case.shape.seq_length)
+    ids = torch.randint(6, case.shape.vocabulary, size, generator=generator)
+    ids[:, : case.tiles * TOKENS_PER_TILE] = IMAGE_TOKEN
+    return VisionLanguageBatch(
+        __key__=[str(seed)] * size[0],
+        __restore_key__=(),
+        input_ids=ids,
+        labels=ids.roll(-1, dims=1),
+        loss_mask=(ids != IMAGE_TOKEN).float(),
+        padding_mask=torch.zeros(size, dtype=torch.bool),
+        pixel_values=torch.randn(size[0] * case.tiles, 3, SIDE, SIDE, generator=generator),
+    )
+
+
+# ---- one rank of a case
+
+
+def storages(tensors: Any) -> int:
+    """Returns the bytes of the tensors' storages, each counted once."""
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(found.values())
+
+
+def static_parts(training: Training) -> dict[str, int]:
+    """Returns the bytes of weights, gradient buffers and the optimizer's state on this rank."""
+    import torch
+
+    weights = [parameter.data for chunk in training.chunks for parameter in chunk.parameters()]
+    buffers = [buffer for chunk in training.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    state = []
+    for part in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
+        inner = part.optimizer
+        copies = [parameter.data for group in inner.param_groups for parameter in group["params"]]
+        moments = [value for values in inner.state.values() for value in values.values() if torch.is_tensor(value)]
+        state += [t for t in copies if t.untyped_storage().data_ptr() not in own] + [m for m in moments if m.dim()]
+    gradients = storages(buffer.grad_data for buffer in buffers)
+    return {"weights": storages(weights), "gradients": gradients, "optimizer": storages(state)}
+
+
+def watch_modules(training: Training) -> None:
+    """Records a span of the profiler around the forward pass of every module that the attribution needs."""
+    import torch
+
+    for model in training.models:
+        for name, module in model.named_modules():
+            if "local_experts" in name:
+                continue
+            name = name or "embedding"  # the whole model: what its own forward pass allocates are embedded tokens
+            open_spans: list[Any] = []
+
+            def enter(module: Any, inputs: Any, name: str = name, spans: list[Any] = open_spans) -> None:
+                spans.append(torch.profiler.record_function(SPAN + name))
+                spans[-1].__enter__()
+
+            def leave(module: Any, inputs: Any, output: Any, spans: list[Any] = open_spans) -> None:
+                spans.pop().__exit__(None, None, None)
+
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave, always_call=True)
+    step = training.optimizer.step
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(STEP_ENDS):
+            return step(*args, **kwargs)
+
+    training.optimizer.step = marked
+
+
+def _added(accumulated: Any, left: Any, right: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+# The experts' gradients are added in place to the gradient buffer, an operation that torch's counter does not list.
+ADDED = {torch.ops.aten.addmm_: _added}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that torch dispatches, by process group and operation.
+
+    Attributes:
+        calls: Number of collectives.
+        bytes: Of the tensors that this rank gives; of the whole gathered tensor for all-gather.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Counts a collective and runs it."""
+        if function.namespace == "c10d":
+            from torch.distributed import ProcessGroup
+
+            group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "Group" in str(arg._type()))
+            tensors = [t for t in tree_flatten(args[0])[0] if isinstance(t, torch.Tensor)]
+            operation = OPERATIONS[function._schema.name.removeprefix("c10d::")]
+            # Neighbours of a pipeline of two exchange over two groups.
+            one_way = operation in ("send", "recv")
+            key = ("pipeline" if one_way else GROUPS[ProcessGroup.unbox(group).group_desc], operation)
+            self.calls[key] += 1
+            self.bytes[key] += sum(t.numel() * t.element_size() for t in tensors)
+        return function(*args, **(kwargs or {}))
+
+
+def allocated_at_peak(training: Training, trace: str) -> dict[str, int]:
+    """Runs a step under the profiler; returns the bytes alive at the peak of its passes, by the part that made them."""
+    import torch
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        training.step()
+    profiler.export_chrome_trace(trace)
+    events = json.loads(Path(trace).read_text())["traceEvents"]
+    end = min(event["ts"] for event in events if event.get("name") == STEP_ENDS)
+    changes = [event for event in events if event.get("name") == "[memory]" and event["ts"] < end]
+    changes.sort(key=lambda event: event["ts"])
+    changes = without_copies(changes, [event for event in events if event.get("name", "").startswith("c10d::")])
+    size = largest = peak = 0
+    for number, event in enumerate(changes):
+        size += event["args"]["Bytes"]
+        if size > largest:
+            largest, peak = size, number
+    alive: dict[int, Any] = {}
+    for event in changes[: peak + 1]:
+        if event["args"]["Bytes"] > 0:
+            alive[event["args"]["Addr"]] = event
+        else:
+            alive.pop(event["args"]["Addr"], None)
+    spans = [event for event in events if event.get("ph") == "X" and event.get("cat") in ("cpu_op", "user_annotation")]
+    parts: Counter[str] = Counter()
+    for event in alive.values():
+        parts[part_of_event(event, spans)] += event["args"]["Bytes"]
+    return dict(parts)
+
+
+def without_copies(changes: list[dict[str, Any]], collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the allocator's events without the copies that Gloo makes within a collective."""
+    copies: set[int] = set()
+    kept = []
+    spans = sorted((span["ts"], span["ts"] + span["dur"]) for span in collectives)
+    starts = [begin for begin, _ in spans]
+    for event in changes:
+        address, at = event["args"]["Addr"], bisect.bisect_right(starts, event["ts"]) - 1
+        if event["args"]["Bytes"] > 0 and at >= 0 and event["ts"] <= spans[at][1]:
+            copies.add(address)
+        elif event["args"]["Bytes"] > 0 or address not in copies:
+            kept.append(event)
+        else:
+            copies.remove(address)
+    return kept
+
+
+def part_of_event(event: dict[str, Any], spans: list[dict[str, Any]]) -> str:
+    """Returns the part whose forward pass made an allocation, or `temporary` for the backward pass."""
+    around = [s for s in spans if s["ts"] <= event["ts"] <= s["ts"] + s["dur"] and s["tid"] == event["tid"]]
+    if any(span["name"].startswith("autograd::engine") for span in around):
+        return "temporary"
+    modules = [span for span in around if span["name"].startswith(SPAN)]
+    if not modules:
+        return "temporary"
+    name = min(modules, key=lambda span: span["dur"])["name"]
+    return next(part for fragment, part in PART_OF_MODULE if fragment in name)
+
+
+def measure(case: Case, extra: list[str], folder: Path) -> dict[str, Any]:
+    """Trains a few steps of a case on this rank and returns what was measured."""
+    layout, rank = layout_of(case), int(os.environ["RANK"])
+    replica = rank // (layout.tensor * layout.context) % layout.data
+    batches = [micro_batch(case, 97 * replica + number) for number in range(case.micro_batches)]
+    without = [] if layout.distributed_optimizer else ["--use-distributed-optimizer"]
+    training = Training(
+        case.shape, 1, str(folder / "tower"), layout.bf16, extra=[*extra, *PLAIN], batches=batches, without=without
+    )
+    routed: list[int] = []
+    for model in training.models:
+        for name, module in model.named_modules():
+            if name.endswith(".mlp.experts"):
+                module.register_forward_pre_hook(lambda _, inputs: routed.append(inputs[0].shape[0]))
+    training.step()
+    training.step()
+    with Collectives() as collectives:
+        training.step()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=ADDED) as operations:
+        training.step()
+    static = static_parts(training)
+    watch_modules(training)
+    routed.clear()
+    peak = allocated_at_peak(training, str(folder / f"trace{rank}.json"))
+    return {
+        "parts": static | peak,
+        "routed": sum(routed),
+        "forwards": len(routed),
+        "collectives": [[*key, calls, collectives.bytes[key]] for key, calls in sorted(collectives.calls.items())],
+        "operations": operations.get_total_flops(),
+    }
+
+
+def run_rank(name: str, folder: Path) -> None:
+    """Runs a case on this rank, in a process that torchrun started, and writes what was measured."""
+    from megatron_smar import runtime
+
+    runtime.install()
+    import torch.distributed as dist
+
+    case, extra = CASES[name], json.loads((folder / "flags.json").read_text())
+    measured = measure(case, extra, folder)
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(measured))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ---- all cases
+
+
+def run_case(name: str, case: Case, tower: Path) -> list[dict[str, Any]]:
+    """Runs a case on its ranks and compares; returns a row for every rank."""
+    from megatron_smar.conversion.model_shape import shape_of_flags
+
+    layout, batch = layout_of(case), batch_sizes(case)
+    shape = shape_of_flags(model_flags(case, str(tower)), case.shape.vocabulary)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        (folder / "tower").symlink_to(tower)
+        (folder / "flags.json").write_text(json.dumps([*layout.flags(shape, batch), *case.flags]))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
+        command = [sys.executable, *launch, __file__, "--rank-of", name, "--folder", made]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            sys.exit(f"the case {name} failed:\n{done.stdout[-6000:]}")
+        measured = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(case.ranks)]
+    rows = [compared(name, case, shape, rank, found) for rank, found in enumerate(measured)]
+    operations = sum(row["operations"] for row in rows)
+    for row in rows:
+        row["operations_error"] = 100 * (planned_operations(case, shape) / operations - 1)
+    return rows
+
+
+def compared(name: str, case: Case, shape: Any, rank: int, found: dict[str, Any]) -> dict[str, Any]:
+    """Returns what was planned for a rank of a case beside what was measured."""
+    from megatron_smar.planning.communication import communication
+    from megatron_smar.planning.memory import Place, memory
+
+    layout, batch = layout_of(case), batch_sizes(case)
+    stage, within = divmod(rank, case.ranks // layout.pipeline)
+    place = Place(stage, within // layout.tensor, within // (layout.expert_tensor * layout.expert))
+    even = case.shape.micro_batch_size * case.shape.seq_length * case.shape.top_k
+    even *= layout.expert_tensor / (layout.context * layout.tensor)
+    mean = found["routed"] / found["forwards"]  # a recomputed layer's experts run twice
+    planned = memory(shape, layout, batch, place, imbalance=mean / even)
+    layers = sum(map(len, layout.layers_of(shape, stage)))
+    received = round(mean * layers * case.micro_batches)
+    expected: Counter[tuple[str, str]] = Counter()
+    calls: Counter[tuple[str, str]] = Counter()
+    for one in communication(shape, layout, batch, place, received):
+        calls[one.group, one.operation] += one.calls
+        expected[one.group, one.operation] += one.bytes
+    happened = {(group, operation): (number, size) for group, operation, number, size in found["collectives"]}
+    different = {
+        f"{group} {operation}": [
+            [calls[group, operation], expected[group, operation]],
+            happened.get((group, operation)),
+        ]
+        for group, operation in sorted(calls.keys() | happened.keys())
+        if (calls[group, operation], expected[group, operation]) != tuple(happened.get((group, operation), (0, 0)))
+    }
+    return {
+        "case": name,
+        "held_out": case.held_out,
+        "rank": rank,
+        "planned": planned.by_part(),
+        "measured": found["parts"],
+        "collectives": different,
+        "operations": found["operations"],
+    }
+
+
+def planned_operations(case: Case, shape: Any) -> float:
+    """Returns the operations of a step on all ranks, with the whole square of scores that the math kernel computes."""
+    from megatron_smar.planning.duration import work_of_step
+    from megatron_smar.planning.operations import operations
+
+    layout, batch = layout_of(case), batch_sizes(case)
+    work = replace(work_of_step(shape, batch), pairs=batch.rows * batch.sequence**2)
+    return operations(shape, work, recomputation=layout.recomputation).total
+
+
+def errors(row: dict[str, Any]) -> dict[str, float]:
+    """Returns the error of every part and of the total in percent."""
+    planned, measured = dict(row["planned"]), dict(row["measured"])
+    total = sum(measured.values())
+    planned["total"], measured["total"] = sum(planned.values()), total
+    return {
+        part: 100 * (planned[part] - measured.get(part, 0)) / max(measured.get(part, 0), total / 100)
+        for part in planned
+    }
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="*", help="cases to run. Default: all")
+    parser.add_argument("--quick", action="store_true", help="three cases, within a minute")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    unknown = [name for name in options.case if name not in CASES]
+    if unknown:
+        parser.error(f"there is no case {unknown[0]!r}; there are {', '.join(CASES)}.")
+    return options
+
+
+def main() -> None:
+    """Runs the cases and prints the comparison."""
+    sys.path.insert(0, str(ROOT))
+    options = parse()
+    if options.rank_of:
+        run_rank(options.rank_of, options.folder)
+        return
+    os.environ.update(OMP_NUM_THREADS="1", MEGATRON_SMAR_DEVICE="cpu", PYTHONPATH=str(ROOT))
+    from megatron_smar import runtime
+
+    runtime.install("cpu")
+    names = options.case or [name for name, case in CASES.items() if case.quick or not options.quick]
+    rows: list[dict[str, Any]] = []
+    titles = ("case", 30), ("rank", -5), ("peak MB", -9), ("total %", -9), ("  worst part %", 22), ("collectives", -13)
+    header = "".join(f"{name:{'<' if size > 0 else '>'}{abs(size)}}" for name, size in (*titles, ("operations %", -14)))
+    with tempfile.TemporaryDirectory() as folder:
+        save_tower(folder)
+        tqdm.write(header)
+        for name in tqdm(names, desc="cases", disable=None):
+            for row in run_case(name, CASES[name], Path(folder)):
+                rows.append(row)
+                tqdm.write(line_of(row))
+    results = {
+        "memory_error_percent_max": max(abs(value) for row in rows for value in errors(row).values()),
+        "communication_exact": not any(row["collectives"] for row in rows),
+        "flops_error_percent_max": max(abs(row["operations_error"]) for row in rows),
+    }
+    print(
+        f"worst part of any rank {results['memory_error_percent_max']:.1f} %; collectives "
+        f"{'the same in calls and bytes' if results['communication_exact'] else 'DIFFERENT'}; operations within "
+        f"{results['flops_error_percent_max']:.1f} %"
+    )
+    if options.json:
+        print(json.dumps(results | {"rows": rows}))
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """Returns a rank's line of the table; below it the collectives that differ: planned and counted calls and bytes."""
+    off = errors(row)
+    worst = max((part for part in off if part != "total"), key=lambda part: abs(off[part]))
+    peak = sum(row["measured"].values()) / 1e6
+    name = f"{row['case']}{' (held out)' if row['held_out'] else ''}"
+    line = f"{name:30}{row['rank']:5}{peak:9.1f}{off['total']:+9.2f}  {f'{worst} {off[worst]:+.1f}':20}"
+    line += f"{'differ' if row['collectives'] else 'the same':>13}{row['operations_error']:+14.2f}"
+    return "\n".join([line, *(f"    {name}: {values}" for name, values in row["collectives"].items())])
+
+
+if __name__ == "__main__":
+    main()
