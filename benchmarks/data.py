@@ -50,6 +50,9 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # read when the libraries are loaded
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from megatron_smar import runtime
+
+runtime.install_or_exit("cpu")  # as in training
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|dynamic_context|not writable|pin_memory)")
 
 import numpy as np

@@ -38,7 +38,12 @@ IMPORTED = ["pretrain_vlm"]
 IMPORTED += [
     f"megatron_smar.commands.{name}" for name in ("chat", "convert", "evaluate", "placement", "prepare", "report")
 ]
-MADE = {"CUDA_DEVICE_MAX_CONNECTIONS", "TORCHINDUCTOR_CACHE_DIR", "ENERGON_LOCAL_COPY_TMP_DIR"}  # by runtime.install
+MADE = {  # by runtime.install
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "ENERGON_LOCAL_COPY_TMP_DIR",
+    "THP_MEM_ALLOC_ENABLE",
+}
 TERMINATION = 30  # seconds from SIGTERM to SIGKILL, as torchrun
 
 

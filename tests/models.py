@@ -211,5 +211,14 @@ def prepare(ids: Tensor, padding: Tensor, pixels: Tensor, image_token_id: int) -
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tokens = 4 if len(pixels) else 0
     inputs = vars(prepare_batch(batch, [image_token_id], tokens, True, groups))
-    loss_inputs = ("labels", "loss_mask", "shares", "step_tokens", "context_tokens", "loss_weights", "step_weight")
+    loss_inputs = (
+        "labels",
+        "loss_mask",
+        "loss_positions",
+        "shares",
+        "step_tokens",
+        "context_tokens",
+        "loss_weights",
+        "step_weight",
+    )
     return {name: value for name, value in inputs.items() if name not in (*loss_inputs, "samples")}

@@ -20,6 +20,7 @@ from megatron_smar.model.connector import Connector, ConnectorType
 from megatron_smar.model.layers.parallel_block import add_output_bias
 from megatron_smar.model.layers.score_layer import AccumulatesScores
 from megatron_smar.model.layers.specs import LayerConfig, decoder_block_spec
+from megatron_smar.model.masked_loss import masked_loss
 from megatron_smar.model.parts import freeze_parameters, frozen_parts
 from megatron_smar.model.score_transport import (
     append_scores,
@@ -162,6 +163,7 @@ class VisionLanguageModel(MegatronModule):
         pixel_values: Tensor | None = None,
         vision_index: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         sample_ids: Tensor | None = None,
@@ -176,6 +178,7 @@ class VisionLanguageModel(MegatronModule):
             pixel_values: [tiles, 3, H, W], in the order of the placeholders; used on the first stage only.
             vision_index: [b, s], at positions filled by a vision feature its row in the features of all tiles, else -1.
             labels: [b, s], or None.
+            loss_positions: The positions whose loss counts, [n], as indices of [s, b], flattened; None for all.
             attention_mask: None for causal.
             packed_seq_params: Boundaries of the sequences of a pack, on the host, for b = 1; each sequence attends only
                 to itself.
@@ -183,9 +186,9 @@ class VisionLanguageModel(MegatronModule):
             inference_context: Megatron's key-value cache, for decoding under its `InferenceMode`; None without.
 
         Returns:
-            On the last stage the loss per token [b, s], or without labels the logits [b, s, vocabulary / tp]; on the
-            other stages the activations [s, b, h]. With `inference_context` the last position's logits, gathered over
-            the tensor-parallel ranks, [b, 1, vocabulary].
+            On the last stage the loss per token [b, s], 0 outside `loss_positions`, or without labels the logits
+            [b, s, vocabulary / tp]; on the other stages the activations [s, b, h]. With `inference_context` the last
+            position's logits, gathered over the tensor-parallel ranks, [b, 1, vocabulary].
         """
         decoder_input = None
         if self.pre_process:
@@ -197,6 +200,9 @@ class VisionLanguageModel(MegatronModule):
                 raise ValueError("the routing strategy sums over samples, and sample_ids is missing.")
             columns = join_columns(mask, sample_ids, score_dtype(self.config.params_dtype))
             scores = self._first_scores(mask) if self.has_scores else None
+        # Deferred, the output layer's weight gradient is computed from its sequence-parallel input, which has all rows.
+        deferred = self.config.defer_embedding_wgrad_compute
+        leaves_out_logits = labels is not None and loss_positions is not None and not deferred
         output = self.language_model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -208,6 +214,8 @@ class VisionLanguageModel(MegatronModule):
             inference_context=inference_context,
             runtime_gather_output=None if inference_context is None else True,
             extra_block_kwargs={"context": scores},
+            output_processor=masked_loss if leaves_out_logits else None,
+            output_processor_context=loss_positions,
         )
         if self.has_scores and not self.post_process:
             output = append_scores(output, self._last_scores(scores, output))

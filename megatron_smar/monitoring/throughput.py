@@ -146,7 +146,7 @@ def work_of(batch: VisionLanguageBatch, tiles: float, whole_scores: bool = False
     """
     real = ~batch.padding_mask
     needed, padded = _lengths(batch, real)
-    common = Work(samples=len(batch.__key__), tiles=tiles)
+    common = Work(samples=len(batch.__key__), tiles=tiles, predicted=float(batch.loss_mask.count_nonzero()))
     return (
         replace(common, tokens=float(real.sum()), pairs=_pairs(needed, False)),
         replace(common, tokens=float(real.numel()), pairs=_pairs(padded, whole_scores)),

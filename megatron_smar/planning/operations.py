@@ -29,6 +29,7 @@ class Work:
         pairs: Attention scores per head: the sum over sequences of n^2, or of n (n + 1) / 2 for causal attention.
         routed: Copies of tokens that experts compute, over all MoE layers.
         tiles: Tiles of pictures.
+        predicted: Positions whose loss counts, the only ones with logits.
     """
 
     samples: float = 0.0
@@ -36,6 +37,7 @@ class Work:
     pairs: float = 0.0
     routed: float = 0.0
     tiles: float = 0.0
+    predicted: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -165,5 +167,5 @@ def operations(
         elif again.granularity == "selective" and has_gradient:
             total += sum(product.forward for product in products if product.module in again.modules)
         decoder += total
-    head = Product("embeddings", 2 * work.tokens * shape.decoder.hidden * shape.decoder.vocabulary)
+    head = Product("embeddings", 2 * work.predicted * shape.decoder.hidden * shape.decoder.vocabulary)
     return Operations(decoder + _total([[head]], trained, has_gradient)[0], encoder)

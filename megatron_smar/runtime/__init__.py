@@ -49,6 +49,8 @@ def install(wanted: Device | None = None) -> Device:
         RuntimeError: See `detect_environment` and `private_folder`.
     """
     if not _INSTALLED:
+        # Tensors on the host in pages of 2 MB: with 4 KB, the first write to a large one waits mostly for the kernel.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first tensor
         use_private_folder()
         _INSTALLED.append(detect_environment(wanted))
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for tensor parallelism

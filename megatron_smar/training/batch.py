@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_smar.data.batch import VisionLanguageBatch
@@ -37,6 +36,7 @@ class ModelBatch:
             positions without one.
         labels: Target token ids [b, s].
         loss_mask: Weight of each position in the loss, [b, s] float.
+        loss_positions: The positions whose loss counts, [n], as indices of [s, b], flattened.
         pixel_values: Tiles [tiles, 3, H, W]; None except on the first pipeline stage.
         packed_seq_params: Where the sequences of a pack begin and end, on the host; None without packing.
         shares: The ratios to log: name -> [part, total].
@@ -55,6 +55,7 @@ class ModelBatch:
     vision_index: Tensor
     labels: Tensor
     loss_mask: Tensor
+    loss_positions: Tensor
     pixel_values: Tensor | None
     packed_seq_params: PackedSeqParams | None
     shares: dict[str, Tensor]
@@ -229,16 +230,18 @@ def prepare_batch(
     if batch.loss_weights is not None:
         sequences["loss_weights"] = batch.loss_weights
     cp = pg_collection.cp
-    if batch.lengths is not None and cp.size() > 1:
-        # Megatron's sharding of packs needs Transformer Engine; this gives the same shards.
-        held = zigzag_positions(batch.lengths.tolist(), cp.size())[cp.rank()]
+    if cp.size() > 1:
+        # Megatron's sharding gives the same shards, but needs a device, and Transformer Engine for packs.
+        lengths = batch.input_ids.shape[1] if batch.lengths is None else batch.lengths.tolist()
+        held = zigzag_positions(lengths, cp.size())[cp.rank()]
         sequences = {name: tensor[:, held] for name, tensor in sequences.items()}
+    # Found before the copy to the device, where their number would need a synchronization.
+    loss_positions = sequences["loss_mask"].t().flatten().nonzero().squeeze(1)
     sequences = {name: on_device(tensor) for name, tensor in sequences.items()}
-    if batch.lengths is None and cp.size() > 1:
-        sequences = get_batch_on_this_cp_rank(sequences, is_hybrid_cp=False, cp_group=cp)
     return ModelBatch(
         loss_weights=sequences.pop("loss_weights", None),
         **sequences,
+        loss_positions=on_device(loss_positions),
         pixel_values=on_device(batch.pixel_values) if with_images else None,
         packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
         shares=_shares(batch, data_wait),

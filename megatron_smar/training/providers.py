@@ -184,7 +184,7 @@ def make_forward_step(placeholders: Sequence[int], tile_tokens: int) -> ForwardS
                 _METER[0].count(read)
         timers("batch-generator").stop()
         with slowness:
-            output = model(**batch.model_inputs(), labels=batch.labels)
+            output = model(**batch.model_inputs(), labels=batch.labels, loss_positions=batch.loss_positions)
         # In validation Megatron would print each share as a validation loss, with its perplexity.
         shares, check = batch.shares if model.training else {}, args.check_for_nan_in_loss_and_grad
         if model.training and weighting is not None:

@@ -15,12 +15,43 @@ from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_smar.model.context_parallel import zigzag_positions
+
+
+class LocalSelfAttention(SelfAttention):
+    """Megatron's self-attention, with one rotation for all sequences of a pack instead of one for each.
+
+    Megatron rotates a pack at once if the angles of every position are given, and else sequence by sequence, in tens of
+    small operations for each.
+    """
+
+    def forward(
+        self,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes attention of [s, b, h]; arguments are those of Megatron's forward."""
+        if packed_seq_params is not None and isinstance(rotary_pos_emb, Tensor) and not self.config.apply_rope_fusion:
+            rotary_pos_emb = rotary_pos_emb[_positions_in_sequences(packed_seq_params, rotary_pos_emb.device)]
+        output: tuple[Tensor, Tensor | None] = super().forward(
+            *args, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **kwargs
+        )
+        return output
+
+
+def _positions_in_sequences(packed: PackedSeqParams, device: torch.device) -> Tensor:
+    """Returns for each position of a pack, before context-parallel sharding, its position in its sequence, [t]."""
+    ends = packed.cu_seqlens_q
+    starts = ends[:-1].repeat_interleave(ends.diff())
+    return (torch.arange(len(starts), device=ends.device) - starts).to(device, non_blocking=True)
 
 
 class ScaledDotProductAttention(MegatronModule):

@@ -60,6 +60,48 @@ class GroupedLinear(torch.autograd.Function):
         return by_tokens, None, *by_weights
 
 
+class GatedSilu(torch.autograd.Function):
+    """silu(gate) * up, expert by expert, while an expert's rows are in the cache.
+
+    Only the input is kept for the backward pass, which writes the gradients of the two halves side by side: autograd
+    would keep silu(gate) too, and join the two gradients by a copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, splits: list[int]) -> Tensor:
+        """Computes the activation.
+
+        Args:
+            ctx: Autograd's context.
+            hidden: Gate and up, [n, 2 f], sorted by expert.
+            splits: Number of rows of each expert.
+
+        Returns:
+            [n, f].
+        """
+        ctx.save_for_backward(hidden)
+        ctx.splits = splits
+        output = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2)
+        for rows, place in zip(hidden.split(splits), output.split(splits), strict=True):
+            gate, up = rows.chunk(2, dim=-1)
+            torch.mul(F.silu(gate), up, out=place)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Computes the gradient with respect to gate and up, [n, 2 f]."""
+        (gradient,) = gradients
+        (hidden,) = ctx.saved_tensors
+        by_hidden = torch.empty_like(hidden)
+        parts = (tensor.split(ctx.splits) for tensor in (gradient, hidden, by_hidden))
+        for part, rows, place in zip(*parts, strict=True):
+            gate, up = rows.chunk(2, dim=-1)
+            by_gate, by_up = place.chunk(2, dim=-1)
+            torch.ops.aten.silu_backward.grad_input(part * up, gate, grad_input=by_gate)
+            torch.mul(part, F.silu(gate), out=by_up)
+        return by_hidden, None
+
+
 def _weight_gradient(weight: Any, gradient: Tensor, tokens: Tensor) -> Tensor:
     """Computes a weight's gradient [out, in]; under Megatron's DDP it goes into the gradient buffer immediately.
 
@@ -127,8 +169,7 @@ class LocalExperts(SequentialMLP):
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
         splits = tokens_per_expert.tolist()
         hidden = self._grouped("linear_fc1", permuted_local_hidden_states, splits)
-        gate, up = hidden.chunk(2, dim=-1)
-        output = self._grouped("linear_fc2", F.silu(gate) * up, splits)
+        output = self._grouped("linear_fc2", GatedSilu.apply(hidden, splits), splits)
         # The routing weight commutes with the second layer; it is applied there, where tokens have fewer channels.
         return (output * permuted_probs.unsqueeze(-1)).to(output.dtype), None
 

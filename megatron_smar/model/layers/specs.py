@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron.core.models.backends import get_backend
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -23,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_smar.model.layers.latent_attention import LatentAttention
-from megatron_smar.model.layers.local_attention import ScaledDotProductAttention
+from megatron_smar.model.layers.local_attention import LocalSelfAttention, ScaledDotProductAttention
 from megatron_smar.model.layers.local_experts import LocalExperts
 from megatron_smar.model.layers.norms import ProjectionNorm, build_norm
 from megatron_smar.model.layers.parallel_block import ParallelBlockLayer
@@ -93,6 +94,7 @@ def _attention(attention: ModuleSpec, config: TransformerConfig, layers: LayerCo
     inner = _with_norms(attention.submodules, ("q_layernorm", "k_layernorm", "kv_layernorm"), config)
     if config.transformer_impl == "local":
         inner = dataclasses.replace(inner, core_attention=ScaledDotProductAttention)
+        module = LocalSelfAttention if module is SelfAttention else module
     if config.qk_layernorm and module is MLASelfAttention:
         norm = _of_epsilon(_norm(config), layers.latent_norm_epsilon)
         linear = get_backend(config.transformer_impl).column_parallel_linear()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_smar.model.context_parallel import zigzag_positions
 
@@ -48,6 +49,24 @@ def test_an_attention_mask_under_context_parallelism_is_refused(single_rank):
     attention.cp_group = _Place(0, 2)
     with pytest.raises(ValueError, match="--context-parallel-size > 1"):
         attention._mask_of_shard(torch.zeros(8, 1, 1, 1), False, torch.zeros(1, 1, 8, 8, dtype=torch.bool))
+
+
+def test_one_rotation_for_a_pack_rotates_a_sequence_by_other_angles_than_its_own(single_rank, tmp_path):
+    from megatron.core.transformer.attention import SelfAttention
+
+    from megatron_smar.model.layers.local_attention import LocalSelfAttention
+    from tests.models import build_model, save_tower
+
+    model = build_model(save_tower(tmp_path))
+    attention = model.language_model.decoder.layers[0].self_attention
+    assert type(attention) is LocalSelfAttention
+    ends = torch.tensor([0, 5, 6, 16], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=10, max_seqlen_kv=10)
+    hidden = torch.randn(16, 1, 48, generator=torch.Generator().manual_seed(1))
+    given = dict(rotary_pos_emb=model.language_model.rotary_pos_emb(10, packed_seq=True), packed_seq_params=packed)
+    at_once, _ = attention(hidden, None, **given)
+    one_by_one, _ = SelfAttention.forward(attention, hidden, None, **given)
+    assert torch.equal(at_once, one_by_one)
 
 
 def test_the_hook_that_waits_for_a_weight_runs_before_the_weight_is_used(single_rank, tmp_path):

@@ -34,7 +34,7 @@ def batch_of(tiles: int = 0, lengths: list[int] | None = None, real: tuple[int, 
         __restore_key__=(),
         input_ids=ids,
         labels=ids,
-        loss_mask=torch.ones_like(ids, dtype=torch.float32),
+        loss_mask=(ids != IMAGE).float(),
         padding_mask=padding,
         pixel_values=torch.zeros(tiles, 3, SIDE, SIDE, dtype=torch.uint8),
         lengths=torch.tensor(lengths) if lengths else None,
@@ -50,7 +50,9 @@ def counted(model: Any, batch: VisionLanguageBatch) -> float:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     prepared = prepare_batch(batch, [IMAGE], TOKENS_PER_TILE, True, groups)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**prepared.model_inputs(), labels=prepared.labels).mean().backward()
+        model(
+            **prepared.model_inputs(), labels=prepared.labels, loss_positions=prepared.loss_positions
+        ).mean().backward()
     return counter.get_total_flops()
 
 
@@ -145,5 +147,5 @@ def test_a_pass_without_gradients_has_a_third_of_a_trained_ones_operations():
     from megatron_smar.planning.shape import VisionShape
 
     shape = ModelShape(decoder_shape(config, VOCABULARY), VisionShape(8, 1, 8, 4, 1, 12, 1), ALL)
-    work = Work(samples=1, tokens=100, pairs=5050, routed=600)
+    work = Work(samples=1, tokens=100, pairs=5050, routed=600, predicted=80)
     assert operations(shape, work).total == pytest.approx(3 * operations(shape, work, trains=False).total)

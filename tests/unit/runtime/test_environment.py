@@ -106,3 +106,14 @@ runtime.install_or_exit()
 """
     done = python(code, MEGATRON_SMAR_DEVICE="cpu")
     assert done.returncode == 1 and "amp_C was imported before" in done.stderr
+
+
+def test_a_large_tensor_on_the_host_is_in_small_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("the kernel gives no huge pages")
+    program = (
+        "from megatron_smar import runtime; runtime.install(); import torch; x = torch.ones(2**26, dtype=torch.uint8); "
+        "print(next(line for line in open('/proc/self/smaps_rollup') if 'AnonHuge' in line).split()[1])"
+    )
+    assert int(python(program, MEGATRON_SMAR_DEVICE="cpu").stdout.split()[-1]) > 2**15  # KB
