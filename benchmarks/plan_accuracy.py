@@ -77,7 +77,7 @@ class Case:
         return self.layout["gpus"]
 
 
-TP, FULL = {"tensor": 2}, {"granularity": "full"}
+TP, FULL = {"tensor": 2}, {"granularity": "full", "layers": 1000}
 CASES: dict[str, Case] = {
     "DP 2": Case({"gpus": 2}),
     "EP 2": Case({"gpus": 2, "expert": 2}, quick=True),
@@ -156,7 +156,8 @@ def batch_sizes(case: Case) -> Any:
     from megatron_smar.planning.layout import Batch
 
     rows = case.shape.micro_batch_size * case.micro_batches * layout_of(case).data
-    return Batch(case.shape.seq_length, rows, tiles=case.tiles)
+    pictures = case.tiles * TOKENS_PER_TILE / case.shape.seq_length
+    return Batch(case.shape.seq_length, rows, tiles=case.tiles, predicted=1 - pictures)
 
 
 def model_flags(case: Case, tower: str) -> list[str]:
@@ -476,9 +477,15 @@ def planned_operations(case: Case, shape: Any) -> float:
     return operations(shape, work, recomputation=layout.recomputation).total
 
 
+def _joined(parts: dict[str, int]) -> dict[str, int]:
+    joined = {name: size for name, size in parts.items() if name not in ("output", "temporary")}
+    return joined | {"output + temporary": parts.get("output", 0) + parts.get("temporary", 0)}
+
+
 def errors(row: dict[str, Any]) -> dict[str, float]:
     """Returns the error of every part and of the total in percent."""
-    planned, measured = dict(row["planned"]), dict(row["measured"])
+    # Whether the loss or a layer's backward pass needs more decides what is alive at the peak: compared as one part.
+    planned, measured = (_joined(row[name]) for name in ("planned", "measured"))
     total = sum(measured.values())
     planned["total"], measured["total"] = sum(planned.values()), total
     return {

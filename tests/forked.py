@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Programs that may be forked, and the modules that are imported beforehand.
 PROGRAMS = {
     "pretrain_vlm.py",
-    *(f"tools/{name}.py" for name in ("chat", "checkpoint/convert", "evaluate", "placement", "report")),
+    *(f"tools/{name}.py" for name in ("chat", "checkpoint/convert", "evaluate", "placement", "plan", "report")),
     *(f"tools/data/{name}.py" for name in ("add_tokens", "prepare", "rejects")),
     *(f"examples/{name}/run.py" for name in ("emoji_tiny", "smollm2_moe")),
     *(f"tests/distributed/{name}.py" for name in ("converted", "decoding", "dispatches", "order", "steps")),

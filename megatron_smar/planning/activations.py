@@ -50,6 +50,7 @@ class Local:
     Attributes:
         positions: Positions of a row on this rank, s / CP.
         tokens: Tokens of the attention, b s / CP.
+        predicted: Those with logits.
         shard: Tokens of the residual stream: with sequence parallelism an equal share of them.
         routed: Copies of tokens that the rank's experts compute, of one layer.
         element: Bytes of an activation.
@@ -57,6 +58,7 @@ class Local:
 
     positions: int
     tokens: int
+    predicted: float
     shard: int
     routed: float
     element: int
@@ -69,7 +71,7 @@ def local_sizes(shape: ModelShape, layout: Layout, batch: Batch, imbalance: floa
     shard = tokens // layout.tensor
     # A rank's tokens go to the experts once: its share of the sequence, gathered over expert tensor parallelism.
     routed = shard * shape.decoder.top_k * layout.expert_tensor * imbalance
-    return Local(positions, tokens, shard, routed, 2 if layout.bf16 else 4)
+    return Local(positions, tokens, tokens * batch.predicted, shard, routed, 2 if layout.bf16 else 4)
 
 
 def activations(
@@ -113,7 +115,8 @@ def _kept(
     layers = [layer for chunk in layout.layers_of(shape, stage) for layer in chunk]
     passes = flying / layout.chunks  # of the whole stage
     if layout.recomputation.granularity == "full":
-        attention, experts = passes * len(layers) * hidden_bytes, 0.0
+        # The input of a chunk's first layer is what was embedded or received.
+        attention, experts = passes * (len(layers) - layout.chunks) * hidden_bytes, 0.0
     else:
         attention = passes * len(layers) * attention_bytes(decoder, layout, local, kind)
         experts = passes * sum(
@@ -151,20 +154,18 @@ def _loss_phases(shape: ModelShape, layout: Layout, batch: Batch, local: Local, 
     """Returns what is alive in the loss, and in the backward pass of the output layer."""
     decoder, e = shape.decoder, local.element
     rows = decoder.padded_vocabulary(layout.tensor) // layout.tensor
-    temporary = local.tokens * decoder.hidden * e
-    if layout.tensor > 1:  # the gradient's shard; the gathered input is in a buffer that Megatron keeps
-        temporary += local.shard * decoder.hidden * e
+    temporary = local.predicted * decoder.hidden * e
     if "embeddings" in shape.trained and not layout.fused:
         temporary += rows * decoder.hidden * e
-    freed = local.tokens * rows * FLOAT32 if layout.bf16 else 0  # the gradient has replaced the float32 logits
-    backward = replace(kept, output=kept.output - freed, temporary=kept.temporary + temporary)
+    freed = int(local.predicted * rows * FLOAT32) if layout.bf16 else 0  # the gradient has replaced the float32 logits
+    backward = replace(kept, output=kept.output - freed, temporary=kept.temporary + int(temporary))
     return [kept, backward]
 
 
 def _experts_backward(
     shape: ModelShape, layout: Layout, batch: Batch, local: Local, kind: Implementation, stage: int, kept: Activations
 ) -> Activations:
-    """Returns what is alive while the stage's last layer computes the gradients of its experts, or of its dense layer."""
+    """Returns what is alive while the stage's last layer computes the gradients of its feed-forward half."""
     decoder, e = shape.decoder, local.element
     has_experts = decoder.moe_layers[layout.layers_of(shape, stage)[-1][-1]]
     tokens = local.routed if has_experts else local.tokens
@@ -175,19 +176,22 @@ def _experts_backward(
     trained = ("experts" if has_experts else "dense") in shape.trained
     weights = matrices * width * e if trained and kind == "local" else 0  # others accumulate in the buffers directly
     freed = tokens * width * e if has_experts and kind == "local" else 0
-    inputs = tokens * (2 if kind == "local" and decoder.gated else 1) * ffn * e
+    inputs = tokens * ffn * e
     again = 0.0
     if layout.recomputation.granularity == "full":
         again = attention_bytes(decoder, layout, local, kind)
         again += feed_forward_bytes(decoder, layout, local, kind, has_experts)
-    # The gradients of the second linear layer, when its output is gone; then of the first, without its activation.
+    # The gradients of the second linear layer, of the activation, of the first: what each has used is then freed.
     moments = (
         (freed, tokens * (ffn + width) * e + weights * ffn),
-        (freed + inputs, tokens * (first + width) * e + weights * first),
+        (freed + inputs, tokens * (ffn + first + ffn / matrices) * e),  # the last: one expert's product
+        (freed + inputs + tokens * first * e, tokens * (first + width) * e + weights * first),
     )
     gone, needed = max(moments, key=lambda moment: moment[1] - moment[0])
     if layout.recomputation.granularity == "full":  # the layer is part of the temporary memory
-        needed, gone = needed + again - gone, 0.0
+        layers = sum(map(len, layout.layers_of(shape, stage)))
+        inputs_gradients = (layers - layout.chunks) * local.shard * decoder.hidden * e  # autograd keeps them to the end
+        needed, gone = needed + again + inputs_gradients - gone, 0.0
     temporary = kept.temporary + needed
     return replace(kept, experts=int(kept.experts - gone), output=0, temporary=int(temporary))
 
@@ -228,14 +232,18 @@ def _residual(local: Local, kind: Implementation) -> int:
     return 0 if kind == "local" and local.element < FLOAT32 else local.element
 
 
+def _norm_copies(local: Local, kind: Implementation) -> int:
+    """Returns the bytes per number that a norm itself keeps: locally its normalized input, and of bf16 its copy."""
+    if kind == "fused":
+        return 0
+    return FLOAT32 + (FLOAT32 if local.element < FLOAT32 else 0)
+
+
 def norm_bytes(hidden: int, local: Local, layout: Layout, kind: Implementation) -> float:
-    """Returns what a norm keeps besides the residual that it reads."""
-    n, e = local.shard, local.element
-    if kind == "fused":  # its output, which the next product reads
-        again = layout.recomputation.granularity == "selective" and "layernorm" in layout.recomputation.modules
-        return n * hidden * (0 if again else e) + n * FLOAT32
-    copy = FLOAT32 if e < FLOAT32 else 0
-    return n * hidden * (copy + FLOAT32 + e) + n * FLOAT32  # the float32 copy, the normalized input, the output
+    """Returns what a norm keeps besides the residual that it reads, with its output, which the next product reads."""
+    again = layout.recomputation.granularity == "selective" and "layernorm" in layout.recomputation.modules
+    output = 0 if kind == "fused" and again else local.element
+    return local.shard * hidden * (_norm_copies(local, kind) + output) + local.shard * FLOAT32
 
 
 def feed_forward_bytes(
@@ -244,7 +252,7 @@ def feed_forward_bytes(
     """Returns what the second half of a layer keeps of a micro-batch: norm, routing, dispatched tokens, experts."""
     kept = norm_bytes(decoder.hidden, local, layout, kind)
     if not has_experts:
-        return kept + _activated(local.tokens, decoder.ffn / layout.tensor, decoder, local, layout, kind)
+        return kept + _activated(local.tokens, decoder.ffn / layout.tensor, decoder, local, layout)
     n, routed, experts, top_k = local.shard, local.routed, decoder.experts, decoder.top_k
     kept += n * (FLOAT32 * (2 * experts + top_k) + INT64 * top_k + BOOL * (2 * experts + 1))  # the router
     width = decoder.latent or decoder.hidden
@@ -255,21 +263,17 @@ def feed_forward_bytes(
         kept += routed * width * local.element  # the experts' output, which their weights multiply
     else:
         kept += n * experts * 2 * FLOAT32  # the order, of int32
-    kept += _activated(routed, ffn, decoder, local, layout, kind)
+    kept += _activated(routed, ffn, decoder, local, layout)
     if decoder.shared_ffn:
-        kept += _activated(local.tokens, decoder.shared_ffn / layout.tensor, decoder, local, layout, kind)
+        kept += _activated(local.tokens, decoder.shared_ffn / layout.tensor, decoder, local, layout)
     return kept
 
 
-def _activated(
-    tokens: float, ffn: float, decoder: DecoderShape, local: Local, layout: Layout, kind: Implementation
-) -> float:
+def _activated(tokens: float, ffn: float, decoder: DecoderShape, local: Local, layout: Layout) -> float:
     """Returns what two linear layers and the activation between them keep, without their input."""
     first = (2 if decoder.gated else 1) * ffn
     again = layout.recomputation.granularity == "selective" and "moe_act" in layout.recomputation.modules
-    # Local layers keep the activated gate as well.
-    second = (2 if kind == "local" and decoder.gated else 1) * ffn
-    return tokens * (first + (0 if again else second)) * local.element
+    return tokens * (first + (0 if again else ffn)) * local.element
 
 
 def vision_bytes(shape: ModelShape, layout: Layout, batch: Batch, local: Local) -> float:
@@ -295,6 +299,11 @@ def vision_bytes(shape: ModelShape, layout: Layout, batch: Batch, local: Local) 
 
 
 def output_bytes(decoder: DecoderShape, layout: Layout, local: Local, kind: Implementation) -> float:
-    """Returns what the last norm, the output layer and the loss keep; the loss computes in float32."""
-    logits = local.tokens * decoder.padded_vocabulary(layout.tensor) / layout.tensor
-    return norm_bytes(decoder.hidden, local, layout, kind) + logits * (FLOAT32 + (local.element if layout.bf16 else 0))
+    """Returns what the last norm, the output layer and the loss keep; the loss computes in float32.
+
+    Only positions whose loss counts have logits; they are taken out of the norm's output, which is not kept.
+    """
+    copies = _norm_copies(local, kind) * local.shard * decoder.hidden + local.shard * FLOAT32
+    logits = local.predicted * decoder.padded_vocabulary(layout.tensor) / layout.tensor
+    chosen = local.predicted * decoder.hidden * local.element
+    return copies + chosen + logits * (FLOAT32 + (local.element if layout.bf16 else 0))

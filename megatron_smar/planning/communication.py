@@ -16,7 +16,7 @@ from typing import Literal
 
 from megatron_smar.planning.activations import FLOAT32, INT64
 from megatron_smar.planning.layout import Batch, Layout
-from megatron_smar.planning.memory import BFLOAT16, Place, buffers, held_parameters, without_batch
+from megatron_smar.planning.memory import BFLOAT16, FIRST, Place, buffers, held_parameters, without_batch
 from megatron_smar.planning.shape import ModelShape
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "recv"]
@@ -72,7 +72,7 @@ def communication(
     shape: ModelShape,
     layout: Layout,
     batch: Batch,
-    place: Place = Place(),
+    place: Place = FIRST,
     received: float | None = None,
     strategy: str = "smar",
 ) -> list[Collective]:
@@ -122,6 +122,7 @@ class _Step:
         self.element = BFLOAT16 if layout.bf16 else FLOAT32
         self.micro_batches = layout.micro_batches(batch)
         self.tokens = batch.sequence // layout.context * layout.micro_batch
+        self.predicted = round(self.tokens * batch.predicted)
         self.hidden_bytes = self.tokens * shape.decoder.hidden * self.element
         self.layers = [layer for chunk in layout.layers_of(shape, place.stage) for layer in chunk]
         self.moe_layers = sum(shape.decoder.moe_layers[layer] for layer in self.layers)
@@ -172,13 +173,14 @@ class _Step:
             if self.first:
                 yield Collective("embeddings", "tensor", "all_reduce", m, m * size)
                 gathers += 1
-            if self.last:
-                gathers += 1 + ("embeddings" in self.shape.trained)
-                scatters += 1
+            if self.last:  # positions with logits are chosen from the whole sequence, and their gradients summed
+                gathers += 1
+                chosen = self.predicted * self.shape.decoder.hidden * self.element
+                yield Collective("loss", "tensor", "all_reduce", m, m * chosen)
             yield Collective("sequence parallelism", "tensor", "all_gather", m * gathers, m * gathers * size)
             yield Collective("sequence parallelism", "tensor", "reduce_scatter", m * scatters, m * scatters * shard)
         if self.last:  # largest logit, logit of the label, sum of exponentials
-            yield Collective("loss", "tensor", "all_reduce", 3 * m, 3 * m * self.tokens * FLOAT32)
+            yield Collective("loss", "tensor", "all_reduce", 3 * m, 3 * m * self.predicted * FLOAT32)
 
     def _context_parallel(self) -> Iterator[Collective]:
         layout = self.layout
@@ -228,6 +230,7 @@ class _Step:
     def _control(self) -> Iterator[Collective]:
         if self.last:
             yield Collective("logged losses", "data", "all_reduce", LOGGED_LOSSES, LOGGED_LOSSES * LOGGED_BYTES, False)
-        yield Collective("gradient norm", "model", "all_reduce", 2, 2 * FLOAT32, False)
+        norms = 2 if self.layout.distributed_optimizer else 3
+        yield Collective("gradient norm", "model", "all_reduce", norms, norms * FLOAT32, False)
         yield Collective("gradient norm", "world", "all_reduce", 1, FLOAT32, False)
         yield Collective("agreement", "world", "all_reduce", 2, 3 * FLOAT32, False)

@@ -73,13 +73,20 @@ def work_of_step(shape: ModelShape, batch: Batch) -> Work:
         pairs=tokens * (length + 1) / 2,
         routed=tokens * decoder.top_k * sum(decoder.moe_layers),
         tiles=batch.rows * batch.tiles,
+        predicted=batch.rows * batch.sequence * batch.predicted,
     )
 
 
-def executed_work(shape: ModelShape, batch: Batch) -> Work:
-    """Returns what a step executes: padding as well."""
-    full = replace(batch, filled=1.0)
-    return replace(work_of_step(shape, full), tiles=batch.rows * batch.tiles)
+def timed_batch(layout: Layout, batch: Batch) -> Batch:
+    """Returns the batch with the padding that a layout executes: pipeline stages exchange rows of one length."""
+    if layout.pipeline > 1:
+        return replace(batch, filled=1.0)
+    return replace(
+        batch,
+        sequence=max(1, round(batch.sequence * batch.filled)),
+        filled=1.0,
+        predicted=min(1.0, batch.predicted / batch.filled),
+    )
 
 
 def duration(
@@ -102,6 +109,7 @@ def duration(
         imbalance: Tokens of the rank whose experts have most, relative to an even share.
         strategy: --modality-routing.
     """
+    batch = timed_batch(layout, batch)
     stages = [_stage(shape, layout, batch, cluster, stage, imbalance, strategy) for stage in _ends(layout)]
     slowest = max(stages, key=lambda parts: sum(parts.values()))
     m = layout.micro_batches(batch)
@@ -175,7 +183,7 @@ def _stage_operations(
     """Returns the operations of a rank in a step: of its part of the decoder, and of the vision encoder."""
     decoder = shape.decoder
     share = len(layout.layers_of(shape, stage)[0]) * layout.chunks / len(decoder.moe_layers)
-    work = executed_work(shape, batch)
+    work = work_of_step(shape, batch)
     recomputation = layout.recomputation
     whole = _operations(shape, replace(work, routed=work.routed * imbalance), recomputation)
     head = _head_operations(shape, work)
@@ -188,7 +196,7 @@ def _stage_operations(
 
 def _head_operations(shape: ModelShape, work: Work) -> float:
     trained = "embeddings" in shape.trained
-    return 2 * work.tokens * shape.decoder.hidden * shape.decoder.vocabulary * (2 + trained)
+    return 2 * work.predicted * shape.decoder.hidden * shape.decoder.vocabulary * (2 + trained)
 
 
 def seconds(one: Collective, layout: Layout, cluster: Cluster, top_k: int = 1) -> float:

@@ -21,7 +21,9 @@ class Batch:
         samples: Samples of a row, which do not attend to each other; 1 without packing.
         tiles: Tiles of a row, mean.
         most_tiles: Tiles of the fullest row, for which there must be memory.
-        filled: Share of the positions that are no padding.
+        filled: Share of the positions that are no padding. Only pipeline parallelism computes the padding.
+        predicted: Share of the positions whose loss counts, the only ones with logits. The others are prompts,
+            pictures and padding.
     """
 
     sequence: int
@@ -30,15 +32,22 @@ class Batch:
     tiles: float = 0.0
     most_tiles: float = 0.0
     filled: float = 1.0
+    predicted: float = 1.0
 
     def __post_init__(self) -> None:
         if self.sequence < 1 or self.rows < 1 or self.samples < 1:
-            raise ValueError(f"a batch of {self.rows} rows of {self.sequence} positions and {self.samples} samples.")
-        if not 0 < self.filled <= 1 or self.tiles < 0:
             raise ValueError(
-                f"rows filled to {self.filled} with {self.tiles} tiles: give a share up to 1 and 0 or more."
+                f"a step of {self.rows} rows of {self.sequence} positions with {self.samples:g} samples: give at least 1."
             )
+        for name in ("filled", "predicted"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"the share {name} is {getattr(self, name)}; give a number above 0, at most 1.")
+        if self.tiles < 0:
+            raise ValueError(f"rows have {self.tiles} tiles; give 0 or more.")
         object.__setattr__(self, "most_tiles", max(self.most_tiles, self.tiles))
+
+
+NOTHING = Recomputation()
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     micro_batch: int = 1
-    recomputation: Recomputation = Recomputation()
+    recomputation: Recomputation = NOTHING
     distributed_optimizer: bool = True
     overlap: bool = True
     offload: bool = False
@@ -182,7 +191,7 @@ SELECTIVE = ("moe_act", "layernorm")
 def recomputations(shape: ModelShape) -> Sequence[Recomputation]:
     """Returns what a run may recompute: nothing, some modules, or every layer."""
     layers = len(shape.decoder.moe_layers)
-    return Recomputation(), Recomputation("selective", SELECTIVE), Recomputation("full", layers=layers)
+    return NOTHING, Recomputation("selective", SELECTIVE), Recomputation("full", layers=layers)
 
 
 def powers(limit: int) -> list[int]:

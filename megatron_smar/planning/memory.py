@@ -20,7 +20,7 @@ from megatron_smar.planning.operations import Recomputation
 from megatron_smar.planning.shape import ModelShape, Parameter, padded
 
 ALIGNMENT, BUCKET_DIVISOR = 64, 128  # megatron.core.optimizer.param_layout
-BUCKET_SIZE = 40_000_000  # DistributedDataParallel's default; at least a million per replica
+BUCKET_SIZE, BUCKET_PER_REPLICA = 40_000_000, 1_000_000  # DistributedDataParallel's default: the larger of the two
 FLOAT32, BFLOAT16 = 4, 2
 END = ("language_model.output_layer", "language_model.decoder.final_layernorm")  # parameters of the last stage
 EMBEDDING = "word_embeddings.weight"  # the last stage has a copy of it, where the output layer shares it
@@ -41,6 +41,9 @@ class Place:
     stage: int = 0
     replica: int = 0
     expert_replica: int = 0
+
+
+FIRST = Place()
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _held(shape: ModelShape, layout: Layout, stage: int) -> list[list[tuple[Para
         for parameter in shape.parameters:
             if parameter.layer is None:
                 is_end = parameter.name.startswith(END)
-                here = last if is_end else first or last and shape.is_tied and parameter.name.endswith(EMBEDDING)
+                here = last if is_end else first or (last and shape.is_tied and parameter.name.endswith(EMBEDDING))
             else:
                 here = parameter.layer in layers and (parameter.expert or 0) < local_experts
             if here:
@@ -182,7 +185,7 @@ def _buffers(shape: ModelShape, layout: Layout, stage: int) -> list[Buffer]:
 
 def _buffer(layout: Layout, experts: bool, float32: bool, sizes: list[int], bucketed: bool) -> Buffer:
     replicas = layout.expert_replicas if experts else layout.replicas
-    most = max(BUCKET_SIZE, 1_000_000 * layout.replicas) if bucketed else math.inf
+    most = max(BUCKET_SIZE, BUCKET_PER_REPLICA * layout.replicas) if bucketed else math.inf
     align, divisor = (ALIGNMENT, math.lcm(replicas, BUCKET_DIVISOR)) if layout.distributed_optimizer else (1, 1)
     ranges, buckets, begin, end = [], [], 0, 0
     for size in reversed(sizes):
@@ -211,7 +214,7 @@ def memory(
     shape: ModelShape,
     layout: Layout,
     batch: Batch,
-    place: Place = Place(),
+    place: Place = FIRST,
     imbalance: float = 1.0,
     implementation: Implementation | None = None,
 ) -> Memory:

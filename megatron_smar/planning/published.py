@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published speeds and memory of MoE models, to compare plans with; sources beside the figures.
 
-The models are described by hand, since not all of them can be built here. Attention that is linear in the sequence
-(Qwen3.6's gated delta net) is counted by its projections; its layer of multi-token prediction is left out, but for its output layer.
+The models are described by hand, since not all of them can be built here. Of Qwen3.6, attention that is linear in the
+sequence (gated delta net) is counted by its projections, and of the layer that predicts further ahead only the logits.
 """
 
 from __future__ import annotations

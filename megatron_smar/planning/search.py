@@ -98,21 +98,31 @@ def evaluate(request: Request, layout: Layout) -> Plan:
     return Plan(layout, fullest, time, tokens / per_gpu, tflops, fits)
 
 
-def search(request: Request, best: int = 10, watch: Callable[[Iterable[Layout]], Iterable[Layout]] = iter) -> list[Plan]:
+def search(
+    request: Request,
+    best: int = 10,
+    watch: Callable[[Iterable[Layout]], Iterable[Layout]] = iter,
+    wanted: Callable[[Layout], bool] = lambda layout: True,
+) -> list[Plan]:
     """Returns the fastest layouts that fit, best first, with reasons; where none fits, the smallest ones.
 
     Args:
         request: What is planned.
         best: Number of layouts.
         watch: Wraps the layouts, to show progress.
+        wanted: Whether a layout is to be considered.
 
     Raises:
         ValueError: Megatron accepts no layout.
     """
-    layouts = list(legal_layouts(request.shape, request.batch, request.gpus, request.cluster.per_node))
+    legal = legal_layouts(request.shape, request.batch, request.gpus, request.cluster.per_node)
+    layouts = [layout for layout in legal if wanted(layout)]
     if not layouts:
         one = Layout(request.gpus).problem(request.shape, request.batch)
-        raise ValueError(f"no layout of {request.gpus} GPUs is possible; plain data parallelism: {one}.")
+        raise ValueError(
+            f"no layout of {request.gpus} GPUs is possible with what is asked for; "
+            f"plain data parallelism {'is not: ' + one if one else 'is'}."
+        )
     plans = [evaluate(request, layout) for layout in watch(layouts)]
     fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: (plan.seconds, plan.memory.device))
     if not fitting:

@@ -146,6 +146,6 @@ def test_a_pass_without_gradients_has_a_third_of_a_trained_ones_operations():
     from megatron_smar.config.shape import decoder_shape
     from megatron_smar.planning.shape import VisionShape
 
-    shape = ModelShape(decoder_shape(config, VOCABULARY), VisionShape(8, 1, 8, 4, 1, 12, 1), ALL)
+    shape = ModelShape(decoder_shape(config, VOCABULARY), VisionShape(8, 1, 2, 16, 4, 1, 12, 1), ALL)
     work = Work(samples=1, tokens=100, pairs=5050, routed=600, predicted=80)
     assert operations(shape, work).total == pytest.approx(3 * operations(shape, work, trains=False).total)

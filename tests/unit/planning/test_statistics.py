@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of tools/scaling_table.py, the arithmetic of docs/scaling.md."""
+"""Tests of the arithmetic of the tables in docs/scaling.md."""
 
 import subprocess
 import sys
@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_smar.planning import statistics as scaling
 from megatron_smar.routing import PendingStatistics, routing_statistics
-from tools import scaling_table as scaling
 
 ROOT = Path(__file__).resolve().parents[3]
-PROGRAM = ROOT / "tools/scaling_table.py"
+PROGRAM = [sys.executable, str(ROOT / "tools/plan.py"), "statistics"]
 
 
 def reduced_floats(experts: int, modalities: int) -> int:
@@ -26,7 +26,7 @@ def reduced_floats(experts: int, modalities: int) -> int:
 
 
 def test_the_document_shows_what_the_program_prints():
-    printed = subprocess.run([sys.executable, str(PROGRAM)], check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(PROGRAM, check=True, capture_output=True, text=True).stdout
     assert printed.strip() in (ROOT / "docs/scaling.md").read_text(), f"put this into docs/scaling.md:\n{printed}"
 
 
@@ -57,5 +57,5 @@ def test_volumes_by_hand():
 
 @pytest.mark.parametrize("flags", [["--expert-parallel", "3"], ["--tokens", "0"]])
 def test_an_invalid_setup_is_refused_in_a_sentence(flags):
-    done = subprocess.run([sys.executable, str(PROGRAM), *flags], capture_output=True, text=True)
+    done = subprocess.run([*PROGRAM, *flags], capture_output=True, text=True)
     assert done.returncode == 2 and f"error: {flags[0]} {flags[1]}" in done.stderr.replace(" is ", " ")

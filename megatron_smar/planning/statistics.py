@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calculates how SMAR's communication grows with ranks, experts, layers and tokens; prints docs/scaling.md's tables.
-
-    python tools/scaling_table.py [--tokens 4096] [--expert-parallel 8] [--tflops 400]
+"""How SMAR's communication grows with ranks, experts, layers and tokens: the tables of docs/scaling.md.
 
 The communication of the routing statistics is compared with what it overlaps with: the token all-to-all and the
 experts' computation. Nothing here is measured. `benchmarks/smar_overhead.py` counts collectives and floats per layer in
@@ -10,7 +8,6 @@ a real step.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -221,30 +218,3 @@ def markdown(setup: Setup) -> str:
             latency_table(setup),
         ]
     )
-
-
-def main() -> None:
-    """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--tokens", type=int, default=Setup.tokens, help="Tokens per rank and micro-batch. Default: %(default)s."
-    )
-    parser.add_argument(
-        "--expert-parallel",
-        type=int,
-        default=Setup.expert_parallel,
-        help="Ranks over which a layer's experts are sharded. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--micro-batches", type=int, default=Setup.micro_batches, help="Micro-batches per step. Default: %(default)s."
-    )
-    parser.add_argument("--tflops", type=float, default=Setup.tflops, help="Assumed speed of one rank in the experts.")
-    try:
-        setup = Setup(**vars(parser.parse_args()))
-    except ValueError as error:
-        parser.error(str(error))
-    print(markdown(setup))
-
-
-if __name__ == "__main__":
-    main()
