@@ -7,8 +7,8 @@ Every case is a model in a parallel layout that trains for real, on CPU ranks wi
 
     memory          The allocator's events of a step, up to the end of the last backward pass: the peak, and the part of
                     the model whose forward pass allocated what is alive then. Weights, gradients and optimizer state
-                    are the sizes of the tensors. The planner knows layout, sizes, tiles, and how many tokens each
-                    rank's experts got, which routing decides.
+                    are the sizes of the tensors; copies that Gloo makes are left out. The planner knows layout, sizes,
+                    tiles, and how many tokens each rank's experts got, which routing decides.
     communication   Every collective of the step that torch dispatches, by process group: calls and bytes, compared
                     exactly.
     operations      torch's FLOP counter over the step, with the math kernel of attention, which it sees.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import dataclasses
 import json
 import os
 import subprocess
@@ -304,10 +305,12 @@ def allocated_at_peak(training: Training, trace: str) -> dict[str, int]:
         training.step()
     profiler.export_chrome_trace(trace)
     events = json.loads(Path(trace).read_text())["traceEvents"]
-    end = min(event["ts"] for event in events if event.get("name") == STEP_ENDS)
+    last = next(event for event in events if event.get("name") == STEP_ENDS)
+    end = last["ts"]
     changes = [event for event in events if event.get("name") == "[memory]" and event["ts"] < end]
     changes.sort(key=lambda event: event["ts"])
-    changes = without_copies(changes, [event for event in events if event.get("name", "").startswith("c10d::")])
+    collectives = [event for event in events if event.get("name", "").startswith("c10d::")]
+    changes = without_copies(changes, collectives, last["tid"])
     size = largest = peak = 0
     for number, event in enumerate(changes):
         size += event["args"]["Bytes"]
@@ -326,17 +329,21 @@ def allocated_at_peak(training: Training, trace: str) -> dict[str, int]:
     return dict(parts)
 
 
-def without_copies(changes: list[dict[str, Any]], collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the allocator's events without the copies that Gloo makes within a collective."""
+def without_copies(
+    changes: list[dict[str, Any]], collectives: list[dict[str, Any]], thread: int
+) -> list[dict[str, Any]]:
+    """Returns the allocator's events without the copies that Gloo makes, within a collective or on its own threads."""
     copies: set[int] = set()
     kept = []
     spans = sorted((span["ts"], span["ts"] + span["dur"]) for span in collectives)
     starts = [begin for begin, _ in spans]
     for event in changes:
         address, at = event["args"]["Addr"], bisect.bisect_right(starts, event["ts"]) - 1
-        if event["args"]["Bytes"] > 0 and at >= 0 and event["ts"] <= spans[at][1]:
+        is_copy = event["tid"] != thread or (at >= 0 and event["ts"] <= spans[at][1])
+        if event["args"]["Bytes"] > 0 and is_copy:
             copies.add(address)
         elif event["args"]["Bytes"] > 0 or address not in copies:
+            copies.discard(address)
             kept.append(event)
         else:
             copies.remove(address)
@@ -371,8 +378,10 @@ def measure(case: Case, extra: list[str], folder: Path) -> dict[str, Any]:
                 module.register_forward_pre_hook(lambda _, inputs: routed.append(inputs[0].shape[0]))
     training.step()
     training.step()
+    routed.clear()
     with Collectives() as collectives:
         training.step()
+    received, forwards = sum(routed), len(routed)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=ADDED) as operations:
         training.step()
     static = static_parts(training)
@@ -381,8 +390,8 @@ def measure(case: Case, extra: list[str], folder: Path) -> dict[str, Any]:
     peak = allocated_at_peak(training, str(folder / f"trace{rank}.json"))
     return {
         "parts": static | peak,
-        "routed": sum(routed),
-        "forwards": len(routed),
+        "routed": sum(routed) / len(routed),
+        "received": received / forwards,  # a recomputed layer's experts run twice
         "collectives": [[*key, calls, collectives.bytes[key]] for key, calls in sorted(collectives.calls.items())],
         "operations": operations.get_total_flops(),
     }
@@ -431,17 +440,21 @@ def run_case(name: str, case: Case, tower: Path) -> list[dict[str, Any]]:
 def compared(name: str, case: Case, shape: Any, rank: int, found: dict[str, Any]) -> dict[str, Any]:
     """Returns what was planned for a rank of a case beside what was measured."""
     from megatron_smar.planning.communication import communication
+    from megatron_smar.planning.activations import peaks
     from megatron_smar.planning.memory import Place, memory
 
     layout, batch = layout_of(case), batch_sizes(case)
+    batch = replace(batch, predicted=predicted_share(case, rank))
     stage, within = divmod(rank, case.ranks // layout.pipeline)
     place = Place(stage, within // layout.tensor, within // (layout.expert_tensor * layout.expert))
     even = case.shape.micro_batch_size * case.shape.seq_length * case.shape.top_k
     even *= layout.expert_tensor / (layout.context * layout.tensor)
-    mean = found["routed"] / found["forwards"]  # a recomputed layer's experts run twice
-    planned = memory(shape, layout, batch, place, imbalance=mean / even)
+    imbalance = found["routed"] / even
+    static = memory(shape, layout, batch, place).by_part()
+    moments = [static | dataclasses.asdict(moment) for moment in peaks(shape, layout, batch, stage, imbalance, "local")]
+    planned = closest(moments, found["parts"])
     layers = sum(map(len, layout.layers_of(shape, stage)))
-    received = round(mean * layers * case.micro_batches)
+    received = round(found["received"] * layers * case.micro_batches)
     expected: Counter[tuple[str, str]] = Counter()
     calls: Counter[tuple[str, str]] = Counter()
     for one in communication(shape, layout, batch, place, received):
@@ -460,11 +473,28 @@ def compared(name: str, case: Case, shape: Any, rank: int, found: dict[str, Any]
         "case": name,
         "held_out": case.held_out,
         "rank": rank,
-        "planned": planned.by_part(),
+        "planned": planned,
         "measured": found["parts"],
         "collectives": different,
         "operations": found["operations"],
     }
+
+
+def closest(moments: list[dict[str, int]], measured: dict[str, int]) -> dict[str, int]:
+    """Returns the moment of the peak; of those within a hundredth of it, that which has the parts that were alive."""
+    largest = max(sum(moment.values()) for moment in moments)
+    near = [moment for moment in moments if sum(moment.values()) > 0.99 * largest]
+    return min(near, key=lambda moment: sum(abs(size - measured.get(part, 0)) for part, size in moment.items()))
+
+
+def predicted_share(case: Case, rank: int) -> float:
+    """Returns the share of a rank's positions whose loss counts: under context parallelism it has two of 2 CP parts."""
+    layout, length = layout_of(case), case.shape.seq_length
+    if layout.context == 1:
+        return batch_sizes(case).predicted
+    part, index = length // (2 * layout.context), rank // layout.tensor % layout.context
+    own = [position for p in (index, 2 * layout.context - 1 - index) for position in range(p * part, (p + 1) * part)]
+    return sum(position >= case.tiles * TOKENS_PER_TILE for position in own) / len(own)
 
 
 def planned_operations(case: Case, shape: Any) -> float:

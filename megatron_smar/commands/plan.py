@@ -47,7 +47,7 @@ from megatron_smar.planning import published, statistics
 from megatron_smar.planning.cluster import GIB, PRESETS, Cluster
 from megatron_smar.planning.duration import duration
 from megatron_smar.planning.layout import Batch, Layout
-from megatron_smar.planning.memory import Place, memory
+from megatron_smar.planning.memory import Place, checkpoint_bytes, memory, saving_bytes
 from megatron_smar.planning.search import Plan, Request, search
 from megatron_smar.planning.shape import ModelShape
 from megatron_smar.report.numbers import aligned
@@ -209,12 +209,19 @@ def plan_layouts(options: argparse.Namespace, given: Sequence[str]) -> None:
     if not best.fits:
         need, has = best.memory.device / GIB, request.cluster.memory
         print(f"\nNothing fits: the smallest layout needs {need:.0f} GiB of {has:.0f}. Take more GPUs, or freeze more.")
+    saving = saving_bytes(request.shape, best.layout)
+    print(
+        f"\nThe first layout: {best.memory.host / 1e9:.0f} GB of the host's memory per GPU, {saving / 1e9:.0f} GB while "
+        f"it saves or resumes; a checkpoint of {checkpoint_bytes(request.shape) / 1e9:.0f} GB."
+    )
     print(f"\n{' '.join(chosen)}")
     if options.html:
         options.html.write_text(page(request, plans), encoding="utf-8")
         print(f"\n{options.html}: memory and time by part")
     if options.json:
-        print(json.dumps({"gpus": request.gpus, "plans": [as_row(plan) for plan in plans], "flags": chosen}))
+        sizes = {"checkpoint": checkpoint_bytes(request.shape), "saving": saving}
+        rows_of = [as_row(plan) for plan in plans]
+        print(json.dumps({"gpus": request.gpus, "plans": rows_of, "flags": chosen, **sizes}))
 
 
 def compare_published(options: argparse.Namespace) -> None:

@@ -97,13 +97,26 @@ def activations(
     """
     if shape.decoder.latent_attention:
         raise ValueError("the activations of latent attention (MLA) are not modelled; plan a model without it.")
+    found = peaks(shape, layout, batch, stage, imbalance, implementation)
+    return max(found, key=lambda moment: moment.total)
+
+
+def peaks(
+    shape: ModelShape,
+    layout: Layout,
+    batch: Batch,
+    stage: int = 0,
+    imbalance: float = 1.0,
+    implementation: Implementation | None = None,
+) -> list[Activations]:
+    """Returns the bytes at the moments that can be the peak; arguments as for `activations`."""
     kind = implementation or ("fused" if layout.fused else "local")
     local = local_sizes(shape, layout, batch, imbalance)
     kept = _kept(shape, layout, batch, local, kind, stage)
-    phases = [_experts_backward(shape, layout, batch, local, kind, stage, kept)]
+    moments = _experts_backward(shape, layout, batch, local, kind, stage, kept)
     if stage == layout.pipeline - 1:
-        phases += _loss_phases(shape, layout, batch, local, kept)
-    return max(phases, key=lambda phase: phase.total)
+        moments += _loss_phases(shape, layout, batch, local, kept)
+    return moments
 
 
 def _kept(
@@ -177,23 +190,24 @@ def _experts_backward(
     weights = matrices * width * e if trained and kind == "local" else 0  # others accumulate in the buffers directly
     freed = tokens * width * e if has_experts and kind == "local" else 0
     inputs = tokens * ffn * e
-    again = 0.0
-    if layout.recomputation.granularity == "full":
-        again = attention_bytes(decoder, layout, local, kind)
-        again += feed_forward_bytes(decoder, layout, local, kind, has_experts)
     # The gradients of the second linear layer, of the activation, of the first: what each has used is then freed.
     moments = (
         (freed, tokens * (ffn + width) * e + weights * ffn),
         (freed + inputs, tokens * (ffn + first + ffn / matrices) * e),  # the last: one expert's product
         (freed + inputs + tokens * first * e, tokens * (first + width) * e + weights * first),
     )
-    gone, needed = max(moments, key=lambda moment: moment[1] - moment[0])
-    if layout.recomputation.granularity == "full":  # the layer is part of the temporary memory
+    again = 0.0
+    if layout.recomputation.granularity == "full":  # the layer is a part of the temporary memory
+        again = attention_bytes(decoder, layout, local, kind)
+        again += feed_forward_bytes(decoder, layout, local, kind, has_experts)
         layers = sum(map(len, layout.layers_of(shape, stage)))
-        inputs_gradients = (layers - layout.chunks) * local.shard * decoder.hidden * e  # autograd keeps them to the end
-        needed, gone = needed + again + inputs_gradients - gone, 0.0
-    temporary = kept.temporary + needed
-    return replace(kept, experts=int(kept.experts - gone), output=0, temporary=int(temporary))
+        again += (layers - layout.chunks) * local.shard * decoder.hidden * e  # autograd keeps gradients of their inputs
+    found = []
+    for gone, needed in moments:
+        experts = kept.experts if again else int(kept.experts - gone)
+        temporary = kept.temporary + needed + (again - gone if again else 0)
+        found.append(replace(kept, experts=experts, output=0, temporary=int(temporary)))
+    return found
 
 
 def in_flight(layout: Layout, batch: Batch, stage: int) -> int:

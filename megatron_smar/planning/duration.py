@@ -78,8 +78,12 @@ def work_of_step(shape: ModelShape, batch: Batch) -> Work:
 
 
 def timed_batch(layout: Layout, batch: Batch) -> Batch:
-    """Returns the batch with the padding that a layout executes: pipeline stages exchange rows of one length."""
-    if layout.pipeline > 1:
+    """Returns the batch with the padding that a layout executes.
+
+    Pipeline stages exchange rows of one length, and rows of a micro-batch have the length of the longest, which is
+    taken as the full one.
+    """
+    if layout.pipeline > 1 or layout.micro_batch > 1:
         return replace(batch, filled=1.0)
     return replace(
         batch,

@@ -37,7 +37,8 @@ class Batch:
     def __post_init__(self) -> None:
         if self.sequence < 1 or self.rows < 1 or self.samples < 1:
             raise ValueError(
-                f"a step of {self.rows} rows of {self.sequence} positions with {self.samples:g} samples: give at least 1."
+                f"a step has {self.rows} rows of {self.sequence} positions with {self.samples:g} samples; "
+                "give at least 1 of each."
             )
         for name in ("filled", "predicted"):
             if not 0 < getattr(self, name) <= 1:

@@ -249,3 +249,15 @@ def _static(shape: ModelShape, layout: Layout, place: Place) -> tuple[int, int, 
         gradients += buffer.elements * FLOAT32
         optimizer += owned(layout, place, buffer) * (MOMENTS + (0 if buffer.float32 else FLOAT32))
     return weights, gradients, optimizer
+
+
+def checkpoint_bytes(shape: ModelShape) -> int:
+    """Returns the size of a checkpoint: bf16 weights, and of what is trained float32 weights and two moments."""
+    trained = sum(parameter.size for parameter in shape.parameters if parameter.part in shape.trained)
+    return BFLOAT16 * shape.size + (MOMENTS + FLOAT32) * trained
+
+
+def saving_bytes(shape: ModelShape, layout: Layout, stage: int = 0) -> int:
+    """Returns what a rank holds in the host's memory while it saves or resumes: the state of all that it trains."""
+    held = [item for chunk in held_parameters(shape, layout, stage) for item in chunk]
+    return (MOMENTS + FLOAT32) * sum(size for parameter, size in held if parameter.part in shape.trained)

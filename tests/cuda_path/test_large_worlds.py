@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_smar.planning.layout import Batch, Layout
 from megatron_smar.planning.memory import Place, buffers, held_parameters, owned
@@ -78,11 +79,19 @@ CASES = [
 def published(recipe: str) -> dict[str, int]:
     """Returns the numbers of parameters of Hugging Face's classes in the published sizes, and of routers and biases."""
     from architectures import ARCHITECTURES
-    from memory import count
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    counted, architecture = count(ARCHITECTURES[recipe]), ARCHITECTURES[recipe]
-    sizes = {"experts": counted.experts, "rest": counted.rest, "vision": counted.vision}
+    architecture = ARCHITECTURES[recipe]
     text = architecture.language
+    with torch.device("meta"):
+        language, vision = AutoModelForCausalLM.from_config(text), AutoModel.from_config(architecture.vision)
+    found = {name: parameter.numel() for name, parameter in language.named_parameters()}
+    number, every = (architecture.upcycled[0], architecture.upcycled[2]) if architecture.upcycled else (1, 1)
+    mixed = [f".layers.{layer}.mlp." for layer in range(0, text.num_hidden_layers, every)]
+    pattern = mixed if architecture.upcycled else [".experts."]
+    experts_once = sum(size for name, size in found.items() if any(part in name for part in pattern))
+    sizes = {"experts": number * experts_once, "rest": sum(found.values()) - experts_once}
+    sizes["vision"] = sum(parameter.numel() for parameter in vision.parameters())
     experts = architecture.upcycled[0] if architecture.upcycled else experts_of(text)
     layers = text.num_hidden_layers // (architecture.upcycled[2] if architecture.upcycled else 1)
     if architecture.upcycled:  # Phi has no routers; they come with biases, as all its linear layers do

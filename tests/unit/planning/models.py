@@ -20,4 +20,3 @@ BATCH = Batch(4096, 64, tiles=8, most_tiles=13, filled=0.5)
 def with_trained(*parts: str) -> ModelShape:
     """Returns the model with other parts trained."""
     return ModelShape(SHAPE.decoder, SHAPE.vision, frozenset(parts), SHAPE.parameters)
-
