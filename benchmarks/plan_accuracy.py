@@ -439,8 +439,8 @@ def run_case(name: str, case: Case, tower: Path) -> list[dict[str, Any]]:
 
 def compared(name: str, case: Case, shape: Any, rank: int, found: dict[str, Any]) -> dict[str, Any]:
     """Returns what was planned for a rank of a case beside what was measured."""
-    from megatron_smar.planning.communication import communication
     from megatron_smar.planning.activations import peaks
+    from megatron_smar.planning.communication import communication
     from megatron_smar.planning.memory import Place, memory
 
     layout, batch = layout_of(case), batch_sizes(case)

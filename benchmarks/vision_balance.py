@@ -176,7 +176,9 @@ def main() -> None:
         for replicas, samples, most, balanced in rows:
             print(f"{replicas:8}  {samples:7}  {most:7.2f}  {balanced:8.2f}")
         if options.json:
-            print(json.dumps({"ratio": gain, "even": cost, "ideal": ideal, "simulated": rows, "device": device}))
+            lost = {"speedup": gain, "balanced_loss_percent": 100 * (1 / cost - 1), "ideal": ideal}
+            ideals = {f"ideal_{replicas}": most for replicas, samples, most, _ in rows if samples == 1}
+            print(json.dumps(lost | ideals | {"simulated": rows, "device": device}))
     dist.destroy_process_group()
 
 

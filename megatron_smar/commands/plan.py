@@ -210,10 +210,9 @@ def plan_layouts(options: argparse.Namespace, given: Sequence[str]) -> None:
         need, has = best.memory.device / GIB, request.cluster.memory
         print(f"\nNothing fits: the smallest layout needs {need:.0f} GiB of {has:.0f}. Take more GPUs, or freeze more.")
     saving = saving_bytes(request.shape, best.layout)
-    print(
-        f"\nThe first layout: {best.memory.host / 1e9:.0f} GB of the host's memory per GPU, {saving / 1e9:.0f} GB while "
-        f"it saves or resumes; a checkpoint of {checkpoint_bytes(request.shape) / 1e9:.0f} GB."
-    )
+    host, checkpoint = best.memory.host / 1e9, checkpoint_bytes(request.shape) / 1e9
+    print(f"\nThe first layout: {host:.0f} GB of the host's memory per GPU, {saving / 1e9:.0f} GB while it saves or")
+    print(f"resumes; a checkpoint of {checkpoint:.0f} GB.")
     print(f"\n{' '.join(chosen)}")
     if options.html:
         options.html.write_text(page(request, plans), encoding="utf-8")

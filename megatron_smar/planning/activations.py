@@ -167,17 +167,19 @@ def _loss_phases(shape: ModelShape, layout: Layout, batch: Batch, local: Local, 
     """Returns what is alive in the loss, and in the backward pass of the output layer."""
     decoder, e = shape.decoder, local.element
     rows = decoder.padded_vocabulary(layout.tensor) // layout.tensor
-    temporary = local.predicted * decoder.hidden * e
+    temporary: float = local.predicted * decoder.hidden * e
     if "embeddings" in shape.trained and not layout.fused:
         temporary += rows * decoder.hidden * e
     freed = int(local.predicted * rows * FLOAT32) if layout.bf16 else 0  # the gradient has replaced the float32 logits
     backward = replace(kept, output=kept.output - freed, temporary=kept.temporary + int(temporary))
-    return [kept, backward]
+    # In the forward pass the last norm's output is alive as well, of all positions.
+    forward = replace(kept, temporary=kept.temporary + local.tokens * decoder.hidden * e)
+    return [forward, backward]
 
 
 def _experts_backward(
     shape: ModelShape, layout: Layout, batch: Batch, local: Local, kind: Implementation, stage: int, kept: Activations
-) -> Activations:
+) -> list[Activations]:
     """Returns what is alive while the stage's last layer computes the gradients of its feed-forward half."""
     decoder, e = shape.decoder, local.element
     has_experts = decoder.moe_layers[layout.layers_of(shape, stage)[-1][-1]]
@@ -295,11 +297,10 @@ def vision_bytes(shape: ModelShape, layout: Layout, batch: Batch, local: Local) 
     vision, decoder, e = shape.vision, shape.decoder, local.element
     # Tensor- and context-parallel ranks share the tiles.
     tiles = math.ceil(batch.most_tiles * layout.micro_batch / (layout.tensor * layout.context))
-    embedded = local.tokens * decoder.hidden * e
+    kept: float = local.tokens * decoder.hidden * e
     if not tiles:
-        return embedded
+        return kept
     features = batch.most_tiles * layout.micro_batch * vision.tokens
-    kept = embedded
     if "connector" in shape.trained:
         kept += features * (shape.connector_input + 2 * decoder.hidden) * e
     elif shape.gradient_reaches_encoder:

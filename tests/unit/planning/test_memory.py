@@ -66,10 +66,8 @@ def test_the_ranks_of_a_model_do_not_hold_all_of_it(layout):
 
 
 def test_frozen_parts_have_gradients_or_an_optimizer():
-    everything, experts = (
-        memory(SHAPE, Layout(8, expert=8), BATCH),
-        memory(with_trained("experts"), Layout(8, expert=8), BATCH),
-    )
+    layout = Layout(8, expert=8)
+    everything, experts = (memory(shape, layout, BATCH) for shape in (SHAPE, with_trained("experts")))
     assert experts.weights < everything.weights * 1.01 and experts.gradients < everything.gradients
     assert {buffer.experts for buffer in buffers(with_trained("experts"), layout)} == {True}
 
