@@ -135,11 +135,10 @@ def _kept(
         experts = passes * sum(
             feed_forward_bytes(decoder, layout, local, kind, decoder.moe_layers[layer]) for layer in layers
         )
-    if layout.pipeline > 1:  # Megatron frees a chunk's output after it has been sent
+    is_sent = layout.pipeline > 1 and (layout.chunks > 1 or not is_last)
+    if is_sent and layout.recomputation.granularity != "full":  # Megatron frees a chunk's output after it has been sent
         sent = flying - (1 if layout.chunks > 1 else 0)
-        attention -= (
-            sent * decoder.hidden * local.shard * _residual(local, kind) if layout.chunks > 1 or not is_last else 0
-        )
+        attention -= sent * decoder.hidden * local.shard * _residual(local, kind)
     vision = 0.0
     if stage == 0:
         first = min(flying, 2 * layout.pipeline) if layout.chunks > 1 else flying
