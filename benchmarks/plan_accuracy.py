@@ -451,7 +451,7 @@ def compared(name: str, case: Case, shape: Any, rank: int, found: dict[str, Any]
     even *= layout.expert_tensor / (layout.context * layout.tensor)
     imbalance = found["routed"] / even
     static = memory(shape, layout, batch, place).by_part()
-    moments = [static | dataclasses.asdict(moment) for moment in peaks(shape, layout, batch, stage, imbalance, "local")]
+    moments = [static | dataclasses.asdict(moment) for moment in peaks(shape, layout, batch, stage, imbalance)]
     planned = closest(moments, found["parts"])
     layers = sum(map(len, layout.layers_of(shape, stage)))
     received = round(found["received"] * layers * case.micro_batches)

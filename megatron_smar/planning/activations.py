@@ -80,7 +80,6 @@ def activations(
     batch: Batch,
     stage: int = 0,
     imbalance: float = 1.0,
-    implementation: Implementation | None = None,
 ) -> Activations:
     """Returns the bytes at the peak of forward and backward passes.
 
@@ -90,15 +89,11 @@ def activations(
         batch: What a step trains on.
         stage: The rank's pipeline stage.
         imbalance: Tokens to the rank's experts, relative to an even share.
-        implementation: What the layers keep; None for the layout's.
 
     Raises:
         ValueError: The model has latent attention, whose activations are not modelled.
     """
-    if shape.decoder.latent_attention:
-        raise ValueError("the activations of latent attention (MLA) are not modelled; plan a model without it.")
-    found = peaks(shape, layout, batch, stage, imbalance, implementation)
-    return max(found, key=lambda moment: moment.total)
+    return max(peaks(shape, layout, batch, stage, imbalance), key=lambda moment: moment.total)
 
 
 def peaks(
@@ -107,10 +102,11 @@ def peaks(
     batch: Batch,
     stage: int = 0,
     imbalance: float = 1.0,
-    implementation: Implementation | None = None,
 ) -> list[Activations]:
-    """Returns the bytes at the moments that can be the peak; arguments as for `activations`."""
-    kind = implementation or ("fused" if layout.fused else "local")
+    """Returns the bytes at the moments that can be the peak; arguments and errors as for `activations`."""
+    if shape.decoder.latent_attention:
+        raise ValueError("the activations of latent attention (MLA) are not modelled; plan a model without it.")
+    kind: Implementation = "fused" if layout.fused else "local"
     local = local_sizes(shape, layout, batch, imbalance)
     kept = _kept(shape, layout, batch, local, kind, stage)
     moments = _experts_backward(shape, layout, batch, local, kind, stage, kept)

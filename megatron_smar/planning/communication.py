@@ -18,6 +18,7 @@ from megatron_smar.planning.activations import FLOAT32, INT64
 from megatron_smar.planning.layout import Batch, Layout
 from megatron_smar.planning.memory import BFLOAT16, FIRST, Place, buffers, held_parameters, without_batch
 from megatron_smar.planning.shape import ModelShape
+from megatron_smar.planning.statistics import reduced_floats
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "recv"]
 Group = Literal[
@@ -214,7 +215,7 @@ class _Step:
             counts = layout.expert * layout.expert_tensor * decoder.experts * INT64
             yield Collective("counts", "expert and tensor", "all_gather", calls * again, calls * again * counts)
         if self.strategy != "none" and ranks_of(layout, "tokens") > 1:
-            floats = self.shape.modalities * (2 * decoder.experts + 1)
+            floats = reduced_floats(self.shape.modalities, decoder.experts)
             yield Collective("routing statistics", "tokens", "all_reduce", calls, calls * floats * FLOAT32)
 
     def _pipeline(self) -> Iterator[Collective]:

@@ -14,14 +14,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-from megatron_smar.planning.activations import Activations, Implementation, activations
+from megatron_smar.planning.activations import FLOAT32, Activations, activations
 from megatron_smar.planning.layout import Batch, Layout
 from megatron_smar.planning.operations import Recomputation
 from megatron_smar.planning.shape import ModelShape, Parameter, padded
 
 ALIGNMENT, BUCKET_DIVISOR = 64, 128  # megatron.core.optimizer.param_layout
 BUCKET_SIZE, BUCKET_PER_REPLICA = 40_000_000, 1_000_000  # DistributedDataParallel's default: the larger of the two
-FLOAT32, BFLOAT16 = 4, 2
+BFLOAT16 = 2
 END = ("language_model.output_layer", "language_model.decoder.final_layernorm")  # parameters of the last stage
 EMBEDDING = "word_embeddings.weight"  # the last stage has a copy of it, where the output layer shares it
 MOMENTS = 8  # Adam's two, in float32
@@ -216,7 +216,6 @@ def memory(
     batch: Batch,
     place: Place = FIRST,
     imbalance: float = 1.0,
-    implementation: Implementation | None = None,
 ) -> Memory:
     """Returns the memory of a rank.
 
@@ -226,12 +225,11 @@ def memory(
         batch: What a step trains on.
         place: Which rank.
         imbalance: Tokens of the rank with most, relative to an even share of the tokens to the experts.
-        implementation: What the layers keep; None for the layout's.
     """
     weights, gradients, optimizer = _static(shape, without_batch(layout), place)
     # On the host the state has a pinned copy of the gradients next to it.
     host = optimizer // (MOMENTS + FLOAT32) * (MOMENTS + 2 * FLOAT32) if layout.offload else 0
-    kept = activations(shape, layout, batch, place.stage, imbalance, implementation)
+    kept = activations(shape, layout, batch, place.stage, imbalance)
     return Memory(weights, gradients, 0 if layout.offload else optimizer, kept, host)
 
 

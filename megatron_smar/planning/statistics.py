@@ -77,12 +77,17 @@ class Setup:
                 )
 
 
-def floats_per_layer(model: Model) -> int:
+def reduced_floats(modalities: int, experts: int) -> int:
     """Returns M (2E + 1): counts and weights per modality and expert, and tokens per modality.
 
     The number does not depend on the number of tokens or ranks.
     """
-    return model.modalities * (2 * model.experts + 1)
+    return modalities * (2 * experts + 1)
+
+
+def floats_per_layer(model: Model) -> int:
+    """Returns the floats that a layer of a model reduces."""
+    return reduced_floats(model.modalities, model.experts)
 
 
 def ring_share(ranks: int) -> float:
