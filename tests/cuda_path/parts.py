@@ -130,12 +130,11 @@ def model_loss(model: Any, inputs: Any) -> Tensor:
     """Returns the model's loss of a batch, as in the forward step."""
     from megatron_smar.training.loss import lm_loss
 
-    names = ("input_ids", "position_ids", "modality_ids", "vision_index", "labels", "pixel_values", "packed_seq_params")
-    output = model(**{name: getattr(inputs, name) for name in names})
+    output = model(**inputs.model_inputs(), labels=inputs.labels, loss_positions=inputs.loss_positions)
     return lm_loss(inputs.loss_mask, inputs.shares, True, output)[0]
 
 
-def parts(models: list[Any], device: torch.device) -> Iterator[tuple[str, Any, Part]]:
+def parts(models: list[Any], device: torch.device, mode: FakeTensorMode) -> Iterator[tuple[str, Any, Part]]:
     """Yields for each part of `build_models` its name, the modules with its parameters, and its forward pass."""
     model, latent, recomputed, phi, olmoe, clip, siglip = models
     from megatron.core.transformer.enums import AttnMaskType
@@ -148,7 +147,9 @@ def parts(models: list[Any], device: torch.device) -> Iterator[tuple[str, Any, P
 
     layer, latent_layer = (of.language_model.decoder.layers[0] for of in (model, latent))
     attention, moe, language = layer.self_attention, layer.mlp, model.language_model
-    core, plain, packed = attention.core_attention, batch(), batch(PACK)
+    core = attention.core_attention
+    with storage_less.Waits(mode, answer):
+        plain, packed = batch(), batch(PACK)
     hidden = (LENGTH, 1, HIDDEN)
     mask = torch.ones(LENGTH, 1, 2, dtype=torch.bool, device=device)
     tiles = torch.empty(1, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
@@ -339,7 +340,7 @@ def main() -> None:
             models = [storage_less.move(model, device) for model in models]
             tracker.watch(model for model in models if isinstance(model, torch.nn.Module))
             results[name] = {
-                part: measure(owner, forward, device, mode) for part, owner, forward in parts(models, device)
+                part: measure(owner, forward, device, mode) for part, owner, forward in parts(models, device, mode)
             }
             results[name]["metrics"] = logged(mode, device)
             results[name]["controls"] = {

@@ -67,6 +67,8 @@ class Waits(TorchDispatchMode):
         source = args[0] if args and isinstance(args[0], Tensor) else None
         if kind == "read" and func is _aten._local_scalar_dense.default:
             return {torch.bool: False}.get(source.dtype, 0.0 if source.is_floating_point() else 0)
+        if func is _aten.nonzero.default and not _on_device(source):  # of the device's it is an error: a size it knows
+            return self.known(source.constant.nonzero)
         if kind == "read" and func is _aten._to_copy.default:
             return self.known(lambda: self.answer(source.shape, source.dtype).to(source.dtype))
         made = source is None and "device" in kwargs and torch.device(kwargs["device"] or "cpu").type == "cpu"

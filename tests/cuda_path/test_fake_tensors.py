@@ -17,8 +17,12 @@ EVERY_LAYER = {who: LAYERS * number for who, number in SPLITS.items()}
 # --no-check-for-nan-in-loss-and-grad disables that. This project's check of steps reads only the gradient norm.
 STEP = EVERY_LAYER | {"read rerun_state_machine:validate_result": 1}
 # Reads per layer if a pack's lengths were on the device: Megatron's rotary embedding reads them for queries and keys,
-# twice each, and this project's attention once.
-LENGTHS = {"read rope_utils:_apply_rotary_pos_emb_thd": 4, "read local_attention:forward": 1}
+# twice each, and this project's attention for the positions that it rotates by and for the sequences.
+LENGTHS = {
+    "read rope_utils:_apply_rotary_pos_emb_thd": 4,
+    "read local_attention:_positions_in_sequences": 1,
+    "read local_attention:forward": 1,
+}
 
 # Waits of the host by part, in the forward and in the backward pass. No part has an upload: copies to the device are
 # made from pinned memory and do not block.

@@ -49,9 +49,9 @@ class LocalSelfAttention(SelfAttention):
 
 def _positions_in_sequences(packed: PackedSeqParams, device: torch.device) -> Tensor:
     """Returns for each position of a pack, before context-parallel sharding, its position in its sequence, [t]."""
-    ends = packed.cu_seqlens_q
-    starts = ends[:-1].repeat_interleave(ends.diff())
-    return (torch.arange(len(starts), device=ends.device) - starts).to(device, non_blocking=True)
+    positions = torch.cat([torch.arange(length) for length in packed.cu_seqlens_q.diff().tolist()])
+    # From pinned memory the copy does not block.
+    return positions if device.type == "cpu" else positions.pin_memory().to(device, non_blocking=True)
 
 
 class ScaledDotProductAttention(MegatronModule):
