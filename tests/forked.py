@@ -36,8 +36,9 @@ PROGRAMS = {
 }
 IMPORTED = ["pretrain_vlm"]
 IMPORTED += [
-    f"megatron_smar.commands.{name}" for name in ("chat", "convert", "evaluate", "placement", "prepare", "report")
+    f"megatron_smar.commands.{name}" for name in ("chat", "convert", "evaluate", "placement", "plan", "prepare", "report")
 ]
+IMPORTED.append("tests.parsed_flags")
 MADE = {  # by runtime.install
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "TORCHINDUCTOR_CACHE_DIR",

@@ -80,3 +80,21 @@ assert a.elapsed_time(b) >= 0
 """
     done = python(code, MEGATRON_SMAR_DEVICE="cpu")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_second_parser_of_all_flags_parses_megatrons_sources_again_or_has_another_help():
+    code = """
+import argparse, ast, torch
+torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
+from megatron.training.arguments import add_megatron_arguments
+def texts():
+    return {flag.dest: flag.help for flag in add_megatron_arguments(argparse.ArgumentParser())._actions}
+own = texts()
+from megatron_smar import runtime
+assert runtime.install() == "cuda"
+assert texts() == own and "parallel" in own["tensor_model_parallel_size"]
+ast.parse = None
+assert texts() == own
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr

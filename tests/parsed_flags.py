@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a parser of all flags when it is imported, so that forked programs have the help that it reads (`forked`)."""
+
+from megatron_smar.config.run_file import flag_parser
+
+flag_parser()
