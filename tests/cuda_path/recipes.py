@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.launch import ROOT
+from tests.launch import ROOT, users_environment
 
 # Recipe -> its stages in order.
 STAGES = {
@@ -24,7 +23,7 @@ def run_script(recipe: str, script: str, output: Path, *options: str, **environm
     """Runs one of a recipe's scripts with the given output folder; a failure shows what the script printed."""
     done = subprocess.run(
         ["bash", ROOT / "examples" / recipe / f"{script}.sh", *options],
-        env=os.environ | {"PYTHON": sys.executable, "OUTPUT": str(output)} | environment,
+        env=users_environment() | {"PYTHON": sys.executable, "OUTPUT": str(output)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

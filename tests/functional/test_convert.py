@@ -3,7 +3,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.launch import ROOT, run
+from tests.launch import ROOT, run, users_environment
 
 PROGRAM = "tools/checkpoint/convert.py"
 COMMANDS = ("import", "export", "upcycle", "inspect", "verify")
@@ -361,7 +360,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete_and_can_be_repea
     output, partial = tmp_path / "checkpoint", tmp_path / "checkpoint.partial"
     llama = language("llama", tmp_path / "llama", vocab_size=400_000)  # 100 MB, written long enough to be interrupted
     command = [PROGRAM, "import", *parts(world, llama), "--output", output]
-    environment = os.environ | {"MEGATRON_SMAR_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = users_environment() | {"MEGATRON_SMAR_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
     )

@@ -11,7 +11,7 @@ from megatron_smar.data import load_loader_state
 from megatron_smar.data.sample_log import read_recorded
 from megatron_smar.report.scalars import read_scalars
 from tests.conftest import free_port
-from tests.launch import ROOT
+from tests.launch import ROOT, users_environment
 
 SMAR = ["--modality-routing", "smar", "--smar-d-min", "3", "--smar-d-max", "4", "--smar-coeff", "0.1"]
 SIZES = [*SMAR, "--micro-batch-size", 2, "--global-batch-size", 8, "--num-workers", 1]
@@ -19,7 +19,7 @@ SIZES = [*SMAR, "--micro-batch-size", 2, "--global-batch-size", 8, "--num-worker
 
 def kill_in_step(step, samples, *command, ranks):
     """Starts a program on several ranks and kills them all with SIGKILL, in a step or soon after it."""
-    environment = os.environ | {
+    environment = users_environment() | {
         "OMP_NUM_THREADS": "1",
         "MEGATRON_SMAR_DEVICE": "cpu",
         "PYTHONPATH": str(ROOT),

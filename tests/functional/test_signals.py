@@ -14,7 +14,7 @@ import pytest
 
 from megatron_smar.data.sample_log import read_recorded
 from tests.conftest import free_port
-from tests.launch import ROOT
+from tests.launch import ROOT, users_environment
 
 SIZES = [
     *"--micro-batch-size 2 --global-batch-size 4 --num-workers 2 --train-iters 100000 --save-interval 100000".split()
@@ -27,7 +27,7 @@ class Started:
     def __init__(self, folder: Path, *command: object) -> None:
         self.keys, self.log = folder / "keys", folder / "log"
         command = (sys.executable, *command, "--record-samples", self.keys)
-        self.environment = os.environ | {
+        self.environment = users_environment() | {
             "OMP_NUM_THREADS": "1",
             "MEGATRON_SMAR_DEVICE": "cpu",
             "PYTHONPATH": str(ROOT),

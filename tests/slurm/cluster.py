@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.launch import users_environment
+
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshare", "nsenter")
 CLUSTERS = 40  # that may run on this machine at the same time, each with a network and a port of its own
 CONFIG = """
@@ -91,7 +93,11 @@ class Cluster:
     def __init__(self, nodes: int = 2) -> None:
         self.nodes = nodes
         self.root = Path(tempfile.mkdtemp(prefix="slurm.", dir="/tmp"))  # short: sockets' paths are limited
-        self.environment = os.environ | {"PATH": _path(), "SLURM_CONF": str(self.root / "slurm.conf"), "LC_ALL": "C"}
+        self.environment = users_environment() | {
+            "PATH": _path(),
+            "SLURM_CONF": str(self.root / "slurm.conf"),
+            "LC_ALL": "C",
+        }
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.bridge = self.network = ""
 

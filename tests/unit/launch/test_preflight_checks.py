@@ -17,6 +17,7 @@ from megatron_smar.launch.preflight import local
 from megatron_smar.launch.preflight.collective import clock_skew
 from megatron_smar.launch.preflight.local import Request, findings
 from megatron_smar.launch.preflight.state import Finding, read_trial
+from tests.launch import users_environment
 
 SMI = """#!/bin/sh
 echo "0, GPU-aaa, NVIDIA H100 80GB HBM3, 4, 580.1"
@@ -137,7 +138,7 @@ def probe(rank: int, world: int, port: int, log: Path) -> subprocess.Popen[bytes
     words = [sys.executable, "-m", "megatron_smar.launch.preflight.probe", "--processes", "1"]
     return subprocess.Popen(
         [*words, "--seconds", "60", "--", "x.py"],
-        env=os.environ | {name: str(value) for name, value in variables.items()},
+        env=users_environment() | {name: str(value) for name, value in variables.items()},
         stdout=log.open("wb"),
         stderr=subprocess.DEVNULL,
     )
