@@ -21,7 +21,6 @@ kernels: this says nothing of the planner's `fused` formulas.
 from __future__ import annotations
 
 import argparse
-import bisect
 import dataclasses
 import json
 import os
@@ -34,11 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured_step import measure  # benchmarks/measured_step.py
 from routed_training import IMAGE_TOKEN, TOKENS_PER_TILE, Shape, Training, flags  # benchmarks/routed_training.py
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,47 +95,6 @@ CASES: dict[str, Case] = {
     "bf16, DP 2, trained encoder": Case({"gpus": 2, "bf16": True}, OTHER, 6, flags=TRAINED_TOWER, held_out=True),
     "recomputed, PP 2": Case({"gpus": 2, "pipeline": 2, "recomputation": FULL}, OTHER, micro_batches=4, held_out=True),
 }
-GROUPS = {
-    "DATA_PARALLEL_GROUP_WITH_CP": "data",
-    "EXPERT_DATA_PARALLEL_GROUP": "expert data",
-    "TENSOR_MODEL_PARALLEL_GROUP": "tensor",
-    "CONTEXT_PARALLEL_GROUP": "context",
-    "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tensor and context",
-    "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tokens",
-    "EXPERT_MODEL_PARALLEL_GROUP": "expert",
-    "EXPERT_TENSOR_PARALLEL_GROUP": "expert tensor",
-    "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "expert and tensor",
-    "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
-    "MODEL_PARALLEL_GROUP": "model",
-    "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "world",
-    "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP": "world",
-    "default_pg": "world",
-}
-OPERATIONS = {
-    "allreduce_": "all_reduce",
-    "allreduce_coalesced_": "all_reduce",
-    "_allgather_base_": "all_gather",
-    "allgather_": "all_gather",
-    "allgather_into_tensor_coalesced_": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "alltoall_base_": "all_to_all",
-    "send": "send",
-    "recv_": "recv",
-}
-PART_OF_MODULE = (  # the first that is in a module's name
-    ("vision_model", "vision"),
-    ("connector", "vision"),
-    ("embedding", "vision"),
-    ("output_layer", "output"),
-    ("final_layernorm", "output"),
-    (".mlp", "experts"),
-    ("pre_mlp_layernorm", "experts"),
-    (".layers.", "attention"),
-    ("language_model", "output"),
-)
-SPAN, STEP_ENDS = "module:", "optimizer step"
 
 
 def layout_of(case: Case) -> Any:
@@ -175,7 +130,6 @@ def model_flags(case: Case, tower: str) -> list[str]:
 
 def save_tower(folder: str) -> None:
     """Saves the vision encoder."""
-    import torch
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
     torch.manual_seed(1)
@@ -185,7 +139,6 @@ def save_tower(folder: str) -> None:
 
 def micro_batch(case: Case, seed: int) -> Any:
     """Returns a micro-batch whose rows begin with their tiles."""
-    import torch
 
     from megatron_smar.data.batch import VisionLanguageBatch
 
@@ -204,197 +157,15 @@ def micro_batch(case: Case, seed: int) -> Any:
     )
 
 
-# ---- one rank of a case
-
-
-def storages(tensors: Any) -> int:
-    """Returns the bytes of the tensors' storages, each counted once."""
-    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(found.values())
-
-
-def static_parts(training: Training) -> dict[str, int]:
-    """Returns the bytes of weights, gradient buffers and the optimizer's state on this rank."""
-    import torch
-
-    weights = [parameter.data for chunk in training.chunks for parameter in chunk.parameters()]
-    buffers = [buffer for chunk in training.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-    own = {weight.untyped_storage().data_ptr() for weight in weights}
-    state = []
-    for part in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
-        inner = part.optimizer
-        copies = [parameter.data for group in inner.param_groups for parameter in group["params"]]
-        moments = [value for values in inner.state.values() for value in values.values() if torch.is_tensor(value)]
-        state += [t for t in copies if t.untyped_storage().data_ptr() not in own] + [m for m in moments if m.dim()]
-    gradients = storages(buffer.grad_data for buffer in buffers)
-    return {"weights": storages(weights), "gradients": gradients, "optimizer": storages(state)}
-
-
-def watch_modules(training: Training) -> None:
-    """Records a span of the profiler around the forward pass of every module that the attribution needs."""
-    import torch
-
-    for model in training.models:
-        for name, module in model.named_modules():
-            if "local_experts" in name:
-                continue
-            name = name or "embedding"  # the whole model: what its own forward pass allocates are embedded tokens
-            open_spans: list[Any] = []
-
-            def enter(module: Any, inputs: Any, name: str = name, spans: list[Any] = open_spans) -> None:
-                spans.append(torch.profiler.record_function(SPAN + name))
-                spans[-1].__enter__()
-
-            def leave(module: Any, inputs: Any, output: Any, spans: list[Any] = open_spans) -> None:
-                spans.pop().__exit__(None, None, None)
-
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave, always_call=True)
-    step = training.optimizer.step
-
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        with torch.profiler.record_function(STEP_ENDS):
-            return step(*args, **kwargs)
-
-    training.optimizer.step = marked
-
-
-def _added(accumulated: Any, left: Any, right: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]
-
-
-# The experts' gradients are added in place to the gradient buffer, an operation that torch's counter does not list.
-ADDED = {torch.ops.aten.addmm_: _added}
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the collectives that torch dispatches, by process group and operation.
-
-    Attributes:
-        calls: Number of collectives.
-        bytes: Of the tensors that this rank gives; of the whole gathered tensor for all-gather.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[tuple[str, str]] = Counter()
-        self.bytes: Counter[tuple[str, str]] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Counts a collective and runs it."""
-        if function.namespace == "c10d":
-            from torch.distributed import ProcessGroup
-
-            group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "Group" in str(arg._type()))
-            tensors = [t for t in tree_flatten(args[0])[0] if isinstance(t, torch.Tensor)]
-            operation = OPERATIONS[function._schema.name.removeprefix("c10d::")]
-            # Neighbours of a pipeline of two exchange over two groups.
-            one_way = operation in ("send", "recv")
-            key = ("pipeline" if one_way else GROUPS[ProcessGroup.unbox(group).group_desc], operation)
-            self.calls[key] += 1
-            self.bytes[key] += sum(t.numel() * t.element_size() for t in tensors)
-        return function(*args, **(kwargs or {}))
-
-
-def allocated_at_peak(training: Training, trace: str) -> dict[str, int]:
-    """Runs a step under the profiler; returns the bytes alive at the peak of its passes, by the part that made them."""
-    import torch
-
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        training.step()
-    profiler.export_chrome_trace(trace)
-    events = json.loads(Path(trace).read_text())["traceEvents"]
-    last = next(event for event in events if event.get("name") == STEP_ENDS)
-    end = last["ts"]
-    changes = [event for event in events if event.get("name") == "[memory]" and event["ts"] < end]
-    changes.sort(key=lambda event: event["ts"])
-    collectives = [event for event in events if event.get("name", "").startswith("c10d::")]
-    changes = without_copies(changes, collectives, last["tid"])
-    size = largest = peak = 0
-    for number, event in enumerate(changes):
-        size += event["args"]["Bytes"]
-        if size > largest:
-            largest, peak = size, number
-    alive: dict[int, Any] = {}
-    for event in changes[: peak + 1]:
-        if event["args"]["Bytes"] > 0:
-            alive[event["args"]["Addr"]] = event
-        else:
-            alive.pop(event["args"]["Addr"], None)
-    spans = [event for event in events if event.get("ph") == "X" and event.get("cat") in ("cpu_op", "user_annotation")]
-    parts: Counter[str] = Counter()
-    for event in alive.values():
-        parts[part_of_event(event, spans)] += event["args"]["Bytes"]
-    return dict(parts)
-
-
-def without_copies(
-    changes: list[dict[str, Any]], collectives: list[dict[str, Any]], thread: int
-) -> list[dict[str, Any]]:
-    """Returns the allocator's events without the copies that Gloo makes, within a collective or on its own threads."""
-    copies: set[int] = set()
-    kept = []
-    spans = sorted((span["ts"], span["ts"] + span["dur"]) for span in collectives)
-    starts = [begin for begin, _ in spans]
-    for event in changes:
-        address, at = event["args"]["Addr"], bisect.bisect_right(starts, event["ts"]) - 1
-        is_copy = event["tid"] != thread or (at >= 0 and event["ts"] <= spans[at][1])
-        if event["args"]["Bytes"] > 0 and is_copy:
-            copies.add(address)
-        elif event["args"]["Bytes"] > 0 or address not in copies:
-            copies.discard(address)
-            kept.append(event)
-        else:
-            copies.remove(address)
-    return kept
-
-
-def part_of_event(event: dict[str, Any], spans: list[dict[str, Any]]) -> str:
-    """Returns the part whose forward pass made an allocation, or `temporary` for the backward pass."""
-    around = [s for s in spans if s["ts"] <= event["ts"] <= s["ts"] + s["dur"] and s["tid"] == event["tid"]]
-    if any(span["name"].startswith("autograd::engine") for span in around):
-        return "temporary"
-    modules = [span for span in around if span["name"].startswith(SPAN)]
-    if not modules:
-        return "temporary"
-    name = min(modules, key=lambda span: span["dur"])["name"]
-    return next(part for fragment, part in PART_OF_MODULE if fragment in name)
-
-
-def measure(case: Case, extra: list[str], folder: Path) -> dict[str, Any]:
-    """Trains a few steps of a case on this rank and returns what was measured."""
+def train(case: Case, extra: list[str], folder: Path) -> Training:
+    """Returns the training of a case on this rank."""
     layout, rank = layout_of(case), int(os.environ["RANK"])
     replica = rank // (layout.tensor * layout.context) % layout.data
     batches = [micro_batch(case, 97 * replica + number) for number in range(case.micro_batches)]
     without = [] if layout.distributed_optimizer else ["--use-distributed-optimizer"]
-    training = Training(
+    return Training(
         case.shape, 1, str(folder / "tower"), layout.bf16, extra=[*extra, *PLAIN], batches=batches, without=without
     )
-    routed: list[int] = []
-    for model in training.models:
-        for name, module in model.named_modules():
-            if name.endswith(".mlp.experts"):
-                module.register_forward_pre_hook(lambda _, inputs: routed.append(inputs[0].shape[0]))
-    training.step()
-    training.step()
-    routed.clear()
-    with Collectives() as collectives:
-        training.step()
-    received, forwards = sum(routed), len(routed)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=ADDED) as operations:
-        training.step()
-    static = static_parts(training)
-    watch_modules(training)
-    routed.clear()
-    peak = allocated_at_peak(training, str(folder / f"trace{rank}.json"))
-    return {
-        "parts": static | peak,
-        "routed": sum(routed) / len(routed),
-        "received": received / forwards,  # a recomputed layer's experts run twice
-        "collectives": [[*key, calls, collectives.bytes[key]] for key, calls in sorted(collectives.calls.items())],
-        "operations": operations.get_total_flops(),
-    }
 
 
 def run_rank(name: str, folder: Path) -> None:
@@ -404,9 +175,9 @@ def run_rank(name: str, folder: Path) -> None:
     runtime.install()
     import torch.distributed as dist
 
-    case, extra = CASES[name], json.loads((folder / "flags.json").read_text())
-    measured = measure(case, extra, folder)
-    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(measured))
+    rank, extra = os.environ["RANK"], json.loads((folder / "flags.json").read_text())
+    measured = measure(train(CASES[name], extra, folder), str(folder / f"trace{rank}.json"))
+    (folder / f"rank{rank}.json").write_text(json.dumps(measured))
     dist.barrier()
     dist.destroy_process_group()
 
