@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Functions shared by the recipes' scripts. Each script sets RECIPE, sources this file and calls read_options "$@".
 #
-#   SCRIPT [--gpus 8|64] [--tiny] [--slurm] [options of tools/launch.py] [-- further flags of the program]
+#   SCRIPT [--gpus 8|64|256|1024] [--tiny] [--slurm] [options of tools/launch.py] [-- further flags of the program]
 #
-#   --gpus 8|64      number of GPUs, which selects the parallel layout (default: 8)
+#   --gpus N         number of GPUs, which selects the parallel layout in the stages' files (default: 8)
 #   --tiny           the same on the CPU: a small random model of the same architecture, 2 processes, a few steps
 #   --slurm          submits the script's program to SLURM (`tools/launch.py slurm`) instead of starting it here
 # Every other option before the -- is the launcher's (tools/launch.py local|slurm --help): --time 24:00:00, --dry-run,
@@ -25,7 +25,7 @@ die() {
   exit 1
 }
 
-# Sets LAYOUT (8, 64 or tiny), the folders OUTPUT, START and INPUT, LAUNCHER (local or slurm), LAUNCH, the launcher's
+# Sets LAYOUT (a number of GPUs or tiny), the folders OUTPUT, START and INPUT, LAUNCHER (local or slurm), LAUNCH, the launcher's
 # options, and MORE, the options of the program.
 read_options() {
   LAYOUT=8 LAUNCHER=local LAUNCH=() MORE=()
@@ -34,7 +34,7 @@ read_options() {
       --tiny) LAYOUT=tiny ;;
       --slurm) LAUNCHER=slurm ;;
       --gpus)
-        [[ ${2:-} == 8 || ${2:-} == 64 ]] || die "--gpus is ${2:-missing}; there are layouts for 8 and for 64."
+        [[ ${2:-} =~ ^(8|64|256|1024)$ ]] || die "--gpus is ${2:-missing}; there are layouts for 8, 64, 256 and 1024."
         LAYOUT=$2
         shift
         ;;

@@ -14,7 +14,7 @@ set -euo pipefail
 RECIPE=mixtral_8x7b_internvit
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 read_options "$@"
-[[ $LAYOUT != 64 ]] || die "--gpus is 64; the pilot runs on the 8 GPUs of one node."
+[[ $LAYOUT == 8 || $LAYOUT == tiny ]] || die "--gpus is $LAYOUT; the pilot runs on the 8 GPUs of one node."
 use_model
 start_from "$START" pilot
 

@@ -3,7 +3,7 @@
 # Stage 2, visual instruction tuning with SMAR: trains connector and language model, on 1.6 million samples of which
 # 2.5% are pure text (the paper's Table 7).
 #
-#   DATA=shards/data_stage2.yaml examples/mixtral_8x7b_internvit/stage2.sh [--gpus 8|64] [--slurm] [-- flags]
+#   DATA=shards/data_stage2.yaml examples/mixtral_8x7b_internvit/stage2.sh [--gpus 8|64|256|1024] [--slurm] [-- flags]
 #   examples/mixtral_8x7b_internvit/stage2.sh --tiny
 #
 # Run it after stage1.sh; examples/common.sh lists the options of all scripts. For the paper's baselines add

@@ -15,11 +15,11 @@ CHECKPOINT=${CHECKPOINT:-$OUTPUT/stage3}
 [[ -f $CHECKPOINT/latest_checkpointed_iteration.txt ]] || die "$CHECKPOINT holds no checkpoint; run stage3.sh first."
 
 case $LAYOUT in
-  8 | 64) PLACE=(--bf16 --moe-router-dtype fp32 --moe-grouped-gemm --no-bias-dropout-fusion --batch-size 4) ;;
   tiny)
     TEXT=$INPUT/text.jsonl QUESTIONS=$INPUT/vqa.json IMAGES=$INPUT
     PLACE=(--seq-length 256 --float32)
     ;;
+  *) PLACE=(--bf16 --moe-router-dtype fp32 --moe-grouped-gemm --no-bias-dropout-fusion --batch-size 4) ;;
 esac
 need TEXT "held-out texts (JSON lines with text)"
 need QUESTIONS "questions with answers (a JSON list of image, question, answer)"

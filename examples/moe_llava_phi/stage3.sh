@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # MoE-LLaVA's third stage with SMAR: trains only experts and router, on LLaVA-mix-665k (the paper's Table 3).
 #
-#   DATA=shards/llava_mix_665k examples/moe_llava_phi/stage3.sh [--gpus 8|64] [--slurm] [-- flags]
+#   DATA=shards/llava_mix_665k examples/moe_llava_phi/stage3.sh [--gpus 8|64|256|1024] [--slurm] [-- flags]
 #   examples/moe_llava_phi/stage3.sh --tiny
 #
 # Run it after convert.sh; examples/common.sh lists the options of all scripts. For MoE-LLaVA itself add

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Stage 1, visual alignment: trains only the connector, on LLaVA-1.5-558k (the paper's Table 7, which is for Mixtral).
 #
-#   DATA=shards/data_stage1.yaml examples/qwen3_30b_a3b_internvl/stage1.sh [--gpus 8|64] [--slurm] [-- flags]
+#   DATA=shards/data_stage1.yaml examples/qwen3_30b_a3b_internvl/stage1.sh [--gpus 8|64|256|1024] [--slurm] [-- flags]
 #   examples/qwen3_30b_a3b_internvl/stage1.sh --tiny
 #
 # Run it after convert.sh; examples/common.sh lists the options of all scripts.

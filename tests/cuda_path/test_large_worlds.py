@@ -2,7 +2,6 @@
 """Tests that a rank of 8 or 64 of each full-size recipe has the numbers of parameters that the published sizes give."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,32 +13,24 @@ import torch
 
 from megatron_smar.planning.layout import Batch, Layout
 from megatron_smar.planning.memory import Place, buffers, held_parameters, owned
+from megatron_smar.planning.shape import ModelShape
 from tests.cuda_path.recipes import STAGES, command_on_gpus
-from tests.launch import ROOT
+from tests.launch import ROOT, users_environment
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 
 def write_start(recipe: str, output: Path) -> None:
     """Writes convert.sh's output for the published model, as far as a stage reads it at its start: flags and config."""
-    from architectures import ARCHITECTURES
+    from megatron_smar.commands.plan import recipe_config
+    from megatron_smar.conversion.composite import flags
+    from megatron_smar.conversion.empty_model import as_argv
 
-    from megatron_smar.conversion.composite import Connection, combine, flags
-    from megatron_smar.conversion.empty_model import write_flags
-    from megatron_smar.conversion.upcycle import UpcyclingConfig, mixture_flags
-
-    architecture = ARCHITECTURES[recipe]
-    text = architecture.language
-    connection = Connection(pixel_shuffle=1.0, feature_layer=-2) if architecture.upcycled else Connection()
-    config = combine(text, architecture.vision, connection, text.vocab_size - 1, text.vocab_size)
-    described = flags(config)
-    if architecture.upcycled:
-        experts, chosen, every = architecture.upcycled
-        described |= mixture_flags(described, UpcyclingConfig(experts, chosen, every))
+    config, mixture = recipe_config(ROOT / "examples" / recipe)
     for folder in ("start", STAGES[recipe][0]):
         (output / folder).mkdir(parents=True)
         (output / folder / "latest_checkpointed_iteration.txt").write_text("release")
-    write_flags(output / "start" / "flags.txt", described)
+    (output / "start" / "flags.txt").write_text(" ".join([*as_argv(flags(config)), *mixture]))
     config.save_pretrained(output / "start" / "hf")
 
 
@@ -54,7 +45,7 @@ def held_by(recipe: str, gpus: int, rank: int, output: Path, layout: Sequence[st
     result, world = output / "held.json", world or gpus
     command = [sys.executable, ROOT / "tests/cuda_path/large_world.py", result, *given, *vocabulary, *layout]
     place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % 8, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
-    environment = os.environ | {name: str(value) for name, value in place.items()} | {"PYTHONPATH": str(ROOT)}
+    environment = users_environment() | {name: str(value) for name, value in place.items()} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )
@@ -158,19 +149,69 @@ def coordinates(layout: Layout, rank: int) -> Place:
     return Place(rank // per_stage, within // layout.tensor, within // (layout.expert_tensor * layout.expert))
 
 
-@pytest.mark.parametrize(("name", "place"), PLANS)
-def test_a_rank_of_a_large_world_holds_other_numbers_than_planned(tmp_path, name, place):
-    from megatron_smar.commands.plan import recipe_config
-    from megatron_smar.conversion.model_shape import describe_shape
-
-    layout, batch, recipe = Layout(**PLANNED[name]), Batch(4096, 1024), "mixtral_8x7b_internvit"
-    rank = {"first": 0, "middle": layout.gpus // 2 - 1, "last": layout.gpus - 1}[place]
-    shape = describe_shape(*recipe_config(ROOT / "examples" / recipe, ["--freeze", "vision"]))
-    held = held_by(recipe, 64, rank, tmp_path, layout.flags(shape, batch), layout.gpus)
+def differences(shape: ModelShape, layout: Layout, rank: int, held: dict) -> dict[str, tuple[int, int]]:
+    """Returns the numbers of elements that a rank holds and that were planned, of what differs."""
     where = coordinates(layout, rank)
     kept = [item for chunk in held_parameters(shape, layout, where.stage) for item in chunk]
     laid_out = buffers(shape, layout, where.stage)
-    assert sum(held["parameters"].values()) == sum(size for _, size in kept)
+    compared = {"weights": (sum(held["parameters"].values()), sum(size for _, size in kept))}
     for kind, experts in (("dense", False), ("experts", True)):
-        assert held["gradients"].get(kind, 0) == sum(b.elements for b in laid_out if b.experts == experts)
-    assert held["optimizer"] == sum(owned(layout, where, buffer) for buffer in laid_out)
+        planned = sum(buffer.elements for buffer in laid_out if buffer.experts == experts)
+        compared[f"gradients, {kind}"] = held["gradients"].get(kind, 0), planned
+    compared["optimizer"] = held["optimizer"], sum(owned(layout, where, buffer) for buffer in laid_out)
+    return {name: sizes for name, sizes in compared.items() if sizes[0] != sizes[1]}
+
+
+def model_shape(recipe: str, *given: str) -> ModelShape:
+    from megatron_smar.commands.plan import recipe_config
+    from megatron_smar.conversion.model_shape import describe_shape
+
+    return describe_shape(*recipe_config(ROOT / "examples" / recipe, given))
+
+
+@pytest.mark.parametrize(("name", "place"), PLANS)
+def test_a_rank_of_a_large_world_holds_other_numbers_than_planned(tmp_path, name, place):
+    layout, batch, recipe = Layout(**PLANNED[name]), Batch(4096, 1024), "mixtral_8x7b_internvit"
+    rank = {"first": 0, "middle": layout.gpus // 2 - 1, "last": layout.gpus - 1}[place]
+    shape = model_shape(recipe, "--freeze", "vision")
+    held = held_by(recipe, 64, rank, tmp_path, layout.flags(shape, batch), layout.gpus)
+    assert not differences(shape, layout, rank, held)
+
+
+LARGE = [
+    pytest.param(
+        recipe,
+        gpus,
+        rank,
+        id=f"{recipe}, rank {rank} of {gpus}",
+        marks=() if (recipe, gpus, rank) == ("qwen3_30b_a3b_internvl", 1024, 511) else pytest.mark.matrix,
+    )
+    for recipe in STAGES
+    for gpus in (256, 1024)
+    for rank in (0, gpus // 2 - 1, gpus - 1)
+]
+
+
+@pytest.mark.parametrize(("recipe", "gpus", "rank"), LARGE)
+def test_a_rank_of_a_recipes_large_layout_holds_other_numbers_than_planned(tmp_path, recipe, gpus, rank):
+    held = held_by(recipe, gpus, rank, tmp_path)
+    _, given = command_on_gpus(recipe, STAGES[recipe][-1], gpus, tmp_path, DATA=str(tmp_path))
+    from megatron_smar.commands.plan import recipe_flags
+
+    shape = model_shape(recipe, *recipe_flags(ROOT / "examples" / recipe))
+    layout = layout_of(given, gpus, len(shape.decoder.moe_layers))
+    assert not differences(shape, layout, rank, held)
+
+
+def layout_of(given: Sequence[str], gpus: int, layers: int) -> Layout:
+    """Returns the layout of a run's flags."""
+
+    def size(flag: str) -> int:
+        return int(given[given.index(flag) + 1]) if flag in given else 1
+
+    pipeline, expert = size("--pipeline-model-parallel-size"), size("--expert-model-parallel-size")
+    tensor = size("--tensor-model-parallel-size")
+    virtual = "--num-layers-per-virtual-pipeline-stage"
+    chunks = layers // (pipeline * size(virtual)) if virtual in given else 1
+    experts_of = size("--expert-tensor-parallel-size") if "--expert-tensor-parallel-size" in given else tensor
+    return Layout(gpus, tensor, pipeline, chunks, expert=expert, expert_tensor=experts_of)

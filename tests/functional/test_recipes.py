@@ -165,7 +165,7 @@ def with_a_model(folder: Path, recipe: str) -> tuple[Path, str]:
 
 
 MISTAKES = {
-    "another number of GPUs": (("--gpus", "12"), {}, "--gpus is 12; there are layouts for 8 and for 64."),
+    "another number of GPUs": (("--gpus", "12"), {}, "--gpus is 12; there are layouts for 8, 64, 256 and 1024."),
     "no model": ((), {}, "holds no converted model; run convert.sh first"),
     "nodes without SLURM": (("--gpus", "64"), {"DATA": "x"}, "the run needs 8 nodes: submit it to SLURM"),
     "a flag before the --": (
