@@ -225,22 +225,28 @@ def measure(training: Training, trace: str) -> dict[str, Any]:
 
     Returns:
         - parts: bytes of weights, gradients and optimizer, and those that are alive at the peak, by part;
-        - routed: tokens that a layer's experts computed, on average, in the step of the peak;
-        - received: the same in the step of the collectives;
+        - routed: tokens that experts computed in the step of the peak, by layer and micro-batch, in order;
+        - received: their mean in the step of the collectives;
         - collectives: [group, operation, calls, bytes] of a step;
         - operations: floating-point operations of a step.
     """
     routed: list[int] = []
+    recomputes = training.models[0].config.recompute_granularity == "full"
+
+    def count(experts: Any, inputs: Any) -> None:
+        if not (recomputes and torch.is_grad_enabled()):  # what is computed again is the same in reverse order
+            routed.append(inputs[0].shape[0])
+
     for model in training.models:
         for name, module in model.named_modules():
             if name.endswith(".mlp.experts"):
-                module.register_forward_pre_hook(lambda _, inputs: routed.append(inputs[0].shape[0]))
+                module.register_forward_pre_hook(count)
     training.step()
     training.step()
     routed.clear()
     with Collectives() as collectives:
         training.step()
-    received, forwards = sum(routed), len(routed)
+    received = sum(routed) / len(routed)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=ADDED) as operations:
         training.step()
     static = static_parts(training)
@@ -250,8 +256,8 @@ def measure(training: Training, trace: str) -> dict[str, Any]:
         peak = allocated_at_peak(training, trace)
     return {
         "parts": static | peak,
-        "routed": sum(routed) / len(routed),
-        "received": received / forwards,  # a recomputed layer's experts run twice
+        "routed": routed,
+        "received": received,
         "collectives": [[*key, calls, collectives.bytes[key]] for key, calls in sorted(collectives.calls.items())],
         "operations": operations.get_total_flops(),
     }

@@ -220,11 +220,18 @@ def compared(name: str, case: Case, shape: Any, rank: int, found: dict[str, Any]
     place = Place(stage, within // layout.tensor, within // (layout.expert_tensor * layout.expert))
     even = case.shape.micro_batch_size * case.shape.seq_length * case.shape.top_k
     even *= layout.expert_tensor / (layout.context * layout.tensor)
-    imbalance = found["routed"] / even
     static = memory(shape, layout, batch, place).by_part()
-    moments = [static | dataclasses.asdict(moment) for moment in peaks(shape, layout, batch, stage, imbalance)]
+    shares, chunks = [count / even for count in found["routed"]], layout.layers_of(shape, stage)
+    size = len(chunks[0])
+    moments = [
+        static | dataclasses.asdict(moment)
+        for start in range(0, len(shares) - size + 1, size)
+        for moment in peaks(
+            shape, layout, batch, stage, sum(shares) / len(shares), backward=shares[start : start + size]
+        )
+    ]
     planned = closest(moments, found["parts"])
-    layers = sum(map(len, layout.layers_of(shape, stage)))
+    layers = sum(map(len, chunks))
     received = round(found["received"] * layers * case.micro_batches)
     expected: Counter[tuple[str, str]] = Counter()
     calls: Counter[tuple[str, str]] = Counter()

@@ -59,6 +59,7 @@ def decoder_shape(config: TransformerConfig, vocabulary: int) -> DecoderShape:
         experts=config.num_moe_experts or 0,
         top_k=config.moe_router_topk,
         vocabulary=vocabulary,
+        has_biases=config.add_bias_linear,
     )
 
 

@@ -9,6 +9,7 @@ from their sources and published peaks, not measured by this project).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -102,14 +103,26 @@ def peaks(
     batch: Batch,
     stage: int = 0,
     imbalance: float = 1.0,
+    backward: Sequence[float] | None = None,
 ) -> list[Activations]:
-    """Returns the bytes at the moments that can be the peak; arguments and errors as for `activations`."""
+    """Returns the bytes at the moments that can be the peak.
+
+    Args:
+        shape: As for `activations`, as what follows.
+        layout: The parallel layout.
+        batch: What a step trains on.
+        stage: The rank's pipeline stage.
+        imbalance: Tokens to the rank's experts, relative to an even share.
+        backward: The same of each layer of the chunk whose backward pass is looked at; None if all are alike.
+    """
     if shape.decoder.latent_attention:
         raise ValueError("the activations of latent attention (MLA) are not modelled; plan a model without it.")
     kind: Implementation = "fused" if layout.fused else "local"
     local = local_sizes(shape, layout, batch, imbalance)
     kept = _kept(shape, layout, batch, local, kind, stage)
-    moments = _experts_backward(shape, layout, batch, local, kind, stage, kept)
+    alike = [imbalance] * len(layout.layers_of(shape, stage)[-1])
+    sizes = [local_sizes(shape, layout, batch, of_layer) for of_layer in backward or alike]
+    moments = _layers_backward(shape, layout, sizes, kind, stage, kept)
     if stage == layout.pipeline - 1:
         moments += _loss_phases(shape, layout, batch, local, kept)
     return moments
@@ -172,12 +185,47 @@ def _loss_phases(shape: ModelShape, layout: Layout, batch: Batch, local: Local, 
     return [forward, backward]
 
 
-def _experts_backward(
-    shape: ModelShape, layout: Layout, batch: Batch, local: Local, kind: Implementation, stage: int, kept: Activations
+def _layers_backward(
+    shape: ModelShape,
+    layout: Layout,
+    sizes: Sequence[Local],
+    kind: Implementation,
+    stage: int,
+    kept: Activations,
 ) -> list[Activations]:
-    """Returns what is alive while the stage's last layer computes the gradients of its feed-forward half."""
+    """Returns what is alive while a layer of the stage's last chunk computes the gradients of its feed-forward half.
+
+    That layer is the last one, whose gradients come first; if layers are computed again, any of them. `sizes` are those
+    of each layer of the chunk.
+    """
+    decoder, layers = shape.decoder, layout.layers_of(shape, stage)[-1]
+    if layout.recomputation.granularity != "full":
+        gradients = _feed_forward_gradients(shape, layout, sizes[-1], kind, decoder.moe_layers[layers[-1]])
+        return [
+            replace(kept, experts=int(kept.experts - gone), output=0, temporary=int(kept.temporary + needed))
+            for gone, needed in gradients
+        ]
+    found = []
+    for position, (layer, local) in enumerate(zip(layers, sizes, strict=True)):
+        has_experts, finished = decoder.moe_layers[layer], len(layers) - 1 - position
+        # Dispatchers keep their last tokens' routing: that of the forward pass, then that which was computed again.
+        routing = local.shard * (decoder.experts * (FLOAT32 + BOOL) + decoder.top_k * INT64)
+        again = attention_bytes(decoder, layout, local, kind)
+        again += feed_forward_bytes(decoder, layout, local, kind, has_experts)
+        # Autograd keeps the gradients of the inputs of layers that are done; the last layer's is the output layer's.
+        again += max(1, finished) * local.shard * decoder.hidden * local.element + finished * routing
+        experts = int(kept.experts + position * routing)
+        for gone, needed in _feed_forward_gradients(shape, layout, local, kind, has_experts):
+            temporary = int(kept.temporary + again + needed - gone)
+            found.append(replace(kept, experts=experts, output=0, temporary=temporary))
+    return found
+
+
+def _feed_forward_gradients(
+    shape: ModelShape, layout: Layout, local: Local, kind: Implementation, has_experts: bool
+) -> tuple[tuple[float, float], ...]:
+    """Returns, for the gradients of each operation of a feed-forward layer, what is freed before and what they need."""
     decoder, e = shape.decoder, local.element
-    has_experts = decoder.moe_layers[layout.layers_of(shape, stage)[-1][-1]]
     tokens = local.routed if has_experts else local.tokens
     width = decoder.latent or decoder.hidden if has_experts else decoder.hidden
     ffn = decoder.expert_ffn / layout.expert_tensor if has_experts else decoder.ffn / layout.tensor
@@ -187,24 +235,12 @@ def _experts_backward(
     weights = matrices * width * e if trained and kind == "local" else 0  # others accumulate in the buffers directly
     freed = tokens * width * e if has_experts and kind == "local" else 0
     inputs = tokens * ffn * e
-    # The gradients of the second linear layer, of the activation, of the first: what each has used is then freed.
-    moments = (
+    # The second linear layer, the activation, the first linear layer: what each has used is then freed.
+    return (
         (freed, tokens * (ffn + width) * e + weights * ffn),
         (freed + inputs, tokens * (ffn + first + ffn / matrices) * e),  # the last: one expert's product
         (freed + inputs + tokens * first * e, tokens * (first + width) * e + weights * first),
     )
-    again = 0.0
-    if layout.recomputation.granularity == "full":  # the layer is a part of the temporary memory
-        again = attention_bytes(decoder, layout, local, kind)
-        again += feed_forward_bytes(decoder, layout, local, kind, has_experts)
-        layers = sum(map(len, layout.layers_of(shape, stage)))
-        again += (layers - layout.chunks) * local.shard * decoder.hidden * e  # autograd keeps gradients of their inputs
-    found = []
-    for gone, needed in moments:
-        experts = kept.experts if again else int(kept.experts - gone)
-        temporary = kept.temporary + needed + (again - gone if again else 0)
-        found.append(replace(kept, experts=experts, output=0, temporary=int(temporary)))
-    return found
 
 
 def in_flight(layout: Layout, batch: Batch, stage: int) -> int:

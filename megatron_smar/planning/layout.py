@@ -126,6 +126,7 @@ class Layout:
             (decoder.query_groups % self.tensor, f"TP does not divide the {decoder.query_groups} key-value heads"),
             (max(1, decoder.experts) % self.expert, f"EP does not divide the {decoder.experts} experts"),
             (decoder.expert_ffn % self.expert_tensor, f"ETP does not divide the experts' size of {decoder.expert_ffn}"),
+            (decoder.has_biases and self.expert_tensor > 1, "experts with biases need ETP 1"),
             (layers % stages, f"PP x chunks does not divide the {layers} layers"),
             (self.chunks > 1 and self.pipeline == 1, "chunks need PP above 1"),
             (batch.sequence % (2 * self.context if self.context > 1 else 1), "2 CP does not divide the sequence"),

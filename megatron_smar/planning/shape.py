@@ -31,6 +31,7 @@ class DecoderShape:
         top_k: Experts per token, K.
         vocabulary: Rows of the output layer; Megatron pads them for tensor parallelism.
         vocabulary_multiple: --make-vocab-size-divisible-by.
+        has_biases: Whether linear layers have biases, experts' too.
     """
 
     hidden: int
@@ -50,6 +51,7 @@ class DecoderShape:
     top_k: int
     vocabulary: int
     vocabulary_multiple: int = 1
+    has_biases: bool = False
 
     def padded_vocabulary(self, tensor: int) -> int:
         """Returns the rows of the output layer with the padding for a tensor-parallel size."""

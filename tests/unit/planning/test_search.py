@@ -41,6 +41,14 @@ def test_an_impossible_layout_is_not_refused_with_its_reason(layout, words):
     assert words in (layout.problem(SHAPE, BATCH) or "")
 
 
+def test_experts_with_biases_are_sharded_by_tensor_parallelism():
+    biased = replace(SHAPE, decoder=replace(SHAPE.decoder, has_biases=True))
+    layout = Layout(8, tensor=2, expert=2, expert_tensor=2)
+    assert layout.problem(SHAPE, BATCH) is None
+    assert layout.problem(biased, BATCH) == "experts with biases need ETP 1"
+    assert {found.expert_tensor for found in legal_layouts(biased, BATCH, 8)} == {1}
+
+
 def test_the_plans_are_not_in_the_order_of_their_time_or_do_not_fit():
     plans = search(request(), best=6)
     assert [plan.seconds for plan in plans] == sorted(plan.seconds for plan in plans)
