@@ -63,7 +63,7 @@ PART_OF_MODULE = (  # the first that is in a module's name
     (".layers.", "attention"),
     ("language_model", "output"),
 )
-SPAN, STEP_ENDS = "module:", "optimizer step"
+SPAN, BACKWARD, STEP_ENDS = "module:", "autograd::engine", "optimizer step"
 SETTLING_SECONDS = 0.02
 
 
@@ -176,7 +176,7 @@ def allocated_at_peak(training: Training, trace: str) -> dict[str, int]:
             alive[event["args"]["Addr"]] = event
         else:
             alive.pop(event["args"]["Addr"], None)
-    spans = [event for event in events if event.get("ph") == "X" and event.get("cat") in ("cpu_op", "user_annotation")]
+    spans = [event for event in events if event.get("ph") == "X" and event["name"].startswith((SPAN, BACKWARD))]
     parts: Counter[str] = Counter()
     for event in alive.values():
         parts[part_of_event(event, spans)] += event["args"]["Bytes"]
@@ -207,7 +207,7 @@ def without_copies(
 def part_of_event(event: dict[str, Any], spans: list[dict[str, Any]]) -> str:
     """Returns the part whose forward pass made an allocation, or `temporary` for the backward pass."""
     around = [s for s in spans if s["ts"] <= event["ts"] <= s["ts"] + s["dur"] and s["tid"] == event["tid"]]
-    if any(span["name"].startswith("autograd::engine") for span in around):
+    if any(span["name"].startswith(BACKWARD) for span in around):
         return "temporary"
     modules = [span for span in around if span["name"].startswith(SPAN)]
     if not modules:

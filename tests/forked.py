@@ -36,7 +36,8 @@ PROGRAMS = {
 }
 IMPORTED = ["pretrain_vlm"]
 IMPORTED += [
-    f"megatron_smar.commands.{name}" for name in ("chat", "convert", "evaluate", "placement", "plan", "prepare", "report")
+    f"megatron_smar.commands.{name}"
+    for name in ("chat", "convert", "evaluate", "placement", "plan", "prepare", "report")
 ]
 IMPORTED.append("tests.parsed_flags")
 MADE = {  # by runtime.install

@@ -329,8 +329,11 @@ def vision_bytes(shape: ModelShape, layout: Layout, batch: Batch, local: Local) 
     # Tensor- and context-parallel ranks share the tiles.
     tiles = math.ceil(batch.most_tiles * layout.micro_batch / (layout.tensor * layout.context))
     kept: float = local.tokens * decoder.hidden * e
+    if layout.tensor > 1:
+        kept += local.tokens * (INT64 + BOOL)  # token ids within this rank's rows, and which are not
     if not tiles:
         return kept
+    kept += local.tokens * (INT64 + 2 * BOOL)  # places of features
     features = batch.most_tiles * layout.micro_batch * vision.tokens
     if "connector" in shape.trained:
         kept += features * (shape.connector_input + 2 * decoder.hidden) * e
