@@ -294,7 +294,10 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
         "--predicted", type=float, default=1, help="share whose loss counts, which have logits (default: %(default)s)"
     )
     group.add_argument(
-        "--imbalance", type=float, default=1.5, help="tokens of the fullest experts, of an even share (%(default)s)"
+        "--imbalance",
+        type=float,
+        default=1.5,
+        help="tokens of the fullest experts, of an even share among those of the same modalities (%(default)s)",
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from megatron_smar.config.build import transformer_config, vision_config
+from megatron_smar.config.build import modality_routing_config, transformer_config, vision_config
+from megatron_smar.config.checks import moe_layers
 from megatron_smar.config.shape import model_shape, parameters_of
 from megatron_smar.conversion.composite import flags
 from megatron_smar.conversion.empty_model import as_argv, build_empty, parse
@@ -48,5 +49,14 @@ def shape_of_flags(argv: Sequence[str], vocabulary: int, multiple: int = 1) -> M
     """
     args = parse(argv, vocabulary)
     shape = model_shape(vision_config(args), args.freeze, vocabulary, transformer_config(args))
-    decoder = dataclasses.replace(shape.decoder, vocabulary_multiple=multiple)
-    return dataclasses.replace(shape, decoder=decoder, parameters=parameters_of(build_empty(args)))
+    routing = modality_routing_config(args)
+    tables = [routing.allowed(layer, args.num_experts) for layer in (moe_layers(args) if args.num_experts else [])]
+    allowed = tuple(None if table is None else tuple(map(tuple, table.tolist())) for table in tables)
+    return dataclasses.replace(
+        shape,
+        decoder=dataclasses.replace(shape.decoder, vocabulary_multiple=multiple),
+        parameters=parameters_of(build_empty(args)),
+        modalities=routing.num_modalities,
+        strategy=routing.strategy.name,
+        allowed_experts=allowed if any(allowed) else (),
+    )

@@ -110,6 +110,37 @@ class Layout:
         """Returns the micro-batches of a replica per step."""
         return batch.rows // (self.micro_batch * self.data)
 
+    def fullest_experts(self, shape: ModelShape, batch: Batch, imbalance: float) -> float:
+        """Returns the tokens of the rank whose experts get most, relative to an even share, as a mean over layers.
+
+        Experts that serve one modality share its tokens, so how many they get depends on the data.
+
+        Args:
+            shape: The model.
+            batch: What a step trains on: its pictures are the vision tokens.
+            imbalance: The same for experts that serve the same modalities.
+        """
+        if self.expert == 1:
+            return 1.0
+        tables = shape.allowed_experts or (None,)
+        vision = min(1.0, batch.tiles * shape.vision.tokens / (batch.sequence * batch.filled))
+        shares = [1 - vision, *[vision / (shape.modalities - 1)] * (shape.modalities - 1)]
+        return imbalance * sum(self._fullest(table, shares) for table in tables) / len(tables)
+
+    def _fullest(self, table: Sequence[Sequence[bool]] | None, shares: Sequence[float]) -> float:
+        """Returns the same for a layer, if the tokens of a modality, a share of all, are spread over its experts."""
+        if table is None:
+            return 1.0
+        experts = len(table[0]) // self.expert
+        ranks = [range(rank * experts, (rank + 1) * experts) for rank in range(self.expert)]
+        got = [
+            sum(
+                share * sum(own[expert] for expert in held) / sum(own) for share, own in zip(shares, table, strict=True)
+            )
+            for held in ranks
+        ]
+        return self.expert * max(got)
+
     def layers_of(self, shape: ModelShape, stage: int) -> list[list[int]]:
         """Returns the decoder's layers of a pipeline stage, for each of its chunks."""
         layers = len(shape.decoder.moe_layers) // (self.pipeline * self.chunks)

@@ -36,8 +36,7 @@ class Request:
         batch: What a step trains on.
         cluster: The GPUs.
         gpus: Number of GPUs.
-        imbalance: Tokens of the rank whose experts have most, relative to an even share.
-        strategy: --modality-routing.
+        imbalance: Tokens of the fullest experts, relative to an even share among those that serve the same modalities.
         host_memory: Memory of the host per GPU in GiB, for an optimizer there.
     """
 
@@ -46,7 +45,6 @@ class Request:
     cluster: Cluster
     gpus: int
     imbalance: float = 1.5
-    strategy: str = "smar"
     host_memory: float = 128.0
 
     def __post_init__(self) -> None:
@@ -88,9 +86,10 @@ class Plan:
 def evaluate(request: Request, layout: Layout) -> Plan:
     """Returns a layout's cost."""
     shape, batch = request.shape, request.batch
-    stages = [memory(shape, layout, batch, Place(s), request.imbalance) for s in sorted({0, layout.pipeline - 1})]
+    imbalance = layout.fullest_experts(shape, batch, request.imbalance)
+    stages = [memory(shape, layout, batch, Place(s), imbalance) for s in sorted({0, layout.pipeline - 1})]
     fullest = max(stages, key=lambda one: one.device)
-    time = duration(shape, layout, batch, request.cluster, fullest, request.imbalance, request.strategy)
+    time = duration(shape, layout, batch, request.cluster, fullest, imbalance, shape.strategy)
     tokens = batch.rows * batch.sequence * batch.filled
     per_gpu = time.total * layout.gpus
     fits = fullest.device <= request.cluster.memory * GIB and fullest.host <= request.host_memory * GIB

@@ -153,6 +153,9 @@ class ModelShape:
         trained: The parts that are trained, as `--freeze` names them.
         parameters: All parameters in the model's order. Only memory and communication depend on them.
         modalities: Number of modalities, M.
+        strategy: --modality-routing.
+        allowed_experts: For each MoE layer, which experts the tokens of each modality may go to, [M][E], text first;
+            None where all may go to all. Empty if that holds for every layer.
     """
 
     decoder: DecoderShape
@@ -160,6 +163,8 @@ class ModelShape:
     trained: frozenset[str]
     parameters: tuple[Parameter, ...] = ()
     modalities: int = 2
+    strategy: str = "smar"
+    allowed_experts: tuple[tuple[tuple[bool, ...], ...] | None, ...] = ()
 
     @property
     def connector_input(self) -> int:

@@ -129,3 +129,22 @@ def test_a_layouts_flags_do_not_say_what_it_is():
     ):
         assert part in flags
     assert isinstance(H100, Cluster)
+
+
+def test_experts_of_one_modality_get_what_the_data_has_of_it():
+    """Half of the tokens are vision: with two of eight experts for it, each of the two gets twice the even share."""
+    half = replace(BATCH, filled=1.0)
+    split = replace(SHAPE, allowed_experts=(((True,) * 6 + (False,) * 2, (False,) * 6 + (True,) * 2),))
+    assert Layout(8, expert=8).fullest_experts(split, half, 1.0) == pytest.approx(2.0)
+    assert Layout(8, expert=2).fullest_experts(split, half, 1.5) == pytest.approx(1.5 * 2 * (0.5 + 0.5 / 3))
+    assert Layout(8, expert=8).fullest_experts(SHAPE, half, 1.5) == 1.5
+    both = replace(split, allowed_experts=(*split.allowed_experts, None))
+    assert Layout(8, expert=8).fullest_experts(both, half, 1.0) == pytest.approx(1.5)
+    assert Layout(8).fullest_experts(split, half, 1.5) == 1.0, "without expert parallelism a rank has all tokens"
+
+
+def test_a_plan_of_unequal_experts_is_as_fast_as_one_of_equal_experts():
+    split = replace(SHAPE, allowed_experts=(((True,) * 6 + (False,) * 2, (False,) * 6 + (True,) * 2),) * 4)
+    layout = Layout(8, expert=8)
+    seconds = [evaluate(request(shape=shape), layout).seconds for shape in (SHAPE, split)]
+    assert seconds[1] > 1.1 * seconds[0]
