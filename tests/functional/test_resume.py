@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from megatron_smar.data import load_loader_state
 from megatron_smar.data.sample_log import read_recorded
 from megatron_smar.report.scalars import read_scalars
@@ -47,6 +49,7 @@ def kill_in_step(step, samples, *command, ranks):
             process.wait()
 
 
+@pytest.mark.matrix  # tests/chaos has the same in short
 def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_samples_and_losses(world, tmp_path):
     """The run is a second stage: its command names the first stage's checkpoint, and must not start there again."""
     layout = ["--expert-model-parallel-size", 2]

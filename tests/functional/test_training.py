@@ -71,6 +71,7 @@ def work_per_token(folder, ranks):
 RATES = ("model_tflops", "tiles_per_second", "tokens_per_second")
 
 
+@pytest.mark.matrix  # tests/distributed/test_exactness.py compares the layouts in `make test`
 def test_ten_losses_agree_between_one_rank_and_two_with_expert_parallelism(world, start, one_rank, tmp_path):
     """Both runs read the same micro-batches: one rank with two data workers, two ranks with one each."""
     two = [*start, "--num-workers", 1, "--expert-model-parallel-size", 2, "--tensorboard-dir", tmp_path]
