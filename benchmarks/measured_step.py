@@ -139,14 +139,12 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Counts a collective and runs it."""
         if function.namespace == "c10d":
-            from torch.distributed import ProcessGroup
-
             group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "Group" in str(arg._type()))
             tensors = [t for t in tree_flatten(args[0])[0] if isinstance(t, torch.Tensor)]
             operation = OPERATIONS[function._schema.name.removeprefix("c10d::")]
             # Neighbours of a pipeline of two exchange over two groups.
             one_way = operation in ("send", "recv")
-            key = ("pipeline" if one_way else GROUPS[ProcessGroup.unbox(group).group_desc], operation)
+            key = ("pipeline" if one_way else GROUPS[dist.ProcessGroup.unbox(group).group_desc], operation)
             self.calls[key] += 1
             self.bytes[key] += sum(t.numel() * t.element_size() for t in tensors)
         return function(*args, **(kwargs or {}))

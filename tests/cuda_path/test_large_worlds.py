@@ -53,18 +53,20 @@ def held_by(recipe: str, gpus: int, rank: int, output: Path, layout: Sequence[st
     return json.loads(result.read_text())
 
 
-CASES = [
-    pytest.param(
-        recipe,
-        gpus,
-        rank,
-        id=f"{recipe}, rank {rank} of {gpus}",
-        marks=() if (recipe, gpus, rank) == ("mixtral_8x7b_internvit", 64, 63) else pytest.mark.matrix,
-    )
-    for recipe in STAGES
-    for gpus in (8, 64)
-    for rank in (0, gpus // 2 - 1, gpus - 1)
-]
+def ranks_of(sizes: Sequence[int], often: tuple[str, int, int]) -> list[Any]:
+    """Returns recipe, GPUs and rank as parameters: the first, middle and last ranks; `make test` has only `often`."""
+    return [
+        pytest.param(
+            recipe,
+            gpus,
+            rank,
+            id=f"{recipe}, rank {rank} of {gpus}",
+            marks=() if (recipe, gpus, rank) == often else pytest.mark.matrix,
+        )
+        for recipe in STAGES
+        for gpus in sizes
+        for rank in (0, gpus // 2 - 1, gpus - 1)
+    ]
 
 
 def published(recipe: str) -> dict[str, int]:
@@ -96,7 +98,7 @@ def experts_of(text: Any) -> int:
     return getattr(text, "num_local_experts", None) or text.num_experts
 
 
-@pytest.mark.parametrize(("recipe", "gpus", "rank"), CASES)
+@pytest.mark.parametrize(("recipe", "gpus", "rank"), ranks_of((8, 64), often=("mixtral_8x7b_internvit", 64, 63)))
 def test_a_ranks_sizes_follow_from_the_published_sizes_and_the_parallel_layout(tmp_path, recipe, gpus, rank):
     held, sizes = held_by(recipe, gpus, rank, tmp_path), published(recipe)
     expert_parallel = 1 if recipe == "moe_llava_phi" else 8
@@ -178,21 +180,7 @@ def test_a_rank_of_a_large_world_holds_other_numbers_than_planned(tmp_path, name
     assert not differences(shape, layout, rank, held)
 
 
-LARGE = [
-    pytest.param(
-        recipe,
-        gpus,
-        rank,
-        id=f"{recipe}, rank {rank} of {gpus}",
-        marks=() if (recipe, gpus, rank) == ("qwen3_30b_a3b_internvl", 1024, 511) else pytest.mark.matrix,
-    )
-    for recipe in STAGES
-    for gpus in (256, 1024)
-    for rank in (0, gpus // 2 - 1, gpus - 1)
-]
-
-
-@pytest.mark.parametrize(("recipe", "gpus", "rank"), LARGE)
+@pytest.mark.parametrize(("recipe", "gpus", "rank"), ranks_of((256, 1024), often=("qwen3_30b_a3b_internvl", 1024, 511)))
 def test_a_rank_of_a_recipes_large_layout_holds_other_numbers_than_planned(tmp_path, recipe, gpus, rank):
     held = held_by(recipe, gpus, rank, tmp_path)
     _, given = command_on_gpus(recipe, STAGES[recipe][-1], gpus, tmp_path, DATA=str(tmp_path))
