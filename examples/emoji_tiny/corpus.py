@@ -4,7 +4,7 @@
 Encyclopedic text (Wikipedia summaries, BoolQ and QuAC passages) is split at sentence ends into passages. Entire
 documents are held out, so that no held-out passage continues a training passage. Files in the output folder:
 
-    train.jsonl, held_out.jsonl     {"id", "text"}, one passage per line
+    train.jsonl, held_out.jsonl     {"id", "document", "text"}, one passage per line
     tokenizer.model                 sentencepiece BPE with Mixtral's settings
     text_instructions.json          conversations made from training passages, for the pure text of stage 2
     summary.json                    `CorpusSummary`
@@ -23,7 +23,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil, exp, log
 from pathlib import Path
 
@@ -48,9 +48,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Passage:
-    """Consecutive complete sentences from one document."""
+    """Consecutive complete sentences from one document, which is named by a hash of its key."""
 
     id: str
+    document: str
     text: str
 
 
@@ -200,8 +201,12 @@ def make_passages(documents: Iterable[Document], config: CorpusConfig) -> list[P
     for document in documents:
         for text in split_passages(document.text, config.max_chars):
             if len(text) >= config.min_chars:
-                passages.setdefault(text, Passage(hashlib.sha256(text.encode()).hexdigest()[:16], text))
+                passages.setdefault(text, Passage(_hash(text), _hash(document.key), text))
     return sorted(passages.values(), key=lambda passage: passage.id)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def train_tokenizer(
@@ -259,7 +264,7 @@ def fit_passages(
                 lengths.append(length)
             elif len(passage.text.split()) > 1:
                 parts = split_passages(passage.text, ceil(len(passage.text) / 2))
-                too_long += [Passage(f"{passage.id}-{number}", part) for number, part in enumerate(parts)]
+                too_long += [replace(passage, id=f"{passage.id}-{n}", text=part) for n, part in enumerate(parts)]
         queue = too_long
     return fitting, lengths
 
@@ -363,18 +368,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo's language data from the fetched sources.")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="fetched sources (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo/corpus"), help="(default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=defaults.vocab_size, help="(default: %(default)s)")
-    parser.add_argument(
-        "--max-chars", type=int, default=defaults.max_chars, help="characters per passage (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=defaults.max_tokens, help="tokens per passage (default: %(default)s)"
-    )
+    explained = {
+        "vocab_size": "pieces of the tokenizer",
+        "max_chars": "characters per passage",
+        "max_tokens": "tokens per passage",
+        "held_out_percent": "percentage of the documents that is held out",
+    }
+    for name, text in explained.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=getattr(defaults, name), help=f"{text} (default: %(default)s)")
     arguments = parser.parse_args()
     started = time.monotonic()
-    sizes = {"vocab_size": arguments.vocab_size, "max_chars": arguments.max_chars, "max_tokens": arguments.max_tokens}
     try:
-        summary = prepare(arguments.cache, arguments.output, CorpusConfig(**sizes))
+        config = CorpusConfig(**{name: getattr(arguments, name) for name in explained})
+        summary = prepare(arguments.cache, arguments.output, config)
     except (SourceError, ValueError) as error:
         sys.exit(str(error))
     for name, value in asdict(summary).items():

@@ -135,7 +135,14 @@ def _clocks() -> tuple[float, float]:
     return time.monotonic(), children.ru_utime + children.ru_stime
 
 
-def run_program(command: Sequence[str], log: Path, root: Path, threads: int, device: str | None = None) -> None:
+def run_program(
+    command: Sequence[str],
+    log: Path,
+    root: Path,
+    threads: int,
+    device: str | None = None,
+    shows_progress: bool = True,
+) -> None:
     """Runs a program and logs its output; training steps are shown as a progress bar with losses and ETA.
 
     Args:
@@ -144,6 +151,7 @@ def run_program(command: Sequence[str], log: Path, root: Path, threads: int, dev
         root: Working directory.
         threads: Number of threads of each process.
         device: `cpu` or `cuda`; None for that in the environment, or else the CPU.
+        shows_progress: Whether there is a progress bar; without it, training steps are logged.
 
     Raises:
         StepError: The program failed.
@@ -165,7 +173,7 @@ def run_program(command: Sequence[str], log: Path, root: Path, threads: int, dev
         assert process.stdout is not None
         progress = _Progress()
         for line in process.stdout:  # text mode turns a progress bar's carriage returns into line ends
-            if progress.show(line):
+            if shows_progress and progress.show(line):
                 continue
             file.write(line)
             file.flush()

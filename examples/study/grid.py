@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study's grid: which models, arms and seeds there are, from grid.yaml, and the runs that follow from it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from steps import fingerprint
+from variants import Variant
+
+FILE = Path(__file__).parent / "grid.yaml"
+TUNING, MAIN = "tuning", "main"
+SPLIT_OF = {TUNING: "validation", MAIN: "test"}
+TEXT_SHARE = "text-share"  # of a run's data; not a flag of pretrain_vlm.py
+Flags = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage 2 with its measures.
+
+    Attributes:
+        part: `tuning` or `main`, which decides the seeds and the split that is measured.
+        model: Name of a model of the grid.
+        arm: Name of the arm: a strategy with its settings.
+        seed: Seed of stages 0 to 2 and of the data's order.
+        flags: Flags of stage 2 beside those that all runs share, with the share of pure text.
+    """
+
+    part: str
+    model: str
+    arm: str
+    seed: int
+    flags: Flags
+
+    @property
+    def name(self) -> str:
+        """The run's name on the command line, and the path of its result without the ending."""
+        return f"{self.part}/{self.model}/{self.arm}/{self.seed}"
+
+    @property
+    def base(self) -> tuple[str, int]:
+        """The model and seed whose stages 0 and 1 the run starts from."""
+        return self.model, self.seed
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The content of grid.yaml.
+
+    Attributes:
+        data: Options of the demo's programs that make the data, by step.
+        common: Flags of every stage of every run.
+        stages: Flags of the stages beside those of the demo's run files.
+        models: Flags of each model beside those of the demo's.
+        arms: Flags of each arm, with the coefficients that the tuning chose.
+        tuning: Seeds, and for each model the arms and values to try.
+        main: Seeds, and for each model the arms.
+    """
+
+    data: Mapping[str, Flags]
+    common: Flags
+    stages: Mapping[str, Flags]
+    models: Mapping[str, Flags]
+    arms: Mapping[str, Flags]
+    tuning: Mapping[str, Any]
+    main: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for part in (self.tuning, self.main):
+            for model, arms in part["runs"].items():
+                _known(model, self.models, "model")
+                for arm in arms:
+                    _known(arm, self.arms, "arm")
+        if shared := set(self.tuning["seeds"]) & set(range(1, 1 + self._seeds_of_main())):
+            raise ValueError(f"grid.yaml: seeds {sorted(shared)} are of tuning and main; give tuning its own seeds.")
+        for run in self.runs():
+            Variant(run.name, {name: value for name, value in run.flags.items() if name != TEXT_SHARE}, {})
+
+    def runs(self) -> list[Run]:
+        """Returns all runs, seed by seed, so that what is done at any time is paired."""
+        return [*self._runs_of_tuning(), *self._runs_of_main()]
+
+    def key(self, run: Run) -> str:
+        """Returns a hash of everything in the grid that the run depends on."""
+        settings = (self.data, self.common, self.stages, self.models[run.model], run.flags, run.seed, run.part)
+        return fingerprint(*settings)
+
+    def _seeds_of_main(self) -> int:
+        return max((number for arms in self.main["runs"].values() for number in arms.values()), default=0)
+
+    def _runs_of_main(self) -> list[Run]:
+        found = []
+        for model, arms in self.main["runs"].items():
+            for seed, (arm, number) in itertools.product(range(1, 1 + self._seeds_of_main()), arms.items()):
+                if seed <= number:
+                    found.append(Run(MAIN, model, arm, seed, self.arms[arm]))
+        return sorted(found, key=lambda run: run.seed)
+
+    def _runs_of_tuning(self) -> list[Run]:
+        found = []
+        for model, arms in self.tuning["runs"].items():
+            for seed, (arm, tried) in itertools.product(self.tuning["seeds"], arms.items()):
+                for changes in tried_settings(tried):
+                    name = "__".join([arm, *(f"{flag}_{value}" for flag, value in changes.items())])
+                    found.append(Run(TUNING, model, name.replace("=", "_"), seed, {**self.arms[arm], **changes}))
+        return sorted(found, key=lambda run: run.seed)
+
+
+def tried_settings(tried: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Returns the settings to try: each value of each flag alone; a single empty one for an arm without flags."""
+    return [{flag: value} for flag, values in tried.items() for value in values] or [{}]
+
+
+def _known(name: str, known: Mapping[str, Any], what: str) -> None:
+    if name not in known:
+        raise ValueError(f"grid.yaml: there is no {what} {name}; give one of {', '.join(known)}.")
+
+
+def read_grid(path: Path = FILE) -> Grid:
+    """Reads a grid.
+
+    Raises:
+        ValueError: It names an unknown model or arm, or a flag that stage 2 would refuse.
+    """
+    return Grid(**yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the study's runs that are missing, two at a time, and keeps one small file of each.
+
+    python examples/study/run.py [--part tuning|main] [--arms none smar ...] [--seeds 1 2 ...] [--hours 2]
+    python examples/study/run.py --list
+    python examples/study/run.py --slurm='--time 1:00:00 --cpus-per-process 1'
+
+The grid is in grid.yaml. A run is one process with one thread: stage 2 from the stage-1 checkpoint of its seed, and its
+measures. Results are in docs/study/results; a run that has one with the same settings is not done again, a failed one
+only with --retry. With --slurm the runs are a job array, in a folder that all nodes share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(Path(__file__).parents[1] / "emoji_tiny")]
+
+from megatron_smar import runtime
+
+runtime.install_or_exit("cpu")  # this process only parses flags; the programs that it starts find their device
+
+from grid import FILE, MAIN, TUNING, Run, read_grid
+from steps import StepError
+from tqdm import tqdm
+
+from runs import Data, Study
+
+PROGRAM = "examples/study/run.py"
+LAUNCH = [sys.executable, str(ROOT / "tools/launch.py"), "slurm"]
+ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
+def study_of(options: argparse.Namespace) -> Study:
+    """Returns the study in the folders that the options name.
+
+    Raises:
+        ValueError: The grid cannot be read.
+    """
+    grid = read_grid(options.grid)
+    return Study(grid, Data(options.output / "data", options.cache, grid.data), options.output, options.results)
+
+
+def chosen(study: Study, options: argparse.Namespace) -> list[Run]:
+    """Returns the runs that the options name.
+
+    Raises:
+        ValueError: There are none.
+    """
+    found = [
+        run
+        for run in study.grid.runs()
+        if (options.only is None or run.name == options.only)
+        and (options.part is None or run.part == options.part)
+        and (options.models is None or run.model in options.models)
+        and (options.arms is None or run.arm in options.arms or run.arm.split("__")[0] in options.arms)
+        and (options.seeds is None or run.seed in options.seeds)
+    ]
+    if not found:
+        raise ValueError(f"{options.grid} has no such run; --list shows all of them.")
+    return found
+
+
+def missing(study: Study, runs: Sequence[Run], retry: bool) -> list[Run]:
+    """Returns the runs without a result; with `retry` those that failed too."""
+    results = [(run, study.result(run)) for run in runs]
+    return [run for run, result in results if result is None or (retry and "failed" in result)]
+
+
+def task(study: Study, item: Run | tuple[str, int]) -> str | None:
+    """Does a run, or the stages that runs share; returns what failed."""
+    if not isinstance(item, Run):
+        study.make_base(item)
+        return None
+    return study.run(item).get("failed")
+
+
+def ready(todo: list[Run | tuple[str, int]], done: set[tuple[str, int]]) -> Run | tuple[str, int] | None:
+    """Takes the first task whose stage 1 is there out of the list; None if all wait for theirs."""
+    for number, item in enumerate(todo):
+        if not isinstance(item, Run) or item.base in done:
+            return todo.pop(number)
+    return None
+
+
+def ordered(runs: Sequence[Run]) -> list[Run | tuple[str, int]]:
+    """Returns the tasks: the runs in order, each model and seed's stages 0 and 1 while the seed before is running."""
+    bases = list(dict.fromkeys(run.base for run in runs))
+    tasks: list[Run | tuple[str, int]] = [*bases[:2]]
+    for number, base in enumerate(bases):
+        own = [run for run in runs if run.base == base]
+        tasks += [*own[:1], *bases[number + 2 : number + 3], *own[1:]]
+    return tasks
+
+
+def run_here(study: Study, runs: Sequence[Run], options: argparse.Namespace) -> int:
+    """Does runs in a pool of processes, with a progress bar; returns how many failed."""
+    todo, done, failures = ordered(runs), set[tuple[str, int]](), 0
+    deadline = time.monotonic() + 3600 * options.hours
+    running: dict[Future[str | None], Run | tuple[str, int]] = {}
+    context = get_context("fork")  # this process has no threads, and forks need not import everything again
+    with (
+        tqdm(total=len(runs), unit="run", smoothing=0) as bar,
+        ProcessPoolExecutor(options.processes, context) as pool,
+    ):
+        while todo or running:
+            while todo and len(running) < options.processes and time.monotonic() < deadline:
+                item = ready(todo, done)
+                if item is None:
+                    break
+                running[pool.submit(task, study, item)] = item
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item = running.pop(future)
+                if not isinstance(item, Run):
+                    done.add(item)
+                    future.result()
+                    continue
+                bar.update()
+                if failed := future.result():
+                    failures += 1
+                    bar.write(f"{item.name} failed: {failed}")
+    return failures
+
+
+def submit(runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Submits the runs as a job array."""
+    jobs = options.output.resolve() / "jobs"
+    jobs.mkdir(parents=True, exist_ok=True)
+    sweep = jobs / "sweep.txt"
+    sweep.write_text("".join(f"--only {run.name}\n" for run in runs), encoding="utf-8")
+    words = ["--nodes", "1", "--processes-per-node", "1", "--no-requeue", "--logs", str(jobs), "--array", str(sweep)]
+    shared = [word for name in ("grid", "output", "cache", "results") for word in (f"--{name}", getattr(options, name))]
+    command = [*LAUNCH, *words, *shlex.split(options.slurm), "--", PROGRAM, *map(str, shared)]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise ValueError("the job array was not submitted; the reason is above.")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the command line's parser."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=(TUNING, MAIN), help="one part of the grid (default: both)")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: all")
+    parser.add_argument("--only", metavar="RUN", help="one run, by its name in --list")
+    parser.add_argument("--list", action="store_true", help="show the runs, and end")
+    parser.add_argument("--retry", action="store_true", help="do runs that failed again")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after this time")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--slurm", metavar="OPTIONS", help="as a job array, with options of launch.py slurm")
+    parser.add_argument("--grid", type=Path, default=FILE, help="default: grid.yaml beside this program")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="work (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=Path("runs/sources"), help="sources (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=Path("docs/study/results"), help="default: %(default)s")
+    return parser
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = make_parser()
+    options = parser.parse_args()
+    for name in ("grid", "output", "cache", "results"):
+        given = getattr(options, name)
+        if given != parser.get_default(name):
+            setattr(options, name, given.resolve())
+    os.chdir(ROOT)
+    for name, value in ONE_PROCESS.items():
+        os.environ.setdefault(name, value)
+    try:
+        study = study_of(options)
+        runs = chosen(study, options)
+        left = missing(study, runs, options.retry)
+        if options.list:
+            print("\n".join(f"{run.name}{'' if run in left else '  done'}" for run in runs))
+            return
+        print(f"{len(runs) - len(left)} of {len(runs)} runs are done")
+        study.data.prepare()
+        if options.slurm is not None and left:
+            submit(left, options)
+            return
+        if failures := run_here(study, left, options):
+            sys.exit(f"study: {failures} runs failed; their logs are in {options.output}.")
+    except (StepError, ValueError) as error:
+        sys.exit(f"study: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the study: stages 0 and 1 of its seed, which all arms share, stage 2, and its measures as a JSON file."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from grid import SPLIT_OF, TEXT_SHARE, Grid, Run
+from pipeline import EVALUATION_CODE, ROOT, SCRIPTS, TRAINING_CODE
+from stages import Demo
+from steps import Step, StepError, run_program, source_hash
+from variants import words
+
+from megatron_smar.report.scalars import read_scalars
+
+HERE = Path("examples/study")
+STUDY_CODE = [*TRAINING_CODE, *EVALUATION_CODE, f"{HERE}/measure.py"]
+CURVE = "mrd distance"  # TensorBoard's name; with a layer's number behind it
+POINTS = 30  # of a curve
+
+
+class Data(Demo):
+    """The demo's data and vision encoder, with more held out, and the held-out part in two halves."""
+
+    def __init__(self, output: Path, cache: Path, options: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__(output, cache, any_code=True)
+        self._options = options
+
+    def added(self, step: str) -> dict[str, Any]:
+        """Returns the grid's options of a step's program."""
+        return dict(self._options.get(step, {}))
+
+    def prepare(self) -> None:
+        """Makes all that runs share."""
+        self.prepare_data()
+        self.pretrain_vision()
+        self.step("splits", code="", inputs=("corpus", "scenes")).run(self._split)
+
+    def _split(self) -> None:
+        corpus, scenes = self.output / "corpus", self.output / "scenes"
+        lines = (corpus / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+        items = json.loads((scenes / "vqa_held_out.json").read_text(encoding="utf-8"))
+        texts, questions = split_texts([json.loads(line) for line in lines]), split_questions(items)
+        for name in SPLIT_OF.values():
+            for file, records in ((f"{name}_texts.json", texts[name]), (f"{name}_questions.json", questions[name])):
+                content = json.dumps(records, ensure_ascii=False, indent=0)
+                (self.output / "splits" / file).write_text(content, encoding="utf-8")
+
+
+def split_texts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Splits held-out passages by document, whose name is a hash, so that no document is on both sides."""
+    sides = {name: [] for name in SPLIT_OF.values()}  # type: dict[str, list[Mapping[str, Any]]]
+    for record in records:
+        sides[list(sides)[int(record["document"], 16) % 2]].append(record)
+    return sides
+
+
+def split_questions(items: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Splits held-out questions by picture; a question about a picture of each side is left out."""
+    pictures = sorted({picture for item in items for picture in item["image"]})
+    half = set(pictures[: len(pictures) // 2])
+    validation, test = SPLIT_OF.values()
+    return {
+        validation: [item for item in items if half.issuperset(item["image"])],
+        test: [item for item in items if half.isdisjoint(item["image"])],
+    }
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the study's runs and results are.
+
+    Attributes:
+        grid: The grid.
+        data: The data that all runs share.
+        work: Folder of checkpoints and logs, which can be deleted.
+        results: Folder of the results, which are kept.
+    """
+
+    grid: Grid
+    data: Data
+    work: Path
+    results: Path
+
+    def result_file(self, run: Run) -> Path:
+        """Returns the file of a run's result."""
+        return self.results / f"{run.name}.json"
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """Returns a run's result; None if there is none, or it was made with other settings."""
+        file = self.result_file(run)
+        if not file.exists():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found if found["key"] == self.grid.key(run) else None
+
+    def base_folder(self, base: tuple[str, int]) -> Path:
+        """Returns the folder of the stages that the runs of a model and seed share."""
+        model, seed = base
+        return self.work / model / f"seed-{seed}"
+
+    def make_base(self, base: tuple[str, int]) -> Path:
+        """Trains stages 0 and 1 of a model and seed unless that is done, and returns the folder of stage 1."""
+        folder = self.base_folder(base)
+        with locked(folder):
+            before: Step | None = None
+            for stage, data in (("stage0", "text"), ("stage1", "captions")):
+                flags = self._flags(stage, base, {})
+                step = Step(stage, folder / stage, flags, inputs=[before] if before else [], any_code=True)
+                start = before.folder if before else None
+                step.run(lambda s=step, f=flags, d=data, b=start: self._train(s.name, f, d, s.folder, b))  # type: ignore[misc]
+                before = step
+        assert before is not None
+        return before.folder
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Does a run and writes its result; a run that fails has a result too, which says so."""
+        begin, folder = time.monotonic(), self.base_folder(run.base) / run.part / run.arm
+        known = {"key": self.grid.key(run), "flags": dict(run.flags)} | provenance()
+        try:
+            stage1 = self.make_base(run.base)
+            before = self._measure(run, stage1, self.base_folder(run.base) / f"before_{run.part}.json")
+            self._train("stage2", self._flags("stage2", run.base, run.flags), self._mixture(run), folder, stage1)
+            after = self._measure(run, folder, folder / "after.json")
+            result = known | {"before": before, "after": after, "curves": curves(folder / "tensorboard")}
+        except StepError as error:
+            result = known | {"failed": str(error)}
+        result["seconds"] = round(time.monotonic() - begin, 1)
+        file = self.result_file(run)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rounded(result)) + "\n", encoding="utf-8")
+        if "failed" not in result:
+            shutil.rmtree(folder)
+        return result
+
+    def _flags(self, stage: str, base: tuple[str, int], own: Mapping[str, Any]) -> list[str]:
+        model, seed = base
+        files = [str(SCRIPTS / f"{file}.yaml") for file in ("model", "optimizer", stage)]
+        given = {**self.grid.common, **self.grid.models[model], **self.grid.stages.get(stage, {}), **own, "seed": seed}
+        share = given.pop(TEXT_SHARE, None)
+        given |= {"text-only-ratio": share} if share else {}
+        data = self.data.output
+        paths = ["--vision-model", data / "vision", "--tokenizer-model", data / "corpus/tokenizer.model"]
+        return ["--config", *files, *map(str, paths), *words(given)]
+
+    def _mixture(self, run: Run) -> str:
+        """Returns the data of stage 2: without pure text if that is asked for."""
+        return "instructions" if run.flags.get(TEXT_SHARE) == 0 else "stage2.yaml"
+
+    def _train(self, stage: str, flags: list[str], data: str, folder: Path, start: Path | None) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        paths = ["--data-path", self.data.output / "shards" / data, "--save", folder]
+        paths += ["--tensorboard-dir", folder / "tensorboard"]
+        paths += ["--load", start, "--finetune"] if start else []
+        self._program(folder.with_name(f"{folder.name}.log"), "pretrain_vlm.py", *flags, *paths)
+
+    def _measure(self, run: Run, trained: Path, output: Path) -> dict[str, Any]:
+        """Measures a checkpoint on the run's split; what is measured is not measured again."""
+        with locked(output.parent):
+            if not output.exists():
+                command = [HERE / "measure.py", *self._samples(run), "--load", trained, "--output", output]
+                self._program(output.with_suffix(".log"), *command)
+        found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+        return found
+
+    def _samples(self, run: Run) -> list[object]:
+        splits, own = self.data.output / "splits", SPLIT_OF[run.part]
+        (other,) = set(SPLIT_OF.values()) - {own}
+        return [
+            *["--text", splits / f"{own}_texts.json", "--vqa", splits / f"{own}_questions.json"],
+            *["--plan-vqa", splits / f"{other}_questions.json", "--image-root", self.data.output / "scenes"],
+            *["--conversation-template", "mistral"],
+        ]
+
+    def _program(self, log: Path, *command: object) -> None:
+        """Runs one of the project's programs in one process with one thread; two of them share two cores best."""
+        run_program([sys.executable, *map(str, command)], log, ROOT, threads=1, shows_progress=False)
+
+
+def provenance() -> dict[str, str]:
+    """Returns what made a result: the code and the versions of the packages that compute."""
+    packages = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
+    return {"code": source_hash(ROOT, STUDY_CODE)} | packages
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out while one makes what is in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def curves(folder: Path) -> dict[str, Any]:
+    """Returns the MRD distance of each layer over the steps, thinned."""
+    found = {}
+    for name, series in read_scalars(folder).items():
+        if name.startswith((CURVE, "moe/mrd")):
+            kept = range(0, len(series.steps), max(1, len(series.steps) // POINTS))
+            found[name] = [[series.steps[i] for i in kept], [series.values[i] for i in kept]]
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """Returns a result with six significant digits, which are more than the measures have."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {name: rounded(part) for name, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else value
