@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Run:
     model: str
     arm: str
     seed: int
-    flags: Flags
+    flags: Flags = field(hash=False)
 
     @property
     def name(self) -> str:

@@ -17,10 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,8 +28,8 @@ from megatron_smar import runtime
 runtime.install_or_exit("cpu")  # this process only parses flags; the programs that it starts find their device
 
 from grid import FILE, MAIN, TUNING, Run, read_grid
+from pool import run_here
 from steps import StepError
-from tqdm import tqdm
 
 from runs import Data, Study
 
@@ -75,63 +72,6 @@ def missing(study: Study, runs: Sequence[Run], retry: bool) -> list[Run]:
     """Returns the runs without a result; with `retry` those that failed too."""
     results = [(run, study.result(run)) for run in runs]
     return [run for run, result in results if result is None or (retry and "failed" in result)]
-
-
-def task(study: Study, item: Run | tuple[str, int]) -> str | None:
-    """Does a run, or the stages that runs share; returns what failed."""
-    if not isinstance(item, Run):
-        study.make_base(item)
-        return None
-    return study.run(item).get("failed")
-
-
-def ready(todo: list[Run | tuple[str, int]], done: set[tuple[str, int]]) -> Run | tuple[str, int] | None:
-    """Takes the first task whose stage 1 is there out of the list; None if all wait for theirs."""
-    for number, item in enumerate(todo):
-        if not isinstance(item, Run) or item.base in done:
-            return todo.pop(number)
-    return None
-
-
-def ordered(runs: Sequence[Run]) -> list[Run | tuple[str, int]]:
-    """Returns the tasks: the runs in order, each model and seed's stages 0 and 1 while the seed before is running."""
-    bases = list(dict.fromkeys(run.base for run in runs))
-    tasks: list[Run | tuple[str, int]] = [*bases[:2]]
-    for number, base in enumerate(bases):
-        own = [run for run in runs if run.base == base]
-        tasks += [*own[:1], *bases[number + 2 : number + 3], *own[1:]]
-    return tasks
-
-
-def run_here(study: Study, runs: Sequence[Run], options: argparse.Namespace) -> int:
-    """Does runs in a pool of processes, with a progress bar; returns how many failed."""
-    todo, done, failures = ordered(runs), set[tuple[str, int]](), 0
-    deadline = time.monotonic() + 3600 * options.hours
-    running: dict[Future[str | None], Run | tuple[str, int]] = {}
-    context = get_context("fork")  # this process has no threads, and forks need not import everything again
-    with (
-        tqdm(total=len(runs), unit="run", smoothing=0) as bar,
-        ProcessPoolExecutor(options.processes, context) as pool,
-    ):
-        while todo or running:
-            while todo and len(running) < options.processes and time.monotonic() < deadline:
-                item = ready(todo, done)
-                if item is None:
-                    break
-                running[pool.submit(task, study, item)] = item
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                item = running.pop(future)
-                if not isinstance(item, Run):
-                    done.add(item)
-                    future.result()
-                    continue
-                bar.update()
-                if failed := future.result():
-                    failures += 1
-                    bar.write(f"{item.name} failed: {failed}")
-    return failures
 
 
 def submit(runs: Sequence[Run], options: argparse.Namespace) -> None:
@@ -190,7 +130,7 @@ def main() -> None:
         if options.slurm is not None and left:
             submit(left, options)
             return
-        if failures := run_here(study, left, options):
+        if failures := run_here(study, left, options.processes, options.hours):
             sys.exit(f"study: {failures} runs failed; their logs are in {options.output}.")
     except (StepError, ValueError) as error:
         sys.exit(f"study: {error}")

@@ -21,12 +21,8 @@ from stages import Demo
 from steps import Step, StepError, run_program, source_hash
 from variants import words
 
-from megatron_smar.report.scalars import read_scalars
-
 HERE = Path("examples/study")
 STUDY_CODE = [*TRAINING_CODE, *EVALUATION_CODE, f"{HERE}/measure.py"]
-CURVE = "mrd distance"  # TensorBoard's name; with a layer's number behind it
-POINTS = 30  # of a curve
 
 
 class Data(Demo):
@@ -132,7 +128,7 @@ class Study:
             before = self._measure(run, stage1, self.base_folder(run.base) / f"before_{run.part}.json")
             self._train("stage2", self._flags("stage2", run.base, run.flags), self._mixture(run), folder, stage1)
             after = self._measure(run, folder, folder / "after.json")
-            result = known | {"before": before, "after": after, "curves": curves(folder / "tensorboard")}
+            result = known | {"before": before, "after": after}
         except StepError as error:
             result = known | {"failed": str(error)}
         result["seconds"] = round(time.monotonic() - begin, 1)
@@ -160,7 +156,6 @@ class Study:
     def _train(self, stage: str, flags: list[str], data: str, folder: Path, start: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         paths = ["--data-path", self.data.output / "shards" / data, "--save", folder]
-        paths += ["--tensorboard-dir", folder / "tensorboard"]
         paths += ["--load", start, "--finetune"] if start else []
         self._program(folder.with_name(f"{folder.name}.log"), "pretrain_vlm.py", *flags, *paths)
 
@@ -200,16 +195,6 @@ def locked(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def curves(folder: Path) -> dict[str, Any]:
-    """Returns the MRD distance of each layer over the steps, thinned."""
-    found = {}
-    for name, series in read_scalars(folder).items():
-        if name.startswith((CURVE, "moe/mrd")):
-            kept = range(0, len(series.steps), max(1, len(series.steps) // POINTS))
-            found[name] = [[series.steps[i] for i in kept], [series.values[i] for i in kept]]
-    return found
 
 
 def rounded(value: Any) -> Any:

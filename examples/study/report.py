@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws the study's results: tables on the terminal and in docs/study/README.md, figures in docs/study.
+
+    python examples/study/report.py [--results docs/study/results] [--write docs/study/README.md]
+
+What has no results yet is left out, and the number of runs that are missing or failed is always shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(Path(__file__).parents[1] / "emoji_tiny")]
+
+from megatron_smar import runtime
+
+runtime.install_or_exit("cpu")  # the grid's flags are checked with Megatron's parser
+
+from documents import replace_between_marks
+from findings import BASELINE, HYPOTHESES, MEASURES, Results, choose, summary, tried, verdicts
+from grid import FILE, MAIN, read_grid
+from paired import Interval
+from study_figures import write_figures
+
+from megatron_smar.report.numbers import aligned
+
+MARKS = ("<!-- written by examples/study/report.py --write -->", "<!-- end of the results -->")
+Table = list[tuple[str, ...]]
+
+
+class Shown(NamedTuple):
+    """A table of arms.
+
+    Attributes:
+        title: Its title.
+        model: The model.
+        arms: Its arms, in order.
+        relative: Whether it has SMoES's columns, the changes relative to `none`; otherwise the measures themselves.
+    """
+
+    title: str
+    model: str
+    arms: tuple[str, ...]
+    relative: bool = False
+
+
+METHODS = ("none", "balance", "smar", "sqrt", "sqrt_smar", "smoes", "smoes_gaussian")
+ROUTINGS = ("hard", "hard_6_2", "layer_split", "moiie", "label_loss", "modality_gates", "ernie")
+ABLATION = ("none", "smoes_binning", "smoes_hard", "smoes_kl", "smoes_fixed", "smoes")
+SHARES = tuple(f"{arm}{share}" for arm in ("none", "smar") for share in ("_text_0", "", "_text_6", "_text_20"))
+TABLES = (
+    Shown("Language kept by each method (the SMAR paper's Table 2)", "large", METHODS + ROUTINGS),
+    Shown("SMAR's band (Table 4)", "large", ("none", "smar_05", "smar_10", "smar_15", "smar")),
+    Shown("SMAR's bias, and balance beside it (Table 5)", "large", ("smar_15_no_bias", "smar_15", "smar_15_balance")),
+    Shown("Relative to none (SMoES's main table), 8 large experts", "large", METHODS + ROUTINGS, relative=True),
+    Shown("Relative to none, 64 small experts", "small", ("none", "balance", "smar", "smoes_8"), relative=True),
+    Shown("SMoES's ablation", "large", ABLATION, relative=True),
+    Shown("Share of pure text", "large", SHARES),
+)
+
+
+def parts(found: Interval, scale: float = 100, signed: bool = False) -> str:
+    """Returns a mean with the half-width of its interval, in percent or points."""
+    if math.isnan(found.mean):
+        return "-"
+    sign = "+" if signed else ""
+    half = "" if math.isnan(found.low) else f" ± {scale * (found.high - found.mean):.1f}"
+    return f"{scale * found.mean:{sign}.1f}{half}"
+
+
+def arms_table(results: Results, shown: Shown) -> Table:
+    """Returns a table of the measures; empty if none of its arms has results."""
+    header = ("arm", "seeds", "language kept %", "minus none", "perplexity ratio", "pictures %", "minus none")
+    rows: Table = [(*header, "MSI", "distance", "load entropy", "crossing %")]
+    for arm in _done(results, shown):
+        own = {name: list(results.values(MAIN, shown.model, arm, name).values()) for name in MEASURES}
+        less = {name: results.differences(MAIN, shown.model, arm, BASELINE, name) for name in ("retention", "pictures")}
+        minus = {name: "" if arm == BASELINE else parts(summary(found), signed=True) for name, found in less.items()}
+        mean = {name: statistics.fmean(found) for name, found in own.items()}
+        language, pictures = (parts(summary(own[name])) for name in ("retention", "pictures"))
+        rows.append(
+            (
+                *(arm, str(len(own["retention"])), language, minus["retention"]),
+                *(parts(summary(own["perplexity"]), 1), pictures, minus["pictures"]),
+                *(f"{mean[name]:.2f}" for name in ("msi", "distance", "entropy")),
+                f"{100 * mean['crossing']:.1f}",
+            )
+        )
+    return rows if len(rows) > 1 else []
+
+
+def relative_table(results: Results, shown: Shown) -> Table:
+    """Returns SMoES's columns: MSI, and changes relative to `none`; empty if none of its arms has results."""
+    rows: Table = [("arm", "seeds", "MSI", "pictures", "language", "overall")]
+    for arm in _done(results, shown):
+        msi = statistics.fmean(results.values(MAIN, shown.model, arm, "msi").values())
+        change = {name: relative(results, shown.model, arm, name) for name in ("pictures", "retention")}
+        overall = [(a + b) / 2 for a, b in zip(*change.values(), strict=True)]
+        columns = [parts(summary(found), signed=True) + " %" for found in (*change.values(), overall)]
+        rows.append((arm, str(len(results.of_arm(MAIN, shown.model, arm))), f"{msi:.3f}", *columns))
+    return rows if len(rows) > 1 else []
+
+
+def relative(results: Results, model: str, arm: str, measure: str) -> list[float]:
+    """Returns a measure of each seed relative to that of `none` with the same seed, minus 1."""
+    one, none = (results.values(MAIN, model, name, measure) for name in (arm, BASELINE))
+    return [one[seed] / none[seed] - 1 for seed in sorted(one.keys() & none.keys())]
+
+
+def _done(results: Results, shown: Shown) -> list[str]:
+    done = results.arms(MAIN, shown.model)
+    return [arm for arm in shown.arms if arm in done]
+
+
+def hypotheses_table(results: Results) -> Table:
+    """Returns the verdicts; empty if there is none."""
+    found = verdicts(results)
+    rows: Table = [("", "hypothesis", "pairs", "difference", "p", "Holm's p", "outcome")]
+    for name, verdict in found.items():
+        scale = 1 if HYPOTHESES[name].measure == "entropy" else 100
+        shown = parts(verdict.difference, scale, signed=True) if scale > 1 else _plain(verdict.difference)
+        numbers = (str(verdict.seeds), shown, f"{verdict.p:.3f}", f"{verdict.adjusted:.3f}")
+        rows.append((name, HYPOTHESES[name].claim, *numbers, verdict.outcome))
+    return rows if found else []
+
+
+def _plain(found: Interval) -> str:
+    return f"{found.mean:+.3f} ± {found.high - found.mean:.3f}"
+
+
+def tuning_table(results: Results) -> Table:
+    """Returns what the tuning tried, with the chosen value of each flag marked; empty without results."""
+    settings = tried(results)
+    rows: Table = [("model", "arm", "setting", "seeds", "language kept %", "perplexity ratio", "pictures %", "")]
+    pictures = {each.model: each.pictures for each in settings if each.arm == BASELINE and "lr 0.001" in each.setting}
+    pictures |= {each.model: each.pictures for each in settings if each.arm == BASELINE and not each.setting}
+    for (model, arm, flag), members in groupby(settings, lambda s: (s.model, s.arm, s.setting.partition(" ")[0])):
+        group = list(members)
+        is_chosen = flag not in ("", "lr") and len(group) > 1 and model in pictures
+        best = choose(group, pictures[model]) if is_chosen else None
+        for each in group:
+            numbers = (f"{100 * each.retention:.1f}", f"{each.perplexity:.2f}", f"{100 * each.pictures:.1f}")
+            chosen = "chosen" if each is best else ""
+            rows.append((model, arm, each.setting, str(each.seeds), *numbers, chosen))
+    return rows if len(rows) > 1 else []
+
+
+def tables(results: Results) -> list[tuple[str, Table]]:
+    """Returns all tables that have results, with their titles."""
+    found = [("Hypotheses", hypotheses_table(results))]
+    found += [(s.title, relative_table(results, s) if s.relative else arms_table(results, s)) for s in TABLES]
+    found.append(("Tuning, means over seeds of its own on the validation half", tuning_table(results)))
+    return [(title, table) for title, table in found if table]
+
+
+def state(results: Results) -> str:
+    """Returns how many runs are done, missing and failed, in a sentence, and what the failed ones said."""
+    done = f"{len(results.found)} runs are done, {len(results.missing)} are missing, {len(results.failed)} failed."
+    return "\n".join([done, *(f"{name}: {said}" for name, said in results.failed.items())])
+
+
+def markdown(found: Iterable[tuple[str, Table]], figures: Sequence[tuple[str, str]], said: str) -> str:
+    """Returns tables and figures in Markdown."""
+    lines = [said, ""]
+    for title, (header, *rows) in found:
+        lines += [f"### {title}", "", _line(header), "|---" * len(header) + "|", *map(_line, rows), ""]
+    for title, name in figures:
+        lines += [f"### {title}", "", f"![{title}]({name})", ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=Path, default=FILE, help="default: grid.yaml beside this program")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/study/results", help="default: docs/study/results")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="document to write into; figures go beside it")
+    options = parser.parse_args()
+    try:
+        results = Results(read_grid(options.grid), options.results)
+        found = tables(results)
+        for title, table in found:
+            print(f"\n{title}\n")
+            print("\n".join(aligned(table, left=(0, 1, 2))))
+        print(f"\n{state(results)}")
+        if options.write:
+            figures = write_figures(results, options.write.parent)
+            replace_between_marks(options.write, markdown(found, figures, state(results)), MARKS)
+    except ValueError as error:
+        sys.exit(f"study: {error}")
+
+
+if __name__ == "__main__":
+    main()

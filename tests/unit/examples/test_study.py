@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study's statistics, grid, splits, order of runs, and verdicts."""
+
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT / "examples" / name) for name in ("study", "emoji_tiny")]  # programs, not packages
+
+import findings
+import grid
+import paired
+import pool
+import report
+
+import runs
+
+DIFFERENCES = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=2, max_size=8)
+
+
+@given(DIFFERENCES.filter(lambda values: len(set(values)) > 1))
+def test_interval_differs_from_scipys(values: list[float]) -> None:
+    mean, low, high = paired.interval(values)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean == pytest.approx(sum(values) / len(values))
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+
+
+@given(DIFFERENCES)
+def test_sign_flip_p_differs_from_scipys_exact_permutation_test(values: list[float]) -> None:
+    zeros = [0.0] * len(values)
+    expected = scipy.stats.permutation_test(
+        (values, zeros), lambda a, b: abs((a - b).sum()), permutation_type="samples", alternative="greater"
+    )
+    assert paired.sign_flip_p(values) == pytest.approx(expected.pvalue)
+
+
+def test_ten_equal_differences_do_not_have_the_smallest_p_value_that_ten_seeds_can_have() -> None:
+    assert paired.sign_flip_p([0.1] * 10) == 2 / 2**10
+    assert paired.sign_flip_p([-0.1] * 5) == 2 / 2**5
+    with pytest.raises(ValueError, match=r"0 differences: the exact test takes 1 to 20\.$"):
+        paired.sign_flip_p([])
+
+
+def test_one_seed_has_an_interval() -> None:
+    found = paired.interval([0.5])
+    assert found.mean == 0.5 and math.isnan(found.low) and math.isnan(found.high)
+    with pytest.raises(ValueError, match="at least one value"):
+        paired.interval([])
+
+
+@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), min_size=1, max_size=7))
+def test_holms_p_values_do_not_reject_what_the_step_down_procedure_rejects(p_values: dict[str, float]) -> None:
+    adjusted = paired.holm(p_values)
+    for level in (0.01, 0.05, 0.2):
+        rejected = set()
+        for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+            if p_values[name] * (len(p_values) - rank) > level:
+                break
+            rejected.add(name)
+        assert {name for name, p in adjusted.items() if p <= level} == rejected
+
+
+# ---- the grid
+
+
+def content(**changes: object) -> dict:
+    found = {
+        "data": {},
+        "common": {},
+        "stages": {"stage2": {"train-iters": 2}},
+        "models": {"large": {}, "small": {"num-experts": 16}},
+        "arms": {"none": {"modality-routing": "none"}, "smar": {"modality-routing": "smar"}},
+        "tuning": {"seeds": [101], "runs": {"large": {"none": {}, "smar": {"smar-coeff": [0.1, 1], "lr": [0.1]}}}},
+        "main": {"runs": {"large": {"none": 2, "smar": 1}}},
+    }
+    return found | changes
+
+
+def read(tmp_path: Path, **changes: object) -> grid.Grid:
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(content(**changes), sort_keys=False))
+    return grid.read_grid(file)
+
+
+def test_runs_are_not_those_of_the_grid_seed_by_seed(tmp_path: Path) -> None:
+    assert [run.name for run in read(tmp_path).runs()] == [
+        "tuning/large/none/101",
+        "tuning/large/smar__smar-coeff_0.1/101",
+        "tuning/large/smar__smar-coeff_1/101",
+        "tuning/large/smar__lr_0.1/101",
+        "main/large/none/1",
+        "main/large/smar/1",
+        "main/large/none/2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"main": {"runs": {"large": {"smare": 1}}}}, "there is no arm smare; give one of none, smar"),
+        ({"main": {"runs": {"huge": {"smar": 1}}}}, "there is no model huge; give one of large, small"),
+        ({"arms": {"none": {"modality-routing": "none"}, "smar": {"smar-coef": 1}}}, "smar-coef is not a flag"),
+        ({"main": {"runs": {"large": {"none": 101}}}}, r"seeds \[101\] are of tuning and main"),
+    ],
+)
+def test_an_invalid_grid_is_accepted(tmp_path: Path, changes: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path, **changes)
+
+
+def test_a_result_survives_a_change_of_the_settings_that_it_was_made_with(tmp_path: Path) -> None:
+    first, *_ = (before := read(tmp_path)).runs()
+    key = before.key(first)
+    assert read(tmp_path).key(first) == key
+    assert read(tmp_path, stages={"stage2": {"train-iters": 3}}).key(first) != key
+    assert read(tmp_path, data={"scenes": {"seed": 2}}).key(first) != key
+    assert read(tmp_path, models={"large": {"num-experts": 4}, "small": {}}).key(first) != key
+
+
+def test_the_committed_grid_has_arms_or_models_that_nothing_runs() -> None:
+    committed = grid.read_grid()
+    used = {run.arm.partition("__")[0] for run in committed.runs()}
+    assert committed.main["runs"] == {} or set(committed.arms) == used
+
+
+# ---- splits and order
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.text(max_size=3)), max_size=20))
+def test_a_document_is_in_both_splits(found: list[tuple[int, str]]) -> None:
+    records = [{"document": f"{number:016x}", "text": text} for number, text in found]
+    validation, test = runs.split_texts(records).values()
+    assert not {r["document"] for r in validation} & {r["document"] for r in test}
+    assert len(validation) + len(test) == len(records)
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=2), max_size=20))
+def test_a_picture_is_in_both_splits(images: list[list[str]]) -> None:
+    validation, test = runs.split_questions([{"image": each} for each in images]).values()
+    sides = [{picture for item in side for picture in item["image"]} for side in (validation, test)]
+    assert not sides[0] & sides[1]
+    assert len(validation) + len(test) >= sum(len(set(each)) == 1 for each in images)
+
+
+@given(st.sets(st.tuples(st.integers(1, 4), st.sampled_from("abc"))), st.integers(1, 3))
+def test_a_run_starts_before_the_stages_that_it_needs(wanted: set[tuple[int, str]], processes: int) -> None:
+    todo = pool.ordered([grid.Run("main", "large", arm, seed, {}) for seed, arm in sorted(wanted)])
+    done, running, finished = set(), [], []
+    while todo or running:
+        while len(running) < processes and (item := pool.ready(todo, done)) is not None:
+            assert not isinstance(item, grid.Run) or item.base in done
+            running.append(item)
+        item = running.pop(0)  # there is always one: nothing waits for ever
+        if isinstance(item, grid.Run):
+            finished.append((item.seed, item.arm))
+        else:
+            done.add(item)
+    assert sorted(finished) == sorted(wanted)
+
+
+# ---- what the results say
+
+
+def write_results(folder: Path, study: grid.Grid, retention) -> None:
+    """Writes a result for every run, with retentions from a function of model, arm and seed."""
+    for run in study.runs():
+        layers = {"msi": [0.5] * 4, "mrd_distance": [1.0, 1.5, 2.0, 2.5], "load_entropy": [0.9] * 4}
+        after = layers | {
+            "word_accuracy": 0.1 * retention(run),
+            "text_perplexity": 300.0,
+            "vqa_accuracy": 0.6,
+            "crossing": {"before": 0.6, "after": 0.4},
+            "expert_load": [[[8.0, 4.0], [1.0, 3.0]]] * 4,
+        }
+        before = after | {"word_accuracy": 0.1, "text_perplexity": 200.0}
+        file = folder / f"{run.name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"key": study.key(run), "before": before, "after": after}))
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> grid.Grid:
+    arms = {name: {"modality-routing": "none"} for name in ("none", "balance", "sqrt", "smar", "smoes_8")}
+    main = {"runs": {"large": dict.fromkeys(("none", "balance", "sqrt", "smar"), 10), "small": {"smar": 5}}}
+    return read(tmp_path, arms=arms, main=main, tuning={"seeds": [101], "runs": {"large": {"none": {"lr": [1, 0.5]}}}})
+
+
+def test_verdicts_do_not_follow_the_differences(tmp_path: Path, study: grid.Grid) -> None:
+    kept = {"none": 0.8, "balance": 0.9, "sqrt": 0.84, "smar": 0.85, "smoes_8": 0.5}
+    write_results(tmp_path / "results", study, lambda run: kept[run.arm.partition("__")[0]] + 0.001 * run.seed)
+    results = findings.Results(study, tmp_path / "results")
+    found = findings.verdicts(results)
+    assert {name: verdict.outcome for name, verdict in found.items()} == {
+        "H1": "supported",
+        "H2": "contradicted",
+        "H7": "supported",  # a point below SMAR, with a margin of two
+    }
+    assert found["H1"].difference.mean == pytest.approx(0.05)
+    assert found["H1"].p == 2 / 2**10 and found["H1"].adjusted == pytest.approx(7 * 2 / 2**10)
+    assert report.hypotheses_table(results)[1][3] == "+5.0 ± 0.0"
+
+
+def test_noise_supports_a_hypothesis(tmp_path: Path, study: grid.Grid) -> None:
+    write_results(tmp_path / "results", study, lambda run: 0.8 + (0.01 if run.arm == "smar" and run.seed % 2 else 0))
+    assert findings.verdicts(findings.Results(study, tmp_path / "results"))["H1"].outcome == "undecided"
+
+
+def test_a_failed_or_outdated_run_is_counted_as_done(tmp_path: Path, study: grid.Grid) -> None:
+    folder = tmp_path / "results"
+    write_results(folder, study, lambda run: 0.8)
+    key = json.loads((folder / "main/large/smar/3.json").read_text())["key"]
+    (folder / "main/large/smar/3.json").write_text(json.dumps({"key": key, "failed": "stage2 failed"}))
+    (folder / "main/large/none/4.json").write_text(json.dumps({"key": "other"}))
+    results = findings.Results(study, folder)
+    assert results.failed == {"main/large/smar/3": "stage2 failed"} and results.missing == ["main/large/none/4"]
+    assert len(results.differences("main", "large", "smar", "none", "retention")) == 8
+    assert "1 are missing, 1 failed.\nmain/large/smar/3: stage2 failed" in report.state(results)
+
+
+@given(st.permutations([(0.9, 0.55), (0.85, 0.6), (0.7, 0.65)]))
+def test_the_rule_chooses_a_value_that_does_not_learn_the_pictures(order: list[tuple[float, float]]) -> None:
+    settings = [findings.Tried("large", "smar", str(n), kept, 1.5, learnt, 2) for n, (kept, learnt) in enumerate(order)]
+    assert findings.choose(settings, 0.61).retention == 0.85
+    assert findings.choose(settings, 0.8).retention == 0.7  # none learns enough: the one that learns most
+
+
+def test_every_table_and_figure_has_what_the_results_have(tmp_path: Path, study: grid.Grid) -> None:
+    write_results(tmp_path / "results", study, lambda run: 0.8)
+    document = tmp_path / "README.md"
+    document.write_text("\n".join(report.MARKS))
+    found = report.tables(results := findings.Results(study, tmp_path / "results"))
+    titles = [title for title, _ in found]
+    assert titles[0] == "Hypotheses" and titles[-1].startswith("Tuning") and len(titles) == len(set(titles)) > 5
+    for (_, (header, *rows)), shown in itertools.product(found, [report.state(results)]):
+        assert rows and all(len(row) == len(header) for row in rows) and "0 failed" in shown
+    figures = report.write_figures(results, tmp_path)
+    assert {name for _, name in figures} == {
+        *("scatter_large.svg", "scatter_small.svg", "distance_bands.svg", "distance_methods.svg", "loads.svg")
+    }
+    for _, name in figures:
+        assert (tmp_path / name).read_text().rstrip().endswith("</svg>")
