@@ -8,6 +8,7 @@ LOCK_FLAGS ?=
 ROUTING ?= smar
 DEMO_FLAGS ?=
 CHAOS_FLAGS ?=
+STUDY_FLAGS ?=
 
 python := $(VENV)/bin/python
 stamp := $(VENV)/.megatron_smar-installed
@@ -17,7 +18,7 @@ lock := requirements.lock
 native := $(wildcard megatron_smar/data/csrc/*)
 typed := megatron_smar $(wildcard pretrain_vlm.py tools/*.py tools/*/*.py benchmarks/*.py)
 
-.PHONY: help env lock demo test test-matrix test-cuda-path test-slurm chaos test-te test-gpu lint clean interpreter
+.PHONY: help env lock demo study study-report test test-matrix test-cuda-path test-slurm chaos test-te test-gpu lint clean interpreter
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,10 +43,16 @@ lock: ## update requirements.lock from pyproject.toml (LOCK_FLAGS=--upgrade rais
 	PYTHON="$(PYTHON)" tools/make_lock.sh $(LOCK_FLAGS)
 
 # On the CPU, also on machines with GPUs, unless MEGATRON_SMAR_DEVICE=cuda is set.
-demo test test-matrix test-cuda-path test-slurm chaos: export MEGATRON_SMAR_DEVICE ?= cpu
+demo study test test-matrix test-cuda-path test-slurm chaos: export MEGATRON_SMAR_DEVICE ?= cpu
 
 demo: env ## generate data, train, resume and evaluate a tiny model; results in runs/demo (ROUTING=hard: runs/demo-hard)
 	$(python) examples/emoji_tiny/run.py --routing $(ROUTING) $(DEMO_FLAGS)
+
+study: env ## do the runs of docs/study that are missing, two at a time, each some minutes (STUDY_FLAGS='--hours 2')
+	$(python) examples/study/run.py $(STUDY_FLAGS)
+
+study-report: env ## write the study's tables and figures into docs/study/README.md
+	$(python) examples/study/report.py --write docs/study/README.md
 
 test: env ## run the tests (PYTEST_FLAGS= adds options)
 	OMP_NUM_THREADS=1 $(python) -m pytest $(two_at_a_time) $(PYTEST_FLAGS) tests/chaos tests/slurm tests/functional tests/distributed tests/cuda_path tests/unit
