@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study's programs as a user runs them, on a grid of a few steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.demo_sources import write_sources
+from tests.launch import run
+
+STUDY, REPORT = "examples/study/run.py", "examples/study/report.py"
+STAGE = {"train-iters": 3, "micro-batch-size": 4, "global-batch-size": 4, "log-interval": 1}
+GRID = {
+    "data": {
+        "corpus": {"vocab-size": 600, "held-out-percent": 20},
+        "scenes": {"train-scenes": 64, "held-out-items": 48},
+        "vision": {"steps": 3, "batch-size": 8},
+    },
+    "common": {"expert-model-parallel-size": 1, "num-workers": 0, "no-save-optim": True, "no-save-rng": True},
+    "stages": {"stage0": STAGE | {"lr-warmup-iters": 1}, "stage1": STAGE, "stage2": STAGE},
+    "models": {"large": {"num-layers": 2, "hidden-size": 64}},
+    "arms": {"hard": {"modality-routing": "hard"}, "broken": {"modality-routing": "none", "train-samples": 4}},
+    "tuning": {"seeds": [101], "runs": {}},
+    "main": {"runs": {"large": {"hard": 1, "broken": 1}}},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A folder with the study's results; one of its two runs has flags that Megatron refuses."""
+    folder = tmp_path_factory.mktemp("study")
+    write_sources(folder / "sources")
+    (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
+    failed = study(folder, check=False)
+    assert failed.returncode and "study: 1 runs failed; their logs are in" in failed.stderr
+    return folder
+
+
+def study(folder: Path, *flags: object, check: bool = True):
+    places = ["--grid", folder / "grid.yaml", "--output", folder / "work", "--cache", folder / "sources"]
+    return run(STUDY, *places, "--results", folder / "results", *flags, timeout=1800, check=check)
+
+
+def test_a_run_leaves_no_result_or_one_without_a_measure(root):
+    result = json.loads((root / "results/main/large/hard/1.json").read_text())
+    before, after = result["before"], result["after"]
+    assert before.keys() == after.keys()
+    assert len(after["mrd_distance"]) == len(after["msi"]) == len(after["load_entropy"]) == 2
+    assert after["msi"] == pytest.approx([1, 1]) and max(before["msi"]) < 1  # each modality has its own experts
+    assert after["crossing"]["after"] == 0 < before["crossing"]["after"]
+    assert all(0 < entropy <= 1 for entropy in after["load_entropy"])
+    assert after["text_perplexity"] != before["text_perplexity"] > 1
+    assert set(after["vqa_by_kind"]) == {"colour", "corner", "count", "object", "pair", "presence"}
+    assert result["seconds"] > 0 and result["flags"] == {"modality-routing": "hard"} and result["torch"]
+    assert not (root / "work/large/seed-1/main/hard").exists()  # checkpoints do not pile up
+
+
+def test_a_run_that_fails_is_not_recorded_and_done_again_unasked(root):
+    result = json.loads((root / "results/main/large/broken/1.json").read_text())
+    assert "stage2" in result["failed"] or "broken" in result["failed"]
+    assert "2 of 2 runs are done" in study(root).stdout
+    shown = run(REPORT, "--grid", root / "grid.yaml", "--results", root / "results").stdout
+    assert "1 runs are done, 0 are missing, 1 failed.\nmain/large/broken/1: " in shown and "hard" in shown
+
+
+def test_on_slurm_an_element_of_the_job_array_is_not_one_run(root):
+    shown = study(root, "--retry", "--slurm=--dry-run --cpu").stdout
+    assert "--only main/large/broken/1" in (root / "work/jobs/sweep.txt").read_text()
+    assert "#SBATCH --array=0-0" in shown and "examples/study/run.py" in shown
