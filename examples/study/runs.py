@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Data(Demo):
 
 def split_texts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """Splits held-out passages by document, whose name is a hash, so that no document is on both sides."""
-    sides = {name: [] for name in SPLIT_OF.values()}  # type: dict[str, list[Mapping[str, Any]]]
+    sides: dict[str, list[Mapping[str, Any]]] = {name: [] for name in SPLIT_OF.values()}
     for record in records:
         sides[list(sides)[int(record["document"], 16) % 2]].append(record)
     return sides
@@ -106,15 +107,28 @@ class Study:
         return self.work / model / f"seed-{seed}"
 
     def make_base(self, base: tuple[str, int]) -> Path:
-        """Trains stages 0 and 1 of a model and seed unless that is done, and returns the folder of stage 1."""
+        """Trains stages 0 and 1 of a model and seed unless that is done.
+
+        Args:
+            base: The model and the seed.
+
+        Returns:
+            The folder of stage 1.
+
+        Raises:
+            StepError: A stage failed.
+        """
         folder = self.base_folder(base)
+        made_from = [self.data.steps[name] for name in ("shards", "vision")]
+        before: Step | None = None
         with locked(folder):
-            before: Step | None = None
             for stage, data in (("stage0", "text"), ("stage1", "captions")):
                 flags = self._flags(stage, base, {})
-                step = Step(stage, folder / stage, flags, inputs=[before] if before else [], any_code=True)
+                inputs = [*made_from, *([before] if before else [])]
+                step = Step(stage, folder / stage, flags, inputs=inputs, any_code=True)
                 start = before.folder if before else None
-                step.run(lambda s=step, f=flags, d=data, b=start: self._train(s.name, f, d, s.folder, b))  # type: ignore[misc]
+                if not step.is_done():
+                    step.run(partial(self._train, stage, flags, data, step.folder, start))
                 before = step
         assert before is not None
         return before.folder
@@ -125,7 +139,7 @@ class Study:
         known = {"key": self.grid.key(run), "flags": dict(run.flags)} | provenance()
         try:
             stage1 = self.make_base(run.base)
-            before = self._measure(run, stage1, self.base_folder(run.base) / f"before_{run.part}.json")
+            before = self._measure(run, stage1, stage1 / f"measured_{run.part}.json")
             self._train("stage2", self._flags("stage2", run.base, run.flags), self._mixture(run), folder, stage1)
             after = self._measure(run, folder, folder / "after.json")
             result = known | {"before": before, "after": after}

@@ -10,6 +10,8 @@ import yaml
 from tests.demo_sources import write_sources
 from tests.launch import run
 
+pytestmark = pytest.mark.matrix  # fourteen programs, most of whose time is their start
+
 STUDY, REPORT = "examples/study/run.py", "examples/study/report.py"
 STAGE = {"train-iters": 3, "micro-batch-size": 4, "global-batch-size": 4, "log-interval": 1}
 GRID = {
@@ -34,7 +36,7 @@ def root(tmp_path_factory) -> Path:
     write_sources(folder / "sources")
     (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
     failed = study(folder, check=False)
-    assert failed.returncode and "study: 1 runs failed; their logs are in" in failed.stderr
+    assert failed.returncode and "study: 1 runs failed; their logs are in" in failed.stdout
     return folder
 
 
