@@ -23,19 +23,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(Path(__file__).parents[1] / "emoji_tiny")]
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 from megatron_smar import runtime
 
-runtime.install_or_exit("cpu")  # this process only parses flags; the programs that it starts find their device
+runtime.install_or_exit("cpu")  # this process only parses flags
 
 from grid import FILE, MAIN, TUNING, Run, read_grid
 from pool import run_here
 from steps import StepError
 
+import megatron_smar.commands.evaluate  # noqa: F401
+import pretrain_vlm  # noqa: F401  (what forks run)
 from runs import Data, Study
 
 PROGRAM = "examples/study/run.py"
 LAUNCH = [sys.executable, str(ROOT / "tools/launch.py"), "slurm"]
-ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+ALONE = {
+    "MEGATRON_SMAR_DEVICE": "cpu",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "0",
+}
 
 
 def study_of(options: argparse.Namespace) -> Study:
@@ -116,7 +127,7 @@ def main() -> None:
         if given != parser.get_default(name):
             setattr(options, name, given.resolve())
     os.chdir(ROOT)
-    for name, value in ONE_PROCESS.items():
+    for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     try:
         study = study_of(options)

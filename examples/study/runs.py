@@ -6,7 +6,6 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,9 @@ from typing import Any
 
 from grid import SPLIT_OF, TEXT_SHARE, Grid, Run
 from pipeline import EVALUATION_CODE, ROOT, SCRIPTS, TRAINING_CODE
+from programs import run_alone
 from stages import Demo
-from steps import Step, StepError, run_program, source_hash
+from steps import Step, StepError, source_hash
 from variants import words
 
 HERE = Path("examples/study")
@@ -171,14 +171,14 @@ class Study:
         shutil.rmtree(folder, ignore_errors=True)
         paths = ["--data-path", self.data.output / "shards" / data, "--save", folder]
         paths += ["--load", start, "--finetune"] if start else []
-        self._program(folder.with_name(f"{folder.name}.log"), "pretrain_vlm.py", *flags, *paths)
+        run_alone(["pretrain_vlm.py", *flags, *map(str, paths)], folder.with_name(f"{folder.name}.log"))
 
     def _measure(self, run: Run, trained: Path, output: Path) -> dict[str, Any]:
         """Measures a checkpoint on the run's split; what is measured is not measured again."""
         with locked(output.parent):
             if not output.exists():
                 command = [HERE / "measure.py", *self._samples(run), "--load", trained, "--output", output]
-                self._program(output.with_suffix(".log"), *command)
+                run_alone(list(map(str, command)), output.with_suffix(".log"))
         found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
         return found
 
@@ -190,10 +190,6 @@ class Study:
             *["--plan-vqa", splits / f"{other}_questions.json", "--image-root", self.data.output / "scenes"],
             *["--conversation-template", "mistral"],
         ]
-
-    def _program(self, log: Path, *command: object) -> None:
-        """Runs one of the project's programs in one process with one thread; two of them share two cores best."""
-        run_program([sys.executable, *map(str, command)], log, ROOT, threads=1, shows_progress=False)
 
 
 def provenance() -> dict[str, str]:
