@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paired import interval, sign_flip_p
 from stages import AFTER, BEFORE, PLACEMENT_LOGS, STAGES, TEXT_ONLY, Demo, VariantRun, results_of
 from variants import DEFAULT, settings
 
@@ -18,15 +19,22 @@ from megatron_smar.routing.specialization import modality_specialization_index
 from megatron_smar.routing.strategies import STRATEGIES
 
 TITLE = "megatron_smar demo: a small MoE learns to see"
+PAIRED = ("retention", "text_perplexity_after", "vqa_accuracy", "mrd_distance")
 
 
-def content(demo: Demo, run: VariantRun, others: Sequence[VariantRun] = ()) -> dict[str, Any]:
+def content(
+    demo: Demo,
+    run: VariantRun,
+    others: Sequence[VariantRun] = (),
+    pairs: Sequence[tuple[VariantRun, VariantRun]] = (),
+) -> dict[str, Any]:
     """Returns the content of a variant's report.
 
     Args:
         demo: The shared steps.
         run: The variant.
         others: Variants to compare it with.
+        pairs: For each further seed, the variant and what it is compared with.
     """
     before, after = results_of(demo.steps[BEFORE]), run.results
     corpus = json.loads((demo.output / "corpus" / "summary.json").read_text())
@@ -63,7 +71,25 @@ def content(demo: Demo, run: VariantRun, others: Sequence[VariantRun] = ()) -> d
         report |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     if others:
         report["comparison"] = [comparison(each.variant.label, before, each.results) for each in (*others, run)]
+    if pairs:
+        named = [[comparison(each.variant.label, before, each.results) for each in pair] for pair in pairs]
+        report["paired"] = differences(named)
     return report
+
+
+def differences(pairs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Returns the paired differences of repeated comparisons: number of seeds, and by measure mean, interval and p.
+
+    Args:
+        pairs: For each seed, the `comparison` of the variant and of what it is compared with.
+    """
+    found = {name: [one[name] - other[name] for one, other in pairs] for name in PAIRED}
+    return {
+        "seeds": len(pairs),
+        "differences": {
+            name: interval(values)._asdict() | {"p": sign_flip_p(values)} for name, values in found.items()
+        },
+    }
 
 
 def comparison(label: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,12 @@ from typing import Any
 from megatron_smar.report.numbers import aligned, decimal, duration, is_finite, percent
 
 QUESTIONS = "Picture questions"
+_MEASURES = {
+    "retention": ("Retention", percent),
+    "text_perplexity_after": ("Text perplexity", decimal),
+    "vqa_accuracy": (QUESTIONS, percent),
+    "mrd_distance": ("MRD distance", decimal),
+}
 
 
 def headline_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -45,26 +51,28 @@ def format_table(report: Mapping[str, Any]) -> str:
     lines = aligned(rows, left=(0, 3))
     if report.get("comparison"):
         lines += ["", *aligned(comparison_rows(report), left=(0,))]
+    if report.get("paired"):
+        lines += ["", *aligned(paired_rows(report), left=(0,))]
     steps = ", ".join(f"{stage} {count:,}" for stage, count in report["steps"].items())
     return "\n".join([report["title"], "", *lines, "", f"steps: {steps}; time: {duration(report['seconds']['total'])}"])
 
 
 def comparison_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Returns the measures after stage 2 by --modality-routing, with a header, of a report with a `comparison`."""
-    header = ("Routing", "Retention", "Text perplexity", QUESTIONS, "MRD distance")
-    return [
-        header,
-        *(
-            (
-                run["routing"],
-                percent(run["retention"]),
-                decimal(run["text_perplexity_after"]),
-                percent(run["vqa_accuracy"]),
-                decimal(run["mrd_distance"]),
-            )
-            for run in report["comparison"]
-        ),
-    ]
+    header = ("Routing", *(name for name, _ in _MEASURES.values()))
+    rows = ((run["routing"], *(form(run[key]) for key, (_, form) in _MEASURES.items())) for run in report["comparison"])
+    return [header, *rows]
+
+
+def paired_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Returns the paired differences over seeds, with a header, of a report with a `paired`."""
+    found = report["paired"]
+    rows = [(f"Difference, {found['seeds']} seeds", "mean", "95% interval", "p")]
+    for key, (name, form) in _MEASURES.items():
+        entry = found["differences"][key]
+        ends = f"{form(entry['low'])} to {form(entry['high'])}" if is_finite(entry["low"]) else "-"
+        rows.append((name, form(entry["mean"]), ends, f"{entry['p']:.3f}"))
+    return rows
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from demo_headline import comparison_rows, headline_rows, inside
+from demo_headline import comparison_rows, headline_rows, inside, paired_rows
 
 from megatron_smar.report import sections
 from megatron_smar.report.html import Markup, document, section, table, tag
@@ -97,7 +97,12 @@ def _comparison(report: Mapping[str, Any]) -> Markup:
         return Markup()
     header, *rows = comparison_rows(report)
     note = tag("p", "The same measures after stage 2, by --modality-routing.")
-    return section("With and without modality-aware routing", note, table(header, rows))
+    parts = [note, table(header, rows)]
+    if report.get("paired"):
+        header, *rows = paired_rows(report)
+        text = "With minus without, paired over seeds: t intervals, and p values of the exact sign-flip test."
+        parts += [tag("p", text), table(header, rows)]
+    return section("With and without modality-aware routing", *parts)
 
 
 def _phases(report: Mapping[str, Any]) -> Markup:

@@ -52,6 +52,9 @@ _INNER: dict[str, tuple[str, ...]] = {
     "expert_share": ("before", "after"),
     "expert_share.*": ("text", "vision"),
     "examples.*": ("image", "question", "answer", "prediction", "correct"),
+    "paired": ("seeds", "differences"),
+    "paired.differences": ("retention", "vqa_accuracy", "text_perplexity_after", "mrd_distance"),
+    "paired.differences.*": ("mean", "low", "high", "p"),
     "comparison.*": ("routing", "retention", "vqa_accuracy", "text_perplexity_after", "mrd_distance"),
 }
 
@@ -61,7 +64,8 @@ def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path
 
     Args:
         report: The keys of `REQUIRED`. Optional: `comparison`, a list of {routing, retention, vqa_accuracy,
-            text_perplexity_after, mrd_distance}; `definitions`, {term: text}, which adds to those of the page.
+            text_perplexity_after, mrd_distance}; `paired`, {seeds, differences: {measure of the comparison: {mean, low,
+            high, p}}}; `definitions`, {term: text}, which adds to those of the page.
         directory: Folder to write to, created if it does not exist.
 
     Returns:

@@ -2,11 +2,13 @@
 """The demo: trains a small vision-language MoE on text, then on images, and evaluates it before and after stage 2.
 
     python examples/emoji_tiny/run.py [--routing smar] [--set FLAG=VALUE ...] [--output runs/demo] [--compare]
+    python examples/emoji_tiny/run.py --compare --seeds 1 2 3 4 5
 
 Every step trains or evaluates with the same programs as a large run (`pretrain_vlm.py`, `tools/evaluate.py`,
 `tools/data/prepare.py`). Steps whose results are still valid are skipped; an interrupted stage resumes from its last
 checkpoint. Stage 2 under another routing strategy than SMAR starts from the same checkpoint, and its results are in a
-folder beside --output, such as runs/demo-hard.
+folder beside --output, such as runs/demo-hard. With --seeds, stage 2 is repeated with and without the strategy, each
+time with another order of the data, and the paired differences are shown with their intervals.
 """
 
 from __future__ import annotations
@@ -44,14 +46,25 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run(demo: Demo, variant: Variant, others: list[Variant]) -> Path:
-    """Runs all steps of a variant, and of those it is compared with, and writes its report; returns the page."""
+def run(demo: Demo, variant: Variant, others: list[Variant], repeated: list[tuple[Variant, Variant]]) -> Path:
+    """Runs all steps of a variant and writes its report.
+
+    Args:
+        demo: The shared steps.
+        variant: The variant.
+        others: Variants to compare it with.
+        repeated: For each further seed, the variant and what it is compared with.
+
+    Returns:
+        The report's page.
+    """
     begin = time.monotonic()
     demo.prepare()
     done = VariantRun(demo, variant).run()
     compared = [VariantRun(demo, other).run() for other in others]
+    pairs = [(VariantRun(demo, one).run(), VariantRun(demo, other).run()) for one, other in repeated]
     print(f"steps done in {time.monotonic() - begin:.0f} s", flush=True)
-    report = content(demo, done, compared)
+    report = content(demo, done, compared, pairs)
     page = write_report(report, done.folder)[1]
     print_table(report)
     return page
@@ -68,14 +81,21 @@ def main() -> None:
         "--set", nargs="+", default=[], metavar="FLAG=VALUE", help="further flags of stage 2, such as smar-coeff=0.1"
     )
     parser.add_argument("--compare", action="store_true", help="also train stage 2 without SMAR, and compare")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[], metavar="N", help="with --compare: repeat both with these seeds"
+    )
     options = parser.parse_args()
+    if options.seeds and not options.compare:
+        parser.error("--seeds repeats a comparison: give --compare too")
     os.chdir(ROOT)
     try:
         variant = find_variant(options.routing, options.set)
         others = [find_variant("none")] if options.compare else []
         if variant in others:
             raise ValueError("--compare compares with --routing none: give another routing.")
-        page = run(Demo(options.output, options.cache, options.quick, options.any_code), variant, others)
+        changes = [[*options.set, f"seed={seed}"] for seed in dict.fromkeys(options.seeds)]
+        repeated = [(find_variant(options.routing, each), find_variant("none", each[-1:])) for each in changes]
+        page = run(Demo(options.output, options.cache, options.quick, options.any_code), variant, others, repeated)
     except (StepError, ValueError) as error:
         sys.exit(f"demo: {error}")
     print(f"\nreport: {page}")

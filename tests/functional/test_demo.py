@@ -92,6 +92,23 @@ def test_the_page_of_a_strategy_without_a_band_has_none_and_reuses_every_step(ro
 
 
 @pytest.mark.matrix
+def test_a_comparison_over_seeds_is_not_paired_or_repeats_one_seed(root):
+    demo(root, "--routing", "hard", "--compare", "--seeds", 5, 6)
+    report = json.loads((root / "demo-hard" / "report.json").read_text())
+    kept = {}
+    before = results(root / "demo" / "evaluation_stage1")["word_accuracy"]
+    for seed in (5, 6):
+        for name in VARIANTS:
+            folder = root / f"demo-{name}-seed-{seed}"
+            started = yaml.safe_load((folder / "stage2" / "run.yaml").read_text())
+            assert {name: value for group in started.values() for name, value in group.items()}["seed"] == seed
+            kept[name, seed] = results(folder / "evaluation_stage2")["word_accuracy"] / before
+    found = report["paired"]["differences"]["retention"]
+    assert report["paired"]["seeds"] == 2 and found["p"] in (0.5, 1)
+    assert found["mean"] == pytest.approx(sum(kept["hard", seed] - kept["none", seed] for seed in (5, 6)) / 2)
+
+
+@pytest.mark.matrix
 def test_a_checkpoint_that_is_not_stage_1_is_refused_whatever_its_folder_says(root, tmp_path):
     record = (root / "demo" / "stage1" / ".done.json").read_text()
     kept = tmp_path / "kept"
@@ -112,10 +129,11 @@ def test_a_checkpoint_that_is_not_stage_1_is_refused_whatever_its_folder_says(ro
     [
         (["--routing", "nowhere"], "demo: there is no routing nowhere; give one of smar, none"),
         (["--routing", "none", "--compare"], "demo: --compare compares with --routing none: give another routing."),
+        (["--seeds", "1"], "run.py: error: --seeds repeats a comparison: give --compare too"),
         (["--set", "smar-coef=1"], "demo: smar: smar-coef is not a flag (close to it: smar-coeff"),
     ],
 )
 def test_a_wrong_routing_is_one_sentence_before_anything_runs(tmp_path, flags, sentence):
     done = demo(tmp_path, *flags, check=False)
-    assert done.returncode == 1 and sentence in done.stdout and "..." not in done.stdout
+    assert done.returncode in (1, 2) and sentence in done.stdout and " ...\n" not in done.stdout
     assert not (tmp_path / "demo").exists()

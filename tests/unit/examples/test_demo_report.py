@@ -422,3 +422,28 @@ def test_the_comparison_is_missing_from_the_terminal(capsys: pytest.CaptureFixtu
     del report["comparison"]
     print_table(report)
     assert "Routing" not in capsys.readouterr().out
+
+
+PAIRED = {
+    "seeds": 5,
+    "differences": {
+        "retention": {"mean": 0.012, "low": -0.004, "high": 0.028, "p": 0.0625},
+        "text_perplexity_after": {"mean": -1.5, "low": -3.0, "high": 0.0, "p": 0.125},
+        "vqa_accuracy": {"mean": 0.0, "low": -0.01, "high": 0.01, "p": 1.0},
+        "mrd_distance": {"mean": 0.8, "low": 0.7, "high": 0.9, "p": 0.0625},
+    },
+}
+
+
+def test_differences_over_seeds_are_missing_from_terminal_or_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = make_report() | {"paired": PAIRED}
+    print_table(report)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    first = lines.index("Difference, 5 seeds mean 95% interval p")
+    assert lines[first + 2] == "Retention 1.2% -0.4% to 2.8% 0.062"
+    assert "paired over seeds" in page_of(report, tmp_path) and "-0.4% to 2.8%" in page_of(report, tmp_path)
+    del report["paired"]["differences"]["retention"]
+    with pytest.raises(ValueError, match=r"lacks the key 'retention' in 'paired\.differences'"):
+        print_table(report)
