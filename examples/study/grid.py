@@ -11,13 +11,16 @@ from typing import Any
 
 import yaml
 from steps import fingerprint
-from variants import Variant
+from variants import Variant, settings
 
 FILE = Path(__file__).parent / "grid.yaml"
 TUNING, MAIN = "tuning", "main"
 SPLIT_OF = {TUNING: "validation", MAIN: "test"}
-TEXT_SHARE = "text-share"  # of a run's data; not a flag of pretrain_vlm.py
+STAGES = ("stage0", "stage1", "stage2")
+# Keys of an arm that are no flags: its share of pure text, and the tuned arms whose chosen values it takes.
+TEXT_SHARE, LIKE = "text-share", "like"
 Flags = Mapping[str, Any]
+Base = tuple[str, int]  # model and seed, which have stages 0 and 1 in common
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Run:
         return f"{self.part}/{self.model}/{self.arm}/{self.seed}"
 
     @property
-    def base(self) -> tuple[str, int]:
+    def base(self) -> Base:
         """The model and seed whose stages 0 and 1 the run starts from."""
         return self.model, self.seed
 
@@ -58,9 +61,9 @@ class Grid:
         common: Flags of every stage of every run.
         stages: Flags of the stages beside those of the demo's run files.
         models: Flags of each model beside those of the demo's.
-        arms: Flags of each arm, with the coefficients that the tuning chose.
-        tuning: Seeds, and for each model the arms and values to try.
-        main: Seeds, and for each model the arms.
+        arms: Flags of each arm, with the values that the tuning starts from.
+        tuning: Seeds, and for each model the arms and the values to try.
+        main: For each model the arms and their numbers of seeds, and the values that the tuning chose for it, by arm.
     """
 
     data: Mapping[str, Flags]
@@ -72,24 +75,33 @@ class Grid:
     main: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for part in (self.tuning, self.main):
-            for model, arms in part["runs"].items():
+        for named in (self.tuning["runs"], self.main["runs"], self.main["chosen"]):
+            for model, arms in named.items():
                 _known(model, self.models, "model")
                 for arm in arms:
                     _known(arm, self.arms, "arm")
         if shared := set(self.tuning["seeds"]) & set(range(1, 1 + self._seeds_of_main())):
             raise ValueError(f"grid.yaml: seeds {sorted(shared)} are of tuning and main; give tuning its own seeds.")
+        for name, arm in self.arms.items():
+            for other in arm.get(LIKE, ()):
+                _known(other, self.arms, "arm")
+            Variant(name, {flag: value for flag, value in arm.items() if flag not in (TEXT_SHARE, LIKE)}, {})
         for run in self.runs():
-            Variant(run.name, {name: value for name, value in run.flags.items() if name != TEXT_SHARE}, {})
+            Variant(run.name, {flag: value for flag, value in run.flags.items() if flag != TEXT_SHARE}, {})
 
     def runs(self) -> list[Run]:
         """Returns all runs, seed by seed, so that what is done at any time is paired."""
         return [*self._runs_of_tuning(), *self._runs_of_main()]
 
     def key(self, run: Run) -> str:
-        """Returns a hash of everything in the grid that the run depends on."""
-        settings = (self.data, self.common, self.stages, self.models[run.model], run.flags, run.seed, run.part)
-        return fingerprint(*settings)
+        """Returns a hash of all settings that the run depends on."""
+        files = [settings(file) for file in ("model", "optimizer", *STAGES)]
+        own = (self.data, self.common, self.stages, self.models[run.model], run.flags, run.seed, run.part)
+        return fingerprint(files, *own)
+
+    def seeds_of(self, model: str, arm: str) -> int:
+        """Returns the number of seeds that an arm has in the main part."""
+        return int(self.main["runs"].get(model, {}).get(arm, 0))
 
     def _seeds_of_main(self) -> int:
         return max((number for arms in self.main["runs"].values() for number in arms.values()), default=0)
@@ -99,22 +111,35 @@ class Grid:
         for model, arms in self.main["runs"].items():
             for seed, (arm, number) in itertools.product(range(1, 1 + self._seeds_of_main()), arms.items()):
                 if seed <= number:
-                    found.append(Run(MAIN, model, arm, seed, self.arms[arm]))
+                    found.append(Run(MAIN, model, arm, seed, self._chosen_flags(model, arm)))
         return sorted(found, key=lambda run: run.seed)
+
+    def _chosen_flags(self, model: str, arm: str) -> Flags:
+        """Returns an arm's flags with the values that the tuning chose for it, or for the arms that it is like."""
+        flags = dict(self.arms[arm])
+        for name in flags.pop(LIKE, [arm]):
+            flags |= self.main["chosen"].get(model, {}).get(name, {})
+        return flags
 
     def _runs_of_tuning(self) -> list[Run]:
         found = []
         for model, arms in self.tuning["runs"].items():
             for seed, (arm, tried) in itertools.product(self.tuning["seeds"], arms.items()):
+                own = {flag: value for flag, value in self.arms[arm].items() if flag != LIKE}
                 for changes in tried_settings(tried):
-                    name = "__".join([arm, *(f"{flag}_{value}" for flag, value in changes.items())])
-                    found.append(Run(TUNING, model, name.replace("=", "_"), seed, {**self.arms[arm], **changes}))
+                    name = "__".join([arm, *(f"{flag}_{_text(value)}" for flag, value in changes.items())])
+                    found.append(Run(TUNING, model, name, seed, own | changes))
         return sorted(found, key=lambda run: run.seed)
 
 
 def tried_settings(tried: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Returns the settings to try: each value of each flag alone; a single empty one for an arm without flags."""
     return [{flag: value} for flag, values in tried.items() for value in values] or [{}]
+
+
+def _text(value: Any) -> str:
+    words = value if isinstance(value, list) else [value]
+    return ",".join(map(str, words)).replace("=", "_")
 
 
 def _known(name: str, known: Mapping[str, Any], what: str) -> None:

@@ -114,7 +114,9 @@ def main() -> None:
     read_records(options)
     options.planned = read_questions(options.plan_vqa, options.image_root)
     found = measure(options, *load_model(options, flags))
-    options.output.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    part = options.output.with_suffix(".part")  # the file is there as a whole or not at all
+    part.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    part.replace(options.output)
     dist.destroy_process_group()
 
 

@@ -8,23 +8,27 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 
-from grid import Run
+from grid import Base, Run
+from steps import StepError
 from tqdm import tqdm
 
 from runs import Study
 
-Task = Run | tuple[str, int]  # a run, or the model and seed of the stages that runs share
+Task = Run | Base  # a run, or the stages that the runs of a model and seed share
 
 
-def task(study: Study, item: Task) -> str | None:
-    """Does a run, or the stages that runs share; returns what failed."""
-    if not isinstance(item, Run):
+def task(study: Study, item: Task, retry: bool) -> str | None:
+    """Does a run, or the stages that runs share; returns why it failed."""
+    if isinstance(item, Run):
+        return study.run(item, retry).get("failed")
+    try:
         study.make_base(item)
-        return None
-    return study.run(item).get("failed")
+    except StepError as error:
+        return str(error)
+    return None
 
 
-def ready(todo: list[Task], done: set[tuple[str, int]]) -> Task | None:
+def ready(todo: list[Task], done: set[Base]) -> Task | None:
     """Takes the first task whose stage 1 is there out of the list; None if all wait for theirs."""
     for number, item in enumerate(todo):
         if not isinstance(item, Run) or item.base in done:
@@ -42,7 +46,7 @@ def ordered(runs: Sequence[Run]) -> list[Task]:
     return tasks
 
 
-def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float) -> int:
+def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float, retry: bool) -> int:
     """Does runs in a pool of processes, with a progress bar.
 
     Args:
@@ -50,34 +54,40 @@ def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float) ->
         runs: The runs, in order.
         processes: How many are done at a time.
         hours: No run begins after this time.
+        retry: Whether runs that failed are done again.
 
     Returns:
         How many failed.
     """
-    todo, done, failures = ordered(runs), set[tuple[str, int]](), 0
+    todo, done, failures = ordered(runs), set[Base](), 0
     deadline = time.monotonic() + 3600 * hours
     running: dict[Future[str | None], Task] = {}
-    context = get_context("fork")  # this process has no threads, and forks need not import everything again
+    tqdm.monitor_interval = 0  # no thread: processes are forked from this one
+    # Forks need not import everything again.
     with (
         tqdm(total=len(runs), unit="run", smoothing=0) as bar,
-        ProcessPoolExecutor(processes, context) as pool,
+        ProcessPoolExecutor(processes, get_context("fork")) as pool,
     ):
         while todo or running:
             while todo and len(running) < processes and time.monotonic() < deadline:
                 item = ready(todo, done)
                 if item is None:
                     break
-                running[pool.submit(task, study, item)] = item
+                running[pool.submit(task, study, item, retry)] = item
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                item = running.pop(future)
+                item, failed = running.pop(future), future.result()
+                affected = [item] if isinstance(item, Run) else []
                 if not isinstance(item, Run):
                     done.add(item)
-                    future.result()
-                    continue
-                bar.update()
-                if failed := future.result():
+                if failed and not isinstance(item, Run):  # a run without its stage 1 is a failed run
+                    affected = [run for run in todo if isinstance(run, Run) and run.base == item]
+                    todo = [run for run in todo if run not in affected]
+                    for run in affected:
+                        study.fail(run, failed)
+                bar.update(len(affected))
+                for run in affected if failed else ():
                     failures += 1
-                    bar.write(f"{item.name} failed: {failed}")
+                    bar.write(f"{run.name} failed: {failed}")
     return failures

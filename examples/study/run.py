@@ -85,13 +85,21 @@ def missing(study: Study, runs: Sequence[Run], retry: bool) -> list[Run]:
     return [run for run, result in results if result is None or (retry and "failed" in result)]
 
 
+def state(study: Study, run: Run) -> str:
+    """Returns `done`, `failed`, or nothing for a run without a result."""
+    result = study.result(run)
+    return "" if result is None else "failed" if "failed" in result else "done"
+
+
 def submit(runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Submits the runs as a job array."""
     jobs = options.output.resolve() / "jobs"
     jobs.mkdir(parents=True, exist_ok=True)
     sweep = jobs / "sweep.txt"
-    sweep.write_text("".join(f"--only {run.name}\n" for run in runs), encoding="utf-8")
+    retry = " --retry" if options.retry else ""
+    sweep.write_text("".join(f"--only {run.name}{retry}\n" for run in runs), encoding="utf-8")
     words = ["--nodes", "1", "--processes-per-node", "1", "--no-requeue", "--logs", str(jobs), "--array", str(sweep)]
+    words += [] if os.environ["MEGATRON_SMAR_DEVICE"] == "cuda" else ["--cpu"]
     shared = [word for name in ("grid", "output", "cache", "results") for word in (f"--{name}", getattr(options, name))]
     command = [*LAUNCH, *words, *shlex.split(options.slurm), "--", PROGRAM, *map(str, shared)]
     if subprocess.run(command, cwd=ROOT).returncode:
@@ -134,14 +142,14 @@ def main() -> None:
         runs = chosen(study, options)
         left = missing(study, runs, options.retry)
         if options.list:
-            print("\n".join(f"{run.name}{'' if run in left else '  done'}" for run in runs))
+            print("\n".join(f"{run.name}  {state(study, run)}".rstrip() for run in runs))
             return
         print(f"{len(runs) - len(left)} of {len(runs)} runs are done")
         study.data.prepare()
         if options.slurm is not None and left:
             submit(left, options)
             return
-        if failures := run_here(study, left, options.processes, options.hours):
+        if failures := run_here(study, left, options.processes, options.hours, options.retry):
             sys.exit(f"study: {failures} runs failed; their logs are in {options.output}.")
     except (StepError, ValueError) as error:
         sys.exit(f"study: {error}")

@@ -5,25 +5,31 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grid import SPLIT_OF, TEXT_SHARE, Grid, Run
+from grid import SPLIT_OF, TEXT_SHARE, Base, Grid, Run
 from pipeline import EVALUATION_CODE, ROOT, SCRIPTS, TRAINING_CODE
 from programs import run_alone
 from stages import Demo
 from steps import Step, StepError, source_hash
-from variants import words
+from variants import settings, words
 
 HERE = Path("examples/study")
-STUDY_CODE = [*TRAINING_CODE, *EVALUATION_CODE, f"{HERE}/measure.py"]
+STUDY_CODE = [
+    *TRAINING_CODE,
+    *EVALUATION_CODE,
+    "megatron_smar/placement/*.py",
+    *(f"{HERE}/{name}.py" for name in ("runs", "measure")),
+]
 
 
 class Data(Demo):
@@ -82,12 +88,15 @@ class Study:
         data: The data that all runs share.
         work: Folder of checkpoints and logs, which can be deleted.
         results: Folder of the results, which are kept.
+        provenance: What makes the results: code, packages and device. Read once, since a fork keeps the code that it
+            was started with.
     """
 
     grid: Grid
     data: Data
     work: Path
     results: Path
+    provenance: Mapping[str, str] = field(default_factory=lambda: provenance())
 
     def result_file(self, run: Run) -> Path:
         """Returns the file of a run's result."""
@@ -101,12 +110,12 @@ class Study:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found if found["key"] == self.grid.key(run) else None
 
-    def base_folder(self, base: tuple[str, int]) -> Path:
+    def base_folder(self, base: Base) -> Path:
         """Returns the folder of the stages that the runs of a model and seed share."""
         model, seed = base
         return self.work / model / f"seed-{seed}"
 
-    def make_base(self, base: tuple[str, int]) -> Path:
+    def make_base(self, base: Base) -> Path:
         """Trains stages 0 and 1 of a model and seed unless that is done.
 
         Args:
@@ -123,39 +132,61 @@ class Study:
         before: Step | None = None
         with locked(folder):
             for stage, data in (("stage0", "text"), ("stage1", "captions")):
-                flags = self._flags(stage, base, {})
+                flags, files = self._flags(stage, base, {}), [settings(file) for file in _files(stage)]
                 inputs = [*made_from, *([before] if before else [])]
-                step = Step(stage, folder / stage, flags, inputs=inputs, any_code=True)
+                step = Step(stage, folder / stage, files, flags, inputs=inputs, any_code=True)
                 start = before.folder if before else None
                 if not step.is_done():
-                    step.run(partial(self._train, stage, flags, data, step.folder, start))
+                    step.run(partial(self._train, flags, data, step.folder, start))
                 before = step
         assert before is not None
         return before.folder
 
-    def run(self, run: Run) -> dict[str, Any]:
-        """Does a run and writes its result; a run that fails has a result too, which says so."""
-        begin, folder = time.monotonic(), self.base_folder(run.base) / run.part / run.arm
-        known = {"key": self.grid.key(run), "flags": dict(run.flags)} | provenance()
-        try:
-            stage1 = self.make_base(run.base)
-            before = self._measure(run, stage1, stage1 / f"measured_{run.part}.json")
-            self._train("stage2", self._flags("stage2", run.base, run.flags), self._mixture(run), folder, stage1)
-            after = self._measure(run, folder, folder / "after.json")
-            result = known | {"before": before, "after": after}
-        except StepError as error:
-            result = known | {"failed": str(error)}
-        result["seconds"] = round(time.monotonic() - begin, 1)
-        file = self.result_file(run)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(rounded(result)) + "\n", encoding="utf-8")
-        if "failed" not in result:
+    def run(self, run: Run, retry: bool = False) -> dict[str, Any]:
+        """Does a run unless it is done, and writes its result; a run that fails has a result too, which says so.
+
+        Args:
+            run: The run.
+            retry: Whether a run that failed is done again.
+        """
+        folder = self.base_folder(run.base) / run.part / run.arm
+        with locked(folder.with_name(f"{folder.name}.lock")):  # of several processes that do the study
+            earlier = self.result(run)
+            if earlier is not None and not (retry and "failed" in earlier):
+                return earlier
+            begin = time.monotonic()
+            try:
+                result: dict[str, Any] = self._do(run, folder)
+            except StepError as error:
+                return self.fail(run, str(error))
+            result["seconds"] = round(time.monotonic() - begin, 1)
+            self._write(run, result, earlier)
             shutil.rmtree(folder)
         return result
 
+    def fail(self, run: Run, reason: str) -> dict[str, Any]:
+        """Writes the result of a run that failed, and returns it."""
+        result = {"failed": reason}
+        self._write(run, result, self.result(run))
+        return result
+
+    def _do(self, run: Run, folder: Path) -> dict[str, Any]:
+        stage1 = self.make_base(run.base)
+        before = self._measure(run, stage1, stage1 / f"measured_{run.part}_{self.provenance['code']}.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        self._train(self._flags("stage2", run.base, run.flags), self._mixture(run), folder, stage1)
+        return {"before": before, "after": self._measure(run, folder, folder / "after.json")}
+
+    def _write(self, run: Run, result: dict[str, Any], earlier: Mapping[str, Any] | None) -> None:
+        """Adds to a result what made it, and what an earlier attempt said that failed, and writes it."""
+        failures = [*earlier.get("earlier_failures", ()), earlier["failed"]] if earlier and "failed" in earlier else []
+        result |= {"key": self.grid.key(run), "flags": dict(run.flags), **self.provenance}
+        result |= {"earlier_failures": failures} if failures else {}
+        write_json(self.result_file(run), rounded(result))
+
     def _flags(self, stage: str, base: tuple[str, int], own: Mapping[str, Any]) -> list[str]:
         model, seed = base
-        files = [str(SCRIPTS / f"{file}.yaml") for file in ("model", "optimizer", stage)]
+        files = [str(SCRIPTS / f"{file}.yaml") for file in _files(stage)]
         given = {**self.grid.common, **self.grid.models[model], **self.grid.stages.get(stage, {}), **own, "seed": seed}
         share = given.pop(TEXT_SHARE, None)
         given |= {"text-only-ratio": share} if share else {}
@@ -167,8 +198,7 @@ class Study:
         """Returns the data of stage 2: without pure text if that is asked for."""
         return "instructions" if run.flags.get(TEXT_SHARE) == 0 else "stage2.yaml"
 
-    def _train(self, stage: str, flags: list[str], data: str, folder: Path, start: Path | None) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+    def _train(self, flags: list[str], data: str, folder: Path, start: Path | None) -> None:
         paths = ["--data-path", self.data.output / "shards" / data, "--save", folder]
         paths += ["--load", start, "--finetune"] if start else []
         run_alone(["pretrain_vlm.py", *flags, *map(str, paths)], folder.with_name(f"{folder.name}.log"))
@@ -193,9 +223,22 @@ class Study:
 
 
 def provenance() -> dict[str, str]:
-    """Returns what made a result: the code and the versions of the packages that compute."""
+    """Returns what makes results: the code, the versions of the packages that compute, and the device."""
     packages = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
-    return {"code": source_hash(ROOT, STUDY_CODE)} | packages
+    device = os.environ.get("MEGATRON_SMAR_DEVICE", "cpu")
+    return {"code": source_hash(ROOT, STUDY_CODE), "device": device} | packages
+
+
+def _files(stage: str) -> tuple[str, ...]:
+    return "model", "optimizer", stage
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 @contextmanager
