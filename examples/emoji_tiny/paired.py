@@ -31,10 +31,11 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
         level: Share of such intervals that contain the true mean, for normally distributed values.
 
     Raises:
-        ValueError: There are no values.
+        ValueError: There are no values, or one is not finite.
     """
     if not values:
         raise ValueError("an interval needs at least one value.")
+    _check_finite(values)
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, math.nan, math.nan)
@@ -51,16 +52,22 @@ def sign_flip_p(differences: Sequence[float]) -> float:
         differences: One paired difference per seed, 1 to 20 of them.
 
     Raises:
-        ValueError: There are none, or too many to try all patterns.
+        ValueError: There are none, or too many to try all patterns; or one is not finite.
     """
     if not 1 <= len(differences) <= MOST_FLIPS:
         raise ValueError(f"{len(differences)} differences: the exact test takes 1 to {MOST_FLIPS}.")
+    _check_finite(differences)
     sizes = [abs(value) for value in differences]
     # Sums of the same numbers in another order differ in the last bits; such a pattern is as far from 0.
     observed = abs(math.fsum(differences)) - 1e-9 * math.fsum(sizes)
     flips = itertools.product((1, -1), repeat=len(sizes))
     extreme = sum(abs(math.fsum(s * v for s, v in zip(signs, sizes, strict=True))) >= observed for signs in flips)
     return float(extreme / 2 ** len(sizes))
+
+
+def _check_finite(values: Sequence[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{list(values)} has a value that is not finite: leave the seed out, and say so.")
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -28,6 +28,7 @@ runtime.install_or_exit("cpu")  # this process only parses flags and reads resul
 
 from demo_content import content
 from demo_report import print_table, write_report
+from paired import MOST_FLIPS
 from stages import Demo, VariantRun
 from steps import StepError
 from variants import DEFAULT, Variant, find_variant, variants
@@ -87,6 +88,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.seeds and not options.compare:
         parser.error("--seeds repeats a comparison: give --compare too")
+    if len(options.seeds) > MOST_FLIPS:
+        parser.error(f"--seeds has {len(options.seeds)}; the exact test takes at most {MOST_FLIPS}")
     os.chdir(ROOT)
     try:
         variant = find_variant(options.routing, options.set)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class Verdict:
         seeds: Number of pairs.
         p: The exact two-sided p value, of the difference with the margin.
         adjusted: The same after Holm's correction over all hypotheses.
-        outcome: `supported`, `contradicted` or `undecided`.
+        outcome: `supported`, `contradicted` or `undecided`; `incomplete` until all pairs of the grid are there.
     """
 
     difference: Interval
@@ -102,6 +103,8 @@ class Results:
         found: The result of each run that succeeded.
         failed: What the runs that failed said, by the run's name.
         missing: Names of the runs without a result, or with one from other settings.
+        codes: Number of results by the hash of the code that made them.
+        unpaired: Models and seeds whose arms did not start from the same checkpoint.
     """
 
     def __init__(self, grid: Grid, folder: Path) -> None:
@@ -109,6 +112,8 @@ class Results:
         self.found: dict[Run, Result] = {}
         self.failed: dict[str, str] = {}
         self.missing: list[str] = []
+        self.codes: Counter[str] = Counter()
+        starts: dict[tuple[str, str, int], set[str]] = defaultdict(set)
         for run in grid.runs():
             file = folder / f"{run.name}.json"
             result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
@@ -118,6 +123,9 @@ class Results:
                 self.failed[run.name] = result["failed"]
             else:
                 self.found[run] = result
+                self.codes[result["code"]] += 1
+                starts[run.part, run.model, run.seed].add(json.dumps(result["before"]))
+        self.unpaired = [f"{'/'.join(map(str, start))}" for start, measured in starts.items() if len(measured) > 1]
 
     def arms(self, part: str, model: str) -> list[str]:
         """Returns the arms that have results, in the order of the grid."""
@@ -132,16 +140,20 @@ class Results:
         return {seed: MEASURES[measure](result) for seed, result in self.of_arm(part, model, arm).items()}
 
     def differences(self, part: str, model: str, arm: str, other: str, measure: str) -> list[float]:
-        """Returns the paired differences of a measure, arm - other, of the seeds that both have."""
-        one, two = (self.values(part, model, name, measure) for name in (arm, other))
-        return [one[seed] - two[seed] for seed in sorted(one.keys() & two.keys())]
+        """Returns the paired differences of a measure, arm - other, of the seeds that both have.
+
+        A seed whose two runs did not start from the same checkpoint is no pair: they measured different things before.
+        """
+        one, two = (self.of_arm(part, model, name) for name in (arm, other))
+        pairs = [(one[s], two[s]) for s in sorted(one.keys() & two.keys()) if one[s]["before"] == two[s]["before"]]
+        return [MEASURES[measure](a) - MEASURES[measure](b) for a, b in pairs]
 
 
 def verdicts(results: Results) -> dict[str, Verdict]:
     """Returns what the data says about every hypothesis that has at least two pairs.
 
-    Holm's correction counts all hypotheses, also those without data yet, so that a verdict does not become weaker when
-    further runs are done.
+    An outcome is given when all pairs of the grid are there, so that nobody stops at a result that pleases. Holm's
+    correction counts all hypotheses, also those without data yet.
     """
     pairs = {name: results.differences(MAIN, h.model, h.arm, h.other, h.measure) for name, h in HYPOTHESES.items()}
     tested = {name: found for name, found in pairs.items() if len(found) > 1}
@@ -153,6 +165,9 @@ def verdicts(results: Results) -> dict[str, Verdict]:
         agrees = statistics.fmean(shifted[name]) * HYPOTHESES[name].sign > 0
         decided = "supported" if agrees else "contradicted"
         outcome = decided if adjusted[name] < SIGNIFICANT else "undecided"
+        wanted = min(results.grid.seeds_of(HYPOTHESES[name].model, arm) for arm in HYPOTHESES[name][2:4])
+        if len(differences) < wanted:
+            outcome = "incomplete"
         found[name] = Verdict(interval(differences), len(differences), p_values[name], adjusted[name], outcome)
     return found
 

@@ -12,8 +12,8 @@ import argparse
 import math
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from megatron_smar import runtime
 runtime.install_or_exit("cpu")  # the grid's flags are checked with Megatron's parser
 
 from documents import replace_between_marks
-from findings import BASELINE, HYPOTHESES, MEASURES, Results, choose, summary, tried, verdicts
+from findings import BASELINE, HYPOTHESES, MEASURES, Results, Tried, choose, summary, tried, verdicts
 from grid import FILE, MAIN, read_grid
 from paired import Interval
 from study_figures import write_figures
@@ -53,11 +53,11 @@ class Shown(NamedTuple):
 
 
 METHODS = ("none", "balance", "smar", "sqrt", "sqrt_smar", "smoes", "smoes_gaussian")
-ROUTINGS = ("hard", "hard_6_2", "layer_split", "moiie", "label_loss", "modality_gates", "ernie")
+ROUTINGS = ("hard", "hard_6_2", "layer_split", "moiie", "label_loss", "modality_gates", "modality_balance", "ernie")
 ABLATION = ("none", "smoes_binning", "smoes_hard", "smoes_kl", "smoes_fixed", "smoes")
 SHARES = tuple(f"{arm}{share}" for arm in ("none", "smar") for share in ("_text_0", "", "_text_6", "_text_20"))
 TABLES = (
-    Shown("Language kept by each method (the SMAR paper's Table 2)", "large", METHODS + ROUTINGS),
+    Shown("Language retention by method (the SMAR paper's Table 2)", "large", METHODS + ROUTINGS),
     Shown("SMAR's band (Table 4)", "large", ("none", "smar_05", "smar_10", "smar_15", "smar")),
     Shown("SMAR's bias, and balance beside it (Table 5)", "large", ("smar_15_no_bias", "smar_15", "smar_15_balance")),
     Shown("Relative to none (SMoES's main table), 8 large experts", "large", METHODS + ROUTINGS, relative=True),
@@ -78,7 +78,7 @@ def parts(found: Interval, scale: float = 100, signed: bool = False) -> str:
 
 def arms_table(results: Results, shown: Shown) -> Table:
     """Returns a table of the measures; empty if none of its arms has results."""
-    header = ("arm", "seeds", "language kept %", "minus none", "perplexity ratio", "pictures %", "minus none")
+    header = ("arm", "seeds", "retention %", "minus none", "perplexity ratio", "picture questions %", "minus none")
     rows: Table = [(*header, "MSI", "distance", "load entropy", "crossing %")]
     for arm in _done(results, shown):
         own = {name: list(results.values(MAIN, shown.model, arm, name).values()) for name in MEASURES}
@@ -120,10 +120,22 @@ def _done(results: Results, shown: Shown) -> list[str]:
     return [arm for arm in shown.arms if arm in done]
 
 
+def kinds_table(results: Results, shown: Shown) -> Table:
+    """Returns the accuracy by kind of picture question; empty if none of its arms has results."""
+    kinds: list[str] = []
+    rows: Table = []
+    for arm in _done(results, shown):
+        by_seed = [result["after"]["vqa_by_kind"] for result in results.of_arm(MAIN, shown.model, arm).values()]
+        kinds = kinds or list(by_seed[0])
+        means = {kind: summary([found[kind] for found in by_seed]) for kind in kinds}
+        rows.append((arm, str(len(by_seed)), *(parts(means[kind]) for kind in kinds)))
+    return [("arm", "seeds", *(f"{kind} %" for kind in kinds)), *rows] if rows else []
+
+
 def hypotheses_table(results: Results) -> Table:
     """Returns the verdicts; empty if there is none."""
     found = verdicts(results)
-    rows: Table = [("", "hypothesis", "pairs", "difference", "p", "Holm's p", "outcome")]
+    rows: Table = [("", "hypothesis", "pairs", "difference", "p (of H7: with its margin)", "Holm's p", "outcome")]
     for name, verdict in found.items():
         scale = 1 if HYPOTHESES[name].measure == "entropy" else 100
         shown = parts(verdict.difference, scale, signed=True) if scale > 1 else _plain(verdict.difference)
@@ -139,13 +151,17 @@ def _plain(found: Interval) -> str:
 def tuning_table(results: Results) -> Table:
     """Returns what the tuning tried, with the chosen value of each flag marked; empty without results."""
     settings = tried(results)
-    rows: Table = [("model", "arm", "setting", "seeds", "language kept %", "perplexity ratio", "pictures %", "")]
-    pictures = {each.model: each.pictures for each in settings if each.arm == BASELINE and "lr 0.001" in each.setting}
-    pictures |= {each.model: each.pictures for each in settings if each.arm == BASELINE and not each.setting}
-    for (model, arm, flag), members in groupby(settings, lambda s: (s.model, s.arm, s.setting.partition(" ")[0])):
-        group = list(members)
-        is_chosen = flag not in ("", "lr") and len(group) > 1 and model in pictures
-        best = choose(group, pictures[model]) if is_chosen else None
+    rows: Table = [("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "")]
+    seeds = len(results.grid.tuning["seeds"])
+    usual = ("", f"lr {results.grid.stages['stage2'].get('lr')}")
+    pictures = {s.model: s.pictures for s in settings if s.arm == BASELINE and s.setting in usual and s.seeds == seeds}
+    groups: dict[tuple[str, str, str], list[Tried]] = defaultdict(list)
+    for each in settings:
+        groups[each.model, each.arm, each.setting.partition(" ")[0]].append(each)
+    for (model, arm, flag), group in groups.items():
+        wanted = len(results.grid.tuning["runs"][model][arm].get(flag, ()))
+        is_complete = len(group) == wanted and all(each.seeds == seeds for each in group) and model in pictures
+        best = choose(group, pictures[model]) if is_complete and flag not in ("", "lr") else None
         for each in group:
             numbers = (f"{100 * each.retention:.1f}", f"{each.perplexity:.2f}", f"{100 * each.pictures:.1f}")
             chosen = "chosen" if each is best else ""
@@ -157,14 +173,21 @@ def tables(results: Results) -> list[tuple[str, Table]]:
     """Returns all tables that have results, with their titles."""
     found = [("Hypotheses", hypotheses_table(results))]
     found += [(s.title, relative_table(results, s) if s.relative else arms_table(results, s)) for s in TABLES]
+    found.append(("Picture questions by kind", kinds_table(results, TABLES[0])))
     found.append(("Tuning, means over seeds of its own on the validation half", tuning_table(results)))
     return [(title, table) for title, table in found if table]
 
 
 def state(results: Results) -> str:
-    """Returns how many runs are done, missing and failed, in a sentence, and what the failed ones said."""
-    done = f"{len(results.found)} runs are done, {len(results.missing)} are missing, {len(results.failed)} failed."
-    return "\n".join([done, *(f"{name}: {said}" for name, said in results.failed.items())])
+    """Returns how many runs are done, missing and failed, and what a reader must know about them, in sentences."""
+    lines = [f"Runs: {len(results.found)} done, {len(results.missing)} missing, {len(results.failed)} failed."]
+    if len(results.codes) > 1:
+        lines.append(f"They were made by {len(results.codes)} versions of the code.")
+    if results.unpaired:
+        lines.append(f"Not all arms of {', '.join(results.unpaired)} started from the same checkpoint.")
+    repeated = sum("earlier_failures" in result for result in results.found.values())
+    lines += [f"Done again after a failure: {repeated}."] if repeated else []
+    return "\n".join([*lines, *(f"- {name}: {said}" for name, said in results.failed.items())])
 
 
 def markdown(found: Iterable[tuple[str, Table]], figures: Sequence[tuple[str, str]], said: str) -> str:

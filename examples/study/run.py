@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the study's runs that are missing, two at a time, and keeps one small file of each.
+"""Runs what is missing of the study, two runs at a time, and keeps one small file of each.
 
     python examples/study/run.py [--part tuning|main] [--arms none smar ...] [--seeds 1 2 ...] [--hours 2]
     python examples/study/run.py --list

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study's figures: language kept against pictures learnt, MRD distance by layer, experts' loads."""
+"""The study's figures: language retention against picture questions, MRD distance by layer, expert load."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def write_figures(results: Results, folder: Path) -> list[tuple[str, str]]:
     written = []
     for model in results.grid.models:
         if arms := results.arms(MAIN, model):
-            written.append((f"Language kept against pictures learnt, {model} experts", f"scatter_{model}.svg"))
+            written.append((f"Language retention against picture questions, {model} experts", f"scatter_{model}.svg"))
             scatter(results, model, arms).savefig(folder / written[-1][1])
     for title, name, wanted in DISTANCES:
         if shown := _present(results, wanted):
             written.append((title, f"{name}.svg"))
             distances(results, shown).savefig(folder / written[-1][1])
     if shown := _present(results, LOADS):
-        written.append(("Experts' loads, mean over seeds (Figure 4)", "loads.svg"))
+        written.append(("Expert load, mean over seeds (Figure 4)", "loads.svg"))
         loads(results, shown).savefig(folder / written[-1][1])
     return written
 
 
 @styled
 def scatter(results: Results, model: str, arms: Sequence[str]) -> Figure:
-    """Plots language kept over pictures learnt, each with its interval, a point for each arm."""
+    """Plots language retention over picture questions, each with its interval, a point for each arm."""
     figure = new_figure(520, 400)
     axes = figure.subplots()
     for number, arm in enumerate(arms):
@@ -59,7 +59,7 @@ def scatter(results: Results, model: str, arms: Sequence[str]) -> Figure:
         axes.errorbar(100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", markersize=4, color=colour, linewidth=0.9)
         place = (100 * x.mean, 100 * y.mean)
         axes.annotate(arm, place, (4, 3), textcoords="offset points", size=8, color=colour)
-    axes.set(xlabel="picture questions answered, %", ylabel="language kept, %")
+    axes.set(xlabel="picture questions answered, %", ylabel="language retention, %")
     axes.grid(True, color=MUTED, alpha=0.2)
     return figure
 

@@ -25,7 +25,7 @@ GRID = {
     "models": {"large": {"num-layers": 2, "hidden-size": 64}},
     "arms": {"hard": {"modality-routing": "hard"}, "broken": {"modality-routing": "none", "train-samples": 4}},
     "tuning": {"seeds": [101], "runs": {}},
-    "main": {"runs": {"large": {"hard": 1, "broken": 1}}},
+    "main": {"runs": {"large": {"hard": 1, "broken": 1}}, "chosen": {}},
 }
 
 
@@ -63,11 +63,12 @@ def test_a_run_that_fails_is_not_recorded_and_done_again_unasked(root):
     result = json.loads((root / "results/main/large/broken/1.json").read_text())
     assert "stage2" in result["failed"] or "broken" in result["failed"]
     assert "2 of 2 runs are done" in study(root).stdout
+    assert study(root, "--list").stdout.splitlines()[-2:] == ["main/large/hard/1  done", "main/large/broken/1  failed"]
     shown = run(REPORT, "--grid", root / "grid.yaml", "--results", root / "results").stdout
-    assert "1 runs are done, 0 are missing, 1 failed.\nmain/large/broken/1: " in shown and "hard" in shown
+    assert "Runs: 1 done, 0 missing, 1 failed.\n- main/large/broken/1: " in shown and "hard" in shown
 
 
 def test_on_slurm_an_element_of_the_job_array_is_not_one_run(root):
     shown = study(root, "--retry", "--slurm=--dry-run --cpu").stdout
-    assert "--only main/large/broken/1" in (root / "work/jobs/sweep.txt").read_text()
+    assert "--only main/large/broken/1 --retry" in (root / "work/jobs/sweep.txt").read_text()
     assert "#SBATCH --array=0-0" in shown and "examples/study/run.py" in shown

@@ -21,6 +21,7 @@ import grid
 import paired
 import pool
 import report
+from steps import StepError
 
 import runs
 
@@ -49,6 +50,8 @@ def test_ten_equal_differences_do_not_have_the_smallest_p_value_that_ten_seeds_c
     assert paired.sign_flip_p([-0.1] * 5) == 2 / 2**5
     with pytest.raises(ValueError, match=r"0 differences: the exact test takes 1 to 20\.$"):
         paired.sign_flip_p([])
+    with pytest.raises(ValueError, match="has a value that is not finite: leave the seed out, and say so"):
+        paired.sign_flip_p([0.1, math.nan])
 
 
 def test_one_seed_has_an_interval() -> None:
@@ -81,8 +84,10 @@ def content(**changes: object) -> dict:
         "models": {"large": {}, "small": {"num-experts": 16}},
         "arms": {"none": {"modality-routing": "none"}, "smar": {"modality-routing": "smar"}},
         "tuning": {"seeds": [101], "runs": {"large": {"none": {}, "smar": {"smar-coeff": [0.1, 1], "lr": [0.1]}}}},
-        "main": {"runs": {"large": {"none": 2, "smar": 1}}},
+        "main": {"runs": {"large": {"none": 2, "smar": 1}}, "chosen": {}},
     }
+    if "main" in changes:
+        changes["main"] = {"chosen": {}} | dict(changes["main"])
     return found | changes
 
 
@@ -111,6 +116,8 @@ def test_runs_are_not_those_of_the_grid_seed_by_seed(tmp_path: Path) -> None:
         ({"main": {"runs": {"huge": {"smar": 1}}}}, "there is no model huge; give one of large, small"),
         ({"arms": {"none": {"modality-routing": "none"}, "smar": {"smar-coef": 1}}}, "smar-coef is not a flag"),
         ({"main": {"runs": {"large": {"none": 101}}}}, r"seeds \[101\] are of tuning and main"),
+        ({"main": {"runs": {}, "chosen": {"large": {"smare": {}}}}}, "there is no arm smare; give one of none, smar"),
+        ({"arms": {"none": {}, "smar": {"like": ["other"]}}}, "there is no arm other; give one of none, smar"),
     ],
 )
 def test_an_invalid_grid_is_accepted(tmp_path: Path, changes: dict, said: str) -> None:
@@ -125,6 +132,25 @@ def test_a_result_survives_a_change_of_the_settings_that_it_was_made_with(tmp_pa
     assert read(tmp_path, stages={"stage2": {"train-iters": 3}}).key(first) != key
     assert read(tmp_path, data={"scenes": {"seed": 2}}).key(first) != key
     assert read(tmp_path, models={"large": {"num-experts": 4}, "small": {}}).key(first) != key
+
+
+def test_a_chosen_value_reaches_another_model_or_arm_or_the_tuning(tmp_path: Path) -> None:
+    arms = {
+        "none": {"modality-routing": "none"},
+        "smar": {"modality-routing": "smar", "smar-coeff": 0.01},
+        "low": {"modality-routing": "smar", "smar-coeff": 0.01, "smar-d-min": 0.1, "like": ["smar"]},
+    }
+    models = ("large", "small")
+    main = {
+        "runs": {model: dict.fromkeys(arms, 1) for model in models},
+        "chosen": {"small": {"smar": {"smar-coeff": 1}}},
+    }
+    found = read(tmp_path, arms=arms, main=main)
+    coefficients = {run.name: run.flags.get("smar-coeff") for run in found.runs()}
+    assert coefficients["main/small/smar/1"] == coefficients["main/small/low/1"] == 1
+    assert coefficients["main/large/smar/1"] == coefficients["main/large/low/1"] == 0.01
+    assert coefficients["main/small/none/1"] is None and coefficients["tuning/large/smar__lr_0.1/101"] == 0.01
+    assert all("like" not in run.flags for run in found.runs())
 
 
 def test_the_committed_grid_has_arms_or_models_that_nothing_runs() -> None:
@@ -168,6 +194,44 @@ def test_a_run_starts_before_the_stages_that_it_needs(wanted: set[tuple[int, str
     assert sorted(finished) == sorted(wanted)
 
 
+class Failing(runs.Study):
+    """A study whose stage 1 fails for one seed, and whose runs take no time."""
+
+    def make_base(self, base: grid.Base) -> Path:
+        if base[1] == 2:
+            raise StepError("stage1 failed")
+        return Path("nowhere")
+
+    def _do(self, run: grid.Run, folder: Path) -> dict:
+        folder.mkdir(parents=True)
+        if run.arm == "smar" and run.seed == 1:
+            raise StepError("stage2 failed")
+        return {"before": {}, "after": {}}
+
+
+def test_a_stage_that_fails_ends_the_other_runs_or_leaves_runs_without_a_result(tmp_path: Path) -> None:
+    settings = read(tmp_path, main={"runs": {"large": {"none": 3, "smar": 3}}}, tuning={"seeds": [101], "runs": {}})
+    study = Failing(settings, None, tmp_path / "work", tmp_path / "results", {"code": "abc"})
+    assert pool.run_here(study, settings.runs(), 2, 1, False) == 3
+    found = {run.name: study.result(run).get("failed") for run in settings.runs()}
+    assert found == {
+        **{f"main/large/{arm}/{seed}": None for arm in ("none", "smar") for seed in (1, 3)},
+        **{f"main/large/{arm}/2": "stage1 failed" for arm in ("none", "smar")},
+        "main/large/smar/1": "stage2 failed",
+    }
+
+
+def test_a_failure_replaces_a_success_or_is_forgotten_when_the_run_is_done_again(tmp_path: Path) -> None:
+    settings = read(tmp_path, main={"runs": {"large": {"smar": 1}}}, tuning={"seeds": [101], "runs": {}})
+    (only,) = settings.runs()
+    failing = Failing(settings, None, tmp_path / "work", tmp_path / "results", {"code": "abc"})
+    assert failing.run(only)["failed"] == failing.run(only)["failed"] == "stage2 failed"
+    working = runs.Study(settings, None, tmp_path / "work", tmp_path / "results", {"code": "abc"})
+    object.__setattr__(working, "_do", lambda run, folder: {"before": {}, "after": {}})
+    assert working.run(only, retry=True)["earlier_failures"] == ["stage2 failed"]
+    assert "failed" not in failing.run(only, retry=True)
+
+
 # ---- what the results say
 
 
@@ -179,13 +243,15 @@ def write_results(folder: Path, study: grid.Grid, retention) -> None:
             "word_accuracy": 0.1 * retention(run),
             "text_perplexity": 300.0,
             "vqa_accuracy": 0.6,
+            "vqa_by_kind": {"colour": 0.9, "corner": 0.3},
             "crossing": {"before": 0.6, "after": 0.4},
             "expert_load": [[[8.0, 4.0], [1.0, 3.0]]] * 4,
         }
         before = after | {"word_accuracy": 0.1, "text_perplexity": 200.0}
         file = folder / f"{run.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"key": study.key(run), "before": before, "after": after}))
+        made = {"key": study.key(run), "code": "abc"}
+        file.write_text(json.dumps(made | {"before": before, "after": after}))
 
 
 @pytest.fixture
@@ -224,7 +290,24 @@ def test_a_failed_or_outdated_run_is_counted_as_done(tmp_path: Path, study: grid
     results = findings.Results(study, folder)
     assert results.failed == {"main/large/smar/3": "stage2 failed"} and results.missing == ["main/large/none/4"]
     assert len(results.differences("main", "large", "smar", "none", "retention")) == 8
-    assert "1 are missing, 1 failed.\nmain/large/smar/3: stage2 failed" in report.state(results)
+    assert "1 missing, 1 failed.\n- main/large/smar/3: stage2 failed" in report.state(results)
+    assert outcome_of(results, "H1") == "incomplete"
+
+
+def outcome_of(results: findings.Results, name: str) -> str:
+    return findings.verdicts(results)[name].outcome
+
+
+def test_runs_from_different_checkpoints_are_a_pair(tmp_path: Path, study: grid.Grid) -> None:
+    folder = tmp_path / "results"
+    write_results(folder, study, lambda run: 0.8)
+    file = folder / "main/large/smar/3.json"
+    content = json.loads(file.read_text())
+    content["before"]["text_perplexity"] += 1
+    file.write_text(json.dumps(content))
+    results = findings.Results(study, folder)
+    assert len(results.differences("main", "large", "smar", "none", "retention")) == 9
+    assert "Not all arms of main/large/3 started from the same checkpoint." in report.state(results)
 
 
 @given(st.permutations([(0.9, 0.55), (0.85, 0.6), (0.7, 0.65)]))
