@@ -151,6 +151,8 @@ def main() -> None:
             return
         if failures := run_here(study, left, options.processes, options.hours, options.retry):
             sys.exit(f"study: {failures} runs failed; their logs are in {options.output}.")
+        if remaining := missing(study, runs, False):
+            print(f"{len(remaining)} of {len(runs)} runs are left; the same command continues.")
     except (StepError, ValueError) as error:
         sys.exit(f"study: {error}")
 
