@@ -63,7 +63,7 @@ def test_a_run_that_fails_is_not_recorded_and_done_again_unasked(root):
     result = json.loads((root / "results/main/large/broken/1.json").read_text())
     assert "stage2" in result["failed"] or "broken" in result["failed"]
     assert "2 of 2 runs are done" in study(root).stdout
-    assert study(root, "--list").stdout.splitlines()[-2:] == ["main/large/hard/1  done", "main/large/broken/1  failed"]
+    assert {"main/large/hard/1  done", "main/large/broken/1  failed"} <= set(study(root, "--list").stdout.splitlines())
     shown = run(REPORT, "--grid", root / "grid.yaml", "--results", root / "results").stdout
     assert "Runs: 1 done, 0 missing, 1 failed.\n- main/large/broken/1: " in shown and "hard" in shown
 
