@@ -151,7 +151,9 @@ def _plain(found: Interval) -> str:
 def tuning_table(results: Results) -> Table:
     """Returns what the tuning tried, with the chosen value of each flag marked; empty without results."""
     settings = tried(results)
-    rows: Table = [("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "")]
+    rows: Table = [
+        ("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "choice")
+    ]
     seeds = len(results.grid.tuning["seeds"])
     usual = ("", f"lr {results.grid.stages['stage2'].get('lr')}")
     pictures = {s.model: s.pictures for s in settings if s.arm == BASELINE and s.setting in usual and s.seeds == seeds}
