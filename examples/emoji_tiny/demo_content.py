@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo_headline import MEASURES
 from paired import interval, sign_flip_p
 from stages import AFTER, BEFORE, PLACEMENT_LOGS, STAGES, TEXT_ONLY, Demo, VariantRun, results_of
 from variants import DEFAULT, settings
@@ -19,7 +20,6 @@ from megatron_smar.routing.specialization import modality_specialization_index
 from megatron_smar.routing.strategies import STRATEGIES
 
 TITLE = "megatron_smar demo: a small MoE learns to see"
-PAIRED = ("retention", "text_perplexity_after", "vqa_accuracy", "mrd_distance")
 
 
 def content(
@@ -83,7 +83,7 @@ def differences(pairs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     Args:
         pairs: For each seed, the `comparison` of the variant and of what it is compared with.
     """
-    found = {name: [one[name] - other[name] for one, other in pairs] for name in PAIRED}
+    found = {name: [one[name] - other[name] for one, other in pairs] for name in MEASURES}
     return {
         "seeds": len(pairs),
         "differences": {

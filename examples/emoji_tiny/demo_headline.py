@@ -9,7 +9,7 @@ from typing import Any
 from megatron_smar.report.numbers import aligned, decimal, duration, is_finite, percent
 
 QUESTIONS = "Picture questions"
-_MEASURES = {
+MEASURES = {
     "retention": ("Retention", percent),
     "text_perplexity_after": ("Text perplexity", decimal),
     "vqa_accuracy": (QUESTIONS, percent),
@@ -59,8 +59,8 @@ def format_table(report: Mapping[str, Any]) -> str:
 
 def comparison_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Returns the measures after stage 2 by --modality-routing, with a header, of a report with a `comparison`."""
-    header = ("Routing", *(name for name, _ in _MEASURES.values()))
-    rows = ((run["routing"], *(form(run[key]) for key, (_, form) in _MEASURES.items())) for run in report["comparison"])
+    header = ("Routing", *(name for name, _ in MEASURES.values()))
+    rows = ((run["routing"], *(form(run[key]) for key, (_, form) in MEASURES.items())) for run in report["comparison"])
     return [header, *rows]
 
 
@@ -68,7 +68,7 @@ def paired_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Returns the paired differences over seeds, with a header, of a report with a `paired`."""
     found = report["paired"]
     rows = [(f"Difference, {found['seeds']} seeds", "mean", "95% interval", "p")]
-    for key, (name, form) in _MEASURES.items():
+    for key, (name, form) in MEASURES.items():
         entry = found["differences"][key]
         ends = f"{form(entry['low'])} to {form(entry['high'])}" if is_finite(entry["low"]) else "-"
         rows.append((name, form(entry["mean"]), ends, f"{entry['p']:.3f}"))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo_headline import format_table
+from demo_headline import MEASURES, format_table
 from demo_page import render
 
 from megatron_smar.report.numbers import is_finite, is_number, plain
@@ -53,9 +53,9 @@ _INNER: dict[str, tuple[str, ...]] = {
     "expert_share.*": ("text", "vision"),
     "examples.*": ("image", "question", "answer", "prediction", "correct"),
     "paired": ("seeds", "differences"),
-    "paired.differences": ("retention", "vqa_accuracy", "text_perplexity_after", "mrd_distance"),
+    "paired.differences": tuple(MEASURES),
     "paired.differences.*": ("mean", "low", "high", "p"),
-    "comparison.*": ("routing", "retention", "vqa_accuracy", "text_perplexity_after", "mrd_distance"),
+    "comparison.*": ("routing", *MEASURES),
 }
 
 

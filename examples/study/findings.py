@@ -68,7 +68,7 @@ HYPOTHESES = {
         "SMoES keeps more than SMAR on many small experts", "small", "smoes_8", "smar", "retention", 1
     ),
     "H7": Hypothesis(
-        "square-root weighting does as well as SMAR (within 2 points)", "large", "sqrt", "smar", "retention", 1, 0.02
+        "square-root weighting is not worse than SMAR (by 2 points)", "large", "sqrt", "smar", "retention", 1, 0.02
     ),
 }  # fmt: skip
 
@@ -139,14 +139,18 @@ class Results:
         """Returns a measure of an arm by seed."""
         return {seed: MEASURES[measure](result) for seed, result in self.of_arm(part, model, arm).items()}
 
-    def differences(self, part: str, model: str, arm: str, other: str, measure: str) -> list[float]:
-        """Returns the paired differences of a measure, arm - other, of the seeds that both have.
+    def pairs(self, part: str, model: str, arm: str, other: str, measure: str) -> list[tuple[float, float]]:
+        """Returns a measure of two arms for each seed that both have.
 
         A seed whose two runs did not start from the same checkpoint is no pair: they measured different things before.
         """
         one, two = (self.of_arm(part, model, name) for name in (arm, other))
-        pairs = [(one[s], two[s]) for s in sorted(one.keys() & two.keys()) if one[s]["before"] == two[s]["before"]]
-        return [MEASURES[measure](a) - MEASURES[measure](b) for a, b in pairs]
+        found = [(one[s], two[s]) for s in sorted(one.keys() & two.keys()) if one[s]["before"] == two[s]["before"]]
+        return [(MEASURES[measure](a), MEASURES[measure](b)) for a, b in found]
+
+    def differences(self, part: str, model: str, arm: str, other: str, measure: str) -> list[float]:
+        """Returns the paired differences of a measure, arm - other."""
+        return [a - b for a, b in self.pairs(part, model, arm, other, measure)]
 
 
 def verdicts(results: Results) -> dict[str, Verdict]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,8 @@ class Grid:
 
     def key(self, run: Run) -> str:
         """Returns a hash of all settings that the run depends on."""
-        files = [settings(file) for file in ("model", "optimizer", *STAGES)]
         own = (self.data, self.common, self.stages, self.models[run.model], run.flags, run.seed, run.part)
-        return fingerprint(files, *own)
+        return fingerprint(_run_files(), *own)
 
     def seeds_of(self, model: str, arm: str) -> int:
         """Returns the number of seeds that an arm has in the main part."""
@@ -130,6 +130,12 @@ class Grid:
                     name = "__".join([arm, *(f"{flag}_{_text(value)}" for flag, value in changes.items())])
                     found.append(Run(TUNING, model, name, seed, own | changes))
         return sorted(found, key=lambda run: run.seed)
+
+
+@cache
+def _run_files() -> list[dict[str, Any]]:
+    """Returns the settings in the demo's run files."""
+    return [settings(file) for file in ("model", "optimizer", *STAGES)]
 
 
 def tried_settings(tried: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

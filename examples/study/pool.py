@@ -81,11 +81,11 @@ def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float, re
                 affected = [item] if isinstance(item, Run) else []
                 if not isinstance(item, Run):
                     done.add(item)
-                if failed and not isinstance(item, Run):  # a run without its stage 1 is a failed run
-                    affected = [run for run in todo if isinstance(run, Run) and run.base == item]
-                    todo = [run for run in todo if run not in affected]
-                    for run in affected:
-                        study.fail(run, failed)
+                    if failed:  # a run without its stage 1 is a failed run
+                        affected = [run for run in todo if isinstance(run, Run) and run.base == item]
+                        todo = [run for run in todo if run not in affected]
+                        for run in affected:
+                            study.fail(run, failed)
                 bar.update(len(affected))
                 for run in affected if failed else ():
                     failures += 1

@@ -111,8 +111,7 @@ def relative_table(results: Results, shown: Shown) -> Table:
 
 def relative(results: Results, model: str, arm: str, measure: str) -> list[float]:
     """Returns a measure of each seed relative to that of `none` with the same seed, minus 1."""
-    one, none = (results.values(MAIN, model, name, measure) for name in (arm, BASELINE))
-    return [one[seed] / none[seed] - 1 for seed in sorted(one.keys() & none.keys())]
+    return [value / none - 1 for value, none in results.pairs(MAIN, model, arm, BASELINE, measure)]
 
 
 def _done(results: Results, shown: Shown) -> list[str]:
