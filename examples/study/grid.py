@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study's grid: which models, arms and seeds there are, from grid.yaml, and the runs that follow from it."""
+"""The study's grid: which models, arms and seeds there are, from a YAML file, and the runs and results it asks for."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,12 +14,25 @@ from typing import Any
 
 import yaml
 from steps import fingerprint
-from variants import Variant, settings
+from variants import Variant
 
-FILE = Path(__file__).parent / "grid.yaml"
+from megatron_smar.config.run_file import read_flags
+
 TUNING, MAIN = "tuning", "main"
 SPLIT_OF = {TUNING: "validation", MAIN: "test"}
-STAGES = ("stage0", "stage1", "stage2")
+ROOT = Path(__file__).resolve().parents[2]
+EMOJI_TINY, SMOLLM2_MOE = "emoji_tiny", "smollm2_moe"
+# The run files of the examples whose models the study can train.
+RUN_FILES = {
+    EMOJI_TINY: ("model", "optimizer", "stage0", "stage1", "stage2"),
+    SMOLLM2_MOE: ("training", "stage1", "stage3"),
+}
+# Paths that can be given on the command line, with their defaults, and those with --smollm2.
+PLACES = {
+    "grid": ("examples/study/grid.yaml", "examples/study/grid_smollm2.yaml"),
+    "output": ("runs/study", "runs/study-smollm2"),
+    "results": ("docs/study/results", "docs/study/results_smollm2"),
+}
 # Keys of an arm that are no flags: its share of pure text, and the tuned arms whose chosen values it takes.
 TEXT_SHARE, LIKE = "text-share", "like"
 Flags = Mapping[str, Any]
@@ -55,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """The content of grid.yaml.
+    """The content of a grid's file.
 
     Attributes:
         data: Options of the demo's programs that make the data, by step.
@@ -65,6 +80,9 @@ class Grid:
         arms: Flags of each arm, with the values that the tuning starts from.
         tuning: Seeds, and for each model the arms and the values to try.
         main: For each model the arms and their numbers of seeds, and the values that the tuning chose for it, by arm.
+        backbone: The example whose model and stages are studied.
+        layout: The layout of its run files; empty where they have none.
+        language: A Hugging Face folder of a language model to use instead of SmolLM2.
     """
 
     data: Mapping[str, Flags]
@@ -74,15 +92,19 @@ class Grid:
     arms: Mapping[str, Flags]
     tuning: Mapping[str, Any]
     main: Mapping[str, Any]
+    backbone: str = EMOJI_TINY
+    layout: str = ""
+    language: Path | None = None
 
     def __post_init__(self) -> None:
+        _known(self.backbone, RUN_FILES, "backbone")
         for named in (self.tuning["runs"], self.main["runs"], self.main["chosen"]):
             for model, arms in named.items():
                 _known(model, self.models, "model")
                 for arm in arms:
                     _known(arm, self.arms, "arm")
         if shared := set(self.tuning["seeds"]) & set(range(1, 1 + self._seeds_of_main())):
-            raise ValueError(f"grid.yaml: seeds {sorted(shared)} are of tuning and main; give tuning its own seeds.")
+            raise ValueError(f"The grid: seeds {sorted(shared)} are of tuning and main; give tuning its own seeds.")
         for name, arm in self.arms.items():
             for other in arm.get(LIKE, ()):
                 _known(other, self.arms, "arm")
@@ -96,8 +118,18 @@ class Grid:
 
     def key(self, run: Run) -> str:
         """Returns a hash of all settings that the run depends on."""
-        own = (self.data, self.common, self.stages, self.models[run.model], run.flags, run.seed, run.part)
-        return fingerprint(_run_files(), *own)
+        own = [self.data, self.common, self.stages, self.models[run.model], run.flags, run.seed, run.part]
+        own += [self.language] if self.language else []
+        files = [settings_of(self.backbone, name, self.layout) for name in RUN_FILES[self.backbone]]
+        return fingerprint(files, *own)
+
+    def result(self, run: Run, folder: Path) -> dict[str, Any] | None:
+        """Returns a run's result from the folder of results; None if there is none, or it has other settings."""
+        file = folder / f"{run.name}.json"
+        if not file.exists():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found if found["key"] == self.key(run) else None
 
     def seeds_of(self, model: str, arm: str) -> int:
         """Returns the number of seeds that an arm has in the main part."""
@@ -132,10 +164,15 @@ class Grid:
         return sorted(found, key=lambda run: run.seed)
 
 
+def run_file(backbone: str, name: str) -> Path:
+    """Returns a run file of an example, relative to the project's folder."""
+    return Path("examples") / backbone / f"{name}.yaml"
+
+
 @cache
-def _run_files() -> list[dict[str, Any]]:
-    """Returns the settings in the demo's run files."""
-    return [settings(file) for file in ("model", "optimizer", *STAGES)]
+def settings_of(backbone: str, name: str, layout: str) -> dict[str, Any]:
+    """Returns the settings in a run file of an example, in a layout."""
+    return read_flags(ROOT / run_file(backbone, name), layout or None)
 
 
 def tried_settings(tried: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -150,13 +187,29 @@ def _text(value: Any) -> str:
 
 def _known(name: str, known: Mapping[str, Any], what: str) -> None:
     if name not in known:
-        raise ValueError(f"grid.yaml: there is no {what} {name}; give one of {', '.join(known)}.")
+        raise ValueError(f"The grid: there is no {what} {name}; give one of {', '.join(known)}.")
 
 
-def read_grid(path: Path = FILE) -> Grid:
+def read_grid(path: Path) -> Grid:
     """Reads a grid.
 
     Raises:
         ValueError: It names an unknown model or arm, or a flag that stage 2 would refuse.
     """
-    return Grid(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    language = content.pop("language", None)
+    return Grid(**content, language=language and path.parent / language)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for a study's paths, and --smollm2, which changes their defaults."""
+    parser.add_argument("--smollm2", action="store_true", help="study SmolLM2 as a mixture, on one GPU")
+    for name, (usual, smollm2) in PLACES.items():
+        parser.add_argument(f"--{name}", type=Path, help=f"default: {usual}; with --smollm2: {smollm2}")
+
+
+def set_places(options: argparse.Namespace) -> None:
+    """Sets the paths that were not given; they are relative to the project's folder."""
+    for name, defaults in PLACES.items():
+        given = getattr(options, name)
+        setattr(options, name, Path(defaults[options.smollm2]) if given is None else given.resolve())

@@ -22,7 +22,7 @@ def task(study: Study, item: Task, retry: bool) -> str | None:
     if isinstance(item, Run):
         return study.run(item, retry).get("failed")
     try:
-        study.make_base(item)
+        study.backbone.make(item)
     except StepError as error:
         return str(error)
     return None

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs of the project in a fork of this process, which has imported what they import: that takes ten seconds."""
+"""Programs of the project in a fork of this process, which has imported what they import, and locks between processes.
+
+The imports take ten seconds.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -42,3 +47,12 @@ def _become(command: list[str], log: Path) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv, sys.path[0] = command, str((ROOT / command[0]).parent)
     runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out while one makes what is in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the study's results: tables on the terminal and in docs/study/README.md, figures in docs/study.
 
-    python examples/study/report.py [--results docs/study/results] [--write docs/study/README.md]
+    python examples/study/report.py [--write docs/study/README.md] [--smollm2]
 
 What has no results yet is left out, and the number of runs that are missing or failed is always shown.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import sys
 from collections import defaultdict
@@ -26,7 +27,7 @@ runtime.install_or_exit("cpu")  # the grid's flags are checked with Megatron's p
 
 from documents import replace_between_marks
 from findings import BASELINE, HYPOTHESES, MEASURES, Results, Tried, choose, summary, tried, verdicts
-from grid import FILE, MAIN, read_grid
+from grid import MAIN, add_places, read_grid, set_places
 from paired import Interval
 from study_figures import write_figures
 
@@ -208,10 +209,13 @@ def _line(cells: Sequence[str]) -> str:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=Path, default=FILE, help="default: grid.yaml beside this program")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs/study/results", help="default: docs/study/results")
     parser.add_argument("--write", type=Path, metavar="FILE", help="document to write into; figures go beside it")
+    add_places(parser)
     options = parser.parse_args()
+    set_places(options)
+    if options.write:
+        options.write = options.write.resolve()
+    os.chdir(ROOT)
     try:
         results = Results(read_grid(options.grid), options.results)
         found = tables(results)

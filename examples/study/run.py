@@ -4,10 +4,12 @@
     python examples/study/run.py [--part tuning|main] [--arms none smar ...] [--seeds 1 2 ...] [--hours 2]
     python examples/study/run.py --list
     python examples/study/run.py --slurm='--time 1:00:00 --cpus-per-process 1'
+    MEGATRON_SMAR_DEVICE=cuda python examples/study/run.py --smollm2
 
-The grid is in grid.yaml. A run is one process with one thread: stage 2 from the stage-1 checkpoint of its seed, and its
-measures. Results are in docs/study/results; a run that has one with the same settings is not done again, a failed one
-only with --retry. With --slurm the runs are a job array, in a folder that all nodes share.
+The grid is in grid.yaml; with --smollm2 it is grid_smollm2.yaml, and the model SmolLM2 as a mixture. A run is one
+process with one thread: stage 2 from the checkpoint of its model and seed, and its measures. Results are in
+docs/study/results; a run that has one with the same settings is not done again, a failed one only with --retry. With
+--slurm the runs are a job array, in a folder that all nodes share.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(Path(__file__).parents[1] / "emoji_tiny")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "examples" / name) for name in ("study", "emoji_tiny", "smollm2_moe"))]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
@@ -29,13 +31,15 @@ from megatron_smar import runtime
 
 runtime.install_or_exit("cpu")  # this process only parses flags
 
-from grid import FILE, MAIN, TUNING, Run, read_grid
+from backbones import BACKBONES
+from grid import MAIN, TUNING, Run, add_places, read_grid, set_places
 from pool import run_here
 from steps import StepError
+from study_data import Data
 
 import megatron_smar.commands.evaluate  # noqa: F401
 import pretrain_vlm  # noqa: F401  (what forks run)
-from runs import Data, Study
+from runs import Study
 
 PROGRAM = "examples/study/run.py"
 LAUNCH = [sys.executable, str(ROOT / "tools/launch.py"), "slurm"]
@@ -56,7 +60,8 @@ def study_of(options: argparse.Namespace) -> Study:
         ValueError: The grid cannot be read.
     """
     grid = read_grid(options.grid)
-    return Study(grid, Data(options.output / "data", options.cache, grid.data), options.output, options.results)
+    data = Data(options.output / "data", options.cache, grid.data)
+    return Study(BACKBONES[grid.backbone](grid, data, options.output), options.results)
 
 
 def chosen(study: Study, options: argparse.Namespace) -> list[Run]:
@@ -67,7 +72,7 @@ def chosen(study: Study, options: argparse.Namespace) -> list[Run]:
     """
     found = [
         run
-        for run in study.grid.runs()
+        for run in study.backbone.grid.runs()
         if (options.only is None or run.name == options.only)
         and (options.part is None or run.part == options.part)
         and (options.models is None or run.model in options.models)
@@ -119,10 +124,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--slurm", metavar="OPTIONS", help="as a job array, with options of launch.py slurm")
-    parser.add_argument("--grid", type=Path, default=FILE, help="default: grid.yaml beside this program")
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="work (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path("runs/sources"), help="sources (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=Path("docs/study/results"), help="default: %(default)s")
+    add_places(parser)
     return parser
 
 
@@ -130,10 +133,9 @@ def main() -> None:
     """Runs the command line."""
     parser = make_parser()
     options = parser.parse_args()
-    for name in ("grid", "output", "cache", "results"):
-        given = getattr(options, name)
-        if given != parser.get_default(name):
-            setattr(options, name, given.resolve())
+    if options.cache != parser.get_default("cache"):
+        options.cache = options.cache.resolve()
+    set_places(options)
     os.chdir(ROOT)
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
@@ -145,7 +147,7 @@ def main() -> None:
             print("\n".join(f"{run.name}  {state(study, run)}".rstrip() for run in runs))
             return
         print(f"{len(runs) - len(left)} of {len(runs)} runs are done")
-        study.data.prepare()
+        study.backbone.prepare()
         if options.slurm is not None and left:
             submit(left, options)
             return

@@ -10,45 +10,10 @@ import yaml
 
 from tests.demo_sources import sources, write_sources
 from tests.launch import ROOT, run
+from tests.models import write_language
 
 RUN = "examples/smollm2_moe/run.py"
 VARIANTS = ("smar", "balance", "none")
-
-
-def write_language(folder: Path) -> Path:
-    """Writes a small random Llama with a tokenizer of the chatml kind; returns the folder."""
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    ends = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(
-        [(ROOT / "LICENSE").read_text()], vocab_size=500, special_tokens=ends, show_progress=False
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, bos_token=ends[1], eos_token=ends[2], unk_token=ends[0], pad_token=ends[2]
-    )
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
-        "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT / "examples" / name) for name in ("study", "emoji_tiny")]  # programs, not packages
+sys.path[:0] = [
+    str(ROOT / "examples" / name) for name in ("study", "emoji_tiny", "smollm2_moe")
+]  # programs, not packages
 
+import backbones
 import findings
 import grid
 import paired
 import pool
 import report
+import study_data
 from steps import StepError
 
 import runs
@@ -117,6 +121,7 @@ def test_runs_are_not_those_of_the_grid_seed_by_seed(tmp_path: Path) -> None:
         ({"arms": {"none": {"modality-routing": "none"}, "smar": {"smar-coef": 1}}}, "smar-coef is not a flag"),
         ({"main": {"runs": {"large": {"none": 101}}}}, r"seeds \[101\] are of tuning and main"),
         ({"main": {"runs": {}, "chosen": {"large": {"smare": {}}}}}, "there is no arm smare; give one of none, smar"),
+        ({"backbone": "gpt"}, "there is no backbone gpt; give one of emoji_tiny, smollm2_moe"),
         ({"arms": {"none": {}, "smar": {"like": ["other"]}}}, "there is no arm other; give one of none, smar"),
     ],
 )
@@ -153,8 +158,9 @@ def test_a_chosen_value_reaches_another_model_or_arm_or_the_tuning(tmp_path: Pat
     assert all("like" not in run.flags for run in found.runs())
 
 
-def test_the_committed_grid_has_arms_or_models_that_nothing_runs() -> None:
-    committed = grid.read_grid()
+@pytest.mark.parametrize("file", grid.PLACES["grid"])
+def test_a_committed_grid_has_arms_or_models_that_nothing_runs(file: str) -> None:
+    committed = grid.read_grid(ROOT / file)
     used = {run.arm.partition("__")[0] for run in committed.runs()}
     assert committed.main["runs"] == {} or set(committed.arms) == used
 
@@ -165,14 +171,14 @@ def test_the_committed_grid_has_arms_or_models_that_nothing_runs() -> None:
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.text(max_size=3)), max_size=20))
 def test_a_document_is_in_both_splits(found: list[tuple[int, str]]) -> None:
     records = [{"document": f"{number:016x}", "text": text} for number, text in found]
-    validation, test = runs.split_texts(records).values()
+    validation, test = study_data.split_texts(records).values()
     assert not {r["document"] for r in validation} & {r["document"] for r in test}
     assert len(validation) + len(test) == len(records)
 
 
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=2), max_size=20))
 def test_a_picture_is_in_both_splits(images: list[list[str]]) -> None:
-    validation, test = runs.split_questions([{"image": each} for each in images]).values()
+    validation, test = study_data.split_questions([{"image": each} for each in images]).values()
     sides = [{picture for item in side for picture in item["image"]} for side in (validation, test)]
     assert not sides[0] & sides[1]
     assert len(validation) + len(test) >= sum(len(set(each)) == 1 for each in images)
@@ -194,13 +200,17 @@ def test_a_run_starts_before_the_stages_that_it_needs(wanted: set[tuple[int, str
     assert sorted(finished) == sorted(wanted)
 
 
-class Failing(runs.Study):
-    """A study whose stage 1 fails for one seed, and whose runs take no time."""
+class FailingStage(backbones.EmojiTiny):
+    """A model whose stage 1 fails for one seed."""
 
-    def make_base(self, base: grid.Base) -> Path:
+    def make(self, base: grid.Base) -> Path:
         if base[1] == 2:
             raise StepError("stage1 failed")
         return Path("nowhere")
+
+
+class Failing(runs.Study):
+    """A study whose runs take no time, and one of them fails."""
 
     def _do(self, run: grid.Run, folder: Path) -> dict:
         folder.mkdir(parents=True)
@@ -211,7 +221,7 @@ class Failing(runs.Study):
 
 def test_a_stage_that_fails_ends_the_other_runs_or_leaves_runs_without_a_result(tmp_path: Path) -> None:
     settings = read(tmp_path, main={"runs": {"large": {"none": 3, "smar": 3}}}, tuning={"seeds": [101], "runs": {}})
-    study = Failing(settings, None, tmp_path / "work", tmp_path / "results", {"code": "abc"})
+    study = Failing(FailingStage(settings, None, tmp_path / "work"), tmp_path / "results", {"code": "abc"})
     assert pool.run_here(study, settings.runs(), 2, 1, False) == 3
     found = {run.name: study.result(run).get("failed") for run in settings.runs()}
     assert found == {
@@ -224,9 +234,10 @@ def test_a_stage_that_fails_ends_the_other_runs_or_leaves_runs_without_a_result(
 def test_a_failure_replaces_a_success_or_is_forgotten_when_the_run_is_done_again(tmp_path: Path) -> None:
     settings = read(tmp_path, main={"runs": {"large": {"smar": 1}}}, tuning={"seeds": [101], "runs": {}})
     (only,) = settings.runs()
-    failing = Failing(settings, None, tmp_path / "work", tmp_path / "results", {"code": "abc"})
+    backbone = backbones.EmojiTiny(settings, None, tmp_path / "work")
+    failing = Failing(backbone, tmp_path / "results", {"code": "abc"})
     assert failing.run(only)["failed"] == failing.run(only)["failed"] == "stage2 failed"
-    working = runs.Study(settings, None, tmp_path / "work", tmp_path / "results", {"code": "abc"})
+    working = runs.Study(backbone, tmp_path / "results", {"code": "abc"})
     object.__setattr__(working, "_do", lambda run, folder: {"before": {}, "after": {}})
     assert working.run(only, retry=True)["earlier_failures"] == ["stage2 failed"]
     assert "failed" not in failing.run(only, retry=True)
