@@ -102,11 +102,15 @@ class Backbone(ABC):
         return self._step(base, stage, before, lambda folder: self.train(flags, data, folder, start), files, flags)
 
     def _step(self, base: Base, name: str, before: Step | None, work: Callable[[Path], None], *key: Any) -> Step:
-        inputs = [self.data.steps["shards"], self.data.steps["vision"], *([before] if before else [])]
+        inputs = [*self._made_from(), *([before] if before else [])]
         step = Step(name, self.folder(base) / name, *key, inputs=inputs, any_code=True)
         if not step.is_done():
             step.run(lambda: work(step.folder))
         return step
+
+    def _made_from(self) -> list[Step]:
+        """Returns the steps whose results every stage reads."""
+        return [self.data.steps[name] for name in ("shards", "vision")]
 
 
 class EmojiTiny(Backbone):
@@ -153,6 +157,9 @@ class SmolLM2MoE(Backbone):
         stage1 = self._stage(base, "stage1", "captions", self._published.imported)
         self._step(base, "upcycled", stage1, lambda folder: self._upcycle(stage1.folder, folder), MIXTURE)
         return self._upcycled(base)
+
+    def _made_from(self) -> list[Step]:
+        return [*super()._made_from(), self._published.steps["import"]]
 
     def _upcycle(self, stage1: Path, folder: Path) -> None:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # of an attempt that was interrupted
