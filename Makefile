@@ -60,7 +60,7 @@ test: env ## run the tests (PYTEST_FLAGS= adds options)
 test-matrix: env ## compare every parallel layout with one process, also when resumed; writes docs/exactness.md
 	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/distributed
 	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/functional/test_training.py
-	OMP_NUM_THREADS=1 $(python) -m pytest --matrix -m matrix $(PYTEST_FLAGS) tests/functional --ignore tests/functional/test_training.py
+	OMP_NUM_THREADS=1 $(python) -m pytest --matrix -m matrix $(PYTEST_FLAGS) tests/functional tests/unit --ignore tests/functional/test_training.py
 
 test-cuda-path: env ## the CUDA path as far as possible without a GPU: a claimed device, storage-less tensors, 8 to 1024 ranks
 	OMP_NUM_THREADS=1 $(python) -m pytest --matrix --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) tests/cuda_path

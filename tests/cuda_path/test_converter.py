@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the recipes' first command, convert.py, on machines with GPUs: it describes models without using a GPU."""
 
+import pytest
+
 from tests.launch import run
 
 DESCRIBE = """
@@ -30,6 +32,7 @@ def test_a_model_is_described_without_allocating_gpu_memory():
     run("-c", DESCRIBE)
 
 
+@pytest.mark.matrix
 def test_the_converter_runs_on_the_cpu_if_the_gpus_cannot_be_used(tmp_path):
     """As on a login node with CUDA_VISIBLE_DEVICES set and no driver: training is refused, conversion is not."""
     place = {"MEGATRON_SMAR_DEVICE": "", "CUDA_VISIBLE_DEVICES": "99"}  # there is no such GPU

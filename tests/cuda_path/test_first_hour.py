@@ -92,6 +92,7 @@ def settings(folder: Path, seconds: float = 60.0) -> Settings:
     return Settings("cpu", True, 1, 1.0, folder, seconds)
 
 
+@pytest.mark.matrix
 def test_a_step_that_raises_or_hangs_fails_and_the_next_one_runs(tmp_path):
     """Runs a step without its function, a step with too little time for its imports, and an unchanged step."""
     broken, hanging = replace(STEPS["compile"], place="kernels:nothing"), replace(STEPS["pixels"], limit=0.01)

@@ -10,13 +10,18 @@ import pytest
 from tests.distributed.decoding import LAYOUTS, LIMITS
 from tests.launch import run
 
-CASES = [(ranks, name) for ranks, layouts in LAYOUTS.items() for name in layouts]
+CASES = [
+    pytest.param(ranks, name, marks=pytest.mark.matrix if ranks > 2 else [])
+    for ranks, layouts in LAYOUTS.items()
+    for name in layouts
+]
 
 
 @pytest.fixture(scope="module")
-def decoded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+def decoded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    items = [item for item in request.session.items if item.path == request.path]
     found = {}
-    for ranks in LAYOUTS:
+    for ranks in {item.callspec.params["ranks"] for item in items}:
         folder: Path = tmp_path_factory.mktemp("decoding")
         run("tests/distributed/decoding.py", folder, ranks=ranks, idle=120)
         found[ranks] = json.loads((folder / "decoded.json").read_text())

@@ -130,8 +130,11 @@ ON_FOUR_RANKS = {
 ALL = TRANSITIONS | ON_FOUR_RANKS
 RARE = {  # only in `make test-matrix`: others have the same parts
     *ON_FOUR_RANKS,
+    "VPP 2 to EP 2",
     "EP 2 to TP 2 x ETP 2",
+    "CP 2 to EP 2",
     "EP 2 to VPP 2, distributed optimizer",
+    "EP 2 to one process, distributed optimizer",
     "PP 2 to TP 2, tied embeddings",
     "TP 2 to CP 2, SMoES with Gaussian scores",
 }

@@ -102,15 +102,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("placement"))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_run_continues_with_the_same_losses_after_its_experts_were_moved(runs: Runs, name: str) -> None:
     assert runs.difference(name) <= TOLERANCE
 
 
+@pytest.mark.matrix
 def test_without_the_optimizers_state_of_the_moved_experts_the_losses_would_differ(runs: Runs) -> None:
     assert runs.difference(CONTROL, "control") > 1000 * TOLERANCE
 
 
+@pytest.mark.matrix
 def test_the_checkpoints_of_a_resumed_run_still_say_where_the_experts_are(runs: Runs) -> None:
     from megatron_smar.placement.permute import PlacedCheckpoint
 
@@ -119,6 +122,7 @@ def test_the_checkpoints_of_a_resumed_run_still_say_where_the_experts_are(runs: 
     assert resumed.order is not None and resumed.order == placed.order
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_placements_are_undone_at_once_bit_by_bit(runs: Runs, tmp_path: Path, name: str) -> None:
     from megatron_smar.placement.permute import PlacedCheckpoint, apply_plan, undo

@@ -45,6 +45,7 @@ def test_a_pack_shorter_than_the_longest_text_is_refused_by_the_packing_benchmar
     assert done.returncode == 2 and "--max-tokens 1024 is too small: give 2048 or more." in done.stdout
 
 
+@pytest.mark.matrix
 def test_both_pipelines_give_the_same_samples_tokens_and_tiles_from_the_same_data():
     small = ("--samples", 24, "--samples-per-turn", 8, "--image-size", 112, "--packing-buffer-size", 12)
     done = run("benchmarks/data.py", "--quick", *small, "--json")
@@ -102,6 +103,7 @@ def test_a_small_batchs_distance_is_not_above_that_of_many_tokens_or_does_not_ap
     assert row["16"] > 10 * abs(row["256"]) and row["many"] > 0.2
 
 
+@pytest.mark.matrix
 def test_a_layer_with_more_experts_per_token_than_experts_is_refused_in_a_sentence():
     done = run("benchmarks/small_batch_distance.py", "--experts", "2:8", check=False)
     assert done.returncode == 2 and "--experts 2:8 is not E:K" in done.stdout

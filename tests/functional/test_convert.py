@@ -152,6 +152,7 @@ def test_an_imported_and_trained_model_is_exported_as_trained(start, trained, co
     assert_same(tmp_path / "same", output)
 
 
+@pytest.mark.matrix
 def test_a_model_with_hard_routing_is_evaluated_and_exported_with_its_experts(world, start, convert, tmp_path):
     model = ["--vision-model", start / "hf", *(start / "flags.txt").read_text().split()]
     data = ["--tokenizer-model", start / "hf" / "tokenizer.model", "--data-path", world.root / "shards" / "train"]

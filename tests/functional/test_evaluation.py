@@ -96,6 +96,7 @@ def test_benchmarks_that_cannot_be_read_are_refused_before_the_model_is_loaded(s
     assert "building VisionLanguageModel" not in done.stdout and "Traceback" not in done.stdout
 
 
+@pytest.mark.matrix
 def test_training_with_benchmarks_logs_and_saves_them_and_changes_no_step(world, benchmarks, tmp_path):
     valid = ["--eval-iters", "1", "--eval-interval", "1"]
     asked = ["--eval-benchmarks", "pope", "mme", "--eval-benchmarks-data", benchmarks, "--eval-benchmarks-samples", 28]

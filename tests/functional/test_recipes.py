@@ -17,6 +17,8 @@ from megatron_smar.model.parts import part_of
 from megatron_smar.report.scalars import read_scalars
 from tests.launch import ROOT, load_weights, users_environment
 
+# A whole run takes minutes; in `make test`, tests/cuda_path converts and trains one of them with its GPU flags.
+pytestmark = pytest.mark.matrix
 # Recipe -> its stages, each with the parts that are trained.
 ALL = {"connector", "embeddings", "attention", "norms", "experts", "router"}
 STAGES = {
@@ -56,11 +58,6 @@ def outputs(tmp_path_factory) -> Callable[[str], Path]:
     return functools.cache(lambda recipe: run_recipe(recipe, root / recipe))
 
 
-def in_matrix(recipe: str) -> object:
-    """Returns a recipe as a parameter: a whole run takes minutes, so `make test` has only the shortest."""
-    return pytest.param(recipe, marks=[] if recipe == "moe_llava_phi" else pytest.mark.matrix)
-
-
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Returns a checkpoint's weights by name."""
     latest = (checkpoint / "latest_checkpointed_iteration.txt").read_text()
@@ -79,7 +76,7 @@ def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
     return {part_of(n) for n, value in before.items() if not torch.equal(value, after[n][: len(value)].to(value.dtype))}
 
 
-@pytest.mark.parametrize("recipe", [in_matrix(recipe) for recipe in STAGES])
+@pytest.mark.parametrize("recipe", STAGES)
 def test_a_recipe_runs_from_conversion_to_results_and_trains_exactly_the_named_parts(outputs, recipe):
     output = outputs(recipe)
     before = weights_of(output / "start")
@@ -99,7 +96,7 @@ def test_a_recipe_runs_from_conversion_to_results_and_trains_exactly_the_named_p
     assert len(results["mrd_distance_by_layer"]) == sum(name.startswith("moe/mrd_distance_layer_") for name in scalars)
 
 
-@pytest.mark.parametrize("recipe", [in_matrix(recipe) for recipe in STAGES if recipe != "moe_llava_phi"])
+@pytest.mark.parametrize("recipe", [recipe for recipe in STAGES if recipe != "moe_llava_phi"])
 def test_the_exported_model_loads_in_transformers_with_every_weight(outputs, recipe):
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -114,7 +111,6 @@ def test_the_exported_model_loads_in_transformers_with_every_weight(outputs, rec
     assert answer.shape[1] > prompt["input_ids"].shape[1]
 
 
-@pytest.mark.matrix
 def test_the_pilot_trains_biases_resumes_and_exports(outputs):
     output = outputs("mixtral_8x7b_internvit")
     done = run_script("mixtral_8x7b_internvit", "pilot.sh", output, "--tiny")

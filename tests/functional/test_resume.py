@@ -94,6 +94,7 @@ def plain(state):
     return state.tolist() if hasattr(state, "tolist") else state
 
 
+@pytest.mark.matrix
 def test_virtual_pipeline_stages_restore_and_save_the_loaders_state(world, tmp_path):
     """Two stages of two chunks each resume from one rank's checkpoint, and save the same state as that rank."""
     common = [*SMAR, "--micro-batch-size", 2, "--global-batch-size", 8, "--num-workers", 0, "--num-layers", 4]

@@ -60,6 +60,7 @@ def test_a_run_trains_for_nothing_because_its_disk_has_no_room_for_a_checkpoint(
     assert len(errors) == 2 and all(re.search(said, error) for error in errors), errors
 
 
+@pytest.mark.matrix
 def test_a_second_signal_spoils_the_save_that_the_first_has_asked_for(world: World, tmp_path: Path):
     save = tmp_path / "save"
     started = Started(

@@ -27,6 +27,7 @@ def test_an_experiment_is_measured_twice_or_not_at_all_or_its_results_are_lost(w
     assert "modality-routing smar" in run("tools/scaling.py", folder).stdout
 
 
+@pytest.mark.matrix
 def test_runs_on_several_nodes_are_not_submitted_as_one_array_for_each_number_of_nodes(world, tmp_path):
     command = ["tools/scaling.py", tmp_path, "--processes", 2, 4, "--processes-per-node", 2, "--mode", "weak"]
     command += ["--vary", "modality-routing=none,smar", "--slurm=--dry-run --cpu --no-preflight"]

@@ -23,7 +23,6 @@ FLAGS: dict[str, list[object]] = {
     "modality_balance": ["--modality-balance-coeff", 0.1],
     "ernie": ["--ernie-balance-coeff", 0.1, "--ernie-bias-rate", 0.05],
 }
-OFTEN = ("smoes",)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,8 @@ def test_every_strategy_of_the_registry_is_run_here():
     assert set(FLAGS) == set(STRATEGIES)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.matrix) for n in FLAGS])
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", FLAGS)
 def test_a_strategy_starts_from_a_checkpoint_without_it_resumes_bit_identically_and_is_evaluated(
     world, pretrained, tmp_path, name
 ):

@@ -86,9 +86,8 @@ def test_ten_losses_agree_between_one_rank_and_two_with_expert_parallelism(world
     assert len(set(one)) == 10, "the steps have different pictures and lengths"
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(n, marks=[] if n == "CP 2" else pytest.mark.matrix) for n in ONE_REPLICA]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("layout", ONE_REPLICA)
 def test_training_steps_depend_on_the_layout(world, start, one_rank, tmp_path, layout):
     """Six steps on real sequences, whose context-parallel shares have different numbers of loss tokens."""
     flags = [*ALONE, *start, *ONE_REPLICA[layout], "--exit-interval", 6, "--num-workers", 2]
@@ -211,6 +210,7 @@ def test_batches_without_images_train_in_every_stage(world, freeze):
     assert "number of nan iterations" not in output, "shown although there are none"
 
 
+@pytest.mark.matrix
 def test_evaluation_loads_the_model_from_the_checkpoint_and_gives_the_same_under_another_layout(world, tmp_path):
     flags = [*SMAR, "--micro-batch-size", 8, "--global-batch-size", 16, "--train-iters", 30, "--num-workers", 1]
     world.train(*flags, "--expert-model-parallel-size", 2, "--save", tmp_path, "--save-interval", 30, ranks=2)

@@ -55,7 +55,9 @@ def test_volumes_by_hand():
     assert (scaling.ring_steps(8), scaling.tree_steps(8), scaling.tree_steps(1024)) == (14, 6, 20)
 
 
-@pytest.mark.parametrize("flags", [["--expert-parallel", "3"], ["--tokens", "0"]])
+@pytest.mark.parametrize(
+    "flags", [["--expert-parallel", "3"], pytest.param(["--tokens", "0"], marks=pytest.mark.matrix)]
+)
 def test_an_invalid_setup_is_refused_in_a_sentence(flags):
     done = subprocess.run([*PROGRAM, *flags], capture_output=True, text=True)
     assert done.returncode == 2 and f"error: {flags[0]} {flags[1]}" in done.stderr.replace(" is ", " ")

@@ -41,7 +41,10 @@ def test_the_sentence_is_on_the_terminal_if_torchruns_error_file_cannot_be_writt
     assert (done.returncode, done.stderr) == (1, f"train.py: error: {SENTENCE}\n")
 
 
-@pytest.mark.parametrize("collective", ["dist.all_reduce(value)", "dist.recv(value, 1)", "dist.barrier()"])
+OTHERS = [pytest.param(call, marks=pytest.mark.matrix) for call in ("dist.recv(value, 1)", "dist.barrier()")]
+
+
+@pytest.mark.parametrize("collective", ["dist.all_reduce(value)", *OTHERS])
 def test_a_rank_that_loses_its_peer_reports_it_in_one_sentence_instead_of_gloos_traceback(tmp_path, collective):
     path = tmp_path / "train.py"
     path.write_text(f"""

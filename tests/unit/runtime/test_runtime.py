@@ -82,6 +82,7 @@ assert a.elapsed_time(b) >= 0
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.matrix
 def test_a_second_parser_of_all_flags_parses_megatrons_sources_again_or_has_another_help():
     code = """
 import argparse, ast, torch

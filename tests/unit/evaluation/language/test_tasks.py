@@ -78,6 +78,7 @@ def run(config: LanguageConfig, model: DummyLM) -> dict[str, Any]:
     return content["tasks"]
 
 
+@pytest.mark.matrix
 def test_multiple_choice_from_a_folder_has_score_error_samples_shots_and_version(tmp_path) -> None:
     language_data.mmlu(tmp_path, ["anatomy"])
     language_data.arc(tmp_path)
@@ -177,6 +178,7 @@ def test_prompts_of_the_same_questions_have_the_same_digest_and_others_another(t
     assert digest() != digest(chat_template=True)
 
 
+@pytest.mark.matrix
 def test_prompts_are_those_of_the_harness_itself_and_the_same_for_each_model(tmp_path) -> None:
     from lm_eval.evaluator import simple_evaluate
 
