@@ -161,6 +161,7 @@ def test_tasks_that_cannot_be_loaded_are_refused_before_the_model_is(imported, d
         assert "building VisionLanguageModel" not in done.stdout and "Traceback" not in done.stdout
 
 
+@pytest.mark.matrix
 def test_a_task_that_asks_too_much_of_the_model_is_refused_before_any_other_runs(imported, data, tmp_path):
     given = ["tools/evaluate.py", "--load", imported, "--output", tmp_path / "results.json"]
     done = run_each_rank(*given, *EXPERTS, *tasks(data, "letters", "essays"), ranks=2, check=False)

@@ -150,6 +150,7 @@ def test_a_signal_to_one_rank_of_two_ends_both_and_virtual_stages_save_the_loade
     assert [path.parts[0] for path in states] == [f"iter_{step:07d}"], "not exactly the state of the saved step"
 
 
+@pytest.mark.matrix
 def test_a_second_signal_ends_a_long_step_immediately_with_its_workers(world, tmp_path):
     long_step = [*SIZES, "--global-batch-size", 100_000, "--save", tmp_path / "save"]
     run = Started(tmp_path, "pretrain_vlm.py", *world.flags, *long_step)

@@ -6,6 +6,8 @@ import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import NODES, Jobs
 
@@ -75,6 +77,7 @@ def test_a_bad_node_hides_what_is_wrong_with_the_others_or_a_silent_one_makes_th
     assert not list((jobs.logs / str(job) / "attempt_0").glob("rank_*.log"))
 
 
+@pytest.mark.matrix
 def test_a_node_whose_installation_is_broken_is_not_found_among_those_that_fail_with_it(jobs: Jobs):
     import torch
 

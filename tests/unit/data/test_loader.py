@@ -106,6 +106,7 @@ def test_a_new_process_resumes_with_the_next_sample(make_config: Make, tokenizer
     assert pickle.loads((tmp_path / "results").read_bytes()) == expected
 
 
+@pytest.mark.matrix
 def test_states_saved_before_the_first_batch_or_right_after_restoring_are_correct(
     make_config: Make, tokenizer: Any
 ) -> None:
@@ -155,6 +156,7 @@ def test_starting_to_read_draws_from_the_generator_of_dropout(make_config: Make,
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.matrix
 def test_two_workers_alternate_between_the_batches_of_two_ranks(make_config: Make, tokenizer: Any) -> None:
     one = keys(train(make_config(num_workers=2), tokenizer), 20)
     ranks = [keys(train(make_config(num_workers=1), tokenizer, rank, 2), 10) for rank in range(2)]
@@ -173,7 +175,7 @@ def test_the_seed_determines_the_order(make_config: Make, tokenizer: Any) -> Non
     assert orders[0] == orders[1] != orders[2]
 
 
-@pytest.mark.parametrize(("num_workers", "num_batches"), [(0, 8), (1, 4), (2, 8)])
+@pytest.mark.parametrize(("num_workers", "num_batches"), [(0, 8), (1, 4), pytest.param(2, 8, marks=pytest.mark.matrix)])
 def test_every_evaluation_sees_the_same_samples(
     num_workers: int, num_batches: int, make_config: Make, tokenizer: Any
 ) -> None:

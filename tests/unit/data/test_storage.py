@@ -122,7 +122,7 @@ def expected(shards: Path, tokenizer: Any) -> dict[int, Samples]:
     return {workers: first_samples(configuration(str(shards), workers), tokenizer) for workers in (0, 2)}
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.matrix)])
 def test_http_returns_the_folders_samples(
     num_workers: int, tokenizer: Any, shards: Path, http_url: str, expected: dict[int, Samples]
 ) -> None:
@@ -130,7 +130,7 @@ def test_http_returns_the_folders_samples(
     assert first_samples(config, tokenizer) == expected[num_workers]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.matrix)])
 def test_s3_returns_the_folders_samples(
     num_workers: int, tokenizer: Any, s3_endpoint: str, expected: dict[int, Samples]
 ) -> None:
