@@ -180,6 +180,7 @@ def test_a_rank_of_a_large_world_holds_other_numbers_than_planned(tmp_path, name
     assert not differences(shape, layout, rank, held)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("recipe", "gpus", "rank"), ranks_of((256, 1024), often=("qwen3_30b_a3b_internvl", 1024, 511)))
 def test_a_rank_of_a_recipes_large_layout_holds_other_numbers_than_planned(tmp_path, recipe, gpus, rank):
     held = held_by(recipe, gpus, rank, tmp_path)

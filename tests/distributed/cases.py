@@ -431,7 +431,7 @@ def _every_layout(name: str, setting: Setting) -> Iterator[Case]:
     """Yields one case for each kind of parallelism and execution, of which one or two belong to the fast core."""
     yield Case(f"{name}, DP 2", 2, 2, "", setting)
     yield Case(f"{name}, EP 2", 2, 2, EP, setting, core=True)
-    yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, setting, core=name.startswith(("SMoES", "modality gates")))
+    yield Case(f"{name}, TP 2 + SP", 2, 1, TP_SP, setting, core=name.startswith("SMoES, attention"))
     yield Case(f"{name}, PP 2", 2, 1, PP, setting)
     pipelined = replace(setting, model="four layers", micro_batches=4)
     yield Case(f"{name}, PP 2 interleaved", 2, 1, VIRTUAL, pipelined, dtype="float32")
@@ -445,12 +445,12 @@ def _every_layout(name: str, setting: Setting) -> Iterator[Case]:
 
 
 def _modalities() -> Iterator[Case]:
-    """Yields text and two kinds of images, in all layouts of the fast core."""
+    """Yields text and two kinds of images."""
     three = Setting(batch="three modalities", flags=(*SMAR, "--image-modalities", "vision", "chart"))
     yield Case("three modalities, DP 2", 2, 2, "", three, core=True)
-    yield Case("three modalities, EP 2", 2, 2, EP, three, core=True)
+    yield Case("three modalities, EP 2", 2, 2, EP, three)
     yield Case("three modalities, TP 2 + SP", 2, 1, TP_SP, three)
-    yield Case("three modalities, PP 2", 2, 1, PP, three, core=True)
+    yield Case("three modalities, PP 2", 2, 1, PP, three)
     yield Case("three modalities, CP 2", 2, 1, CP, three)
     yield Case("three modalities, full recomputation, DP 2", 2, 2, RECOMPUTE_ALL, three)
     pipelined = replace(three, model="four layers", micro_batches=4)

@@ -96,6 +96,7 @@ def resume_line(output: str) -> tuple[int, list[str]]:
     return int(line[0]), shlex.split(line[1])
 
 
+@pytest.mark.matrix
 def test_ctrl_c_saves_at_the_end_of_the_step_and_the_printed_command_resumes_there(world, tmp_path):
     save = tmp_path / "with space"
     run = Started(tmp_path, "pretrain_vlm.py", *world.flags, *SIZES, "--save", save)

@@ -88,6 +88,7 @@ def test_multiple_choice_from_a_folder_has_score_error_samples_shots_and_version
     assert (arc["score"], arc["stderr"], arc["metric"], arc["shots"]) == (1.0, 0.0, "acc_norm,none", 25)
 
 
+@pytest.mark.matrix
 def test_a_group_is_one_score_with_the_presets_shots_in_every_member(tmp_path) -> None:
     leaves = dict(_leaves(_manager(), "mmlu_social_sciences"))
     assert len(leaves) == 12
