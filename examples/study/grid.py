@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pipeline import ROOT
 from steps import fingerprint
 from variants import Variant
 
@@ -20,7 +21,6 @@ from megatron_smar.config.run_file import read_flags
 
 TUNING, MAIN = "tuning", "main"
 SPLIT_OF = {TUNING: "validation", MAIN: "test"}
-ROOT = Path(__file__).resolve().parents[2]
 EMOJI_TINY, SMOLLM2_MOE = "emoji_tiny", "smollm2_moe"
 # The run files of the examples whose models the study can train.
 RUN_FILES = {
@@ -31,6 +31,7 @@ RUN_FILES = {
 PLACES = {
     "grid": ("examples/study/grid.yaml", "examples/study/grid_smollm2.yaml"),
     "output": ("runs/study", "runs/study-smollm2"),
+    "cache": ("runs/sources", "runs/sources"),
     "results": ("docs/study/results", "docs/study/results_smollm2"),
 }
 # Keys of an arm that are no flags: its share of pure text, and the tuned arms whose chosen values it takes.
@@ -201,15 +202,22 @@ def read_grid(path: Path) -> Grid:
     return Grid(**content, language=language and path.parent / language)
 
 
-def add_places(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for a study's paths, and --smollm2, which changes their defaults."""
+def add_places(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds the options for some of a study's paths, and --smollm2, which changes their defaults."""
     parser.add_argument("--smollm2", action="store_true", help="study SmolLM2 as a mixture, on one GPU")
-    for name, (usual, smollm2) in PLACES.items():
+    for name in names:
+        usual, smollm2 = PLACES[name]
         parser.add_argument(f"--{name}", type=Path, help=f"default: {usual}; with --smollm2: {smollm2}")
 
 
 def set_places(options: argparse.Namespace) -> None:
-    """Sets the paths that were not given; they are relative to the project's folder."""
-    for name, defaults in PLACES.items():
+    """Sets the paths of `PLACES` that were not given, and writes all in one way (see `in_project`)."""
+    for name in PLACES.keys() & vars(options).keys():
         given = getattr(options, name)
-        setattr(options, name, Path(defaults[options.smollm2]) if given is None else given.resolve())
+        setattr(options, name, Path(PLACES[name][options.smollm2]) if given is None else in_project(given))
+
+
+def in_project(path: Path) -> Path:
+    """Returns a path relative to the project's folder if it is inside it; stages with other paths are trained again."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

@@ -210,7 +210,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="document to write into; figures go beside it")
-    add_places(parser)
+    add_places(parser, "grid", "results")
     options = parser.parse_args()
     set_places(options)
     if options.write:

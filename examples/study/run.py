@@ -32,7 +32,7 @@ from megatron_smar import runtime
 runtime.install_or_exit("cpu")  # this process only parses flags
 
 from backbones import BACKBONES
-from grid import MAIN, TUNING, Run, add_places, read_grid, set_places
+from grid import MAIN, PLACES, TUNING, Run, add_places, read_grid, set_places
 from pool import run_here
 from steps import StepError
 from study_data import Data
@@ -105,7 +105,7 @@ def submit(runs: Sequence[Run], options: argparse.Namespace) -> None:
     sweep.write_text("".join(f"--only {run.name}{retry}\n" for run in runs), encoding="utf-8")
     words = ["--nodes", "1", "--processes-per-node", "1", "--no-requeue", "--logs", str(jobs), "--array", str(sweep)]
     words += [] if os.environ["MEGATRON_SMAR_DEVICE"] == "cuda" else ["--cpu"]
-    shared = [word for name in ("grid", "output", "cache", "results") for word in (f"--{name}", getattr(options, name))]
+    shared = [word for name in PLACES for word in (f"--{name}", getattr(options, name))]
     command = [*LAUNCH, *words, *shlex.split(options.slurm), "--", PROGRAM, *map(str, shared)]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise ValueError("the job array was not submitted; the reason is above.")
@@ -124,8 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--slurm", metavar="OPTIONS", help="as a job array, with options of launch.py slurm")
-    parser.add_argument("--cache", type=Path, default=Path("runs/sources"), help="sources (default: %(default)s)")
-    add_places(parser)
+    add_places(parser, *PLACES)
     return parser
 
 
@@ -133,8 +132,6 @@ def main() -> None:
     """Runs the command line."""
     parser = make_parser()
     options = parser.parse_args()
-    if options.cache != parser.get_default("cache"):
-        options.cache = options.cache.resolve()
     set_places(options)
     os.chdir(ROOT)
     for name, value in ALONE.items():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The study's statistics, grid, splits, order of runs, and verdicts."""
 
+import argparse
 import itertools
 import json
 import math
@@ -163,6 +164,17 @@ def test_a_committed_grid_has_arms_or_models_that_nothing_runs(file: str) -> Non
     committed = grid.read_grid(ROOT / file)
     used = {run.arm.partition("__")[0] for run in committed.runs()}
     assert committed.main["runs"] == {} or set(committed.arms) == used
+
+
+def test_stages_are_trained_again_because_a_path_is_written_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parser = argparse.ArgumentParser()
+    grid.add_places(parser, "output")
+    for words in ([], ["--output", "runs/study"], ["--output", str(ROOT / "runs/study")]):
+        grid.set_places(options := parser.parse_args(words))
+        assert options.output == Path("runs/study")
+    grid.set_places(options := parser.parse_args(["--output", "/elsewhere", "--smollm2"]))
+    assert options.output == Path("/elsewhere")
 
 
 # ---- splits and order
