@@ -237,10 +237,10 @@ MUTATIONS = (
     ),
     Mutation(
         "take a token's label for the next modality's",
-        "megatron_smar/routing/strategies/label_loss.py",
+        "megatron_smar/routing/strategies/label_ce.py",
         "(losses * tokens.modality_mask).sum()",
         "(losses * tokens.modality_mask.roll(1, dims=1)).sum()",
-        ("tests/unit/routing/strategies/test_label_loss.py",),
+        ("tests/unit/routing/strategies/test_label_ce.py",),
     ),
     Mutation(
         "leave a strategy's own sums unreduced",

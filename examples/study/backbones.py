@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -114,14 +115,20 @@ class Backbone(ABC):
 
 
 class EmojiTiny(Backbone):
-    """The demo's model: stage 0 trains the language model from random weights, stage 1 the connector."""
+    """The demo's model: stage 0 trains the language model from random weights, stage 1 the connector.
+
+    A grid that gives stage 0 a seed has one language model for all seeds, as studies of published models do.
+    """
 
     template = "mistral"
     shared_files = ("model", "optimizer")
     last_stage = "stage2"
 
     def _make(self, base: Base) -> Path:
-        stage0 = self._stage(base, "stage0", "text", None)
+        model, seed = base
+        pretrained = model, self.grid.stages["stage0"].get("seed", seed)
+        with nullcontext() if pretrained == base else locked(self.folder(pretrained)):
+            stage0 = self._stage(pretrained, "stage0", "text", None)
         return self._stage(base, "stage1", "captions", stage0.folder, stage0).folder
 
     def _model_flags(self, base: Base, stage: str) -> list[object]:

@@ -54,7 +54,7 @@ class Shown(NamedTuple):
 
 
 METHODS = ("none", "balance", "smar", "sqrt", "sqrt_smar", "smoes", "smoes_gaussian")
-ROUTINGS = ("hard", "hard_6_2", "layer_split", "moiie", "label_loss", "modality_gates", "modality_balance", "ernie")
+ROUTINGS = ("hard", "hard_6_2", "layer_split", "moiie", "label_ce", "modality_gates", "modality_balance", "ernie")
 ABLATION = ("none", "smoes_binning", "smoes_hard", "smoes_kl", "smoes_fixed", "smoes")
 SHARES = tuple(f"{arm}{share}" for arm in ("none", "smar") for share in ("_text_0", "", "_text_6", "_text_20"))
 TABLES = (

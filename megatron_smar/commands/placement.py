@@ -18,6 +18,7 @@ Flags of pretrain_vlm.py (layout, precision, ...) go to the model that `plan` an
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -41,7 +42,15 @@ from megatron_smar.placement.dispatch import Assignments, DispatchCounter, count
 from megatron_smar.placement.figure import write_figure
 from megatron_smar.placement.permute import PlacedCheckpoint, apply_plan, undo
 from megatron_smar.placement.plan import Plan, check_devices, read_plan
-from megatron_smar.placement.report import Dispatched, assignments, device_counts, report, table, write_json
+from megatron_smar.placement.report import (
+    Dispatched,
+    assignments,
+    device_counts,
+    headline,
+    report,
+    table,
+    write_json,
+)
 from megatron_smar.training.setup import fail
 
 LOADS = "loads"  # buffer of a strategy that averages the loads over the training, [M, E]
@@ -65,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--devices", type=int, nargs="+", default=[2, 4, 8], help="numbers of devices (default: %(default)s)"
     )
     reported.add_argument("--output", type=Path, required=True, help="JSON file for the numbers")
+    reported.add_argument(
+        "--json",
+        action="store_true",
+        help="print the crossing for the first of --devices as one JSON object, last line",
+    )
     reported.add_argument("--figure", type=Path, help="file for the figure. Default: --output with .png")
     for command in (planned, applied, reported):
         command.add_argument("--load", type=Path, required=True, help="folder of the checkpoint")
@@ -183,6 +197,8 @@ def main() -> None:
                 write_json(options.output, content)
                 write_figure(figure, content)
                 print(f"{table(content)}\n\n{options.output}, {figure}")
+                if options.json:
+                    print(json.dumps(headline(content)))
     except ValueError as error:
         fail(error)
     if dist.is_initialized():

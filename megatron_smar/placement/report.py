@@ -137,6 +137,21 @@ def _by_scope(found: Dispatched, traffic: Traffic) -> dict[str, dict[str, float]
     return values
 
 
+def headline(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the report's main numbers for its first number of devices, flat.
+
+    `bytes_cut_of_reachable` is the cut in bytes that leave a device, of a dispatch with one copy per device, as a share
+    of the cut that no placement can exceed; None if nothing can be cut.
+    """
+    devices, values = next(iter(content["devices"].items()))
+    found: dict[str, Any] = {"devices": int(devices)}
+    for when in (BEFORE, AFTER):
+        for scope, numbers in values[when].items():
+            suffix = "" if scope == ALL else f"_{scope}"
+            found[f"crossing_{when}{suffix}"] = numbers["crossing"]
+    return found | {"bytes_cut_of_reachable": values["cut_reached"][ALL]}
+
+
 def _mean(layers: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(layer[name] for layer in layers) for name in layers[0]}
 

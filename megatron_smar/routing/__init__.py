@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modality-aware routing.
 
-`modalities`, `statistics` and `mrd` are SMAR's mathematics, equation by equation. They need only torch, as do the
-measures in `specialization`. `strategies` has one file per published routing; `router` and `moe_layer` integrate the
-strategies into Megatron.
+`modalities`, `statistics` and `mrd` are SMAR's mathematics, equation by equation; `bins` and `soft_scores` are SMoES's.
+They need only torch, as do the measures in `specialization`. `strategies` has one file per published routing; `router`
+and `moe_layer` integrate the strategies into Megatron.
 """
 
+from megatron_smar.routing.bins import expert_bins, inter_bin_mutual_information, intra_bin_balance
 from megatron_smar.routing.modalities import (
     PADDING,
     TEXT,
@@ -14,6 +15,7 @@ from megatron_smar.routing.modalities import (
     modality_mask_from_ids,
 )
 from megatron_smar.routing.mrd import layer_distance, modality_routing_distribution, mrd_distance
+from megatron_smar.routing.soft_scores import blend_attention_scores, gaussian_modality_scores
 from megatron_smar.routing.specialization import (
     dropped_share,
     expert_load,
@@ -29,8 +31,13 @@ __all__ = [
     "VISION",
     "PendingStatistics",
     "RoutingStatistics",
+    "blend_attention_scores",
     "dropped_share",
+    "expert_bins",
     "expert_load",
+    "gaussian_modality_scores",
+    "inter_bin_mutual_information",
+    "intra_bin_balance",
     "layer_distance",
     "load_entropy",
     "modality_ids_from_tokens",

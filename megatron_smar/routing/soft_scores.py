@@ -14,10 +14,23 @@ VARIANCE_FLOOR = 1e-6
 TEMPERATURE_PER_DIMENSION = 0.5  # the paper's tau = 0.5 D
 
 
-def scores_after_attention(scores: Tensor, attended: Tensor, entering: Tensor, output: Tensor) -> Tensor:
-    """Returns the scores of the next layer, from those of this layer and its attention.
+def blend_attention_scores(scores: Tensor, attended: Tensor, attention_norm: Tensor, residual_norm: Tensor) -> Tensor:
+    """Returns the scores of the next layer, [..., M].
 
         M^{l+1} = (|x_attn| M~ + |x| M^l) / (|x_attn| + |x|),   M~ = Attn M^l
+
+    Args:
+        scores: M^l, [..., M].
+        attended: M~, [..., M].
+        attention_norm: |x_attn|, the norm of the attention block's output, [...].
+        residual_norm: |x|, the norm of the residual stream that enters the attention block, [...].
+    """
+    other, own = attention_norm.unsqueeze(-1), residual_norm.unsqueeze(-1)
+    return (other * attended + own * scores) / (other + own).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def scores_after_attention(scores: Tensor, attended: Tensor, entering: Tensor, output: Tensor) -> Tensor:
+    """Returns the scores of the next layer (`blend_attention_scores`), from those of this layer and its attention.
 
     Args:
         scores: M^l, [s, b, M]; all 0 for padding.
@@ -32,12 +45,11 @@ def scores_after_attention(scores: Tensor, attended: Tensor, entering: Tensor, o
     tiny = torch.finfo(scores.dtype).tiny
     attended = attended.to(scores.dtype)
     attended = attended / attended.sum(dim=-1, keepdim=True).clamp(min=tiny)
-    own, other = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=scores.dtype) for x in (entering, output))
-    mixed = (other * attended + own * scores) / (other + own).clamp(min=tiny)
-    return mixed * (scores.sum(dim=-1, keepdim=True) > 0)
+    other, own = (torch.linalg.vector_norm(x, dim=-1, dtype=scores.dtype) for x in (output, entering))
+    return blend_attention_scores(scores, attended, other, own) * (scores.sum(dim=-1, keepdim=True) > 0)
 
 
-def gaussian_scores(hidden: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def gaussian_modality_scores(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """Returns scores from a diagonal Gaussian per modality, [N, M].
 
         LL_m = -1/2 sum_d (log sigma2_{m,d} + (x_d - mu_{m,d})^2 / sigma2_{m,d}),   M_m = softmax_m(LL_m / (0.5 D))
@@ -45,16 +57,16 @@ def gaussian_scores(hidden: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     The squares are expanded into matrix products, since a tensor [N, M, D] would not fit.
 
     Args:
-        hidden: x, the layer's input, [N, D].
+        x: The layer's input, [N, D].
         mean: mu, [M, D].
         variance: sigma2, [M, D], greater than 0.
     """
-    hidden, precision = hidden.to(mean.dtype), variance.reciprocal()
+    x, precision = x.to(mean.dtype), variance.reciprocal()
     center = mean.mean(dim=0)  # without the common part the squares cancel less
-    hidden, mean = hidden - center, mean - center
+    x, mean = x - center, mean - center
     constant = variance.log().sum(dim=1) + (mean.square() * precision).sum(dim=1)
-    squares = hidden.square() @ precision.t() - 2 * hidden @ (mean * precision).t()
-    return torch.softmax(-0.5 * (constant + squares) / (TEMPERATURE_PER_DIMENSION * hidden.shape[1]), dim=-1)
+    squares = x.square() @ precision.t() - 2 * x @ (mean * precision).t()
+    return torch.softmax(-0.5 * (constant + squares) / (TEMPERATURE_PER_DIMENSION * x.shape[1]), dim=-1)
 
 
 def updated_gaussians(

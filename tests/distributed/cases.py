@@ -140,8 +140,8 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
         *["--moiie-experts", "text=0,7", "shared=2-5", "vision=1,6"],
     ),
     "label loss": (
-        *("--modality-routing", "label_loss", "--label-loss-coeff", "0.5"),
-        *("--label-loss-experts", "text=1,3", "vision=0,2"),
+        *("--modality-routing", "label_ce", "--label-ce-coeff", "0.5"),
+        *("--label-ce-experts", "text=1,3", "vision=0,2"),
     ),
     "modality balance": (
         "--modality-routing",

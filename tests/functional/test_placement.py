@@ -75,7 +75,8 @@ def test_the_report_is_the_same_from_the_plan_and_from_the_placed_checkpoint(tra
     plan = ["--load", trained, "--ckpt-step", 2, "--plan", placed / "plan.json"]
     said = run(PROGRAM, "report", *plan, *samples, *EP_2[:2], "--output", tmp_path / "plan.json", ranks=2).stdout
     own = ["--load", placed / "save", "--batch-size", "4"]
-    run(PROGRAM, "report", *own, *samples, "--output", tmp_path / "own.json", "--figure", tmp_path / "own.svg")
+    files = ["--output", tmp_path / "own.json", "--figure", tmp_path / "own.svg", "--json"]
+    printed = json.loads(run(PROGRAM, "report", *own, *samples, *files).stdout.splitlines()[-1])
     found, again = (json.loads((tmp_path / name).read_text()) for name in ("plan.json", "own.json"))
     assert list(found["devices"]) == ["2", "4", "8"] and set(found["tokens"]) == {"text", "vision", "padding"}
     assert found["tokens"]["vision"] == again["tokens"]["vision"] > 0
@@ -85,6 +86,7 @@ def test_the_report_is_the_same_from_the_plan_and_from_the_placed_checkpoint(tra
                 assert numbers == pytest.approx(again["devices"][number][when][scope]), (number, when, scope)
     two = found["devices"]["2"]
     assert two["floor"]["devices_per_token"] == 1 and two["chance"]["crossing"] == pytest.approx(1 - 12 / 28)
+    assert printed["crossing_after_vision"] == again["devices"]["2"]["after"]["vision"]["crossing"]
     assert "before -> after" in said and "cut reached" in said
     assert (tmp_path / "plan.png").stat().st_size > 5000 and "<svg" in (tmp_path / "own.svg").read_text()
 

@@ -19,7 +19,7 @@ FLAGS: dict[str, list[object]] = {
     "layer_split": ["--layer-split-layers", 1],
     "modality_gates": [],
     "moiie": ["--moiie-coeff", 0.1],
-    "label_loss": ["--label-loss-coeff", 0.1],
+    "label_ce": ["--label-ce-coeff", 0.1],
     "modality_balance": ["--modality-balance-coeff", 0.1],
     "ernie": ["--ernie-balance-coeff", 0.1, "--ernie-bias-rate", 0.05],
 }

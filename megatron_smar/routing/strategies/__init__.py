@@ -9,7 +9,7 @@ from argparse import Namespace
 from megatron_smar.routing.strategies.base import RoutedLayer, RoutingStrategy, StrategyConfig
 from megatron_smar.routing.strategies.ernie import ErnieConfig
 from megatron_smar.routing.strategies.hard import HardConfig
-from megatron_smar.routing.strategies.label_loss import LabelLossConfig
+from megatron_smar.routing.strategies.label_ce import LabelCeConfig
 from megatron_smar.routing.strategies.layer_split import LayerSplitConfig
 from megatron_smar.routing.strategies.modality_balance import ModalityBalanceConfig
 from megatron_smar.routing.strategies.modality_gates import ModalityGatesConfig
@@ -28,7 +28,7 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
         LayerSplitConfig,
         ModalityGatesConfig,
         MoiieConfig,
-        LabelLossConfig,
+        LabelCeConfig,
         ModalityBalanceConfig,
         ErnieConfig,
     )

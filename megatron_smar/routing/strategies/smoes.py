@@ -25,9 +25,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from megatron_smar.routing.bins import bin_experts, divergence_between_bins, joint_distribution, mutual_information
+from megatron_smar.routing.bins import (
+    bin_masses,
+    bin_members,
+    divergence_between_bins,
+    expert_bins,
+    intra_bin_balance,
+    joint_distribution,
+    mutual_information,
+)
 from megatron_smar.routing.samples import share_of_ranks
-from megatron_smar.routing.soft_scores import gaussian_scores, updated_gaussians
+from megatron_smar.routing.soft_scores import gaussian_modality_scores, updated_gaussians
 from megatron_smar.routing.strategies.base import (
     AuxiliaryLoss,
     LayerRouting,
@@ -165,11 +173,11 @@ class Smoes(RoutingStrategy):
         super().__init__(config, layer)
         if config.bins is None or layer.num_experts % config.bins:
             raise ValueError(f"{config.bins} bins do not divide {layer.num_experts} experts.")
-        self.num_bins, self.bin_size = config.bins, layer.num_experts // config.bins
+        self.num_bins = config.bins
         modalities, experts = layer.num_modalities, layer.num_experts
         self.register_buffer("loads", torch.zeros(modalities, experts))
         self.register_buffer("counts", torch.zeros(modalities, experts), persistent=False)
-        self.register_buffer("bins", bin_experts(torch.zeros(modalities, experts), self.num_bins))
+        self.register_buffer("bins", expert_bins(torch.zeros(modalities, experts), self.num_bins))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         if config.scores == "gaussian":
             self.register_buffer("mean", torch.zeros(modalities, layer.hidden_size))
@@ -185,7 +193,7 @@ class Smoes(RoutingStrategy):
         hard = tokens.modality_mask.to(dtype)
         if self.config.scores == "hard":
             return hard
-        soft = gaussian_scores(tokens.hidden, self.mean, self.variance).to(dtype)
+        soft = gaussian_modality_scores(tokens.hidden, self.mean, self.variance).to(dtype)
         return torch.where(self.known.all(), soft * hard.sum(dim=1, keepdim=True), hard)
 
     def sums(self, tokens: RoutedTokens) -> dict[str, Tensor]:
@@ -193,15 +201,15 @@ class Smoes(RoutingStrategy):
         if tokens.sample_sums is None:
             raise RuntimeError("SMoES sums over samples: pass `sample_ids` to the model.")
         gates = torch.softmax(tokens.logits.to(torch.promote_types(tokens.logits.dtype, torch.float32)), dim=-1)
-        members = (self.bins.unsqueeze(1) == torch.arange(self.num_bins, device=gates.device)).to(gates.dtype)
         scores = self.scores(tokens, gates.dtype)
-        weighted = scores.unsqueeze(2) * (gates @ members / self.bin_size).unsqueeze(1)  # [N, M, B]
+        weighted = bin_masses(scores, gates, self.bins, self.num_bins)
         of_samples = tokens.sample_sums(torch.cat([weighted.flatten(1), scores], dim=1))
         sums, masses = of_samples.split([weighted[0].numel(), scores.shape[1]], dim=1)
         joint = joint_distribution(sums.unflatten(1, weighted.shape[1:]), masses)
         measure = divergence_between_bins if self.config.objective == "kl" else mutual_information
         ranks = tokens.sample_sums.ranks
         is_token = tokens.modality_mask.any(dim=1, keepdim=True)
+        members = bin_members(self.bins, self.num_bins, gates.dtype)
         bins_of_token = (tokens.routing_map.to(gates.dtype) @ members > 0).sum(dim=1, keepdim=True)
         return {
             "objective": share_of_ranks(measure(joint).sum(), ranks),
@@ -214,8 +222,8 @@ class Smoes(RoutingStrategy):
         """Returns the two losses of the layer."""
         config, sums = self.config, routing.sums
         tokens = routing.statistics.tokens.sum().clamp(min=1)
-        frequencies = routing.statistics.counts.sum(dim=0) / (self.layer.top_k * tokens)
-        balance = self.bin_size * (frequencies * sums["probabilities"] / tokens).sum()
+        counts = routing.statistics.counts.sum(dim=0)
+        balance = intra_bin_balance(counts, sums["probabilities"], tokens, self.layer.top_k, self.bins)
         coefficient = 0.0 if config.objective == "none" else config.information_coeff
         return {
             INFORMATION_LOSS: AuxiliaryLoss(-sums["objective"] / sums["samples"].clamp(min=1), coefficient),
@@ -245,7 +253,7 @@ class Smoes(RoutingStrategy):
         self.steps += 1
         if not self.config.fixed_bins:
             due = self.steps % self.config.rebin_interval == 0
-            self.bins.copy_(torch.where(due, bin_experts(self.loads, self.num_bins), self.bins))
+            self.bins.copy_(torch.where(due, expert_bins(self.loads, self.num_bins), self.bins))
         if sums:
             state = self.mean, self.variance, self.known
             new = updated_gaussians(*state, sums["x"], sums["squares"], sums["tokens"], self.config.decay)

@@ -90,8 +90,8 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         (["--layer-split-layers", "1"], "--layer-split-layers 1 has no effect with --modality-routing none"),
         (["--ernie-bias-rate", "0.1"], "--ernie-bias-rate 0.1 has no effect with --modality-routing none"),
         (
-            ["--modality-routing", "label_loss", "--label-loss-experts", "text=0-4"],
-            "--label-loss-experts text=0-4 must name each",
+            ["--modality-routing", "label_ce", "--label-ce-experts", "text=0-4"],
+            "--label-ce-experts text=0-4 must name each",
         ),
         (
             ["--modality-routing", "modality_balance", "--modality-balance-coeff", "video=1"],

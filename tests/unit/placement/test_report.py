@@ -8,7 +8,16 @@ import torch
 
 from megatron_smar.placement.dispatch import DispatchCounter
 from megatron_smar.placement.figure import write_figure
-from megatron_smar.placement.report import Dispatched, assignments, device_counts, device_of, report, table, write_json
+from megatron_smar.placement.report import (
+    Dispatched,
+    assignments,
+    device_counts,
+    device_of,
+    headline,
+    report,
+    table,
+    write_json,
+)
 
 BEFORE = {1: [0, 1, 2, 3], 2: [0, 1, 2, 3]}
 AFTER = {1: [0, 2, 1, 3], 2: [3, 2, 1, 0]}
@@ -50,6 +59,14 @@ def test_crossing_bytes_and_the_reached_cut_are_those_counted_by_hand(content):
     assert two["chance"]["crossing"] == pytest.approx(4 / 6)
     assert content["devices"]["4"]["floor"]["devices_per_token"] == 2, "no device has two experts"
     assert content["devices"]["4"]["cut_reached"]["all"] is None
+
+
+def test_the_headline_has_the_crossing_by_modality_and_the_cut_for_the_first_number_of_devices(content):
+    assert headline(content) == {
+        **{"devices": 2, "bytes_cut_of_reachable": 0.5},
+        **{"crossing_before": 1.0, "crossing_before_text": 1.0, "crossing_before_vision": 1.0},
+        **{"crossing_after": 0.5, "crossing_after_text": 0.5, "crossing_after_vision": 0.5},
+    }
 
 
 def test_the_table_has_each_number_of_the_json(content, tmp_path):

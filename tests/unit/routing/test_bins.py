@@ -7,14 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_smar.routing.bins import bin_experts, divergence_between_bins, joint_distribution, mutual_information
+from megatron_smar.routing.bins import (
+    divergence_between_bins,
+    expert_bins,
+    inter_bin_mutual_information,
+    intra_bin_balance,
+    joint_distribution,
+    mutual_information,
+)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.data())
 def test_bins_are_equal_in_size_and_ordered_by_the_share_of_text(bins, size, data):
     counts = st.lists(st.integers(0, 50), min_size=bins * size, max_size=bins * size)
     loads = torch.tensor([data.draw(counts), data.draw(counts)]).double()
-    found = bin_experts(loads, bins)
+    found = expert_bins(loads, bins)
     assert torch.bincount(found, minlength=bins).tolist() == [size] * bins
     share = [t / (t + v) if t + v else 0.5 for t, v in loads.t().tolist()]
     expected = sorted(range(bins * size), key=lambda expert: (share[expert], expert))
@@ -24,8 +31,43 @@ def test_bins_are_equal_in_size_and_ordered_by_the_share_of_text(bins, size, dat
 
 
 def test_experts_without_tokens_keep_their_order():
-    assert bin_experts(torch.zeros(2, 6), 3).tolist() == [0, 0, 1, 1, 2, 2]
-    assert bin_experts(torch.tensor([[0.0, 4, 1, 0], [9, 0, 1, 0]]), 2).tolist() == [0, 1, 0, 1]
+    assert expert_bins(torch.zeros(2, 6), 3).tolist() == [0, 0, 1, 1, 2, 2]
+    assert expert_bins(torch.tensor([[0.0, 4, 1, 0], [9, 0, 1, 0]]), 2).tolist() == [0, 1, 0, 1]
+
+
+def test_a_number_of_bins_that_does_not_divide_the_experts_is_refused():
+    with pytest.raises(ValueError, match="4 bins do not divide 6 experts"):
+        expert_bins(torch.zeros(2, 6), 4)
+
+
+def test_the_information_of_a_sample_is_that_of_its_own_tokens_without_padding():
+    generator = torch.Generator().manual_seed(4)
+    scores = torch.rand(9, 2, generator=generator, dtype=torch.float64).softmax(-1)
+    gates = torch.rand(9, 6, generator=generator, dtype=torch.float64).softmax(-1)
+    bins, samples = torch.tensor([2, 0, 1, 1, 0, 2]), torch.tensor([0, 2, 0, 2, -1, 0, 2, -1, 2])  # sample 1 is empty
+    found = inter_bin_mutual_information(scores, gates, bins, samples)
+    for sample in range(3):
+        joint = np.zeros((2, 3))
+        own = [token for token in range(9) if samples[token] == sample]
+        for m, expert in np.ndindex(2, 6):
+            mass = sum(float(scores[token, m]) for token in own)
+            for token in own:
+                joint[m, bins[expert]] += float(scores[token, m] * gates[token, expert]) / (2 * mass)
+        joint /= joint.sum() or 1
+        independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+        expected = sum(p * np.log(p / q) for p, q in zip(joint.flat, independent.flat, strict=True) if p)
+        assert float(found[sample]) == pytest.approx(expected, rel=1e-10, abs=1e-15)
+
+
+def test_the_balance_inside_bins_is_that_of_the_papers_sum_and_the_inverse_number_of_bins_when_even():
+    counts, probs = torch.tensor([3.0, 5, 0, 8, 2, 6]), torch.tensor([2.0, 1, 3, 2, 3, 1])
+    bins, tokens, top_k = torch.tensor([0, 1, 0, 1, 0, 1]), 12, 2
+    expected = sum(
+        3 * (counts[e] / (top_k * tokens)) * (probs[e] / tokens) for k in (0, 1) for e in range(6) if bins[e] == k
+    )
+    assert float(intra_bin_balance(counts, probs, tokens, top_k, bins)) == pytest.approx(float(expected))
+    even = torch.full((6,), 4.0), torch.full((6,), 2.0)
+    assert float(intra_bin_balance(*even, tokens, top_k, bins)) == pytest.approx(1 / 2)
 
 
 def random_joint(samples: int = 5, modalities: int = 2, bins: int = 4) -> torch.Tensor:

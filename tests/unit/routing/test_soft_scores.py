@@ -4,7 +4,12 @@
 import numpy as np
 import torch
 
-from megatron_smar.routing.soft_scores import gaussian_scores, scores_after_attention, updated_gaussians
+from megatron_smar.routing.soft_scores import (
+    blend_attention_scores,
+    gaussian_modality_scores,
+    scores_after_attention,
+    updated_gaussians,
+)
 
 GENERATOR = torch.Generator().manual_seed(5)
 
@@ -17,6 +22,8 @@ def test_scores_after_attention_are_the_mean_weighted_by_both_norms():
     scores, attended = torch.softmax(normal(6, 2, 3), -1), torch.softmax(normal(6, 2, 3), -1)
     entering, output = normal(6, 2, 8), 2 * normal(6, 2, 8)
     found = scores_after_attention(scores, attended, entering, output)
+    blended = blend_attention_scores(scores, attended, output.norm(dim=-1), entering.norm(dim=-1))
+    torch.testing.assert_close(blended, found, rtol=1e-12, atol=0)
     for s, b in np.ndindex(6, 2):
         own, other = np.linalg.norm(entering[s, b]), np.linalg.norm(output[s, b])
         expected = (other * attended[s, b] + own * scores[s, b]) / (other + own)
@@ -53,15 +60,15 @@ def likelihoods(x: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.nda
 
 def test_gaussian_scores_are_the_softmax_of_the_log_likelihoods_over_half_the_dimension():
     hidden, mean, variance = normal(7, 12), normal(3, 12) + 4, normal(3, 12).exp()
-    found = gaussian_scores(hidden, mean, variance)
+    found = gaussian_modality_scores(hidden, mean, variance)
     exponents = np.exp(likelihoods(hidden.numpy(), mean.numpy(), variance.numpy()) / (0.5 * 12))
     np.testing.assert_allclose(found, exponents / exponents.sum(1, keepdims=True), rtol=1e-9)
 
 
 def test_means_far_from_zero_cost_gaussian_scores_no_precision_in_float32():
     hidden, mean, variance = normal(50, 256) + 100, normal(2, 256) + 100, normal(2, 256).exp()
-    exact = gaussian_scores(hidden, mean, variance)
-    found = gaussian_scores(hidden.float(), mean.float(), variance.float())
+    exact = gaussian_modality_scores(hidden, mean, variance)
+    found = gaussian_modality_scores(hidden.float(), mean.float(), variance.float())
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=0)
 
 

@@ -156,7 +156,7 @@ def test_loads_and_bins_follow_the_counts_of_whole_steps_and_fixed_bins_do_not(s
 
 
 def test_gaussian_scores_are_hard_until_every_modality_was_seen_and_then_those_of_the_last_step(single_rank):
-    from megatron_smar.routing.soft_scores import gaussian_scores
+    from megatron_smar.routing.soft_scores import gaussian_modality_scores
 
     hidden, mask = inputs()
     config = settings(scores="gaussian")
@@ -174,7 +174,9 @@ def test_gaussian_scores_are_hard_until_every_modality_was_seen_and_then_those_o
         torch.stack([text.var(0, False), vision.var(0, False)]),
     )
     torch.testing.assert_close(made.strategy.mean, mean)
-    scores = gaussian_scores(hidden.flatten(0, 1), mean, variance).view(mask.shape) * mask.any(-1, keepdim=True)
+    scores = gaussian_modality_scores(hidden.flatten(0, 1), mean, variance).view(mask.shape) * mask.any(
+        -1, keepdim=True
+    )
     bins = made.strategy.bins.tolist()
     expected = reference(made.weight, hidden, mask, scores, samples, bins, chosen, config)
     assert float(report.losses[INFORMATION_LOSS]) == pytest.approx(expected[0], rel=1e-5)

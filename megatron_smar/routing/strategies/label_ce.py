@@ -38,7 +38,7 @@ LABEL_LOSS = "label loss"
 
 
 @dataclass(frozen=True)
-class LabelLossConfig(StrategyConfig):
+class LabelCeConfig(StrategyConfig):
     """Settings of the label cross-entropy.
 
     Attributes:
@@ -46,7 +46,7 @@ class LabelLossConfig(StrategyConfig):
         coeff: Weight of the loss.
     """
 
-    name = "label_loss"
+    name = "label_ce"
     title = "cross-entropy between a token's modality and the mass on its experts (Flex-MoE)"
     metrics = (Metric(LABEL_LOSS),)
     of_a_run: ClassVar[tuple[str, ...]] = ("experts", "coeff")
@@ -80,14 +80,14 @@ class LabelLossConfig(StrategyConfig):
 
     def renumbered(
         self, orders: Mapping[int, Sequence[int]], modalities: Sequence[str], num_experts: int
-    ) -> LabelLossConfig:
+    ) -> LabelCeConfig:
         """Returns the settings with the experts' new numbers, which must be the same in all layers."""
         groups = self.groups(modalities, num_experts)
         return replace(self, experts=renumbered_groups(groups, orders, self.flag("experts")) or self.experts)
 
     def build(self, layer: RoutedLayer) -> RoutingStrategy:
         """Builds the strategy's module for one layer."""
-        return LabelLoss(self, layer)
+        return LabelCe(self, layer)
 
     def check(self, args: Namespace, moe_layers: Sequence[int] | None) -> None:
         """Checks that the experts fit the model."""
@@ -99,13 +99,13 @@ class LabelLossConfig(StrategyConfig):
         return f"{self.name}: experts {' '.join(self.experts) or 'in equal shares'}, coefficient {self.coeff:g}"
 
 
-class LabelLoss(RoutingStrategy):
+class LabelCe(RoutingStrategy):
     """The label cross-entropy of one layer."""
 
-    config: LabelLossConfig
+    config: LabelCeConfig
     order: Tensor
 
-    def __init__(self, config: LabelLossConfig, layer: RoutedLayer) -> None:
+    def __init__(self, config: LabelCeConfig, layer: RoutedLayer) -> None:
         super().__init__(config, layer)
         groups = config.groups(layer.modalities, layer.num_experts).values()
         self.sizes = [len(own) for own in groups]
