@@ -12,17 +12,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from grid import MAIN, TUNING, Grid, Run
 from paired import Interval, holm, interval, sign_flip_p
 
 Result = Mapping[str, Any]
 SIGNIFICANT = 0.05
-TOLERATED_LOSS = 0.02  # of picture questions, in the rule that chooses coefficients
+SEEDS = 10  # pairs of each hypothesis
+TOLERATED_LOSS = (
+    0.02  # of picture questions, in the rule that chooses coefficients, and in claims to keep more language
+)
 BASELINE = "none"
+FRONTIER = "none_lr"  # arms that are `none` at other learning rates begin so
 
 
 def _mean_after(name: str) -> Callable[[Result], float]:
     return lambda result: statistics.fmean(result["after"][name])
+
+
+def _vision_entropy(result: Result) -> float:
+    """Returns the entropy of the vision tokens' load relative to an even load, the mean of the layers."""
+    loads = [layer[1] for layer in result["after"]["expert_load"]]
+    shares = [[load / sum(layer) for load in layer if load] for layer in loads]
+    return statistics.fmean(-sum(p * math.log(p) for p in own) / math.log(len(loads[0])) for own in shares)
+
+
+def _crossing(scope: str) -> Callable[[Result], float]:
+    return lambda result: result["after"]["dispatch"]["after"][scope]["crossing"]
 
 
 MEASURES: dict[str, Callable[[Result], float]] = {
@@ -32,7 +48,9 @@ MEASURES: dict[str, Callable[[Result], float]] = {
     "msi": _mean_after("msi"),
     "distance": _mean_after("mrd_distance"),
     "entropy": _mean_after("load_entropy"),
-    "crossing": lambda r: r["after"]["crossing"]["after"],
+    "vision_entropy": _vision_entropy,
+    "crossing": _crossing("all"),
+    "vision_crossing": _crossing("vision"),
 }
 
 
@@ -46,7 +64,8 @@ class Hypothesis(NamedTuple):
         other: The arm that it is compared with.
         measure: Name of the measure.
         sign: 1 if the difference arm - other should be above 0, -1 if below.
-        margin: Added to the difference in the direction of the claim: above 0 for a claim of non-inferiority.
+        margin: Added to the difference in the direction of the claim: above 0 for a claim of non-inferiority, below 0
+            for a smallest effect.
     """
 
     claim: str
@@ -61,7 +80,7 @@ class Hypothesis(NamedTuple):
 HYPOTHESES = {
     "H1": Hypothesis("SMAR keeps more language than none", "large", "smar", BASELINE, "retention", 1),
     "H2": Hypothesis("SMAR keeps more language than balance", "large", "smar", "balance", "retention", 1),
-    "H3": Hypothesis("a low band collapses the routing", "large", "smar_05", "smar", "entropy", -1),
+    "H3": Hypothesis("a low band collapses the routing", "large", "smar_05", "smar", "entropy", -1, -0.05),
     "H4": Hypothesis("the modality bias helps", "large", "smar_15", "smar_15_no_bias", "retention", 1),
     "H5": Hypothesis("balance beside SMAR hurts", "large", "smar_15_balance", "smar_15", "retention", -1),
     "H6": Hypothesis(
@@ -79,13 +98,16 @@ class Verdict:
 
     Attributes:
         difference: The paired difference without the margin.
+        pictures: The paired difference in picture questions.
         seeds: Number of pairs.
         p: The exact two-sided p value, of the difference with the margin.
-        adjusted: The same after Holm's correction over all hypotheses.
-        outcome: `supported`, `contradicted` or `undecided`; `incomplete` until all pairs of the grid are there.
+        adjusted: The same after Holm's correction over all hypotheses; 1 for an incomplete one.
+        outcome: `supported`, `contradicted` or `undecided`; `traded` if the language that is kept is paid for with more
+            picture questions than tolerated; `incomplete` while runs are missing.
     """
 
     difference: Interval
+    pictures: Interval
     seeds: int
     p: float
     adjusted: float
@@ -151,28 +173,72 @@ class Results:
         """Returns the paired differences of a measure, arm - other."""
         return [a - b for a, b in self.pairs(part, model, arm, other, measure)]
 
+    def seeds_done(self, part: str, model: str) -> set[int]:
+        """Returns the seeds of which no run of a model is missing."""
+        seeds = {run.seed for run in self.grid.runs() if (run.part, run.model) == (part, model)}
+        return seeds - {int(name.rsplit("/", 1)[1]) for name in self.missing if name.startswith(f"{part}/{model}/")}
+
+    def is_missing(self, model: str, arm: str, seeds: int) -> bool:
+        """Returns whether any of an arm's runs of the main part has no result yet; one that failed has."""
+        done = {run.name for run in self.found} | self.failed.keys()
+        return any(f"{MAIN}/{model}/{arm}/{seed}" not in done for seed in range(1, 1 + seeds))
+
+    def at_equal_pictures(self, model: str, arm: str) -> list[float]:
+        """Returns each seed's retention minus that of `none` at the learning rate that answers as many questions.
+
+        Between the learning rates that were run it is interpolated. An arm that answers more questions than `none` at
+        any of them is compared with the one that answers most; a seed in which it answers fewer is left out.
+        """
+        rates = [BASELINE, *(name for name in self.arms(MAIN, model) if name.startswith(FRONTIER))]
+        by_rate = [self.of_arm(MAIN, model, name) for name in rates]
+        found = []
+        for seed, result in self.of_arm(MAIN, model, arm).items():
+            same = [own[seed] for own in by_rate if seed in own and own[seed]["before"] == result["before"]]
+            curve = sorted((MEASURES["pictures"](each), MEASURES["retention"](each)) for each in same)
+            answered = MEASURES["pictures"](result)
+            if len(same) == len(rates) > 1 and answered >= curve[0][0]:
+                expected = np.interp(answered, *zip(*curve, strict=True))
+                found.append(MEASURES["retention"](result) - float(expected))
+        return found
+
 
 def verdicts(results: Results) -> dict[str, Verdict]:
     """Returns what the data says about every hypothesis that has at least two pairs.
 
-    An outcome is given when all pairs of the grid are there, so that nobody stops at a result that pleases. Holm's
-    correction counts all hypotheses, also those without data yet.
+    An outcome is given when all runs are done, so that nobody stops at a result that pleases. Holm's correction counts
+    all hypotheses, with a p value of 1 for those that are incomplete.
     """
     pairs = {name: results.differences(MAIN, h.model, h.arm, h.other, h.measure) for name, h in HYPOTHESES.items()}
     tested = {name: found for name, found in pairs.items() if len(found) > 1}
     shifted = {name: [d + HYPOTHESES[name].sign * HYPOTHESES[name].margin for d in tested[name]] for name in tested}
-    p_values = {name: sign_flip_p(shifted[name]) if name in tested else 1.0 for name in HYPOTHESES}
-    adjusted = holm(p_values)
+    p_values = {name: sign_flip_p(found) for name, found in shifted.items()}
+    complete = {name for name in tested if not _is_incomplete(results, HYPOTHESES[name])}
+    adjusted = holm({name: p_values[name] if name in complete else 1.0 for name in HYPOTHESES})
     found = {}
     for name, differences in tested.items():
-        agrees = statistics.fmean(shifted[name]) * HYPOTHESES[name].sign > 0
-        decided = "supported" if agrees else "contradicted"
-        outcome = decided if adjusted[name] < SIGNIFICANT else "undecided"
-        wanted = min(results.grid.seeds_of(HYPOTHESES[name].model, arm) for arm in HYPOTHESES[name][2:4])
-        if len(differences) < wanted:
-            outcome = "incomplete"
-        found[name] = Verdict(interval(differences), len(differences), p_values[name], adjusted[name], outcome)
+        claim = HYPOTHESES[name]
+        pictures = interval(results.differences(MAIN, claim.model, claim.arm, claim.other, "pictures"))
+        outcome = "incomplete"
+        if name in complete:
+            agrees = statistics.fmean(shifted[name]) * claim.sign > 0
+            is_clear = adjusted[name] < SIGNIFICANT and len(differences) == SEEDS
+            outcome = _outcome(claim, agrees, pictures) if is_clear else "undecided"
+        found[name] = Verdict(
+            interval(differences), pictures, len(differences), p_values[name], adjusted[name], outcome
+        )
     return found
+
+
+def _is_incomplete(results: Results, claim: Hypothesis) -> bool:
+    return any(results.is_missing(claim.model, arm, SEEDS) for arm in (claim.arm, claim.other))
+
+
+def _outcome(claim: Hypothesis, agrees: bool, pictures: Interval) -> str:
+    """Returns the outcome of a significant difference; a claim to keep more language must not learn less."""
+    keeps_more = claim.measure == "retention" and claim.sign > 0
+    if agrees and keeps_more and pictures.mean < -TOLERATED_LOSS:
+        return "traded"
+    return "supported" if agrees else "contradicted"
 
 
 class Tried(NamedTuple):
@@ -188,13 +254,16 @@ class Tried(NamedTuple):
 
 
 def tried(results: Results) -> list[Tried]:
-    """Returns the settings of the tuning that have results."""
+    """Returns the settings of the tuning, over the seeds of which a model has all runs, so that means compare."""
     found = []
     for model in results.grid.tuning["runs"]:
+        seeds = results.seeds_done(TUNING, model)
         for name in results.arms(TUNING, model):
             arm, _, setting = name.partition("__")
-            means = [statistics.fmean(results.values(TUNING, model, name, m).values()) for m in Tried._fields[3:6]]
-            found.append(Tried(model, arm, setting.replace("_", " "), *means, len(results.of_arm(TUNING, model, name))))
+            own = [result for seed, result in results.of_arm(TUNING, model, name).items() if seed in seeds]
+            if own:
+                means = (statistics.fmean(map(MEASURES[measure], own)) for measure in Tried._fields[3:6])
+                found.append(Tried(model, arm, setting.replace("_", " "), *means, len(own)))
     return found
 
 

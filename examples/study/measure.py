@@ -12,6 +12,7 @@ import os
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +30,7 @@ from megatron_smar.commands.evaluate import add_samples, load_model, read_record
 from megatron_smar.data.batch import EncodedSample
 from megatron_smar.data.held_out import read_questions
 from megatron_smar.evaluation.encoder import HeldOutEncoder
-from megatron_smar.evaluation.evaluator import Evaluator, exact_match, perplexity, word_completion
+from megatron_smar.evaluation.evaluator import Evaluator, Score, exact_match, perplexity, word_completion
 from megatron_smar.monitoring.recorder import recorded_routing
 from megatron_smar.placement.dispatch import DispatchCounter, counted
 from megatron_smar.placement.plan import Plan
@@ -48,28 +49,31 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
-def count(evaluator: Evaluator, samples: list[EncodedSample], counter: DispatchCounter) -> DispatchCounter:
-    """Passes samples through the model and counts what its MoE layers dispatch."""
+def plan_of(evaluator: Evaluator, samples: list[EncodedSample]) -> Plan:
+    """Returns where the experts would be placed by the loads on the samples."""
+    counter = DispatchCounter({})
     with counted([evaluator.model], counter):
-        evaluator.route(samples, "routing", lambda rows: setattr(counter, "rows", rows))
+        evaluator.route(samples, "placement", lambda rows: setattr(counter, "rows", rows))
     counter.reduce([evaluator.groups.dp])
-    return counter
+    return Plan.of_loads({layer: load[:-1] for layer, load in counter.loads.items()}, DEVICES, "loads", {})
 
 
-def routing(evaluator: Evaluator, samples: list[EncodedSample], planned: list[EncodedSample]) -> dict[str, Any]:
-    """Returns the routing of the samples, by layer, with the experts placed by the loads on the planned samples."""
+def score(
+    evaluator: Evaluator, samples: list[EncodedSample], name: str, plan: Plan
+) -> tuple[list[Score], dict[str, Any]]:
+    """Returns the samples' scores and their routing, by layer, with the experts placed by the plan."""
     args = get_args()
-    loads = {layer: load[:-1] for layer, load in count(evaluator, planned, DispatchCounter({})).loads.items()}
-    plan = Plan.of_loads(loads, DEVICES, "loads", {})
     present = {layer: list(range(plan.num_experts)) for layer in plan.orders}
-    with recorded_routing([evaluator.model]) as recorder:
-        counter = count(evaluator, samples, DispatchCounter(assignments(present, plan.orders, [DEVICES])))
+    counter = DispatchCounter(assignments(present, plan.orders, [DEVICES]))
+    with recorded_routing([evaluator.model]) as recorder, counted([evaluator.model], counter):
+        scores = evaluator.score(samples, name, lambda rows: setattr(counter, "rows", rows))
+    counter.reduce([evaluator.groups.dp])
     chosen = torch.stack([load[:-1] for load in counter.loads.values()])  # [L, M, E] without padding
-    return {
+    return scores, {
         "mrd_distance": list(recorder.distances(args.moe_router_topk, args.smar_eps).values()),
         "msi": modality_specialization_index(chosen / chosen.sum(dim=-1, keepdim=True)).tolist(),
         "load_entropy": load_entropy(chosen.sum(dim=1)).tolist(),
-        "crossing": {name.split()[0]: crossing(counter, name) for name in counter.traffic},
+        "dispatch": {name.split()[0]: dispatch(counter, name) for name in counter.traffic},
         "expert_load": chosen.tolist(),
     }
 
@@ -80,20 +84,33 @@ def load_entropy(chosen: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(shares).sum(dim=-1) / torch.tensor(float(chosen.shape[-1])).log()
 
 
-def crossing(counter: DispatchCounter, name: str) -> float:
-    """Returns the share of text and vision tokens whose experts lie on both devices, the mean of the layers."""
-    layers = counter.traffic[name].values()
-    shares = [float(layer.merged(range(len(layer.tokens) - 1)).crossing) for layer in layers]
-    return sum(shares) / len(shares)
+def dispatch(counter: DispatchCounter, name: str) -> dict[str, dict[str, float]]:
+    """Returns the share of tokens whose experts lie on both devices, and the devices per token, means of the layers.
+
+    Both for text, for vision, and for all tokens of the two.
+    """
+    layers = list(counter.traffic[name].values())
+    text, vision = range(len(layers[0].tokens) - 1)
+    found = {}
+    for scope, classes in {"text": [text], "vision": [vision], "all": [text, vision]}.items():
+        parts = [layer.merged(classes) for layer in layers if layer.tokens[classes].sum() > 0]
+        if parts:
+            crossing, devices = (
+                fmean(float(getattr(part, what)) for part in parts) for what in ("crossing", "devices")
+            )
+            found[scope] = {"crossing": crossing, "devices": devices}
+    return found
 
 
 def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: HeldOutEncoder) -> dict[str, Any]:
-    """Returns all measures of the loaded checkpoint."""
+    """Returns all measures of the loaded checkpoint, and each sample's share in them."""
     texts = [encoder.passage(str(record["id"]), record) for record in options.texts]
     questions, planned = (
         [encoder.question(item, options.image_root) for item in items] for items in (options.questions, options.planned)
     )
-    scores, answers = evaluator.score(texts, "texts"), evaluator.score(questions, "questions")
+    plan = plan_of(evaluator, planned)
+    scores, on_texts = score(evaluator, texts, "texts", plan)
+    answers, on_questions = score(evaluator, questions, "questions", plan)
     by_kind = defaultdict(list)
     for item, answer in zip(options.questions, answers, strict=True):
         by_kind[item["kind"]].append(answer)
@@ -102,7 +119,10 @@ def measure(options: argparse.Namespace, evaluator: Evaluator, encoder: HeldOutE
         "text_perplexity": perplexity(scores),
         "vqa_accuracy": exact_match(answers),
         "vqa_by_kind": {kind: exact_match(found) for kind, found in sorted(by_kind.items())},
-        **routing(evaluator, questions, planned),
+        **on_questions,
+        "texts": {name: on_texts[name] for name in ("load_entropy", "dispatch", "expert_load")},
+        "words_completed": [each.words_completed for each in scores],
+        "answered": "".join("01"[answer.exact] for answer in answers),
     }
 
 

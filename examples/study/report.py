@@ -27,7 +27,7 @@ runtime.install_or_exit("cpu")  # the grid's flags are checked with Megatron's p
 
 from documents import replace_between_marks
 from findings import BASELINE, HYPOTHESES, MEASURES, Results, Tried, choose, summary, tried, verdicts
-from grid import MAIN, add_places, read_grid, set_places
+from grid import MAIN, TUNING, add_places, read_grid, set_places
 from paired import Interval
 from study_figures import write_figures
 
@@ -55,16 +55,20 @@ class Shown(NamedTuple):
 
 METHODS = ("none", "balance", "smar", "sqrt", "sqrt_smar", "smoes", "smoes_gaussian")
 ROUTINGS = ("hard", "hard_6_2", "layer_split", "moiie", "label_ce", "modality_gates", "modality_balance", "ernie")
-ABLATION = ("none", "smoes_binning", "smoes_hard", "smoes_kl", "smoes_fixed", "smoes")
+ABLATION = ("none", "smoes_8_binning", "smoes_8_hard", "smoes_8_kl", "smoes_8_fixed", "smoes_8")
+RATES = ("none_lr_0005", "none_lr_00075", "none", "smar_lr_0005", "smar")
 SHARES = tuple(f"{arm}{share}" for arm in ("none", "smar") for share in ("_text_0", "", "_text_6", "_text_20"))
+SMALL = ("none", "balance", "hard", "moiie", "smar", "smoes_8")
 TABLES = (
     Shown("Language retention by method (the SMAR paper's Table 2)", "large", METHODS + ROUTINGS),
     Shown("SMAR's band (Table 4)", "large", ("none", "smar_05", "smar_10", "smar_15", "smar")),
     Shown("SMAR's bias, and balance beside it (Table 5)", "large", ("smar_15_no_bias", "smar_15", "smar_15_balance")),
     Shown("Relative to none (SMoES's main table), 8 large experts", "large", METHODS + ROUTINGS, relative=True),
-    Shown("Relative to none, 64 small experts", "small", ("none", "balance", "smar", "smoes_8"), relative=True),
-    Shown("SMoES's ablation", "large", ABLATION, relative=True),
+    Shown("Relative to none, 64 small experts", "small", SMALL, relative=True),
+    Shown("SMoES's ablation, 64 small experts", "small", ABLATION, relative=True),
+    Shown("64 small experts", "small", SMALL),
     Shown("Share of pure text", "large", SHARES),
+    Shown("Learning rate", "large", RATES),
 )
 
 
@@ -79,23 +83,31 @@ def parts(found: Interval, scale: float = 100, signed: bool = False) -> str:
 
 def arms_table(results: Results, shown: Shown) -> Table:
     """Returns a table of the measures; empty if none of its arms has results."""
-    header = ("arm", "seeds", "retention %", "minus none", "perplexity ratio", "picture questions %", "minus none")
-    rows: Table = [(*header, "MSI", "distance", "load entropy", "crossing %")]
+    header = ("arm", "seeds", "retention %", "minus none", "at equal pictures", "perplexity ratio")
+    rows: Table = [(*header, "picture questions %", "minus none", "MSI", "distance", "load entropy", "crossing %")]
     for arm in _done(results, shown):
         own = {name: list(results.values(MAIN, shown.model, arm, name).values()) for name in MEASURES}
         less = {name: results.differences(MAIN, shown.model, arm, BASELINE, name) for name in ("retention", "pictures")}
         minus = {name: "" if arm == BASELINE else parts(summary(found), signed=True) for name, found in less.items()}
         mean = {name: statistics.fmean(found) for name, found in own.items()}
+        equal = "" if arm == BASELINE else parts(summary(results.at_equal_pictures(shown.model, arm)), signed=True)
         language, pictures = (parts(summary(own[name])) for name in ("retention", "pictures"))
         rows.append(
             (
-                *(arm, str(len(own["retention"])), language, minus["retention"]),
-                *(parts(summary(own["perplexity"]), 1), pictures, minus["pictures"]),
-                *(f"{mean[name]:.2f}" for name in ("msi", "distance", "entropy")),
-                f"{100 * mean['crossing']:.1f}",
+                *(arm, str(len(own["retention"])), language, minus["retention"], equal),
+                *(parts(summary(own["perplexity"]), 1), pictures, minus["pictures"], f"{mean['msi']:.2f}"),
+                *(_distances(results, shown.model, arm), f"{mean['entropy']:.2f} ({mean['vision_entropy']:.2f})"),
+                f"{100 * mean['crossing']:.1f} ({100 * mean['vision_crossing']:.1f})",
             )
         )
     return rows if len(rows) > 1 else []
+
+
+def _distances(results: Results, model: str, arm: str) -> str:
+    """Returns the mean distance, and that of the layers with the least and the greatest, means over seeds."""
+    by_seed = [result["after"]["mrd_distance"] for result in results.of_arm(MAIN, model, arm).values()]
+    layers = [statistics.fmean(layer) for layer in zip(*by_seed, strict=True)]
+    return f"{statistics.fmean(layers):.2f} ({min(layers):.2f} to {max(layers):.2f})"
 
 
 def relative_table(results: Results, shown: Shown) -> Table:
@@ -135,11 +147,13 @@ def kinds_table(results: Results, shown: Shown) -> Table:
 def hypotheses_table(results: Results) -> Table:
     """Returns the verdicts; empty if there is none."""
     found = verdicts(results)
-    rows: Table = [("", "hypothesis", "pairs", "difference", "p (of H7: with its margin)", "Holm's p", "outcome")]
+    header = ("", "hypothesis", "pairs", "difference", "picture questions")
+    rows: Table = [(*header, "p (of H3 and H7: with the margin)", "Holm's p", "outcome")]
     for name, verdict in found.items():
         scale = 1 if HYPOTHESES[name].measure == "entropy" else 100
         shown = parts(verdict.difference, scale, signed=True) if scale > 1 else _plain(verdict.difference)
-        numbers = (str(verdict.seeds), shown, f"{verdict.p:.3f}", f"{verdict.adjusted:.3f}")
+        pictures = parts(verdict.pictures, signed=True)
+        numbers = (str(verdict.seeds), shown, pictures, f"{verdict.p:.3f}", f"{verdict.adjusted:.3f}")
         rows.append((name, HYPOTHESES[name].claim, *numbers, verdict.outcome))
     return rows if found else []
 
@@ -151,23 +165,21 @@ def _plain(found: Interval) -> str:
 def tuning_table(results: Results) -> Table:
     """Returns what the tuning tried, with the chosen value of each flag marked; empty without results."""
     settings = tried(results)
-    rows: Table = [
-        ("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "choice")
-    ]
+    header = ("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "choice")
+    rows: Table = [header]
     seeds = len(results.grid.tuning["seeds"])
-    usual = ("", f"lr {results.grid.stages['stage2'].get('lr')}")
-    pictures = {s.model: s.pictures for s in settings if s.arm == BASELINE and s.setting in usual and s.seeds == seeds}
+    pictures = {s.model: s.pictures for s in settings if (s.arm, s.setting) == (BASELINE, "")}
     groups: dict[tuple[str, str, str], list[Tried]] = defaultdict(list)
     for each in settings:
         groups[each.model, each.arm, each.setting.partition(" ")[0]].append(each)
-    for (model, arm, flag), group in groups.items():
-        wanted = len(results.grid.tuning["runs"][model][arm].get(flag, ()))
-        is_complete = len(group) == wanted and all(each.seeds == seeds for each in group) and model in pictures
-        best = choose(group, pictures[model]) if is_complete and flag not in ("", "lr") else None
+    for (model, _, flag), group in groups.items():
+        whole = [each for each in group if each.seeds == seeds]  # a value that failed on a seed is not chosen
+        is_done = flag and model in pictures and len(results.seeds_done(TUNING, model)) == seeds
+        best = choose(whole, pictures[model]) if is_done and whole else None
         for each in group:
             numbers = (f"{100 * each.retention:.1f}", f"{each.perplexity:.2f}", f"{100 * each.pictures:.1f}")
             chosen = "chosen" if each is best else ""
-            rows.append((model, arm, each.setting, str(each.seeds), *numbers, chosen))
+            rows.append((model, each.arm, each.setting, str(each.seeds), *numbers, chosen))
     return rows if len(rows) > 1 else []
 
 

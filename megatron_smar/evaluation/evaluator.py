@@ -82,12 +82,24 @@ class Evaluator:
         self.multiple_of, self.batch_size = multiple_of, batch_size
         self.continues_word = continues_word
 
-    def score(self, samples: Sequence[EncodedSample], name: str) -> list[Score]:
-        """Scores every sample; data-parallel ranks share the work, and all return all results, in order."""
-        return [ends[0] for ends in self.score_endings(samples, [None] * len(samples), name)]
+    def score(
+        self, samples: Sequence[EncodedSample], name: str, announce: Callable[[list[int]], None] | None = None
+    ) -> list[Score]:
+        """Scores every sample; data-parallel ranks share the work, and all return all results, in order.
+
+        Args:
+            samples: The samples.
+            name: Name of the progress bar.
+            announce: As for `route`.
+        """
+        return [ends[0] for ends in self.score_endings(samples, [None] * len(samples), name, announce)]
 
     def score_endings(
-        self, samples: Sequence[EncodedSample], endings: Sequence[Sequence[int] | None], name: str
+        self,
+        samples: Sequence[EncodedSample],
+        endings: Sequence[Sequence[int] | None],
+        name: str,
+        announce: Callable[[list[int]], None] | None = None,
     ) -> list[list[Score]]:
         """Scores samples with each of several tokens in the place of the last target, in one pass per sample.
 
@@ -95,6 +107,7 @@ class Evaluator:
             samples: The samples; they are read when they are needed, so that they may be encoded then.
             endings: For each sample, the tokens that take the place of its last label; None for that label alone.
             name: Name of the progress bar.
+            announce: As for `route`.
 
         Returns:
             For each sample a score per ending, on all ranks.
@@ -103,6 +116,8 @@ class Evaluator:
         order = sorted(range(len(samples)), key=lambda n: -len(samples[n].input_ids))  # memory fails early
         for places in self._passes([len(samples[number].input_ids) for number in order], name):
             numbers = [order[place] for place in places]
+            if announce:
+                announce(numbers or [-1])
             if not numbers:
                 self.pass_through([])
                 continue

@@ -52,7 +52,10 @@ def test_a_run_leaves_no_result_or_one_without_a_measure(root):
     assert before.keys() == after.keys()
     assert len(after["mrd_distance"]) == len(after["msi"]) == len(after["load_entropy"]) == 2
     assert after["msi"] == pytest.approx([1, 1]) and max(before["msi"]) < 1  # each modality has its own experts
-    assert after["crossing"]["after"] == 0 < before["crossing"]["after"]
+    crossing = [found["dispatch"]["after"]["vision"]["crossing"] for found in (before, after)]
+    assert crossing[1] == 0 < crossing[0] and before["dispatch"]["before"]["all"]["devices"] > 1
+    assert len(after["answered"]) * after["vqa_accuracy"] == pytest.approx(after["answered"].count("1"))
+    assert sum(after["words_completed"]) > 0 and set(after["texts"]["dispatch"]["after"]) == {"text", "all"}
     assert all(0 < entropy <= 1 for entropy in after["load_entropy"])
     assert after["text_perplexity"] != before["text_perplexity"] > 1
     assert set(after["vqa_by_kind"]) == {"colour", "corner", "count", "object", "pair", "presence"}

@@ -258,19 +258,19 @@ def test_a_failure_replaces_a_success_or_is_forgotten_when_the_run_is_done_again
 # ---- what the results say
 
 
-def write_results(folder: Path, study: grid.Grid, retention) -> None:
-    """Writes a result for every run, with retentions from a function of model, arm and seed."""
+def write_results(folder: Path, study: grid.Grid, retention, pictures=lambda run: 0.6) -> None:
+    """Writes a result for every run, with retention and picture questions from functions of the run."""
     for run in study.runs():
         layers = {"msi": [0.5] * 4, "mrd_distance": [1.0, 1.5, 2.0, 2.5], "load_entropy": [0.9] * 4}
         after = layers | {
             "word_accuracy": 0.1 * retention(run),
             "text_perplexity": 300.0,
-            "vqa_accuracy": 0.6,
+            "vqa_accuracy": pictures(run),
             "vqa_by_kind": {"colour": 0.9, "corner": 0.3},
-            "crossing": {"before": 0.6, "after": 0.4},
+            "dispatch": {"after": {scope: {"crossing": 0.4, "devices": 1.4} for scope in ("vision", "all")}},
             "expert_load": [[[8.0, 4.0], [1.0, 3.0]]] * 4,
         }
-        before = after | {"word_accuracy": 0.1, "text_perplexity": 200.0}
+        before = after | {"word_accuracy": 0.1, "text_perplexity": 200.0, "vqa_accuracy": 0.0}
         file = folder / f"{run.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         made = {"key": study.key(run), "code": "abc"}
@@ -281,7 +281,12 @@ def write_results(folder: Path, study: grid.Grid, retention) -> None:
 def study(tmp_path: Path) -> grid.Grid:
     arms = {name: {"modality-routing": "none"} for name in ("none", "balance", "sqrt", "smar", "smoes_8")}
     main = {"runs": {"large": dict.fromkeys(("none", "balance", "sqrt", "smar"), 10), "small": {"smar": 5}}}
-    return read(tmp_path, arms=arms, main=main, tuning={"seeds": [101], "runs": {"large": {"none": {"lr": [1, 0.5]}}}})
+    return read(
+        tmp_path,
+        arms=arms,
+        main=main,
+        tuning={"seeds": [101], "runs": {"large": {"none": {}, "smar": {"smar-coeff": [1, 0.5]}}}},
+    )
 
 
 def test_verdicts_do_not_follow_the_differences(tmp_path: Path, study: grid.Grid) -> None:
@@ -299,6 +304,35 @@ def test_verdicts_do_not_follow_the_differences(tmp_path: Path, study: grid.Grid
     assert report.hypotheses_table(results)[1][3] == "+5.0 ± 0.0"
 
 
+def test_language_that_is_paid_for_with_picture_questions_counts_as_kept(tmp_path: Path, study: grid.Grid) -> None:
+    kept = {"none": 0.8, "balance": 0.9, "sqrt": 0.84, "smar": 0.85}
+    learnt = {"none": 0.6, "balance": 0.6, "sqrt": 0.6, "smar": 0.55}
+    write_results(
+        tmp_path / "results",
+        study,
+        lambda run: kept.get(run.arm.partition("__")[0], 0.8),
+        lambda run: learnt.get(run.arm.partition("__")[0], 0.6),
+    )
+    results = findings.Results(study, tmp_path / "results")
+    assert [outcome_of(results, name) for name in ("H1", "H2", "H7")] == ["traded", "contradicted", "supported"]
+
+
+def test_retention_at_equal_pictures_is_not_that_of_none_at_the_learning_rate_that_answers_as_many(
+    tmp_path: Path,
+) -> None:
+    arms = {name: {"modality-routing": "none"} for name in ("none", "none_lr_low", "smar", "hard", "ernie")}
+    study = read(
+        tmp_path, arms=arms, main={"runs": {"large": dict.fromkeys(arms, 2)}}, tuning={"seeds": [], "runs": {}}
+    )
+    kept = {"none": 0.7, "none_lr_low": 0.9, "smar": 0.85, "hard": 0.75, "ernie": 0.95}
+    learnt = {"none": 0.6, "none_lr_low": 0.5, "smar": 0.575, "hard": 0.65, "ernie": 0.45}
+    write_results(tmp_path / "results", study, lambda run: kept[run.arm], lambda run: learnt[run.arm])
+    results = findings.Results(study, tmp_path / "results")
+    assert results.at_equal_pictures("large", "smar") == pytest.approx([0.1, 0.1])  # none keeps 75 % there
+    assert results.at_equal_pictures("large", "hard") == pytest.approx([0.05, 0.05])  # answers more than none ever does
+    assert results.at_equal_pictures("large", "ernie") == []  # answers less
+
+
 def test_noise_supports_a_hypothesis(tmp_path: Path, study: grid.Grid) -> None:
     write_results(tmp_path / "results", study, lambda run: 0.8 + (0.01 if run.arm == "smar" and run.seed % 2 else 0))
     assert findings.verdicts(findings.Results(study, tmp_path / "results"))["H1"].outcome == "undecided"
@@ -314,7 +348,15 @@ def test_a_failed_or_outdated_run_is_counted_as_done(tmp_path: Path, study: grid
     assert results.failed == {"main/large/smar/3": "stage2 failed"} and results.missing == ["main/large/none/4"]
     assert len(results.differences("main", "large", "smar", "none", "retention")) == 8
     assert "1 missing, 1 failed.\n- main/large/smar/3: stage2 failed" in report.state(results)
-    assert outcome_of(results, "H1") == "incomplete"
+    assert outcome_of(results, "H1") == "incomplete" and findings.verdicts(results)["H1"].adjusted == 1
+    (folder / "main/large/none/4.json").write_text(
+        json.dumps({"key": study.key(run_named(study, "none", 4)), "failed": "x"})
+    )
+    assert outcome_of(findings.Results(study, folder), "H1") == "undecided"  # pairs that are missing for good
+
+
+def run_named(study: grid.Grid, arm: str, seed: int) -> grid.Run:
+    return next(run for run in study.runs() if (run.part, run.arm, run.seed) == ("main", arm, seed))
 
 
 def outcome_of(results: findings.Results, name: str) -> str:
@@ -338,6 +380,24 @@ def test_the_rule_chooses_a_value_that_does_not_learn_the_pictures(order: list[t
     settings = [findings.Tried("large", "smar", str(n), kept, 1.5, learnt, 2) for n, (kept, learnt) in enumerate(order)]
     assert findings.choose(settings, 0.61).retention == 0.85
     assert findings.choose(settings, 0.8).retention == 0.7  # none learns enough: the one that learns most
+
+
+def test_the_tuning_compares_means_of_different_seeds_or_chooses_before_it_is_done(tmp_path: Path) -> None:
+    tuning = {"seeds": [101, 102], "runs": {"large": {"none": {}, "smar": {"smar-coeff": [1, 0.5]}}}}
+    study = read(tmp_path, tuning=tuning, main={"runs": {}})
+    folder = tmp_path / "results"
+    write_results(folder, study, lambda run: 0.9 if run.arm.endswith("_1") else 0.8)
+    one_is_missing = folder / "tuning/large/smar__smar-coeff_1/102.json"
+    content = one_is_missing.read_text()
+    one_is_missing.unlink()
+    (_, *rows) = report.tuning_table(findings.Results(study, folder))
+    assert [(row[3], row[-1]) for row in rows] == [("1", "")] * 3
+    one_is_missing.write_text(content)
+    (_, *rows) = report.tuning_table(findings.Results(study, folder))
+    assert [(row[3], row[-1]) for row in rows] == [("2", ""), ("2", "chosen"), ("2", "")]
+    one_is_missing.write_text(json.dumps({"key": json.loads(content)["key"], "failed": "diverged"}))
+    (_, *rows) = report.tuning_table(findings.Results(study, folder))
+    assert [(row[3], row[-1]) for row in rows] == [("2", ""), ("1", ""), ("2", "chosen")]
 
 
 def test_every_table_and_figure_has_what_the_results_have(tmp_path: Path, study: grid.Grid) -> None:
