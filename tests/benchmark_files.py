@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small files in the layouts in which the picture benchmarks are published, and short ways to read and answer them."""
+"""Small files in the layouts in which the multimodal benchmarks are published, and ways to read and answer them."""
 
 import json
 from collections.abc import Mapping

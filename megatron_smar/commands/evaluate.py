@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Measures a checkpoint: held-out text and questions, language tasks, picture benchmarks, and the routing.
+r"""Measures a checkpoint: held-out text and questions, language tasks, multimodal benchmarks, and the routing.
 
     torchrun --nproc-per-node 2 tools/evaluate.py --load CHECKPOINT --output results.json \
         --text held_out.jsonl --vqa questions.json --image-root DIR  [--expert-model-parallel-size 2 ...]
@@ -15,7 +15,7 @@ exactly, given the text up to their first token. --vqa: records with `image` (a 
 and optionally a `kind` to group by. Measured: the share of exact answers, and the routing.
 Both files are JSON lists or JSON lines, as for prepare.py.
 --tasks: tasks of EleutherAI's lm-evaluation-harness, `smar` for the paper's eight. --benchmarks: the paper's nine
-picture benchmarks. docs/evaluation.md describes both, and the files that they need.
+multimodal benchmarks. docs/evaluation.md describes both, and the files that they need.
 --export evaluates a Hugging Face export, or the language model that was imported, with the harness's own `hf` model
 instead of a checkpoint: --tasks alone.
 """
@@ -138,8 +138,8 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the picture benchmarks."""
-    group = parser.add_argument_group("picture benchmarks")
+    """Adds the options of the multimodal benchmarks."""
+    group = parser.add_argument_group("multimodal benchmarks")
     group.add_argument("--benchmarks", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
     group.add_argument("--benchmarks-data", type=Path, help="folder with a folder for each benchmark, of its name")
     group.add_argument(

@@ -307,7 +307,7 @@ def _add_conversation_arguments(parser: ArgumentParser) -> None:
 
 def _add_benchmark_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "picture benchmarks during training",
+        "multimodal benchmarks during training",
         "Asked after each validation (--eval-interval, --eval-iters), logged and saved; docs/evaluation.md.",
     )
     group.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a picture benchmark over all ranks, and resumes after an interruption from the predictions that are saved."""
+"""Runs a multimodal benchmark over all ranks, and resumes after an interruption from the predictions that are saved."""
 
 from __future__ import annotations
 

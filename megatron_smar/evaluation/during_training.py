@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture benchmarks during training, after each of Megatron's validations."""
+"""Multimodal benchmarks during training, after each of Megatron's validations."""
 
 from __future__ import annotations
 

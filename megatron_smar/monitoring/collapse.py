@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_smar.modalities import Modalities
 from megatron_smar.monitoring.config import LEAST_TOKENS
 from megatron_smar.monitoring.load import chosen_share
+from megatron_smar.routing.strategies.base import BALANCE_REMEDY
 
 # The threshold is at least this multiple of even load, K / E, which is 0.875 with 7 of 8 experts per token.
 TIMES_EVEN = 1.5
@@ -28,7 +29,7 @@ class CollapseWatch:
         top_k: K, experts per token.
         modalities: Names of the M modalities, by id.
         router_learns: Whether the run trains the router; no flag of the run can balance a frozen router.
-        remedy: What the strategy's flags can do against collapse; "" if nothing.
+        remedy: What the warning advises to do.
         least_tokens: Fewest tokens of a modality in an interval that is judged.
     """
 
@@ -36,7 +37,7 @@ class CollapseWatch:
     top_k: int
     modalities: Sequence[str] = Modalities().names
     router_learns: bool = True
-    remedy: str = ""
+    remedy: str = BALANCE_REMEDY
     least_tokens: int = LEAST_TOKENS
     _known: set[tuple[int, int, int]] = field(default_factory=set)  # layer, modality, expert
 
@@ -64,10 +65,7 @@ class CollapseWatch:
             for layer, modality, expert in unknown[:most]
         ]
         more = f", and {len(unknown) - most} more" if len(unknown) > most else ""
-        advice = "balance with --moe-aux-loss-coeff."
-        if self.remedy:
-            advice = f"{self.remedy}, or {advice}"
         return (
             f"routing collapses: {', '.join(named)}{more} (experts count from 0; --moe-collapse-threshold "
-            f"{self.threshold:g}): {advice}"
+            f"{self.threshold:g}): {self.remedy}."
         )

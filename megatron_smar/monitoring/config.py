@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_smar.modalities import Modalities
 from megatron_smar.model.parts import frozen_parts
 from megatron_smar.routing.strategies import STRATEGIES
-from megatron_smar.routing.strategies.base import Metric
+from megatron_smar.routing.strategies.base import BALANCE_REMEDY, Metric
 
 # The patches of one image are similar: 1,024 tokens are only four tiles of 256, and fewer are too few to judge.
 LEAST_TOKENS = 1024
@@ -33,7 +33,7 @@ class MonitorConfig:
             warning off.
         collapse_tokens: Fewest tokens of a modality in a console interval that the collapse warning judges.
         router_learns: Whether the router is trained; there is no collapse warning for a frozen router.
-        collapse_remedy: What the strategy's flags can do against collapse.
+        collapse_remedy: What the collapse warning advises to do.
         metrics: The strategy's metrics.
     """
 
@@ -47,7 +47,7 @@ class MonitorConfig:
     collapse_threshold: float = 0.9
     collapse_tokens: int = LEAST_TOKENS
     router_learns: bool = True
-    collapse_remedy: str = ""
+    collapse_remedy: str = BALANCE_REMEDY
     metrics: tuple[Metric, ...] = ()
 
     def __post_init__(self) -> None:

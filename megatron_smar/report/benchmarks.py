@@ -13,7 +13,7 @@ from megatron_smar.report.scores import columns
 from megatron_smar.report.sections import expert_maps
 
 UNITS = (
-    "Scores of picture benchmarks are in percent, MME's are its points; those of language tasks are in the units of "
+    "Scores of multimodal benchmarks are in percent, MME's are its points; those of language tasks are in the units of "
     "the lm-evaluation-harness, with their standard errors."
 )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture benchmarks' metrics agree with those of lmms-eval on random answers; where the rules differ, how.
+"""The multimodal benchmarks' metrics agree with those of lmms-eval on random answers; where the rules differ, how.
 
 LMMS_EVAL_SOURCE names lmms-eval's unpacked package, the folder with `api/` and `tasks/`: `pip download --no-deps
 lmms-eval` and unzip. Its files are loaded by path, because its own requirements exclude this project's. These tests

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture benchmarks of the paper, one file each."""
+"""The multimodal benchmarks of the paper, one file each."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every picture benchmark defines: its files, its questions with their prompts, and its metric."""
+"""What every multimodal benchmark defines: its files, its questions with their prompts, and its metric."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the picture benchmarks share: reading published files, skipping bad samples, prompts and averages."""
+"""What the multimodal benchmarks share: reading published files, skipping bad samples, prompts and averages."""
 
 from __future__ import annotations
 

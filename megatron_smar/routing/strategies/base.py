@@ -296,6 +296,9 @@ class RoutingStrategy(nn.Module):
         """
 
 
+BALANCE_REMEDY = "balance with --moe-aux-loss-coeff"
+
+
 @dataclass(frozen=True)
 class StrategyConfig:
     """Settings of a strategy.
@@ -312,7 +315,7 @@ class StrategyConfig:
         of_a_run: Fields that cannot change when a run is resumed.
         of_inference: Fields that inference with a trained model needs; empty if inference needs only the backbone's
             routing, the modality bias and the gates per modality.
-        collapse_remedy: What the warning about collapsing routing advises to do with the strategy's flags.
+        collapse_remedy: What the warning about collapsing routing advises, with flags that the strategy accepts.
         needs_samples: Whether the strategy sums over the tokens of each sample (`RoutedTokens.sample_sums`).
         keeps_state: Whether the strategy accumulates statistics over steps. It is then refused with --smar-scope local,
             since the replicas would accumulate different statistics and a checkpoint stores only one replica's.
@@ -336,7 +339,7 @@ class StrategyConfig:
     trains_modality_bias: ClassVar[bool] = False
     of_a_run: ClassVar[tuple[str, ...]] = ()
     of_inference: ClassVar[tuple[str, ...]] = ()
-    collapse_remedy: ClassVar[str] = ""
+    collapse_remedy: ClassVar[str] = BALANCE_REMEDY
     needs_samples: ClassVar[bool] = False
     keeps_state: ClassVar[bool] = False
     training_state: ClassVar[tuple[str, ...]] = ()

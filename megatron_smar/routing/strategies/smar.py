@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_smar.routing.fusion import FusedFunction, constant
 from megatron_smar.routing.strategies.base import (
+    BALANCE_REMEDY,
     NO_FLAG,
     AuxiliaryLoss,
     LayerRouting,
@@ -108,7 +109,9 @@ class SmarConfig(StrategyConfig):
     metrics = (Metric(SMAR_LOSS),)
     trains_modality_bias = True
     of_a_run = ("coeff", "d_min", "d_max", "band_file_content")
-    collapse_remedy = "SMAR's authors saw this with a band too low: raise --smar-d-min and --smar-d-max"
+    collapse_remedy = (
+        f"SMAR's authors saw this with a band too low: raise --smar-d-min and --smar-d-max, or {BALANCE_REMEDY}"
+    )
 
     coeff: float = 0.01
     d_min: float = 1.5

@@ -37,6 +37,7 @@ from megatron_smar.routing.bins import (
 from megatron_smar.routing.samples import share_of_ranks
 from megatron_smar.routing.soft_scores import gaussian_modality_scores, updated_gaussians
 from megatron_smar.routing.strategies.base import (
+    BALANCE_REMEDY,
     AuxiliaryLoss,
     LayerRouting,
     Metric,
@@ -81,7 +82,7 @@ class SmoesConfig(StrategyConfig):
         *("scores", "bins", "fixed_bins", "rebin_interval", "objective"),
         *("information_coeff", "balance_coeff", "decay"),
     )
-    collapse_remedy = "raise --smoes-balance-coeff, or lower --smoes-information-coeff"
+    collapse_remedy = f"raise --smoes-balance-coeff, lower --smoes-information-coeff, or {BALANCE_REMEDY}"
 
     scores: Literal["attention", "gaussian", "hard"] = "attention"
     bins: int | None = None

@@ -295,15 +295,23 @@ def test_no_collapse_is_reported(single_rank, capsys, config, counts):
     assert "WARNING" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("has_band", [True, False])
-def test_the_warning_advises_flags_that_this_run_has(single_rank, capsys, has_band):
+@pytest.mark.parametrize(
+    ("strategy", "advised", "refused"),
+    [
+        ("smar", "--smar-d-min and --smar-d-max, or balance with --moe-aux-loss-coeff.", "--ernie"),
+        ("none", "balance with --moe-aux-loss-coeff.", "--smar"),
+        ("ernie", "--ernie-balance-coeff or --ernie-bias-rate.", "--moe-aux-loss-coeff"),
+        ("modality_balance", "raise the modality's --modality-balance-coeff.", "--moe-aux-loss-coeff"),
+    ],
+)
+def test_the_collapse_warning_advises_a_flag_that_the_strategy_refuses(single_rank, capsys, strategy, advised, refused):
     from megatron_smar.routing.strategies import STRATEGIES
 
-    tracker = tracker_of(collapse_remedy=STRATEGIES["smar" if has_band else "none"].collapse_remedy)
+    tracker = tracker_of(collapse_remedy=STRATEGIES[strategy].collapse_remedy)
     record(tracker, [[64, 64, 0, 0], [64, 0, 64, 0]])
     report(tracker, 1, layers=1)
     (line,) = capsys.readouterr().out.splitlines()
-    assert ("--smar-d-min" in line) == has_band and line.endswith("balance with --moe-aux-loss-coeff.")
+    assert line.endswith(advised) and refused not in line
 
 
 def test_many_collapses_are_one_line(single_rank, capsys):
@@ -349,7 +357,8 @@ def test_config_comes_from_the_flags():
     stage_2 = MonitorConfig.from_arguments(
         SimpleNamespace(**flags | {"freeze": ["vision"], "modality_routing": "none"})
     )
-    assert (stage_2.router_learns, stage_2.collapse_remedy, stage_2.metrics) == (True, "", smar.metrics)
+    remedy = STRATEGIES["none"].collapse_remedy
+    assert (stage_2.router_learns, stage_2.collapse_remedy, stage_2.metrics) == (True, remedy, smar.metrics)
 
 
 def test_the_routers_of_a_model_report_to_the_tracker_only_in_training(single_rank, tmp_path):

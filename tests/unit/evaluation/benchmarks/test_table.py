@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of the picture benchmarks."""
+"""The table of the multimodal benchmarks."""
 
 import pytest
 
