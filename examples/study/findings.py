@@ -98,6 +98,8 @@ class Verdict:
 
     Attributes:
         difference: The paired difference without the margin.
+        sampling: Half-width of the difference's 95 % interval over the held-out passages instead of the seeds; NaN for
+            a measure that is not retention.
         pictures: The paired difference in picture questions.
         seeds: Number of pairs.
         p: The exact two-sided p value, of the difference with the margin.
@@ -107,6 +109,7 @@ class Verdict:
     """
 
     difference: Interval
+    sampling: float
     pictures: Interval
     seeds: int
     p: float
@@ -223,10 +226,24 @@ def verdicts(results: Results) -> dict[str, Verdict]:
             agrees = statistics.fmean(shifted[name]) * claim.sign > 0
             is_clear = adjusted[name] < SIGNIFICANT and len(differences) == SEEDS
             outcome = _outcome(claim, agrees, pictures) if is_clear else "undecided"
-        found[name] = Verdict(
-            interval(differences), pictures, len(differences), p_values[name], adjusted[name], outcome
-        )
+        numbers = interval(differences), sampling_error(results, claim), pictures, len(differences)
+        found[name] = Verdict(*numbers, p_values[name], adjusted[name], outcome)
     return found
+
+
+def sampling_error(results: Results, claim: Hypothesis) -> float:
+    """Returns how far other passages of the same number would move a difference in retention, its 95 % half-width.
+
+    A normal interval over passages of the mean over seeds of the words that one arm completes more than the other.
+    """
+    if claim.measure != "retention":
+        return math.nan
+    arm, other = (results.of_arm(MAIN, claim.model, name) for name in (claim.arm, claim.other))
+    seeds = sorted(arm.keys() & other.keys())
+    one, two = (np.array([own[s]["after"]["words_completed"] for s in seeds], float) for own in (arm, other))
+    more = (one - two).mean(axis=0)  # [passages]
+    before = np.mean([sum(arm[s]["before"]["words_completed"]) for s in seeds])
+    return float(1.96 * more.std(ddof=1) * math.sqrt(more.size) / before)
 
 
 def _is_incomplete(results: Results, claim: Hypothesis) -> bool:

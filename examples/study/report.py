@@ -147,13 +147,14 @@ def kinds_table(results: Results, shown: Shown) -> Table:
 def hypotheses_table(results: Results) -> Table:
     """Returns the verdicts; empty if there is none."""
     found = verdicts(results)
-    header = ("", "hypothesis", "pairs", "difference", "picture questions")
+    header = ("", "hypothesis", "pairs", "difference", "± over passages", "picture questions")
     rows: Table = [(*header, "p (of H3 and H7: with the margin)", "Holm's p", "outcome")]
     for name, verdict in found.items():
         scale = 1 if HYPOTHESES[name].measure == "entropy" else 100
         shown = parts(verdict.difference, scale, signed=True) if scale > 1 else _plain(verdict.difference)
         pictures = parts(verdict.pictures, signed=True)
-        numbers = (str(verdict.seeds), shown, pictures, f"{verdict.p:.3f}", f"{verdict.adjusted:.3f}")
+        sampling = "-" if math.isnan(verdict.sampling) else f"{100 * verdict.sampling:.1f}"
+        numbers = (str(verdict.seeds), shown, sampling, pictures, f"{verdict.p:.3f}", f"{verdict.adjusted:.3f}")
         rows.append((name, HYPOTHESES[name].claim, *numbers, verdict.outcome))
     return rows if found else []
 

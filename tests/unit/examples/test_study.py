@@ -268,9 +268,14 @@ def write_results(folder: Path, study: grid.Grid, retention, pictures=lambda run
             "vqa_accuracy": pictures(run),
             "vqa_by_kind": {"colour": 0.9, "corner": 0.3},
             "dispatch": {"after": {scope: {"crossing": 0.4, "devices": 1.4} for scope in ("vision", "all")}},
+            "words_completed": [4, 1, round(1000 * retention(run))],
             "expert_load": [[[8.0, 4.0], [1.0, 3.0]]] * 4,
         }
-        before = after | {"word_accuracy": 0.1, "text_perplexity": 200.0, "vqa_accuracy": 0.0}
+        before = (
+            after
+            | {"words_completed": [500, 200, 300]}
+            | {"word_accuracy": 0.1, "text_perplexity": 200.0, "vqa_accuracy": 0.0}
+        )
         file = folder / f"{run.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         made = {"key": study.key(run), "code": "abc"}
@@ -302,6 +307,10 @@ def test_verdicts_do_not_follow_the_differences(tmp_path: Path, study: grid.Grid
     assert found["H1"].difference.mean == pytest.approx(0.05)
     assert found["H1"].p == 2 / 2**10 and found["H1"].adjusted == pytest.approx(7 * 2 / 2**10)
     assert report.hypotheses_table(results)[1][3] == "+5.0 ± 0.0"
+    # Of 1000 words before, one passage of three has 50 more: a standard deviation of 50 / sqrt(3), times sqrt(3).
+    assert found["H1"].sampling == pytest.approx(1.96 * 0.05) and math.isnan(
+        findings.sampling_error(results, findings.HYPOTHESES["H3"])
+    )
 
 
 def test_language_that_is_paid_for_with_picture_questions_counts_as_kept(tmp_path: Path, study: grid.Grid) -> None:
