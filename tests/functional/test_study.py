@@ -22,7 +22,7 @@ GRID = {
         "vision": {"steps": 3, "batch-size": 8},
     },
     "common": {"expert-model-parallel-size": 1, "num-workers": 0, "no-save-optim": True, "no-save-rng": True},
-    "stages": {"stage0": STAGE | {"lr-warmup-iters": 1}, "stage1": STAGE, "stage2": STAGE},
+    "stages": {"stage0": STAGE | {"lr-warmup-iters": 1, "seed": 7}, "stage1": STAGE, "stage2": STAGE},
     "models": {"large": {"num-layers": 2, "hidden-size": 64}},
     "arms": {"hard": {"modality-routing": "hard"}, "broken": {"modality-routing": "none", "train-samples": 4}},
     "tuning": {"seeds": [101], "runs": {}},
@@ -61,6 +61,10 @@ def test_a_run_leaves_no_result_or_one_without_a_measure(root):
     assert set(after["vqa_by_kind"]) == {"colour", "corner", "count", "object", "pair", "presence"}
     assert result["seconds"] > 0 and result["flags"] == {"modality-routing": "hard"} and result["torch"]
     assert not (root / "work/large/seed-1/main/hard").exists()  # checkpoints do not pile up
+    folders = [
+        root / "work/large" / name for name in ("seed-7/stage0", "seed-1/stage0", "seed-1/stage1", "seed-7/stage1")
+    ]
+    assert [folder.exists() for folder in folders] == [True, False, True, False]  # one language model for all seeds
 
 
 def test_a_run_that_fails_is_not_recorded_and_done_again_unasked(root):
