@@ -62,7 +62,7 @@ test-matrix: env ## compare every parallel layout with one process, also when re
 	OMP_NUM_THREADS=1 EXACTNESS_TABLE=docs/exactness.md $(python) -m pytest --matrix $(PYTEST_FLAGS) tests/functional/test_training.py
 	OMP_NUM_THREADS=1 $(python) -m pytest --matrix -m matrix $(PYTEST_FLAGS) tests/functional tests/unit --ignore tests/functional/test_training.py
 
-test-cuda-path: env ## the CUDA path as far as possible without a GPU: a claimed device, storage-less tensors, 8 to 1024 ranks
+test-cuda-path: env ## the CUDA path as far as possible without a GPU: a simulated CUDA device, fake tensors, 8 to 1024 ranks
 	OMP_NUM_THREADS=1 $(python) -m pytest --matrix --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) tests/cuda_path
 
 test-slurm: env ## launch jobs on a real SLURM of virtual nodes on this machine; needs root and Debian's slurm packages

@@ -4,7 +4,7 @@
     python -m tests.layout            checks imports and table; part of `make lint`
     python -m tests.layout --write    writes the table
 
-A package imports only from floors below its own. No import goes to a higher floor or within a floor, so there are no
+A package imports only from levels below its own. No import goes to a higher level or within a level, so there are no
 import cycles.
 """
 
@@ -21,8 +21,8 @@ PACKAGE = "megatron_smar"
 DOCUMENT = ROOT / "docs/architecture.md"
 BEGIN, END = "<!-- written by python -m tests.layout --write -->", "<!-- end of the table -->"
 
-# From the lowest floor to the highest; packages of the same floor do not import each other.
-FLOORS: list[dict[str, str]] = [
+# From the lowest level to the highest; packages of the same level do not import each other.
+LEVELS: list[dict[str, str]] = [
     {"credentials": "refuses passwords and tokens in flags and addresses, and takes them out of messages"},
     {
         "compatibility": "refuses packages that Megatron would fail with, when `megatron_smar` is imported",
@@ -59,7 +59,7 @@ FLOORS: list[dict[str, str]] = [
     },
     {"commands": "the programs, started by `tools/` and the console entry points"},
 ]
-FLOOR_OF = {name: floor for floor, packages in enumerate(FLOORS) for name in packages}
+LEVEL_OF = {name: level for level, packages in enumerate(LEVELS) for name in packages}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -75,41 +75,41 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             continue
         for name in names:
             head, _, rest = name.partition(".")
-            if head == PACKAGE and rest.partition(".")[0] in FLOOR_OF:
+            if head == PACKAGE and rest.partition(".")[0] in LEVEL_OF:
                 yield node.lineno, rest.partition(".")[0]
 
 
 def violations() -> list[str]:
-    """Returns a sentence for each import that the order forbids, and for each package that has no floor."""
+    """Returns a sentence for each import that the order forbids, and for each package that has no level."""
     found = []
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         own = path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
         if own == "__init__":  # it checks the environment and imports nothing else
             continue
-        if own not in FLOOR_OF:
-            found.append(f"{path.relative_to(ROOT)}: {own} has no floor; give it one in tests/layout.py.")
+        if own not in LEVEL_OF:
+            found.append(f"{path.relative_to(ROOT)}: {own} has no level; give it one in tests/layout.py.")
             continue
         found += [
             f"{path.relative_to(ROOT)}:{line}: {own} imports {other}, which is not below it; "
-            "move what they share to a lower floor."
+            "move what they share to a lower level."
             for line, other in imports(path)
-            if other != own and FLOOR_OF[other] >= FLOOR_OF[own]
+            if other != own and LEVEL_OF[other] >= LEVEL_OF[own]
         ]
     return found
 
 
 def imported_by(package: str) -> list[str]:
-    """Returns the packages that a package imports, from the lowest floor up."""
+    """Returns the packages that a package imports, from the lowest level up."""
     place = ROOT / PACKAGE / package
     files = place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]
     others = {other for path in files for _, other in imports(path)} - {package}
-    return [name for name in FLOOR_OF if name in others]
+    return [name for name in LEVEL_OF if name in others]
 
 
 def table() -> str:
-    """Returns the Markdown table of packages, the highest floor first."""
+    """Returns the Markdown table of packages, the highest level first."""
     rows = ["| package | content | imports |", "|---|---|---|"]
-    for packages in reversed(FLOORS):
+    for packages in reversed(LEVELS):
         for name, what in packages.items():
             rows.append(f"| `{name}` | {what} | {', '.join(imported_by(name)) or 'none'} |")
     return "\n".join(rows)

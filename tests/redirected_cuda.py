@@ -48,7 +48,11 @@ def claim_cuda(gpus: int = 8, capability: tuple[int, int] = (9, 0)) -> None:
         stand_in.__wrapped__()  # without the check of where the adaptation applies
     cuda.is_available, cuda.is_initialized, cuda.device_count = (lambda: True), (lambda: True), (lambda: gpus)
     properties = types.SimpleNamespace(
-        major=capability[0], minor=capability[1], total_memory=80 << 30, name="claimed H100", multi_processor_count=132
+        major=capability[0],
+        minor=capability[1],
+        total_memory=80 << 30,
+        name="simulated H100",
+        multi_processor_count=132,
     )
     cuda.get_device_properties = lambda device=None: properties
     cuda.get_device_capability = lambda device=None: capability

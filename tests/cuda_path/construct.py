@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds model and optimizer like a run on a claimed device, and writes the optimizers' types and what they save.
+"""Builds model and optimizer like a run on a simulated CUDA device, and writes the optimizers' types and state.
 
 python tests/cuda_path/construct.py RESULT FLAGS...
 """

@@ -68,7 +68,7 @@ def output(tmp_path_factory) -> Path:
 
 
 def constructed(output: Path) -> dict:
-    """Returns what a run with the 64-GPU layout's flags builds on a claimed device."""
+    """Returns what a run with the 64-GPU layout's flags builds on a simulated CUDA device."""
     _, given = command_on_gpus(output.name, "stage1", 64, output, DATA=str(output / "input" / "stage1"))
     small = ["--freeze", "vision", "--expert-model-parallel-size", 1, "--global-batch-size", 1, "--seq-length", 256]
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}

@@ -202,7 +202,7 @@ print(counter.get_total_flops() / speed.model_flops(speed.QUICK))
 
 
 @pytest.mark.matrix
-def test_the_steps_take_their_cuda_branches_on_a_claimed_device(tmp_path, monkeypatch):
+def test_the_steps_take_their_cuda_branches_on_a_simulated_device(tmp_path, monkeypatch):
     """Steps that measure the device must fail here: they cannot pass without having measured anything."""
     (tmp_path / "sitecustomize.py").write_text(CLAIM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -214,7 +214,7 @@ def test_the_steps_take_their_cuda_branches_on_a_claimed_device(tmp_path, monkey
     assert failed.keys() == {"waits", "memory"}, failed
     assert failed["waits"] == "torch did not report a wait that was there"
     assert failed["memory"].startswith("counted / after a step is")
-    assert rows["environment"].figures["card"] == "claimed H100" and rows["offload"].figures["resumed"] == 0
+    assert rows["environment"].figures["card"] == "simulated H100" and rows["offload"].figures["resumed"] == 0
 
 
 @pytest.mark.matrix

@@ -23,7 +23,7 @@ FP8 = ["--bf16", "--fp8-format", "hybrid", "--fp8-recipe"]
 def claim_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     from transformer_engine.pytorch import quantization, utils
 
-    properties = SimpleNamespace(major=capability[0], minor=capability[1], name="claimed", total_memory=80 << 30)
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], name="simulated", total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     for module in (quantization, utils):
@@ -71,7 +71,7 @@ def test_training_ends_with_one_sentence_for_a_recipe_that_the_gpu_does_not_supp
     done = run("tests/redirected_cuda.py", "pretrain_vlm.py", *flags, check=False)
     said = [line for line in done.stdout.splitlines() if ": error: " in line]
     assert done.returncode != 0 and len(said) == 1 and "Traceback" not in done.stdout, done.stdout[-3000:]
-    assert "--fp8-recipe mxfp8 needs a card of compute capability 10.0, and claimed H100 has 9.0" in said[0]
+    assert "--fp8-recipe mxfp8 needs a card of compute capability 10.0, and simulated H100 has 9.0" in said[0]
     assert "give --fp8-recipe delayed or tensorwise or blockwise, or train in bf16" in said[0]
 
 

@@ -25,7 +25,7 @@ SMALL = (
 
 
 class Recipe:
-    """A recipe's small model, converted by the recipe's script, and its runs on a claimed device."""
+    """A recipe's small model, converted by the recipe's script, and its runs on a simulated CUDA device."""
 
     def __init__(self, name: str, root: Path) -> None:
         self.name, self.output, self.input = name, root / name, root / name / "input"
@@ -58,7 +58,7 @@ class Recipe:
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory):
     """A function that returns a recipe by its name, creating it on first use."""
-    root, made = tmp_path_factory.mktemp("claimed"), {}
+    root, made = tmp_path_factory.mktemp("simulated"), {}
 
     def get(name: str) -> Recipe:
         if name not in made:
@@ -89,11 +89,11 @@ def test_with_a_recipes_gpu_flags_a_resumed_run_has_the_losses_of_an_uninterrupt
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("recipe", STAGES)
-def test_a_model_trained_on_a_claimed_device_evaluates_and_exports(recipes, recipe):
+def test_a_model_trained_on_a_simulated_device_evaluates_and_exports(recipes, recipe):
     case = recipes(recipe)
     case.train(64, 2)
-    on_claimed = case.evaluate(64, 2)
+    on_simulated = case.evaluate(64, 2)
     run_script(recipe, "evaluate", case.output, "--tiny")  # exports, verifies the export, and evaluates in float32
     on_cpu = json.loads((case.output / "results.json").read_text())
     case.set_aside("evaluated")
-    assert on_claimed["text_perplexity"] == pytest.approx(on_cpu["text_perplexity"], rel=0.02)  # bf16 on one side
+    assert on_simulated["text_perplexity"] == pytest.approx(on_cpu["text_perplexity"], rel=0.02)  # bf16 on one side
