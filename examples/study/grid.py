@@ -37,7 +37,7 @@ PLACES = {
 # Keys of an arm that are no flags: its share of pure text, and the tuned arms whose chosen values it takes.
 TEXT_SHARE, LIKE = "text-share", "like"
 Flags = Mapping[str, Any]
-Base = tuple[str, int]  # model and seed, which have stages 0 and 1 in common
+Base = tuple[str, int]  # model and seed, which have the stages before the last in common
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Run:
         part: `tuning` or `main`, which decides the seeds and the split that is measured.
         model: Name of a model of the grid.
         arm: Name of the arm: a strategy with its settings.
-        seed: Seed of stages 0 to 2 and of the data's order.
+        seed: Seed of the stages, unless the grid gives a stage its own, and of the data's order.
         flags: Flags of stage 2 beside those that all runs share, with the share of pure text.
     """
 
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def base(self) -> Base:
-        """The model and seed whose stages 0 and 1 the run starts from."""
+        """The model and seed whose stages before the last the run starts from."""
         return self.model, self.seed
 
 

@@ -73,34 +73,58 @@ TABLES = (
 
 
 def parts(found: Interval, scale: float = 100, signed: bool = False) -> str:
-    """Returns a mean with the half-width of its interval, in percent or points."""
+    """Returns a mean with the half-width of its interval, in percent or points; with a scale of 1, as it is."""
     if math.isnan(found.mean):
         return "-"
-    sign = "+" if signed else ""
-    half = "" if math.isnan(found.low) else f" ± {scale * (found.high - found.mean):.1f}"
-    return f"{scale * found.mean:{sign}.1f}{half}"
+    form = f"{'+' if signed else ''}.{1 if scale > 1 else 2}f"
+    half = "" if math.isnan(found.low) else f" ± {scale * (found.high - found.mean):{form.lstrip('+')}}"
+    return f"{scale * found.mean:{form}}{half}"
 
 
 def arms_table(results: Results, shown: Shown) -> Table:
     """Returns a table of the measures; empty if none of its arms has results."""
-    header = ("arm", "seeds", "retention %", "minus none", "at equal pictures", "perplexity ratio")
+    header = ("arm", "seeds", "retention %", "minus none", "at equal pictures", "perplexity ratio", "minus none")
     rows: Table = [(*header, "picture questions %", "minus none", "MSI", "distance", "load entropy", "crossing %")]
     for arm in _done(results, shown):
         own = {name: list(results.values(MAIN, shown.model, arm, name).values()) for name in MEASURES}
-        less = {name: results.differences(MAIN, shown.model, arm, BASELINE, name) for name in ("retention", "pictures")}
-        minus = {name: "" if arm == BASELINE else parts(summary(found), signed=True) for name, found in less.items()}
         mean = {name: statistics.fmean(found) for name, found in own.items()}
-        equal = "" if arm == BASELINE else parts(summary(results.at_equal_pictures(shown.model, arm)), signed=True)
-        language, pictures = (parts(summary(own[name])) for name in ("retention", "pictures"))
+        language, perplexity, pictures = (
+            (parts(summary(own[name]), scale), _minus_none(results, shown.model, arm, name, scale))
+            for name, scale in (("retention", 100), ("perplexity", 1), ("pictures", 100))
+        )
         rows.append(
             (
-                *(arm, str(len(own["retention"])), language, minus["retention"], equal),
-                *(parts(summary(own["perplexity"]), 1), pictures, minus["pictures"], f"{mean['msi']:.2f}"),
+                *(arm, str(len(own["retention"])), *language, _at_equal_pictures(results, shown.model, arm)),
+                *(*perplexity, *pictures, f"{mean['msi']:.2f}"),
                 *(_distances(results, shown.model, arm), f"{mean['entropy']:.2f} ({mean['vision_entropy']:.2f})"),
                 f"{100 * mean['crossing']:.1f} ({100 * mean['vision_crossing']:.1f})",
             )
         )
     return rows if len(rows) > 1 else []
+
+
+def baseline_of(arm: str) -> str:
+    """Returns the arm that is `none` with the same data and learning rate; empty if `none` read other data.
+
+    Arms with another share of text are paired only with each other.
+    """
+    method, _, own = arm.partition("_")
+    if own.startswith(("text", "lr")) and method != BASELINE:
+        return f"{BASELINE}_{own}"
+    return "" if arm == BASELINE or own.startswith("text") else BASELINE
+
+
+def _minus_none(results: Results, model: str, arm: str, measure: str, scale: float) -> str:
+    other = baseline_of(arm)
+    return parts(summary(results.differences(MAIN, model, arm, other, measure)), scale, signed=True) if other else ""
+
+
+def _at_equal_pictures(results: Results, model: str, arm: str) -> str:
+    """Returns the mean over seeds, with their number where seeds are left out."""
+    if arm.startswith(BASELINE) or "_text_" in arm:
+        return ""
+    found, seeds = results.at_equal_pictures(model, arm), len(results.of_arm(MAIN, model, arm))
+    return parts(summary(found), signed=True) + (f" ({len(found)} seeds)" if 0 < len(found) < seeds else "")
 
 
 def _distances(results: Results, model: str, arm: str) -> str:
@@ -169,7 +193,7 @@ def tuning_table(results: Results) -> Table:
     header = ("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "choice")
     rows: Table = [header]
     seeds = len(results.grid.tuning["seeds"])
-    pictures = {s.model: s.pictures for s in settings if (s.arm, s.setting) == (BASELINE, "")}
+    pictures = {s.model: s.pictures for s in settings if (s.arm, s.setting, s.seeds) == (BASELINE, "", seeds)}
     groups: dict[tuple[str, str, str], list[Tried]] = defaultdict(list)
     for each in settings:
         groups[each.model, each.arm, each.setting.partition(" ")[0]].append(each)

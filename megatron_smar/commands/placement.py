@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     reported.add_argument(
         "--json",
         action="store_true",
-        help="print the crossing for the first of --devices as one JSON object, last line",
+        help="print the crossing for the first fitting number of --devices as one JSON object, last line",
     )
     reported.add_argument("--figure", type=Path, help="file for the figure. Default: --output with .png")
     for command in (planned, applied, reported):

@@ -32,7 +32,7 @@ def expert_bins(loads: Tensor, num_bins: int) -> Tensor:
     if num_bins < 1 or experts % num_bins:
         raise ValueError(f"{num_bins} bins do not divide {experts} experts.")
     total = loads.sum(dim=0)
-    share = torch.where(total > 0, loads[0] / total.clamp(min=torch.finfo(loads.dtype).tiny), 0.5)
+    share = torch.where(total > 0, loads[0] / total.where(total > 0, 1), 0.5)
     order = torch.argsort(share, stable=True)
     places = torch.arange(experts, device=loads.device)
     return torch.empty_like(places).scatter_(0, order, places // (experts // num_bins))
@@ -53,7 +53,7 @@ def bin_masses(scores: Tensor, gates: Tensor, bins: Tensor, num_bins: int) -> Te
         num_bins: B.
     """
     members = bin_members(bins, num_bins, gates.dtype)
-    return scores.unsqueeze(2) * (gates @ members * (num_bins / bins.numel())).unsqueeze(1)
+    return scores.unsqueeze(2) * (gates @ members / members.sum(dim=0)).unsqueeze(1)
 
 
 def joint_distribution(sums: Tensor, masses: Tensor) -> Tensor:
@@ -86,11 +86,13 @@ def inter_bin_mutual_information(scores: Tensor, gates: Tensor, bins: Tensor, sa
         bins: The bin of each expert, [E], from 0.
         sample_ids: The sample of each token, [N], 0 to S - 1; -1 for padding, which does not count.
     """
+    gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
+    scores = scores.to(gates.dtype)
     number = int(sample_ids.max()) + 1
     of_sample = (torch.arange(number, device=sample_ids.device).unsqueeze(1) == sample_ids).to(gates.dtype)
-    masses = bin_masses(scores.to(gates.dtype), gates, bins, int(bins.max()) + 1)
+    masses = bin_masses(scores, gates, bins, int(bins.max()) + 1)
     sums = (of_sample @ masses.flatten(1)).unflatten(1, masses.shape[1:])
-    return mutual_information(joint_distribution(sums, of_sample @ scores.to(gates.dtype)))
+    return mutual_information(joint_distribution(sums, of_sample @ scores))
 
 
 def intra_bin_balance(counts: Tensor, probs: Tensor, tokens: Tensor | float, top_k: int, bins: Tensor) -> Tensor:
@@ -108,6 +110,7 @@ def intra_bin_balance(counts: Tensor, probs: Tensor, tokens: Tensor | float, top
         top_k: K, experts per token.
         bins: The bin of each expert, [E].
     """
+    probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
     sizes = (bins.unsqueeze(1) == bins).sum(dim=1)  # N_B of each expert's bin
     return (sizes * counts / (top_k * tokens) * probs / tokens).sum()
 

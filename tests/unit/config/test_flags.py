@@ -264,3 +264,15 @@ def test_benchmarks_that_cannot_be_asked_during_training_are_refused(monkeypatch
     with pytest.raises(ValueError, match=message):
         _check_benchmarks(parse(monkeypatch, vision, *flags))
     _check_benchmarks(parse(monkeypatch, vision, *BENCHMARKS))
+
+
+def test_the_collapse_warning_advises_a_flag_that_the_strategy_refuses(monkeypatch, vision):
+    from megatron_smar.config.checks import check_arguments
+    from megatron_smar.routing.strategies import STRATEGIES
+
+    balanced = ["--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.01"]
+    advised = [name for name, config in STRATEGIES.items() if balanced[2] in config.collapse_remedy]
+    assert {"none", "smar", "smoes", "hard"} <= set(advised) < set(STRATEGIES)
+    for name in advised:
+        own = ["--smoes-bins", "2"] if name == "smoes" else []
+        check_arguments(parse(monkeypatch, vision, "--modality-routing", name, *own, *balanced), needs_data=False)

@@ -62,10 +62,11 @@ def test_crossing_bytes_and_the_reached_cut_are_those_counted_by_hand(content):
 
 
 def test_the_headline_has_the_crossing_by_modality_and_the_cut_for_the_first_number_of_devices(content):
+    content["devices"]["2"]["after"]["text"]["crossing"] = 0.25
     assert headline(content) == {
         **{"devices": 2, "bytes_cut_of_reachable": 0.5},
         **{"crossing_before": 1.0, "crossing_before_text": 1.0, "crossing_before_vision": 1.0},
-        **{"crossing_after": 0.5, "crossing_after_text": 0.5, "crossing_after_vision": 0.5},
+        **{"crossing_after": 0.5, "crossing_after_text": 0.25, "crossing_after_vision": 0.5},
     }
 
 

@@ -70,6 +70,33 @@ def test_the_balance_inside_bins_is_that_of_the_papers_sum_and_the_inverse_numbe
     assert float(intra_bin_balance(*even, tokens, top_k, bins)) == pytest.approx(1 / 2)
 
 
+def test_bins_of_different_sizes_have_their_own_numbers_of_experts():
+    """A bin's mass is a mean over its experts, so even gates say nothing about the bin, whatever its size."""
+    bins, samples = torch.tensor([0, 0, 0, 1]), torch.zeros(2, dtype=torch.int64)
+    even = torch.full((2, 4), 0.25, dtype=torch.float64)
+    assert float(inter_bin_mutual_information(torch.eye(2).double(), even, bins, samples)) == pytest.approx(
+        0, abs=1e-12
+    )
+    gates = torch.tensor([[0.3, 0.3, 0.3, 0.1], [0.1, 0.1, 0.1, 0.7]], dtype=torch.float64)
+    joint = np.array([[0.3, 0.1], [0.1, 0.7]]) / 1.2
+    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    expected = (joint * np.log(joint / independent)).sum()
+    found = inter_bin_mutual_information(torch.eye(2).double(), gates, bins, samples)
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+    counts, probs = torch.tensor([1.0, 2, 3, 6]), torch.tensor([2.0, 1, 1, 2])
+    assert float(intra_bin_balance(counts, probs, 6, 2, bins)) == pytest.approx((3 * (2 + 2 + 3) + 12) / (12 * 6))
+
+
+def test_integer_counts_are_no_loads_or_bfloat16_gates_lose_the_information():
+    assert expert_bins(torch.tensor([[1, 3, 0, 2], [3, 1, 0, 2]]), 2).tolist() == [0, 1, 0, 1]
+    gates = torch.softmax(torch.randn(64, 4, generator=torch.Generator().manual_seed(3)), -1)
+    scores, bins, samples = torch.eye(2).repeat(32, 1), torch.tensor([0, 1, 0, 1]), torch.arange(64) % 2
+    exact = inter_bin_mutual_information(scores, gates.bfloat16().float(), bins, samples // 2)
+    torch.testing.assert_close(
+        inter_bin_mutual_information(scores.bfloat16(), gates.bfloat16(), bins, samples // 2), exact
+    )
+
+
 def random_joint(samples: int = 5, modalities: int = 2, bins: int = 4) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.rand(samples, modalities, bins, generator=generator, dtype=torch.float64).softmax(-1) / modalities
