@@ -273,6 +273,7 @@ def test_the_collapse_warning_advises_a_flag_that_the_strategy_refuses(monkeypat
     balanced = ["--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.01"]
     advised = [name for name, config in STRATEGIES.items() if balanced[2] in config.collapse_remedy]
     assert {"none", "smar", "smoes", "hard"} <= set(advised) < set(STRATEGIES)
+    own = {"smoes": ("--smoes-bins", "2"), "layer_split": ("--layer-split-layers", "1")}
     for name in advised:
-        own = ["--smoes-bins", "2"] if name == "smoes" else []
-        check_arguments(parse(monkeypatch, vision, "--modality-routing", name, *own, *balanced), needs_data=False)
+        flags = ("--modality-routing", name, *own.get(name, ()), *balanced)
+        check_arguments(parse(monkeypatch, vision, *flags), needs_data=False)
