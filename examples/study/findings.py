@@ -26,6 +26,12 @@ BASELINE = "none"
 FRONTIER = "none_lr"  # arms that are `none` at other learning rates begin so
 
 
+def _ratio(result: Result, name: str) -> float:
+    """Returns a measure after stage 2 over that before it; NaN if that is 0: such a model has not learned anything."""
+    before = result["before"][name]
+    return result["after"][name] / before if before else math.nan
+
+
 def _mean_after(name: str) -> Callable[[Result], float]:
     return lambda result: statistics.fmean(result["after"][name])
 
@@ -42,8 +48,8 @@ def _crossing(scope: str) -> Callable[[Result], float]:
 
 
 MEASURES: dict[str, Callable[[Result], float]] = {
-    "retention": lambda r: r["after"]["word_accuracy"] / r["before"]["word_accuracy"],
-    "perplexity": lambda r: r["after"]["text_perplexity"] / r["before"]["text_perplexity"],
+    "retention": lambda r: _ratio(r, "word_accuracy"),
+    "perplexity": lambda r: _ratio(r, "text_perplexity"),
     "pictures": lambda r: r["after"]["vqa_accuracy"],
     "msi": _mean_after("msi"),
     "distance": _mean_after("mrd_distance"),
@@ -304,5 +310,7 @@ def choose(settings: Iterable[Tried], pictures_of_none: float) -> Tried:
 
 
 def summary(values: Sequence[float]) -> Interval:
-    """Returns the interval of a measure over seeds; NaN without any."""
-    return interval(values) if values else Interval(math.nan, math.nan, math.nan)
+    """Returns the interval of a measure over seeds; NaN without any, or if one of them is."""
+    if not values or any(map(math.isnan, values)):
+        return Interval(math.nan, math.nan, math.nan)
+    return interval(values)

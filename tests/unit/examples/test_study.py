@@ -62,6 +62,7 @@ def test_ten_equal_differences_do_not_have_the_smallest_p_value_that_ten_seeds_c
 def test_one_seed_has_an_interval() -> None:
     found = paired.interval([0.5])
     assert found.mean == 0.5 and math.isnan(found.low) and math.isnan(found.high)
+    assert all(map(math.isnan, [*findings.summary([]), *findings.summary([0.5, math.nan])]))
     with pytest.raises(ValueError, match="at least one value"):
         paired.interval([])
 
