@@ -53,7 +53,7 @@ def bin_masses(scores: Tensor, gates: Tensor, bins: Tensor, num_bins: int) -> Te
         num_bins: B.
     """
     members = bin_members(bins, num_bins, gates.dtype)
-    return scores.unsqueeze(2) * (gates @ members / members.sum(dim=0)).unsqueeze(1)
+    return scores.unsqueeze(2) * (gates @ members / members.sum(dim=0).clamp(min=1)).unsqueeze(1)
 
 
 def joint_distribution(sums: Tensor, masses: Tensor) -> Tensor:
