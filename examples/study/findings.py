@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from grid import MAIN, TUNING, Grid, Run
 from paired import Interval, holm, interval, sign_flip_p
+
+from megatron_smar.routing.specialization import expert_load, load_entropy
 
 Result = Mapping[str, Any]
 SIGNIFICANT = 0.05
 SEEDS = 10  # pairs of each hypothesis
-TOLERATED_LOSS = (
-    0.02  # of picture questions, in the rule that chooses coefficients, and in claims to keep more language
-)
+TOLERATED_LOSS = 0.02  # of picture questions: in the rule that chooses coefficients, and in claims to keep more
 BASELINE = "none"
 FRONTIER = "none_lr"  # arms that are `none` at other learning rates begin so
 
@@ -38,9 +39,8 @@ def _mean_after(name: str) -> Callable[[Result], float]:
 
 def _vision_entropy(result: Result) -> float:
     """Returns the entropy of the vision tokens' load relative to an even load, the mean of the layers."""
-    loads = [layer[1] for layer in result["after"]["expert_load"]]
-    shares = [[load / sum(layer) for load in layer if load] for layer in loads]
-    return statistics.fmean(-sum(p * math.log(p) for p in own) / math.log(len(loads[0])) for own in shares)
+    shares = expert_load(torch.tensor(result["after"]["expert_load"]))  # [L, M, E]
+    return float(load_entropy(shares)[:, 1].mean()) / math.log(shares.shape[-1])
 
 
 def _crossing(scope: str) -> Callable[[Result], float]:

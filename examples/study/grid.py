@@ -132,10 +132,6 @@ class Grid:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found if found["key"] == self.key(run) else None
 
-    def seeds_of(self, model: str, arm: str) -> int:
-        """Returns the number of seeds that an arm has in the main part."""
-        return int(self.main["runs"].get(model, {}).get(arm, 0))
-
     def _seeds_of_main(self) -> int:
         return max((number for arms in self.main["runs"].values() for number in arms.values()), default=0)
 

@@ -35,7 +35,7 @@ from megatron_smar.monitoring.recorder import recorded_routing
 from megatron_smar.placement.dispatch import DispatchCounter, counted
 from megatron_smar.placement.plan import Plan
 from megatron_smar.placement.report import assignments
-from megatron_smar.routing.specialization import modality_specialization_index
+from megatron_smar.routing.specialization import expert_load, load_entropy, modality_specialization_index
 
 DEVICES = 2
 
@@ -71,17 +71,16 @@ def score(
     chosen = torch.stack([load[:-1] for load in counter.loads.values()])  # [L, M, E] without padding
     return scores, {
         "mrd_distance": list(recorder.distances(args.moe_router_topk, args.smar_eps).values()),
-        "msi": modality_specialization_index(chosen / chosen.sum(dim=-1, keepdim=True)).tolist(),
-        "load_entropy": load_entropy(chosen.sum(dim=1)).tolist(),
+        "msi": modality_specialization_index(expert_load(chosen)).tolist(),
+        "load_entropy": relative_entropy(chosen.sum(dim=1)).tolist(),
         "dispatch": {name.split()[0]: dispatch(counter, name) for name in counter.traffic},
         "expert_load": chosen.tolist(),
     }
 
 
-def load_entropy(chosen: torch.Tensor) -> torch.Tensor:
+def relative_entropy(chosen: torch.Tensor) -> torch.Tensor:
     """Returns the entropy of each layer's load [L, E] over that of an even load, [L]: 1 is even, 0 one expert."""
-    shares = chosen / chosen.sum(dim=-1, keepdim=True)
-    return torch.special.entr(shares).sum(dim=-1) / torch.tensor(float(chosen.shape[-1])).log()
+    return load_entropy(expert_load(chosen)) / torch.tensor(float(chosen.shape[-1])).log()
 
 
 def dispatch(counter: DispatchCounter, name: str) -> dict[str, dict[str, float]]:
