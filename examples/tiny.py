@@ -10,8 +10,8 @@ It writes to the folder, in the same formats as a user's own data:
     stage1/, stage2/        shards made by tools/data/prepare.py
     text.jsonl, vqa.json, images/    inputs of tools/evaluate.py
 
-The images are parts of matplotlib's sample images, the texts are paragraphs of this project's licence. Mixtral gets its
-own tokenizer (package mistral-common), the others a byte-level tokenizer trained on the licence.
+The images are parts of matplotlib's sample images, the texts are paragraphs of this project's license. Mixtral gets its
+own tokenizer (package mistral-common), the others a byte-level tokenizer trained on the license.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def make_llava(output: Path) -> None:
 
 
 def passages() -> list[str]:
-    """Returns the licence's paragraphs, each on one line."""
+    """Returns the license's paragraphs, each on one line."""
     paragraphs = (ROOT / "LICENSE").read_text(encoding="utf-8").split("\n\n")
     return [" ".join(paragraph.split()) for paragraph in paragraphs if len(paragraph) > 100]
 

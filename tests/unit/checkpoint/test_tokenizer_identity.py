@@ -19,9 +19,9 @@ from tests.launch import ROOT
 def models(tmp_path_factory) -> dict[str, Path]:
     """Trains tokenizers of 400 pieces, of 400 others, of 420, and the first with the image tokens appended."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    licence = [line.strip() for line in (ROOT / "LICENSE").read_text().splitlines() if line.strip()]
+    license = [line.strip() for line in (ROOT / "LICENSE").read_text().splitlines() if line.strip()]
     page = [line.strip() for line in (ROOT / "docs/routing.md").read_text().splitlines() if line.strip()]
-    for name, text, size in (("own", licence, 400), ("other", page, 400), ("larger", page, 420)):
+    for name, text, size in (("own", license, 400), ("other", page, 400), ("larger", page, 420)):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text), model_prefix=str(folder / name), vocab_size=size, model_type="bpe",
             byte_fallback=True, minloglevel=2,

@@ -111,9 +111,9 @@ def test_missing_sources_are_an_error_that_says_how_to_fetch_them(tmp_path: Path
         corpus.prepare(tmp_path, tmp_path / "out")
 
 
-def test_every_source_shows_its_licence() -> None:
-    table = sources.licence_table()
-    assert all(source.package in table and source.licence in table for source in sources.SOURCES)
+def test_every_source_shows_its_license() -> None:
+    table = sources.license_table()
+    assert all(source.package in table and source.license in table for source in sources.SOURCES)
 
 
 # ---- corpus

@@ -51,12 +51,12 @@ def test_records_become_those_of_the_hub_without_repeated_and_broken_ones(tmp_pa
     assert written(output, "tau/commonsense_qa/validation.jsonl")["answerKey"] == "E"
 
 
-def test_every_set_has_its_licence_and_origin_next_to_it(tmp_path, cache) -> None:
+def test_every_set_has_its_license_and_origin_next_to_it(tmp_path, cache) -> None:
     language_tasks.write_benchmarks(cache, tmp_path)
     for item in language_tasks.SETS:
         readme = (tmp_path / item.dataset / "README.md").read_text()
-        assert f"Licence: {item.licence}." in readme and item.origin in readme
-        assert f"| `{item.task}` |" in language_tasks.licences()
+        assert f"License: {item.license}." in readme and item.origin in readme
+        assert f"| `{item.task}` |" in language_tasks.licenses()
 
 
 @pytest.mark.parametrize("options", ["A. 3\nC. 5", "3\n4", "A. 3\nB. 5"])
