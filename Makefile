@@ -81,11 +81,14 @@ test-te: env ## build Transformer Engine into .venv-te and check layers, checkpo
 test-gpu: ## the first checks on one GPU, at most ten minutes: table, runs/gpu/report.json (PYTHON=, ALLOW_NONE=1, GPU_FLAGS=)
 	$(or $(PYTHON),$(if $(wildcard $(python)),$(python),python3)) -m tests.gpu $(if $(ALLOW_NONE),--allow-none) $(GPU_FLAGS)
 
+# Programs import their neighbours by name, and three are called run.py: mypy reads each folder of examples/ alone.
 lint: env ## check style, format, the order of imports and types
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m tests.layout
 	$(python) -m mypy $(typed)
+	for folder in emoji_tiny smollm2_moe study; do \
+	  MYPYPATH=examples/emoji_tiny:examples/$$folder $(python) -m mypy examples/$$folder/*.py || exit 1; done
 
 clean: ## remove caches and build products; .venv and runs/ are kept
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -45,7 +45,8 @@ def run_all(demo: Demo, wanted: Sequence[Variant]) -> tuple[list[VariantRun], li
     """
     demo.prepare()
     runs = [VariantRun(demo, variant) for variant in wanted]
-    done, failures = [], []
+    done: list[VariantRun] = []
+    failures: list[str] = []
     for number, run in enumerate(runs):
         left = sum(not later.is_done for later in runs[number:])
         print(f"\n{run.variant.label}: {number + 1} of {len(runs)}{_time_left(done, left)}", flush=True)

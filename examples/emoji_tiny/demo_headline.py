@@ -67,7 +67,7 @@ def comparison_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def paired_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Returns the paired differences over seeds, with a header, of a report with a `paired`."""
     found = report["paired"]
-    rows = [(f"Difference, {found['seeds']} seeds", "mean", "95% interval", "p")]
+    rows: list[tuple[str, ...]] = [(f"Difference, {found['seeds']} seeds", "mean", "95% interval", "p")]
     for key, (name, form) in MEASURES.items():
         entry = found["differences"][key]
         ends = f"{form(entry['low'])} to {form(entry['high'])}" if is_finite(entry["low"]) else "-"

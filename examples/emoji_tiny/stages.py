@@ -7,7 +7,7 @@ Stages 0 and 1 do not depend on the routing strategy of stage 2, so all variants
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -260,5 +260,5 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _names(options: list[str]) -> set[str]:
+def _names(options: Sequence[str]) -> set[str]:
     return {option.removeprefix("--") for option in options}

@@ -56,7 +56,7 @@ class Step:
         self, name: str, folder: Path, *key: Any, inputs: Sequence[Step] = (), code: str = "", any_code: bool = False
     ) -> None:
         self.name, self.folder, self.inputs, self.any_code = name, folder, inputs, any_code
-        self.key = fingerprint(name, *key, [step.key for step in inputs])
+        self.key: str = fingerprint(name, *key, [step.key for step in inputs])
         self._own_code = code
         self._begun, self._done = folder / ".begun", folder / ".done.json"
 

@@ -102,7 +102,7 @@ class Variant:
         said = StringIO()
         try:
             with redirect_stderr(said):
-                return flag_parser().parse_args(words(settings("stage2") | self.flags))
+                return flag_parser().parse_args(words(settings("stage2") | dict(self.flags)))
         except SystemExit as end:
             raise ValueError(f"{self.name}: {said.getvalue().strip().splitlines()[-1]}") from end
 

@@ -210,7 +210,7 @@ class Results:
             curve = sorted((MEASURES["pictures"](each), MEASURES["retention"](each)) for each in same)
             answered = MEASURES["pictures"](result)
             if len(same) == len(rates) > 1 and answered >= curve[0][0]:
-                expected = np.interp(answered, *zip(*curve, strict=True))
+                expected = np.interp(answered, *np.transpose(curve))
                 found.append(MEASURES["retention"](result) - float(expected))
         return found
 
@@ -286,8 +286,8 @@ def tried(results: Results) -> list[Tried]:
             arm, _, setting = name.partition("__")
             own = [result for seed, result in results.of_arm(TUNING, model, name).items() if seed in seeds]
             if own:
-                means = (statistics.fmean(map(MEASURES[measure], own)) for measure in Tried._fields[3:6])
-                found.append(Tried(model, arm, setting.replace("_", " "), *means, len(own)))
+                means = {name: statistics.fmean(map(MEASURES[name], own)) for name in Tried._fields[3:6]}
+                found.append(Tried(model, arm, setting.replace("_", " "), seeds=len(own), **means))
     return found
 
 
