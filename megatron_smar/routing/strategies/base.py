@@ -31,7 +31,8 @@ class Metric:
             Megatron recognizes what to average over the steps since the last console line.
         weighted: False for a loss, which is reported as the main loss is: the mean over steps on the console, the
             step's value elsewhere. True for a measure: a mean over micro-batches, each with its own weight.
-        on_console: Whether a measure's mean over the layers is printed on the console; losses always are.
+        on_console: Whether a measure's mean over the layers is printed on the console. A loss is, unless it is
+            below 0: Megatron prints none of those.
 
     Raises:
         ValueError: The name of a loss does not end in "loss".

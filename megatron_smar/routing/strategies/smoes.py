@@ -48,7 +48,8 @@ from megatron_smar.routing.strategies.base import (
     Weighted,
 )
 
-INFORMATION_LOSS, BALANCE_LOSS, CROSSING = "smoes information loss", "smoes balance loss", "bin crossing"
+INFORMATION_LOSS, BALANCE_LOSS = "smoes information loss", "smoes balance loss"
+OBJECTIVE, CROSSING = "smoes objective", "bin crossing"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class SmoesConfig(StrategyConfig):
 
     Attributes:
         scores: Soft modality scores. attention: accumulated along the layers' attention; gaussian: from a Gaussian per
-            modality of the layer's input; hard: the modality itself.
+            modality of the router's input; hard: the modality itself.
         bins: Number of bins of experts, at least 2. Default: the expert-parallel size; a resumed run keeps its number.
         fixed_bins: Whether the bins stay as in a new model, consecutive experts; otherwise they follow the load.
         rebin_interval: Steps after which the bins are formed again.
@@ -70,7 +71,10 @@ class SmoesConfig(StrategyConfig):
 
     name = "smoes"
     title = "soft modality scores and bins of experts (SMoES)"
-    metrics = (Metric(INFORMATION_LOSS), Metric(BALANCE_LOSS), Metric(CROSSING, weighted=True))
+    metrics = (
+        *(Metric(INFORMATION_LOSS), Metric(BALANCE_LOSS)),
+        *(Metric(OBJECTIVE, weighted=True), Metric(CROSSING, weighted=True)),
+    )
     needs_samples = True
     keeps_state = True
     training_state = ("loads", "bins", "steps", "mean", "variance", "known")
@@ -204,9 +208,11 @@ class Smoes(RoutingStrategy):
         gates = torch.softmax(tokens.logits.to(torch.promote_types(tokens.logits.dtype, torch.float32)), dim=-1)
         scores = self.scores(tokens, gates.dtype)
         weighted = bin_masses(scores, gates, self.bins, self.num_bins)
-        of_samples = tokens.sample_sums(torch.cat([weighted.flatten(1), scores], dim=1))
-        sums, masses = of_samples.split([weighted[0].numel(), scores.shape[1]], dim=1)
-        joint = joint_distribution(sums.unflatten(1, weighted.shape[1:]), masses)
+        of_samples = tokens.sample_sums(torch.cat([weighted.flatten(1), scores, tokens.modality_mask], dim=1))
+        sums, masses, numbers = of_samples.split([weighted[0].numel(), *2 * scores.shape[1:]], dim=1)
+        # Gaussian scores give some of each token to a modality that the sample does not have.
+        of_modality = sums.unflatten(1, weighted.shape[1:]) * (numbers > 0).unsqueeze(2)
+        joint = joint_distribution(of_modality, masses)
         measure = divergence_between_bins if self.config.objective == "kl" else mutual_information
         ranks = tokens.sample_sums.ranks
         is_token = tokens.modality_mask.any(dim=1, keepdim=True)
@@ -214,7 +220,7 @@ class Smoes(RoutingStrategy):
         bins_of_token = (tokens.routing_map.to(gates.dtype) @ members > 0).sum(dim=1, keepdim=True)
         return {
             "objective": share_of_ranks(measure(joint).sum(), ranks),
-            "samples": share_of_ranks((masses.sum(dim=1) > 0).sum().to(gates.dtype), ranks),
+            "samples": share_of_ranks((numbers.sum(dim=1) > 0).sum().to(gates.dtype), ranks),
             "probabilities": (gates * is_token).sum(dim=0),
             "crossing": ((bins_of_token > 1) & is_token).sum().to(gates.dtype),
         }
@@ -232,9 +238,15 @@ class Smoes(RoutingStrategy):
         }
 
     def measures(self, routing: LayerRouting) -> dict[str, Weighted]:
-        """Returns the share of tokens whose experts lie in more than one bin."""
-        tokens = routing.statistics.tokens.sum()
-        return {CROSSING: Weighted(routing.sums["crossing"] / tokens.clamp(min=1), tokens)}
+        """Returns the objective, which Megatron does not print as a loss below 0, and the share of crossing tokens.
+
+        A token crosses if its experts lie in more than one bin.
+        """
+        tokens, samples = routing.statistics.tokens.sum(), routing.sums["samples"]
+        return {
+            OBJECTIVE: Weighted(routing.sums["objective"].detach() / samples.clamp(min=1), samples),
+            CROSSING: Weighted(routing.sums["crossing"] / tokens.clamp(min=1), tokens),
+        }
 
     def accumulate(self, routing: LayerRouting) -> None:
         """Counts the step's tokens per modality and expert."""

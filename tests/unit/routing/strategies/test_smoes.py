@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_smar.routing.strategies.smoes import BALANCE_LOSS, CROSSING, INFORMATION_LOSS, SmoesConfig
+from megatron_smar.routing.strategies.smoes import BALANCE_LOSS, CROSSING, INFORMATION_LOSS, OBJECTIVE, SmoesConfig
 from tests.models import router_of
 
 POSITIONS, ROWS, EXPERTS, TOP_K = 9, 3, 6, 2
@@ -86,6 +86,8 @@ def test_both_losses_of_a_layer_are_the_papers_with_hard_scores(single_rank):
     assert float(report.losses[INFORMATION_LOSS]) == pytest.approx(expected[0], rel=1e-6)
     assert float(report.losses[BALANCE_LOSS]) == pytest.approx(expected[1], rel=1e-6)
     assert float(report.losses[INFORMATION_LOSS]) < -1e-3
+    objective = report.measures[OBJECTIVE]
+    assert (float(objective.value), float(objective.weight)) == (-float(report.losses[INFORMATION_LOSS]), ROWS)
     bins_of_token = (chosen.view(-1, 3, 2).any(-1)).sum(-1)[mask.any(-1).flatten()]
     crossing = report.measures[CROSSING]
     assert float(crossing.value) == pytest.approx(float((bins_of_token > 1).double().mean()))
@@ -178,7 +180,9 @@ def test_gaussian_scores_are_hard_until_every_modality_was_seen_and_then_those_o
         -1, keepdim=True
     )
     bins = made.strategy.bins.tolist()
-    expected = reference(made.weight, hidden, mask, scores, samples, bins, chosen, config)
+    present = mask.any(0).to(scores.dtype)  # a sample of text alone has no mass of vision, and so no information
+    expected = reference(made.weight, hidden, mask, scores * present, samples, bins, chosen, config)
+    assert present.prod(1).tolist() == [1, 0, 1]
     assert float(report.losses[INFORMATION_LOSS]) == pytest.approx(expected[0], rel=1e-5)
 
 
