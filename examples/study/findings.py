@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from grid import MAIN, TUNING, Grid, Run
+from grid import MAIN, TUNING, Grid, Run, tried_name, tried_settings
 from paired import Interval, holm, interval, sign_flip_p
 
 from megatron_smar.routing.specialization import expert_load, load_entropy
@@ -109,9 +109,9 @@ class Verdict:
         pictures: The paired difference in picture questions.
         seeds: Number of pairs.
         p: The exact two-sided p value, of the difference with the margin.
-        adjusted: The same after Holm's correction over all hypotheses; 1 for an incomplete one.
+        adjusted: The same after Holm's correction over all hypotheses.
         outcome: `supported`, `contradicted` or `undecided`; `traded` if the language that is kept is paid for with more
-            picture questions than tolerated; `incomplete` while runs are missing.
+            picture questions than tolerated.
     """
 
     difference: Interval
@@ -126,6 +126,8 @@ class Verdict:
 class Results:
     """The results of all runs of a grid that are done.
 
+    Only seeds of which no run of a model is missing are used: means compare, and nobody looks at half of a seed.
+
     Args:
         grid: The grid.
         folder: Folder of the results.
@@ -136,6 +138,8 @@ class Results:
         missing: Names of the runs without a result, or with one from other settings.
         codes: Number of results by the hash of the code that made them.
         unpaired: Models and seeds whose arms did not start from the same checkpoint.
+        other_language: Parts and models whose seeds do not have the same language before their runs. They share a
+            language model, and what is trained between it and the runs reads no text.
     """
 
     def __init__(self, grid: Grid, folder: Path) -> None:
@@ -145,6 +149,7 @@ class Results:
         self.missing: list[str] = []
         self.codes: Counter[str] = Counter()
         starts: dict[tuple[str, str, int], set[str]] = defaultdict(set)
+        languages: dict[tuple[str, str], set[tuple[int, ...]]] = defaultdict(set)
         for run in grid.runs():
             result = grid.result(run, folder)
             if result is None:
@@ -155,15 +160,25 @@ class Results:
                 self.found[run] = result
                 self.codes[result["code"]] += 1
                 starts[run.part, run.model, run.seed].add(json.dumps(result["before"]))
-        self.unpaired = [f"{'/'.join(map(str, start))}" for start, measured in starts.items() if len(measured) > 1]
+                languages[run.part, run.model].add(tuple(result["before"]["words_completed"]))
+        self.unpaired = ["/".join(map(str, start)) for start, measured in starts.items() if len(measured) > 1]
+        self.other_language = ["/".join(name) for name, measured in languages.items() if len(measured) > 1]
+        self._done = {
+            (part, model): self._seeds_done(part, model)
+            for part, named in ((TUNING, grid.tuning), (MAIN, grid.main))
+            for model in named["runs"]
+        }
 
     def arms(self, part: str, model: str) -> list[str]:
         """Returns the arms that have results, in the order of the grid."""
-        return list(dict.fromkeys(run.arm for run in self.found if (run.part, run.model) == (part, model)))
+        done = self.seeds_done(part, model)
+        found = (run.arm for run in self.found if (run.part, run.model) == (part, model) and run.seed in done)
+        return list(dict.fromkeys(found))
 
     def of_arm(self, part: str, model: str, arm: str) -> dict[int, Result]:
         """Returns the results of an arm by seed."""
-        return {r.seed: found for r, found in self.found.items() if (r.part, r.model, r.arm) == (part, model, arm)}
+        runs = [run for run in self.found if (run.part, run.model, run.arm) == (part, model, arm)]
+        return {run.seed: self.found[run] for run in runs if run.seed in self.seeds_done(part, model)}
 
     def values(self, part: str, model: str, arm: str, measure: str) -> dict[int, float]:
         """Returns a measure of an arm by seed."""
@@ -187,56 +202,68 @@ class Results:
         return [a - b for a, b in self.pairs(part, model, arm, other, measure)]
 
     def seeds_done(self, part: str, model: str) -> set[int]:
-        """Returns the seeds of which no run of a model is missing."""
+        """Returns the seeds of which no run of a model is missing; one that failed is not missing."""
+        return self._done.get((part, model), set())
+
+    def _seeds_done(self, part: str, model: str) -> set[int]:
         seeds = {run.seed for run in self.grid.runs() if (run.part, run.model) == (part, model)}
         return seeds - {int(name.rsplit("/", 1)[1]) for name in self.missing if name.startswith(f"{part}/{model}/")}
 
-    def is_missing(self, model: str, arm: str, seeds: int) -> bool:
-        """Returns whether any of an arm's runs of the main part has no result yet; one that failed has."""
-        done = {run.name for run in self.found} | self.failed.keys()
-        return any(f"{MAIN}/{model}/{arm}/{seed}" not in done for seed in range(1, 1 + seeds))
+    def is_complete(self, claim: Hypothesis) -> bool:
+        """Returns whether no run is missing of the seeds of a hypothesis."""
+        planned = self.grid.main["runs"].get(claim.model, {})
+        seeds = set(range(1, 1 + SEEDS))
+        is_planned = all(planned.get(arm, 0) >= SEEDS for arm in (claim.arm, claim.other))
+        return is_planned and seeds <= self.seeds_done(MAIN, claim.model)
 
-    def at_equal_pictures(self, model: str, arm: str) -> list[float]:
-        """Returns each seed's retention minus that of `none` at the learning rate that answers as many questions.
+    def price_of_pictures(self, model: str) -> float:
+        """Returns the retention that `none` gains for each picture question more that it answers, usually below 0.
 
-        Between the learning rates that were run it is interpolated. An arm that answers more questions than `none` at
-        any of them is compared with the one that answers most; a seed in which it answers fewer is left out.
+        The slope of a line through the means of `none` at the learning rates that were run, over the seeds that all of
+        them have; NaN if there is one learning rate.
         """
         rates = [BASELINE, *(name for name in self.grid.main["runs"].get(model, {}) if name.startswith(FRONTIER))]
         by_rate = [self.of_arm(MAIN, model, name) for name in rates]
-        found = []
-        for seed, result in self.of_arm(MAIN, model, arm).items():
-            same = [own[seed] for own in by_rate if seed in own and own[seed]["before"] == result["before"]]
-            curve = sorted((MEASURES["pictures"](each), MEASURES["retention"](each)) for each in same)
-            answered = MEASURES["pictures"](result)
-            if len(same) == len(rates) > 1 and answered >= curve[0][0]:
-                expected = np.interp(answered, *np.transpose(curve))
-                found.append(MEASURES["retention"](result) - float(expected))
-        return found
+        seeds = set.intersection(*(set(own) for own in by_rate))
+        if len(rates) < 2 or not seeds:
+            return math.nan
+        answered, kept = (
+            [statistics.fmean(MEASURES[name](own[seed]) for seed in seeds) for own in by_rate]
+            for name in ("pictures", "retention")
+        )
+        return statistics.linear_regression(answered, kept).slope
+
+    def at_equal_pictures(self, model: str, arm: str) -> list[float]:
+        """Returns each pair's retention minus that of `none` at a learning rate that answers as many questions.
+
+        That is the difference in retention, minus what the difference in picture questions costs `none` when its
+        learning rate changes.
+        """
+        price = self.price_of_pictures(model)
+        kept, answered = (self.differences(MAIN, model, arm, BASELINE, name) for name in ("retention", "pictures"))
+        return [] if math.isnan(price) else [a - price * b for a, b in zip(kept, answered, strict=True)]
 
 
 def verdicts(results: Results) -> dict[str, Verdict]:
-    """Returns what the data says about every hypothesis that has at least two pairs, or whose runs are all done.
+    """Returns what the data says about every hypothesis whose runs are all done, so that nobody stops at half.
 
-    An outcome is given when all runs are done, so that nobody stops at a result that pleases. Holm's correction counts
-    all hypotheses, with a p value of 1 for those that are incomplete.
+    Holm's correction counts all hypotheses, with a p value of 1 for those that have not all pairs.
     """
-    pairs = {name: results.differences(MAIN, h.model, h.arm, h.other, h.measure) for name, h in HYPOTHESES.items()}
-    tested = {name: found for name, found in pairs.items() if len(found) > 1}
-    shifted = {name: [d + HYPOTHESES[name].sign * HYPOTHESES[name].margin for d in tested[name]] for name in tested}
-    p_values = {name: sign_flip_p(found) for name, found in shifted.items()}
-    complete = {name for name, claim in HYPOTHESES.items() if not _is_incomplete(results, claim)}
-    adjusted = holm({name: p_values.get(name, 1.0) if name in complete else 1.0 for name in HYPOTHESES})
+    complete = {name: claim for name, claim in HYPOTHESES.items() if results.is_complete(claim)}
+    pairs = {name: results.differences(MAIN, h.model, h.arm, h.other, h.measure) for name, h in complete.items()}
+    shifted = {name: [d + complete[name].sign * complete[name].margin for d in pairs[name]] for name in pairs}
+    p_values = {name: sign_flip_p(found) if found else math.nan for name, found in shifted.items()}
+    whole = {name for name, found in pairs.items() if len(found) == SEEDS}
+    adjusted = holm({name: p_values[name] if name in whole else 1.0 for name in HYPOTHESES})
     found = {}
-    for name in complete | tested.keys():
-        claim, differences = HYPOTHESES[name], pairs[name]
+    for name, claim in complete.items():
         pictures = summary(results.differences(MAIN, claim.model, claim.arm, claim.other, "pictures"))
-        outcome = "undecided" if name in complete else "incomplete"
-        if name in complete and adjusted[name] < SIGNIFICANT and len(differences) == SEEDS:
+        outcome = "undecided"
+        if name in whole and adjusted[name] < SIGNIFICANT:
             outcome = _outcome(claim, statistics.fmean(shifted[name]) * claim.sign > 0, pictures)
-        numbers = summary(differences), sampling_error(results, claim), pictures, len(differences)
-        found[name] = Verdict(*numbers, p_values.get(name, math.nan), adjusted[name], outcome)
-    return dict(sorted(found.items()))
+        numbers = summary(pairs[name]), sampling_error(results, claim), pictures, len(pairs[name])
+        found[name] = Verdict(*numbers, p_values[name], adjusted[name], outcome)
+    return found
 
 
 def sampling_error(results: Results, claim: Hypothesis) -> float:
@@ -251,10 +278,6 @@ def sampling_error(results: Results, claim: Hypothesis) -> float:
     more = (one - two).mean(axis=0)  # [passages]
     before = statistics.fmean(sum(a["before"]["words_completed"]) for a, _ in pairs)
     return float(1.96 * more.std(ddof=1) * math.sqrt(more.size) / before)
-
-
-def _is_incomplete(results: Results, claim: Hypothesis) -> bool:
-    return any(results.is_missing(claim.model, arm, SEEDS) for arm in (claim.arm, claim.other))
 
 
 def _outcome(claim: Hypothesis, agrees: bool, pictures: Interval) -> str:
@@ -281,13 +304,11 @@ def tried(results: Results) -> list[Tried]:
     """Returns the settings of the tuning, over the seeds of which a model has all runs, so that means compare."""
     found = []
     for model in results.grid.tuning["runs"]:
-        seeds = results.seeds_done(TUNING, model)
         for name in results.arms(TUNING, model):
             arm, _, setting = name.partition("__")
-            own = [result for seed, result in results.of_arm(TUNING, model, name).items() if seed in seeds]
-            if own:
-                means = {name: statistics.fmean(map(MEASURES[name], own)) for name in Tried._fields[3:6]}
-                found.append(Tried(model, arm, setting.replace("_", " "), seeds=len(own), **means))
+            own = list(results.of_arm(TUNING, model, name).values())
+            means = {measure: statistics.fmean(map(MEASURES[measure], own)) for measure in Tried._fields[3:6]}
+            found.append(Tried(model, arm, setting.replace("_", " "), seeds=len(own), **means))
     return found
 
 
@@ -307,6 +328,38 @@ def choose(settings: Iterable[Tried], pictures_of_none: float) -> Tried:
     if not learnt:
         return max(settings, key=lambda each: each.pictures)
     return max(learnt, key=lambda each: each.retention)
+
+
+def chosen(results: Results) -> list[Tried]:
+    """Returns the settings that the design's rule chooses, for each model whose tuning is done."""
+    seeds = len(results.grid.tuning["seeds"])
+    whole = [each for each in tried(results) if each.seeds == seeds]  # a value that failed on a seed is not chosen
+    pictures = {each.model: each.pictures for each in whole if (each.arm, each.setting) == (BASELINE, "")}
+    groups: dict[tuple[str, str, str], list[Tried]] = defaultdict(list)
+    for each in whole:
+        groups[each.model, each.arm, each.setting.partition(" ")[0]].append(each)
+    return [
+        choose(group, pictures[model])
+        for (model, _, flag), group in groups.items()
+        if flag and model in pictures and len(results.seeds_done(TUNING, model)) == seeds
+    ]
+
+
+def wrongly_chosen(results: Results) -> list[str]:
+    """Returns the settings that the rule chooses and the grid's main part does not have."""
+    values = {
+        (model, tried_name(arm, changes)): changes
+        for model, arms in results.grid.tuning["runs"].items()
+        for arm, flags in arms.items()
+        for changes in tried_settings(flags)
+    }
+    wrong = []
+    for each in chosen(results):
+        name = f"{each.arm}__{each.setting.replace(' ', '_')}"
+        have = results.grid.main["chosen"].get(each.model, {}).get(each.arm, {})
+        if not values[each.model, name].items() <= have.items():
+            wrong.append(f"{each.model}/{name}")
+    return wrong
 
 
 def summary(values: Sequence[float]) -> Interval:

@@ -110,6 +110,9 @@ class Grid:
             for other in arm.get(LIKE, ()):
                 _known(other, self.arms, "arm")
             Variant(name, {flag: value for flag, value in arm.items() if flag not in (TEXT_SHARE, LIKE)}, {})
+        for model, arms in self.main["runs"].items():
+            for arm in arms:
+                self._check_chosen(model, arm)
         for run in self.runs():
             Variant(run.name, {flag: value for flag, value in run.flags.items() if flag != TEXT_SHARE}, {})
 
@@ -131,6 +134,20 @@ class Grid:
             return None
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found if found["key"] == self.key(run) else None
+
+    def tuned_flags(self, arm: str) -> set[str]:
+        """Returns the flags of an arm that the tuning of any model tries."""
+        return {flag for arms in self.tuning["runs"].values() for flag in arms.get(arm, ())}
+
+    def _check_chosen(self, model: str, arm: str) -> None:
+        """Refuses an arm of the main part that would silently have the values that the tuning starts from."""
+        for name in self.arms[arm].get(LIKE, [arm]):
+            chosen = self.main["chosen"].get(model, {}).get(name, {})
+            if missing := sorted(self.tuned_flags(name) - chosen.keys()):
+                raise ValueError(
+                    f"The grid: {arm} of {model} needs the value of {', '.join(missing)} that the tuning chose for "
+                    f"{name}; write it into main.chosen.{model}.{name}."
+                )
 
     def _seeds_of_main(self) -> int:
         return max((number for arms in self.main["runs"].values() for number in arms.values()), default=0)
@@ -156,8 +173,7 @@ class Grid:
             for seed, (arm, tried) in itertools.product(self.tuning["seeds"], arms.items()):
                 own = {flag: value for flag, value in self.arms[arm].items() if flag != LIKE}
                 for changes in tried_settings(tried):
-                    name = "__".join([arm, *(f"{flag}_{_text(value)}" for flag, value in changes.items())])
-                    found.append(Run(TUNING, model, name, seed, own | changes))
+                    found.append(Run(TUNING, model, tried_name(arm, changes), seed, own | changes))
         return sorted(found, key=lambda run: run.seed)
 
 
@@ -175,6 +191,11 @@ def settings_of(backbone: str, name: str, layout: str) -> dict[str, Any]:
 def tried_settings(tried: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Returns the settings to try: each value of each flag alone; a single empty one for an arm without flags."""
     return [{flag: value} for flag, values in tried.items() for value in values] or [{}]
+
+
+def tried_name(arm: str, changes: Flags) -> str:
+    """Returns the name that an arm of the tuning has with changed values."""
+    return "__".join([arm, *(f"{flag}_{_text(value)}" for flag, value in changes.items())])
 
 
 def _text(value: Any) -> str:

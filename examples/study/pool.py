@@ -19,9 +19,9 @@ Task = Run | Base  # a run, or the stages that the runs of a model and seed shar
 
 def task(study: Study, item: Task, retry: bool) -> str | None:
     """Does a run, or the stages that runs share; returns why it failed."""
-    if isinstance(item, Run):
-        return study.run(item, retry).get("failed")
     try:
+        if isinstance(item, Run):
+            return study.run(item, retry).get("failed")
         study.backbone.make(item)
     except StepError as error:
         return str(error)
@@ -57,7 +57,7 @@ def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float, re
         retry: Whether runs that failed are done again.
 
     Returns:
-        How many failed.
+        How many failed, with those that have no result because a stage that they share failed.
     """
     todo, done, failures = ordered(runs), set[Base](), 0
     deadline = time.monotonic() + 3600 * hours
@@ -81,11 +81,9 @@ def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float, re
                 affected = [item] if isinstance(item, Run) else []
                 if not isinstance(item, Run):
                     done.add(item)
-                    if failed:  # a run without its stage 1 is a failed run
+                    if failed:  # says nothing about the arms: their runs stay missing
                         affected = [run for run in todo if isinstance(run, Run) and run.base == item]
                         todo = [run for run in todo if run not in affected]
-                        for run in affected:
-                            study.fail(run, failed)
                 bar.update(len(affected))
                 for run in affected if failed else ():
                     failures += 1

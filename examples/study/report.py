@@ -13,7 +13,6 @@ import math
 import os
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +25,8 @@ from megatron_smar import runtime
 runtime.install_or_exit("cpu")  # the grid's flags are checked with Megatron's parser
 
 from documents import replace_between_marks
-from findings import BASELINE, HYPOTHESES, MEASURES, Results, Tried, choose, summary, tried, verdicts
-from grid import MAIN, TUNING, add_places, read_grid, set_places
+from findings import BASELINE, HYPOTHESES, MEASURES, Results, chosen, summary, tried, verdicts, wrongly_chosen
+from grid import MAIN, add_places, read_grid, set_places
 from paired import Interval
 from study_figures import write_figures
 
@@ -44,13 +43,15 @@ class Shown(NamedTuple):
         title: Its title.
         model: The model.
         arms: Its arms, in order.
-        relative: Whether it has SMoES's columns, the changes relative to `none`; otherwise the measures themselves.
+        form: `measures`: all measures; `scores`: the SMAR paper's Table 2, with the model before stage 2; `smar`: its
+            Tables 4 and 5, the measures with the settings of SMAR; `relative`: SMoES's, changes relative to `none`;
+            `kinds`: picture questions by kind.
     """
 
     title: str
     model: str
     arms: tuple[str, ...]
-    relative: bool = False
+    form: str = "measures"
 
 
 METHODS = ("none", "balance", "smar", "sqrt", "sqrt_smar", "smoes", "smoes_gaussian")
@@ -58,18 +59,29 @@ ROUTINGS = ("hard", "hard_6_2", "layer_split", "moiie", "label_ce", "modality_ga
 ABLATION = ("none", "smoes_8_binning", "smoes_8_hard", "smoes_8_kl", "smoes_8_fixed", "smoes_8")
 RATES = ("none_lr_0005", "none_lr_00075", "none", "smar_lr_0005", "smar")
 SHARES = tuple(f"{arm}{share}" for arm in ("none", "smar") for share in ("_text_0", "", "_text_6", "_text_20"))
-SMALL = ("none", "balance", "hard", "moiie", "smar", "smoes_8")
+SMALL = ("none", "balance", "hard", "moiie", "smar", "smar_30", "smoes_8")
 TABLES = (
-    Shown("Language retention by method (the SMAR paper's Table 2)", "large", METHODS + ROUTINGS),
-    Shown("SMAR's band (Table 4)", "large", ("none", "smar_05", "smar_10", "smar_15", "smar")),
-    Shown("SMAR's bias, and balance beside it (Table 5)", "large", ("smar_15_no_bias", "smar_15", "smar_15_balance")),
-    Shown("Relative to none (SMoES's main table), 8 large experts", "large", METHODS + ROUTINGS, relative=True),
-    Shown("Relative to none, 64 small experts", "small", SMALL, relative=True),
-    Shown("SMoES's ablation, 64 small experts", "small", ABLATION, relative=True),
-    Shown("64 small experts", "small", SMALL),
+    Shown("Language scores by method (in the form of the SMAR paper's Table 2)", "large", METHODS + ROUTINGS, "scores"),
+    Shown("SMAR's band (Table 4)", "large", ("none", "smar_05", "smar_10", "smar_15", "smar"), "smar"),
+    Shown(
+        "SMAR's bias and load balancing (Table 5)", "large", ("smar_15_no_bias", "smar_15", "smar_15_balance"), "smar"
+    ),
+    Shown("Relative to none (SMoES's main table), 8 large experts", "large", METHODS + ROUTINGS, "relative"),
+    Shown("Relative to none, 64 small experts", "small", SMALL, "relative"),
+    Shown("SMoES's ablation, 64 small experts", "small", ABLATION, "relative"),
+    Shown("All measures, 8 large experts", "large", METHODS + ROUTINGS),
+    Shown("All measures, 64 small experts", "small", SMALL),
     Shown("Share of pure text", "large", SHARES),
     Shown("Learning rate", "large", RATES),
+    Shown("Picture questions by kind, 8 large experts", "large", METHODS + ROUTINGS, "kinds"),
+    Shown("Picture questions by kind, 64 small experts", "small", SMALL, "kinds"),
 )
+
+
+def table(results: Results, shown: Shown) -> Table:
+    """Returns a table of arms; empty if none of its arms has results."""
+    rows = FORMS[shown.form](results, shown, [arm for arm in shown.arms if arm in results.arms(MAIN, shown.model)])
+    return rows if len(rows) > 1 else []
 
 
 def parts(found: Interval, scale: float = 100, signed: bool = False) -> str:
@@ -81,11 +93,11 @@ def parts(found: Interval, scale: float = 100, signed: bool = False) -> str:
     return f"{scale * found.mean:{form}}{half}"
 
 
-def arms_table(results: Results, shown: Shown) -> Table:
-    """Returns a table of the measures; empty if none of its arms has results."""
+def measures_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
+    """Returns a table of all measures."""
     header = ("arm", "seeds", "retention %", "minus none", "at equal pictures", "perplexity ratio", "minus none")
     rows: Table = [(*header, "picture questions %", "minus none", "MSI", "distance", "load entropy", "crossing %")]
-    for arm in _done(results, shown):
+    for arm in arms:
         own = {name: list(results.values(MAIN, shown.model, arm, name).values()) for name in MEASURES}
         mean = {name: statistics.fmean(found) for name, found in own.items()}
         language, perplexity, pictures = (
@@ -100,7 +112,39 @@ def arms_table(results: Results, shown: Shown) -> Table:
                 f"{100 * mean['crossing']:.1f} ({100 * mean['vision_crossing']:.1f})",
             )
         )
-    return rows if len(rows) > 1 else []
+    return rows
+
+
+def scores_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
+    """Returns the language scores of the model before stage 2 and after it by each arm, and their ratio."""
+    names = ("word_accuracy", "text_perplexity", "vqa_accuracy")
+    rows: Table = [("model", "seeds", "words completed %", "perplexity", "picture questions %", "retention %")]
+    for arm in arms:
+        own = list(results.of_arm(MAIN, shown.model, arm).values())
+        for time in ("before", "after") if arm == BASELINE else ("after",):
+            words, perplexity, pictures = (summary([result[time][name] for result in own]) for name in names)
+            numbers = (parts(words), f"{perplexity.mean:.1f}", parts(pictures))
+            ratio = summary(list(results.values(MAIN, shown.model, arm, "retention").values()))
+            name, kept = (arm, parts(ratio)) if time == "after" else ("before stage 2", "100")
+            rows.append((name, str(len(own)), *numbers, kept))
+    return rows
+
+
+def smar_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
+    """Returns the measures of SMAR's arms with its settings."""
+    names = ("retention", "pictures", "entropy")
+    header = ("arm", "seeds", "d_min", "d_max", "bias", "balance", "retention %", "picture questions %")
+    rows: Table = [(*header, "distance", "load entropy")]
+    for arm in arms:
+        flags = results.grid.arms[arm]
+        has_bias = flags["modality-routing"] == "smar" and not flags.get("no-modality-router-bias")
+        settings = [str(flags.get(name, "")) for name in ("smar-d-min", "smar-d-max")]
+        settings += ["yes" if has else "no" for has in (has_bias, "moe-aux-loss-coeff" in flags)]
+        own = [summary(list(results.values(MAIN, shown.model, arm, name).values())) for name in names]
+        language, pictures = map(parts, own[:2])
+        numbers = (language, pictures, _distances(results, shown.model, arm), parts(own[2], 1))
+        rows.append((arm, str(len(results.of_arm(MAIN, shown.model, arm))), *settings, *numbers))
+    return rows
 
 
 def baseline_of(arm: str) -> str:
@@ -116,15 +160,19 @@ def baseline_of(arm: str) -> str:
 
 def _minus_none(results: Results, model: str, arm: str, measure: str, scale: float) -> str:
     other = baseline_of(arm)
-    return parts(summary(results.differences(MAIN, model, arm, other, measure)), scale, signed=True) if other else ""
+    found = results.differences(MAIN, model, arm, other, measure) if other else []
+    return _of_pairs(found, scale, len(results.of_arm(MAIN, model, arm))) if other else ""
 
 
 def _at_equal_pictures(results: Results, model: str, arm: str) -> str:
-    """Returns the mean over seeds, with their number where seeds are left out."""
     if arm.startswith(BASELINE) or "_text_" in arm:
         return ""
-    found, seeds = results.at_equal_pictures(model, arm), len(results.of_arm(MAIN, model, arm))
-    return parts(summary(found), signed=True) + (f" ({len(found)} seeds)" if 0 < len(found) < seeds else "")
+    return _of_pairs(results.at_equal_pictures(model, arm), 100, len(results.of_arm(MAIN, model, arm)))
+
+
+def _of_pairs(found: Sequence[float], scale: float, seeds: int) -> str:
+    """Returns the mean of paired differences, with their number where seeds have no pair."""
+    return parts(summary(found), scale, signed=True) + (f" ({len(found)} pairs)" if 0 < len(found) < seeds else "")
 
 
 def _distances(results: Results, model: str, arm: str) -> str:
@@ -134,16 +182,16 @@ def _distances(results: Results, model: str, arm: str) -> str:
     return f"{statistics.fmean(layers):.2f} ({min(layers):.2f} to {max(layers):.2f})"
 
 
-def relative_table(results: Results, shown: Shown) -> Table:
-    """Returns SMoES's columns: MSI, and changes relative to `none`; empty if none of its arms has results."""
-    rows: Table = [("arm", "seeds", "MSI", "pictures", "language", "overall")]
-    for arm in _done(results, shown):
+def relative_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
+    """Returns SMoES's columns: MSI, and changes relative to `none`."""
+    rows: Table = [("arm", "pairs", "MSI", "pictures", "language", "mean of both")]
+    for arm in arms:
         msi = statistics.fmean(results.values(MAIN, shown.model, arm, "msi").values())
         change = {name: relative(results, shown.model, arm, name) for name in ("pictures", "retention")}
         overall = [(a + b) / 2 for a, b in zip(*change.values(), strict=True)]
         columns = [parts(summary(found), signed=True) + " %" for found in (*change.values(), overall)]
-        rows.append((arm, str(len(results.of_arm(MAIN, shown.model, arm))), f"{msi:.3f}", *columns))
-    return rows if len(rows) > 1 else []
+        rows.append((arm, str(len(overall)), f"{msi:.3f}", *columns))
+    return rows
 
 
 def relative(results: Results, model: str, arm: str, measure: str) -> list[float]:
@@ -151,29 +199,37 @@ def relative(results: Results, model: str, arm: str, measure: str) -> list[float
     return [value / none - 1 for value, none in results.pairs(MAIN, model, arm, BASELINE, measure)]
 
 
-def _done(results: Results, shown: Shown) -> list[str]:
-    done = results.arms(MAIN, shown.model)
-    return [arm for arm in shown.arms if arm in done]
-
-
-def kinds_table(results: Results, shown: Shown) -> Table:
-    """Returns the accuracy by kind of picture question; empty if none of its arms has results."""
+def kinds_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
+    """Returns the accuracy by kind of picture question."""
     kinds: list[str] = []
     rows: Table = []
-    for arm in _done(results, shown):
+    for arm in arms:
         by_seed = [result["after"]["vqa_by_kind"] for result in results.of_arm(MAIN, shown.model, arm).values()]
         kinds = kinds or list(by_seed[0])
         means = {kind: summary([found[kind] for found in by_seed]) for kind in kinds}
         rows.append((arm, str(len(by_seed)), *(parts(means[kind]) for kind in kinds)))
-    return [("arm", "seeds", *(f"{kind} %" for kind in kinds)), *rows] if rows else []
+    return [("arm", "seeds", *(f"{kind} %" for kind in kinds)), *rows]
+
+
+FORMS = {
+    "measures": measures_table,
+    "scores": scores_table,
+    "smar": smar_table,
+    "relative": relative_table,
+    "kinds": kinds_table,
+}
 
 
 def hypotheses_table(results: Results) -> Table:
-    """Returns the verdicts; empty if there is none."""
+    """Returns the verdicts, without numbers where runs are missing; empty if there is none."""
     found = verdicts(results)
     header = ("", "hypothesis", "pairs", "difference", "± over passages", "picture questions")
     rows: Table = [(*header, "p (of H3 and H7: with the margin)", "Holm's p", "outcome")]
-    for name, verdict in found.items():
+    for name, claim in HYPOTHESES.items():
+        if name not in found:
+            rows.append((name, claim.claim, *6 * ("",), "incomplete"))
+            continue
+        verdict = found[name]
         scale = 1 if HYPOTHESES[name].measure == "entropy" else 100
         shown = parts(verdict.difference, scale, signed=True) if scale > 1 else _plain(verdict.difference)
         pictures = parts(verdict.pictures, signed=True)
@@ -189,32 +245,22 @@ def _plain(found: Interval) -> str:
 
 def tuning_table(results: Results) -> Table:
     """Returns what the tuning tried, with the chosen value of each flag marked; empty without results."""
-    settings = tried(results)
     header = ("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "choice")
     rows: Table = [header]
-    seeds = len(results.grid.tuning["seeds"])
-    pictures = {s.model: s.pictures for s in settings if (s.arm, s.setting, s.seeds) == (BASELINE, "", seeds)}
-    groups: dict[tuple[str, str, str], list[Tried]] = defaultdict(list)
-    for each in settings:
-        groups[each.model, each.arm, each.setting.partition(" ")[0]].append(each)
-    for (model, _, flag), group in groups.items():
-        whole = [each for each in group if each.seeds == seeds]  # a value that failed on a seed is not chosen
-        is_done = flag and model in pictures and len(results.seeds_done(TUNING, model)) == seeds
-        best = choose(whole, pictures[model]) if is_done and whole else None
-        for each in group:
-            numbers = (f"{100 * each.retention:.1f}", f"{each.perplexity:.2f}", f"{100 * each.pictures:.1f}")
-            chosen = "chosen" if each is best else ""
-            rows.append((model, each.arm, each.setting, str(each.seeds), *numbers, chosen))
+    best = chosen(results)
+    for each in tried(results):
+        numbers = (f"{100 * each.retention:.1f}", f"{each.perplexity:.2f}", f"{100 * each.pictures:.1f}")
+        choice = "chosen" if each in best else ""
+        rows.append((each.model, each.arm, each.setting, str(each.seeds), *numbers, choice))
     return rows if len(rows) > 1 else []
 
 
 def tables(results: Results) -> list[tuple[str, Table]]:
     """Returns all tables that have results, with their titles."""
     found = [("Hypotheses", hypotheses_table(results))]
-    found += [(s.title, relative_table(results, s) if s.relative else arms_table(results, s)) for s in TABLES]
-    found.append(("Picture questions by kind", kinds_table(results, TABLES[0])))
+    found += [(shown.title, table(results, shown)) for shown in TABLES]
     found.append(("Tuning, means over seeds of its own on the validation half", tuning_table(results)))
-    return [(title, table) for title, table in found if table]
+    return [(title, rows) for title, rows in found if rows]
 
 
 def state(results: Results) -> str:
@@ -224,6 +270,10 @@ def state(results: Results) -> str:
         lines.append(f"They were made by {len(results.codes)} versions of the code.")
     if results.unpaired:
         lines.append(f"Not all arms of {', '.join(results.unpaired)} started from the same checkpoint.")
+    if results.other_language:
+        lines.append(f"The seeds of {', '.join(results.other_language)} differ in the language model or the texts.")
+    if wrong := wrongly_chosen(results) if results.grid.main["runs"] else []:
+        lines.append(f"The tuning's rule chooses {', '.join(wrong)}, and the grid's main.chosen has another value.")
     repeated = sum("earlier_failures" in result for result in results.found.values())
     lines += [f"Done again after a failure: {repeated}."] if repeated else []
     return "\n".join([*lines, *(f"- {name}: {said}" for name, said in results.failed.items())])
@@ -256,9 +306,9 @@ def main() -> None:
     try:
         results = Results(read_grid(options.grid), options.results)
         found = tables(results)
-        for title, table in found:
+        for title, rows in found:
             print(f"\n{title}\n")
-            print("\n".join(aligned(table, left=(0, 1, 2))))
+            print("\n".join(aligned(rows, left=(0, 1, 2))))
         print(f"\n{state(results)}")
         if options.write:
             figures = write_figures(results, options.write.parent)

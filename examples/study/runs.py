@@ -53,6 +53,9 @@ class Study:
         Args:
             run: The run.
             retry: Whether a run that failed is done again.
+
+        Raises:
+            StepError: A stage that the run shares with others failed, or measuring the checkpoint before the run.
         """
         folder = self.backbone.folder(run.base) / run.part / run.arm
         with locked(folder.with_name(f"{folder.name}.lock")):  # of several processes that do the study
@@ -60,28 +63,25 @@ class Study:
             if earlier is not None and not (retry and "failed" in earlier):
                 return earlier
             begin = time.monotonic()
+            start = self.backbone.make(run.base)
+            before = self._measure(run, start, start / f"measured_{run.part}_{self.provenance['code']}.json")
+            result: dict[str, Any]
             try:
-                result: dict[str, Any] = self._do(run, folder)
+                result = {"before": before, "after": self._after(run, folder, start)}
             except StepError as error:
-                return self.fail(run, str(error))
+                result = {"failed": str(error)}
             result["seconds"] = round(time.monotonic() - begin, 1)
             self._write(run, result, earlier)
-            shutil.rmtree(folder)
+            if "failed" not in result:
+                shutil.rmtree(folder)
         return result
 
-    def fail(self, run: Run, reason: str) -> dict[str, Any]:
-        """Writes the result of a run that failed, and returns it."""
-        result = {"failed": reason}
-        self._write(run, result, self.result(run))
-        return result
-
-    def _do(self, run: Run, folder: Path) -> dict[str, Any]:
-        start = self.backbone.make(run.base)
-        before = self._measure(run, start, start / f"measured_{run.part}_{self.provenance['code']}.json")
+    def _after(self, run: Run, folder: Path, start: Path) -> dict[str, Any]:
+        """Trains a run's stage and returns the measures after it."""
         shutil.rmtree(folder, ignore_errors=True)
         data = "instructions" if run.flags.get(TEXT_SHARE) == 0 else "stage2.yaml"
         self.backbone.train(self.backbone.flags(run.base, run.flags), data, folder, start)
-        return {"before": before, "after": self._measure(run, folder, folder / "after.json")}
+        return self._measure(run, folder, folder / "after.json")
 
     def _write(self, run: Run, result: dict[str, Any], earlier: Mapping[str, Any] | None) -> None:
         """Adds to a result what made it, and what an earlier attempt said that failed, and writes it."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from findings import Results, summary
+from findings import BASELINE, FRONTIER, Results, summary
 from grid import MAIN
 from matplotlib.figure import Figure
 
@@ -16,7 +16,6 @@ from megatron_smar.report.comparison_figures import Panel, distance_panels
 from megatron_smar.report.figures import expert_maps_by_run, top_share
 from megatron_smar.report.style import MUTED, RUN_COLOURS, new_figure, styled
 
-BANDS = {"smar_05": (0.1, 0.5), "smar_10": (0.5, 1.0), "smar_15": (1.0, 1.5), "smar": (1.5, 2.0)}
 DISTANCES = (
     ("MRD distance by band (the paper's Figure 2)", "distance_bands", ("smar_05", "smar_10", "smar_15", "smar")),
     ("MRD distance by method (Figure 3)", "distance_methods", ("none", "balance", "smar")),
@@ -28,6 +27,7 @@ DISTANCES = (
 )
 LOADS = ("balance", "smar", "smar_05")
 MODALITIES = ("text", "vision")
+AXES = ("pictures", "retention")  # of the scatter
 
 
 def write_figures(results: Results, folder: Path) -> list[tuple[str, str]]:
@@ -49,11 +49,20 @@ def write_figures(results: Results, folder: Path) -> list[tuple[str, str]]:
 
 @styled
 def scatter(results: Results, model: str, arms: Sequence[str]) -> Figure:
-    """Plots language retention over picture questions, each with its interval, a point for each arm."""
-    figure = new_figure(520, 400)
+    """Plots language retention over picture questions, each with its interval, a point for each arm.
+
+    A line joins `none` at its learning rates. Arms that read another share of text are left out.
+    """
+    figure = new_figure(760, 520)
     axes = figure.subplots()
-    for number, arm in enumerate(arms):
-        x, y = (summary(list(results.values(MAIN, model, arm, name).values())) for name in ("pictures", "retention"))
+    rates = [arm for arm in arms if arm == BASELINE or arm.startswith(FRONTIER)]
+    means = [
+        [100 * summary(list(results.values(MAIN, model, arm, name).values())).mean for arm in rates] for name in AXES
+    ]
+    order = np.argsort(means[0])
+    axes.plot(*np.array(means)[:, order], color=MUTED, linewidth=0.9, zorder=0)
+    for number, arm in enumerate(arm for arm in arms if "_text_" not in arm):
+        x, y = (summary(list(results.values(MAIN, model, arm, name).values())) for name in AXES)
         colour = RUN_COLOURS[number % len(RUN_COLOURS)][0]
         spans = [np.nan_to_num([[100 * (each.mean - each.low)], [100 * (each.high - each.mean)]]) for each in (x, y)]
         axes.errorbar(100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", markersize=4, color=colour, linewidth=0.9)
@@ -71,18 +80,18 @@ def distances(results: Results, arms: Sequence[str]) -> Figure:
         by_seed = [result["after"]["mrd_distance"] for result in results.of_arm(MAIN, "large", arm).values()]
         means = [statistics.fmean(layer) for layer in zip(*by_seed, strict=True)]
         curves[arm] = (list(range(1, len(means) + 1)), means)
-    bands = {arm: band for arm, band in BANDS.items() if arm in arms}
+    settings = {arm: results.grid.arms[arm] for arm in arms}
+    bands = {arm: (own["smar-d-min"], own["smar-d-max"]) for arm, own in settings.items() if "smar-d-min" in own}
     return distance_panels(arms, [Panel("held-out questions", "MRD distance, nats", curves)], bands)
 
 
 def loads(results: Results, arms: Sequence[str]) -> Figure:
-    """Plots each modality's share of token slots by layer and expert, the mean over seeds, experts sorted by text."""
+    """Plots each modality's share of token slots by layer and expert, the mean over seeds (of one language model)."""
     runs = {}
     for arm in arms:
         chosen = np.array([r["after"]["expert_load"] for r in results.of_arm(MAIN, "large", arm).values()])
         share = chosen / chosen.sum(axis=-1, keepdims=True)  # [seeds, L, M, E]
-        order = np.argsort(-share[:, :, :1], axis=-1)  # experts have no common numbers over seeds
-        means = np.take_along_axis(share, order, axis=-1).mean(axis=0)
+        means = share.mean(axis=0)
         runs[arm] = {name: means[:, number] for number, name in enumerate(MODALITIES)}
     return expert_maps_by_run(runs, top_share(*(share for shares in runs.values() for share in shares.values())))
 

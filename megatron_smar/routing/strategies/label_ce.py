@@ -3,7 +3,8 @@
 
 This is Flex-MoE's loss (arXiv 2410.08245) as SMAR's related work describes it for modalities: a cross-entropy between
 the router's probability mass on a modality's experts and the token's label, its modality. The papers leave the details
-open; here, for token i of modality m(i), router logits z_i and the set of experts S_m,
+open, and Flex-MoE's code has one expert for each combination of modalities, noise and a loss that balances; here, for
+token i of modality m(i), router logits z_i and the set of experts S_m,
 
     L = mean_i -log sum_{e in S_m(i)} softmax(z_i)_e
 

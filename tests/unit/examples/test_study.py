@@ -82,6 +82,9 @@ def test_holms_p_values_do_not_reject_what_the_step_down_procedure_rejects(p_val
 # ---- the grid
 
 
+CHOSEN = {model: {"smar": {"smar-coeff": 1, "lr": 0.1}} for model in ("large", "small")}
+
+
 def content(**changes: object) -> dict:
     found = {
         "data": {},
@@ -90,10 +93,10 @@ def content(**changes: object) -> dict:
         "models": {"large": {}, "small": {"num-experts": 16}},
         "arms": {"none": {"modality-routing": "none"}, "smar": {"modality-routing": "smar"}},
         "tuning": {"seeds": [101], "runs": {"large": {"none": {}, "smar": {"smar-coeff": [0.1, 1], "lr": [0.1]}}}},
-        "main": {"runs": {"large": {"none": 2, "smar": 1}}, "chosen": {}},
+        "main": {"runs": {"large": {"none": 2, "smar": 1}}, "chosen": CHOSEN},
     }
     if "main" in changes:
-        changes["main"] = {"chosen": {}} | dict(changes["main"])
+        changes["main"] = {"chosen": CHOSEN} | dict(changes["main"])
     return found | changes
 
 
@@ -125,6 +128,11 @@ def test_runs_are_not_those_of_the_grid_seed_by_seed(tmp_path: Path) -> None:
         ({"main": {"runs": {}, "chosen": {"large": {"smare": {}}}}}, "there is no arm smare; give one of none, smar"),
         ({"backbone": "gpt"}, "there is no backbone gpt; give one of emoji_tiny, smollm2_moe"),
         ({"arms": {"none": {}, "smar": {"like": ["other"]}}}, "there is no arm other; give one of none, smar"),
+        (
+            {"main": {"runs": {"small": {"smar": 1}}, "chosen": {"small": {"smar": {"lr": 0.1}}}}},
+            r"smar of small needs the value of smar-coeff that the tuning chose for smar; write it into "
+            r"main\.chosen\.small\.smar\.",
+        ),
     ],
 )
 def test_an_invalid_grid_is_accepted(tmp_path: Path, changes: dict, said: str) -> None:
@@ -150,12 +158,12 @@ def test_a_chosen_value_reaches_another_model_or_arm_or_the_tuning(tmp_path: Pat
     models = ("large", "small")
     main = {
         "runs": {model: dict.fromkeys(arms, 1) for model in models},
-        "chosen": {"small": {"smar": {"smar-coeff": 1}}},
+        "chosen": {"small": {"smar": {"smar-coeff": 1, "lr": 0.1}}, "large": {"smar": {"smar-coeff": 0.1, "lr": 0.1}}},
     }
     found = read(tmp_path, arms=arms, main=main)
     coefficients = {run.name: run.flags.get("smar-coeff") for run in found.runs()}
     assert coefficients["main/small/smar/1"] == coefficients["main/small/low/1"] == 1
-    assert coefficients["main/large/smar/1"] == coefficients["main/large/low/1"] == 0.01
+    assert coefficients["main/large/smar/1"] == coefficients["main/large/low/1"] == 0.1
     assert coefficients["main/small/none/1"] is None and coefficients["tuning/large/smar__lr_0.1/101"] == 0.01
     assert all("like" not in run.flags for run in found.runs())
 
@@ -225,21 +233,24 @@ class FailingStage(backbones.EmojiTiny):
 class Failing(runs.Study):
     """A study whose runs take no time, and one of them fails."""
 
-    def _do(self, run: grid.Run, folder: Path) -> dict:
-        folder.mkdir(parents=True)
+    def _measure(self, run: grid.Run, trained: Path, output: Path) -> dict:
+        return {}
+
+    def _after(self, run: grid.Run, folder: Path, start: Path) -> dict:
+        folder.mkdir(parents=True, exist_ok=True)
         if run.arm == "smar" and run.seed == 1:
             raise StepError("stage2 failed")
-        return {"before": {}, "after": {}}
+        return {}
 
 
-def test_a_stage_that_fails_ends_the_other_runs_or_leaves_runs_without_a_result(tmp_path: Path) -> None:
+def test_a_failure_ends_other_runs_or_that_of_a_shared_stage_counts_as_a_failure_of_the_arms(tmp_path: Path) -> None:
     settings = read(tmp_path, main={"runs": {"large": {"none": 3, "smar": 3}}}, tuning={"seeds": [101], "runs": {}})
     study = Failing(FailingStage(settings, None, tmp_path / "work"), tmp_path / "results", {"code": "abc"})
     assert pool.run_here(study, settings.runs(), 2, 1, False) == 3
-    found = {run.name: study.result(run).get("failed") for run in settings.runs()}
+    found = {run.name: (study.result(run) or {"failed": "missing"}).get("failed") for run in settings.runs()}
     assert found == {
         **{f"main/large/{arm}/{seed}": None for arm in ("none", "smar") for seed in (1, 3)},
-        **{f"main/large/{arm}/2": "stage1 failed" for arm in ("none", "smar")},
+        **{f"main/large/{arm}/2": "missing" for arm in ("none", "smar")},
         "main/large/smar/1": "stage2 failed",
     }
 
@@ -247,11 +258,11 @@ def test_a_stage_that_fails_ends_the_other_runs_or_leaves_runs_without_a_result(
 def test_a_failure_replaces_a_success_or_is_forgotten_when_the_run_is_done_again(tmp_path: Path) -> None:
     settings = read(tmp_path, main={"runs": {"large": {"smar": 1}}}, tuning={"seeds": [101], "runs": {}})
     (only,) = settings.runs()
-    backbone = backbones.EmojiTiny(settings, None, tmp_path / "work")
+    backbone = FailingStage(settings, None, tmp_path / "work")
     failing = Failing(backbone, tmp_path / "results", {"code": "abc"})
     assert failing.run(only)["failed"] == failing.run(only)["failed"] == "stage2 failed"
-    working = runs.Study(backbone, tmp_path / "results", {"code": "abc"})
-    object.__setattr__(working, "_do", lambda run, folder: {"before": {}, "after": {}})
+    working = Failing(backbone, tmp_path / "results", {"code": "abc"})
+    object.__setattr__(working, "_after", lambda run, folder, start: {})
     assert working.run(only, retry=True)["earlier_failures"] == ["stage2 failed"]
     assert "failed" not in failing.run(only, retry=True)
 
@@ -332,15 +343,20 @@ def test_retention_at_equal_pictures_is_not_that_of_none_at_the_learning_rate_th
 ) -> None:
     arms = {name: {"modality-routing": "none"} for name in ("none", "none_lr_low", "smar", "hard", "ernie")}
     study = read(
-        tmp_path, arms=arms, main={"runs": {"large": dict.fromkeys(arms, 2)}}, tuning={"seeds": [], "runs": {}}
+        tmp_path,
+        arms=arms,
+        main={"runs": {"large": dict.fromkeys(arms, 2), "small": {"none": 2, "smar": 2}}},
+        tuning={"seeds": [], "runs": {}},
     )
-    kept = {"none": 0.7, "none_lr_low": 0.9, "smar": 0.85, "hard": 0.75, "ernie": 0.95}
+    kept = {"none": 0.7, "none_lr_low": 0.9, "smar": 0.85, "hard": 0.65, "ernie": 0.95}
     learnt = {"none": 0.6, "none_lr_low": 0.5, "smar": 0.575, "hard": 0.65, "ernie": 0.45}
     write_results(tmp_path / "results", study, lambda run: kept[run.arm], lambda run: learnt[run.arm])
     results = findings.Results(study, tmp_path / "results")
+    assert results.price_of_pictures("large") == pytest.approx(-2)
     assert results.at_equal_pictures("large", "smar") == pytest.approx([0.1, 0.1])  # none keeps 75 % there
-    assert results.at_equal_pictures("large", "hard") == pytest.approx([0.05, 0.05])  # answers more than none ever does
-    assert results.at_equal_pictures("large", "ernie") == []  # answers less
+    assert results.at_equal_pictures("large", "hard") == pytest.approx([0.05, 0.05])  # 60 %
+    assert results.at_equal_pictures("large", "ernie") == pytest.approx([-0.05, -0.05])  # 100 %
+    assert results.at_equal_pictures("small", "smar") == []  # one learning rate
 
 
 def test_noise_supports_a_hypothesis(tmp_path: Path, study: grid.Grid) -> None:
@@ -358,11 +374,18 @@ def test_a_failed_or_outdated_run_is_counted_as_done(tmp_path: Path, study: grid
     assert results.failed == {"main/large/smar/3": "stage2 failed"} and results.missing == ["main/large/none/4"]
     assert len(results.differences("main", "large", "smar", "none", "retention")) == 8
     assert "1 missing, 1 failed.\n- main/large/smar/3: stage2 failed" in report.state(results)
-    assert outcome_of(results, "H1") == "incomplete" and findings.verdicts(results)["H1"].adjusted == 1
+    assert results.seeds_done("main", "large") == {1, 2, 3, 5, 6, 7, 8, 9, 10}
+    assert findings.verdicts(results) == {} and report.hypotheses_table(results) == []
     (folder / "main/large/none/4.json").write_text(
         json.dumps({"key": study.key(run_named(study, "none", 4)), "failed": "x"})
     )
-    assert outcome_of(findings.Results(study, folder), "H1") == "undecided"  # pairs that are missing for good
+    results = findings.Results(study, folder)
+    assert outcome_of(results, "H1") == "undecided"  # pairs that are missing for good
+    # A seed that failed does not take part in Holm's correction either: 9 pairs could have p = 0.004.
+    assert findings.verdicts(results)["H1"].adjusted == 1 and findings.verdicts(results)["H1"].seeds == 8
+    assert [row[-1] for row in report.hypotheses_table(results)[1:]] == [
+        *("undecided", "undecided", "incomplete", "incomplete", "incomplete", "incomplete", "undecided")
+    ]
 
 
 def run_named(study: grid.Grid, arm: str, seed: int) -> grid.Run:
@@ -382,6 +405,12 @@ def test_runs_from_different_checkpoints_are_a_pair(tmp_path: Path, study: grid.
     file.write_text(json.dumps(content))
     results = findings.Results(study, folder)
     assert len(results.differences("main", "large", "smar", "none", "retention")) == 9
+    assert report._minus_none(results, "large", "smar", "retention", 100).endswith(" (9 pairs)")
+    assert "differ in the language model" not in report.state(results)
+    content["before"]["words_completed"][0] += 1
+    file.write_text(json.dumps(content))
+    said = report.state(findings.Results(study, folder))
+    assert "The seeds of main/large differ in the language model or the texts." in said
     assert "Not all arms of main/large/3 started from the same checkpoint." in report.state(results)
 
 
@@ -408,6 +437,21 @@ def test_the_tuning_compares_means_of_different_seeds_or_chooses_before_it_is_do
     one_is_missing.write_text(json.dumps({"key": json.loads(content)["key"], "failed": "diverged"}))
     (_, *rows) = report.tuning_table(findings.Results(study, folder))
     assert [(row[3], row[-1]) for row in rows] == [("2", ""), ("1", ""), ("2", "chosen")]
+
+
+def test_the_main_part_has_other_values_than_the_rule_chose(tmp_path: Path, study: grid.Grid) -> None:
+    write_results(tmp_path / "results", study, lambda run: 0.9 if run.arm.endswith("_0.5") else 0.8)
+    results = findings.Results(study, tmp_path / "results")
+    assert findings.wrongly_chosen(results) == ["large/smar__smar-coeff_0.5"]
+    assert "chooses large/smar__smar-coeff_0.5, and the grid's main.chosen has another value." in report.state(results)
+    write_results(tmp_path / "results", study, lambda run: 0.9 if run.arm.endswith("_1") else 0.8)
+    assert findings.wrongly_chosen(findings.Results(study, tmp_path / "results")) == []
+
+
+def test_the_committed_main_part_has_other_values_than_the_rule_chose() -> None:
+    committed = grid.read_grid(ROOT / grid.PLACES["grid"][0])
+    results = findings.Results(committed, ROOT / grid.PLACES["results"][0])
+    assert committed.main["runs"] == {} or (findings.chosen(results) and findings.wrongly_chosen(results) == [])
 
 
 def test_every_table_and_figure_has_what_the_results_have(tmp_path: Path, study: grid.Grid) -> None:
