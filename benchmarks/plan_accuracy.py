@@ -84,7 +84,7 @@ CASES: dict[str, Case] = {
     "PP 2 interleaved": Case({"gpus": 2, "pipeline": 2, "chunks": 2}, micro_batches=4),
     "CP 2": Case({"gpus": 2, "context": 2}),
     "bf16": Case({"gpus": 1, "bf16": True}),
-    "all distributed": Case({"gpus": 2, "distributed_optimizer": False, "overlap": False}),
+    "DP 2 without distributed optimizer": Case({"gpus": 2, "distributed_optimizer": False, "overlap": False}),
     "trained encoder": Case({"gpus": 1}, tiles=8, flags=TRAINED_TOWER),
     "recomputed, EP 2": Case({"gpus": 2, "expert": 2, "recomputation": FULL}),
     "TP 2 x PP 2": Case({"gpus": 4, "tensor": 2, "pipeline": 2}, OTHER, micro_batches=4, held_out=True),
