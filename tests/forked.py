@@ -30,6 +30,7 @@ PROGRAMS = {
     *(f"tools/{name}.py" for name in ("chat", "checkpoint/convert", "evaluate", "placement", "plan", "report")),
     *(f"tools/data/{name}.py" for name in ("add_tokens", "prepare", "rejects")),
     *(f"examples/{name}/run.py" for name in ("emoji_tiny", "smollm2_moe")),
+    *(f"benchmarks/{name}.py" for name in ("small_batch_distance", "smar_overhead")),
     *(f"tests/distributed/{name}.py" for name in ("converted", "decoding", "dispatches", "order", "steps")),
     *(f"tests/functional/{name}.py" for name in ("faulty_run", "slow_disk")),
     "tests/unit/model/test_vocabulary.py",

@@ -61,20 +61,18 @@ def run(
     Returns:
         The finished process; its output has standard output and standard error together.
     """
-    environment = (
-        users_environment()
-        | {
-            "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "MEGATRON_SMAR_DEVICE": os.environ.get("MEGATRON_SMAR_DEVICE", "cpu"),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "PYTHONUNBUFFERED": "1",
-        }
-        | dict(rank or {})
-    )
+    common = users_environment() | {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MEGATRON_SMAR_DEVICE": os.environ.get("MEGATRON_SMAR_DEVICE", "cpu"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONUNBUFFERED": "1",
+    }
+    environment = common | dict(rank or {})
     words = [str(word) for word in command]
     # Variables that are read before or during the imports need an interpreter of their own.
-    own = set(rank or {}) - {*LAUNCHED} or forked.are_off()
+    changed = {name for name, value in environment.items() if common.get(name) != value}
+    own = changed - {*LAUNCHED} or forked.are_off()
     start = _start_interpreter if own or words[0] not in forked.PROGRAMS else forked.start
     (reads, answering), (reading, writes) = (multiprocessing.Pipe(duplex=False) for _ in range(2))
     number, wait = start(words, ranks, environment, reads, writes)

@@ -10,7 +10,7 @@ The fault is in the first parameter whose name contains the given one. The kinds
 - `loss` adds the value to the losses of the last rank, which leaves the gradient unchanged;
 - `unapplied` leaves out the optimizer's step in the given steps, whose losses and gradients are finite.
 
-Several steps are joined by `+`.
+Several steps are joined by `+`. WINDOW in the environment is the number of steps that a loss spike is compared with.
 """
 
 import functools
@@ -25,7 +25,10 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.training import get_args
 
+from megatron_smar.reliability import loss_spikes
+
 KIND, STEPS, VALUE, NAME = os.environ["FAULT"].split(",")
+loss_spikes.WINDOW = int(os.environ.get("WINDOW", loss_spikes.WINDOW))
 
 
 def in_step() -> bool:

@@ -17,7 +17,7 @@ def written(world, tmp_path_factory, single_rank):
     save = root / "saved"
     from megatron_smar.config.run_file import write_run_file
 
-    steps = "--train-iters 9 --save-interval 2 --micro-batch-size 2 --global-batch-size 4".split()
+    steps = "--num-workers 0 --train-iters 9 --save-interval 2 --micro-batch-size 2 --global-batch-size 4".split()
     write_run_file(root, [*map(str, world.flags), *steps, "--save", str(save), "--tensorboard-dir", str(save / "log")])
     run("pretrain_vlm.py", "--config", root / "run.yaml", "--train-iters", 4, ranks=2)
     return save

@@ -1,19 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the detection of the device, and of what the adaptations change."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
+from megatron_smar.runtime.environment import GPU_PACKAGES
+from tests.unit.runtime.interpreter import failures, python
+
+INSTALLED = {
+    "GPUs hidden": """
+import os, sys
+from megatron_smar import runtime
+sys.path.insert(0, os.environ["GPU_PACKAGES"])
+assert runtime.install() == "cpu" and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+""",
+    "GPU packages": """
+import megatron.core.optimizer, megatron.core.tensor_parallel.layers as layers
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
+assert USING_PYTORCH_OPTIMIZER and not layers._grad_accum_fusion_available
+""",
+    "large tensor": """
+import torch
+x = torch.ones(2**26, dtype=torch.uint8)
+huge = next(line for line in open('/proc/self/smaps_rollup') if 'AnonHuge' in line).split()[1]
+assert int(huge) > 2**15, f"{huge} KB"
+""",
+    "second installation": """
+import torch
+from megatron_smar import runtime
+first, zeros, listed = torch.Tensor.cuda, torch.zeros, runtime.adaptations()
+runtime.install()
+assert (torch.Tensor.cuda, torch.zeros, runtime.adaptations()) == (first, zeros, listed)
+names = [a.name for a in listed]
+assert "forget_members_that_were_read" in names
+assert len(names) == len(set(names)) > 10 and all(a.reason and a.needed_by for a in listed)
+""",
+    "redirected calls": """
+import torch
+assert torch.zeros(2, device="cuda").device == torch.full((2,), 1.0, device=0).device == torch.device("cpu")
+assert torch.ones(1).cuda().device.type == "cpu" and not torch.cuda.is_available()
+with torch.device("meta"):
+    assert torch.arange(3).device.type == "meta"  # transformers builds models this way
+a, b = torch.cuda.Event(), torch.cuda.Event()
+a.record(); b.record()
+assert a.elapsed_time(b) >= 0
+""",
+}
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter, since the adaptations last as long as the process."""
-    base = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=base | environment, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> dict[str, str]:
+    """What of INSTALLED fails in an interpreter on the CPU that could see a GPU and import the packages for GPUs."""
+    place = tmp_path_factory.mktemp("packages")
+    for name in GPU_PACKAGES:
+        (place / f"{name}.py").write_text("raise RuntimeError('imported on the CPU')")
+    return failures(INSTALLED, MEGATRON_SMAR_DEVICE="cpu", CUDA_VISIBLE_DEVICES="0", GPU_PACKAGES=str(place))
 
 
 @pytest.mark.parametrize(("wanted", "said"), [("tpu", "set it to cpu or cuda"), ("cuda", "torch finds no CUDA device")])
@@ -27,20 +69,8 @@ def test_a_wrong_device_is_refused_in_one_sentence(wanted, said):
     assert said in done.stderr.strip().splitlines()[-1]
 
 
-def test_a_second_installation_changes_nothing():
-    code = """
-import torch
-from megatron_smar import runtime
-runtime.install()
-first, zeros, listed = torch.Tensor.cuda, torch.zeros, runtime.adaptations()
-runtime.install()
-assert (torch.Tensor.cuda, torch.zeros, runtime.adaptations()) == (first, zeros, listed)
-names = [a.name for a in listed]
-assert "forget_members_that_were_read" in names
-assert len(names) == len(set(names)) > 10 and all(a.reason and a.needed_by for a in listed)
-"""
-    done = python(code, MEGATRON_SMAR_DEVICE="cpu")
-    assert done.returncode == 0, done.stderr
+def test_a_second_installation_changes_nothing(installed):
+    assert "second installation" not in installed, installed
 
 
 def test_on_cuda_torch_is_unchanged_and_only_adaptations_for_cuda_are_applied():
@@ -65,21 +95,24 @@ assert defaults["transformer_impl"] == "local" and "distributed_backend" not in 
     assert done.returncode == 0, done.stderr
 
 
-def test_cuda_calls_are_redirected_to_the_cpu_and_device_contexts_still_work():
-    code = """
-from megatron_smar import runtime
-runtime.install()
-import torch
-assert torch.zeros(2, device="cuda").device == torch.full((2,), 1.0, device=0).device == torch.device("cpu")
-assert torch.ones(1).cuda().device.type == "cpu" and not torch.cuda.is_available()
-with torch.device("meta"):
-    assert torch.arange(3).device.type == "meta"  # transformers builds models this way
-a, b = torch.cuda.Event(), torch.cuda.Event()
-a.record(); b.record()
-assert a.elapsed_time(b) >= 0
-"""
-    done = python(code, MEGATRON_SMAR_DEVICE="cpu")
-    assert done.returncode == 0, done.stderr
+def test_cuda_calls_are_redirected_to_the_cpu_and_device_contexts_still_work(installed):
+    assert "redirected calls" not in installed, installed
+
+
+def test_on_the_cpu_gpus_are_hidden_from_this_process_and_its_children(installed):
+    assert "GPUs hidden" not in installed, installed
+
+
+def test_installed_gpu_packages_are_not_imported_on_the_cpu(installed):
+    """Covers Transformer Engine, apex and its extensions; Megatron uses each of them wherever it can be imported."""
+    assert "GPU packages" not in installed, installed
+
+
+def test_a_large_tensor_on_the_host_is_in_small_pages(installed):
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("the kernel gives no huge pages")
+    assert "large tensor" not in installed, installed
 
 
 @pytest.mark.matrix
