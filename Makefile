@@ -81,7 +81,7 @@ test-te: env ## build Transformer Engine into .venv-te and check layers, checkpo
 test-gpu: ## the first checks on one GPU, at most ten minutes: table, runs/gpu/report.json (PYTHON=, ALLOW_NONE=1, GPU_FLAGS=)
 	$(or $(PYTHON),$(if $(wildcard $(python)),$(python),python3)) -m tests.gpu $(if $(ALLOW_NONE),--allow-none) $(GPU_FLAGS)
 
-# Programs import their neighbours by name, and three are called run.py: mypy reads each folder of examples/ alone.
+# Programs import their neighbors by name, and three are called run.py: mypy reads each folder of examples/ alone.
 lint: env ## check style, format, the order of imports and types
 	$(python) -m ruff check
 	$(python) -m ruff format --check

@@ -80,9 +80,9 @@ from megatron_smar.data.images import read_image
 from megatron_smar.data.rejects import RejectLog
 from megatron_smar.data.task_encoder import RawSample, cook
 from megatron_smar.data.tokens import TextEncoder
-from megatron_smar.model.vision import NORMALISATION, normalise
+from megatron_smar.model.vision import NORMALIZATION, normalize
 
-MEAN, STD = NORMALISATION["internvl_vision"]
+MEAN, STD = NORMALIZATION["internvl_vision"]
 PREFETCH = 2  # batches per worker: torch's default, and energon's
 WORKERS = (1, 2)
 UNITS = ("samples", "tokens", "tiles")
@@ -197,7 +197,7 @@ def our_batches(config: DataConfig, tokenizer: Any, workers: int) -> Iterator[Co
     loader = EnergonIterator(build_train_loader(config, tokenizer, 0, 1), config)
     try:
         for batch in loader:
-            pixels = normalise(batch.pixel_values, MEAN, STD)
+            pixels = normalize(batch.pixel_values, MEAN, STD)
             yield Counter(samples=len(batch.__key__), tokens=int((~batch.padding_mask).sum()), tiles=len(pixels))
     finally:
         loader.close()
@@ -313,7 +313,7 @@ class Stages:
             encoded = [self._decode(sample) for sample in pack]
             row = self.encoder.pack_selected_samples(encoded)
             batch = self._timed("batching", self.encoder.batch, [row])
-            self._timed("normalising", normalise, batch.pixel_values, MEAN, STD)
+            self._timed("normalizing", normalize, batch.pixel_values, MEAN, STD)
             for sample in encoded:
                 self._compare(records[sample.__key__], sample)
         if self.counts["samples"] != len(self.dataset):
@@ -323,7 +323,7 @@ class Stages:
         """Returns for each stage samples, tokens and tiles per second, and its share of a worker's time."""
         total = sum(self.seconds[name] for name in STAGES)
         seconds = {name: self.seconds[name] for name in STAGES}
-        seconds |= {"a worker's stages": total, "normalising": self.seconds["normalising"]}
+        seconds |= {"a worker's stages": total, "normalizing": self.seconds["normalizing"]}
         return {
             name: {unit: self.counts[unit] / spent for unit in UNITS} | {"share": spent / total}
             for name, spent in seconds.items()
@@ -352,7 +352,7 @@ class Stages:
         self.plain_counts.update(samples=1, tokens=len(theirs["input_ids"]), tiles=len(theirs["pixel_values"]))
         if ours.pixel_values.shape != theirs["pixel_values"].shape:
             sys.exit(f"The two pipelines give sample {record['id']} different tiles.")
-        levels = (normalise(ours.pixel_values, MEAN, STD) - theirs["pixel_values"]).mul_(self.dataset.std * 255).abs_()
+        levels = (normalize(ours.pixel_values, MEAN, STD) - theirs["pixel_values"]).mul_(self.dataset.std * 255).abs_()
         self.far_pixels += int((levels > 2.01).sum())
         if self.far_pixels > 1e-3 * self.counts["tiles"] * self.config.image.image_size**2 * 3:
             sys.exit(f"The two pipelines give samples, the last {record['id']}, different pixels.")
@@ -371,7 +371,7 @@ def print_tables(result: dict[str, Any]) -> None:
     for name, stage in result["stages"].items():
         speeds = "".join(f"{stage[unit]:12,.0f}" for unit in UNITS)
         print(f"{name:34}{speeds}{100 * stage['share']:10.1f}")
-    print(f"the limit is {result['limit']}; normalising runs in the training process, in parallel to the workers")
+    print(f"the limit is {result['limit']}; normalizing runs in the training process, in parallel to the workers")
     print(f"{'full pipeline':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'busy %':>10}{'ours/':>8}  quartiles")
     for workers, row in result["workers"].items():
         ratio, (low, high) = row["ratio_samples"]["median"], row["ratio_samples"]["quartiles"]

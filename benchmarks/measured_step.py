@@ -142,7 +142,7 @@ class Collectives(TorchDispatchMode):
             group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "Group" in str(arg._type()))
             tensors = [t for t in tree_flatten(args[0])[0] if isinstance(t, torch.Tensor)]
             operation = OPERATIONS[function._schema.name.removeprefix("c10d::")]
-            # Neighbours of a pipeline of two exchange over two groups.
+            # Neighbors of a pipeline of two exchange over two groups.
             one_way = operation in ("send", "recv")
             key = ("pipeline" if one_way else GROUPS[dist.ProcessGroup.unbox(group).group_desc], operation)
             self.calls[key] += 1

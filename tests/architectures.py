@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 4, "tie_word_embeddings": True},
     ),
     "olmoe": ("olmoe", MOE | {"norm_topk_prob": False, "num_key_value_heads": 4}),
-    "olmoe, grouped queries, renormalised": ("olmoe", MOE | {"norm_topk_prob": True}),
+    "olmoe, grouped queries, renormalized": ("olmoe", MOE | {"norm_topk_prob": True}),
     "deepseek_v2, Lite": (
         "deepseek_v2",
         LATENT

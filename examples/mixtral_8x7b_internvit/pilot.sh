@@ -35,4 +35,4 @@ EXPORT=$OUTPUT/export/pilot_$(cat "$OUTPUT/pilot/latest_checkpointed_iteration.t
 read -ra node <<<"${NODE:-}"
 there() { ${node[@]+"${node[@]}"} "$@"; }
 [[ -d $EXPORT ]] || there "${CONVERT[@]}" export --load "$OUTPUT/pilot" --hf "$START/hf" --output "$EXPORT"
-there "$PYTHON" "$ROOT/tools/chat.py" "$EXPORT" "Which colours are these?" --image "$IMAGE" --max-new-tokens 8
+there "$PYTHON" "$ROOT/tools/chat.py" "$EXPORT" "Which colors are these?" --image "$IMAGE" --max-new-tokens 8

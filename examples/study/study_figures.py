@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from megatron_smar.report.comparison_figures import Panel, distance_panels
 from megatron_smar.report.figures import expert_maps_by_run, top_share
-from megatron_smar.report.style import MUTED, RUN_COLOURS, new_figure, styled
+from megatron_smar.report.style import MUTED, RUN_COLORS, new_figure, styled
 
 DISTANCES = (
     ("MRD distance by band (the paper's Figure 2)", "distance_bands", ("smar_05", "smar_10", "smar_15", "smar")),
@@ -63,11 +63,11 @@ def scatter(results: Results, model: str, arms: Sequence[str]) -> Figure:
     axes.plot(*np.array(means)[:, order], color=MUTED, linewidth=0.9, zorder=0)
     for number, arm in enumerate(arm for arm in arms if "_text_" not in arm):
         x, y = (summary(list(results.values(MAIN, model, arm, name).values())) for name in AXES)
-        colour = RUN_COLOURS[number % len(RUN_COLOURS)][0]
+        color = RUN_COLORS[number % len(RUN_COLORS)][0]
         spans = [np.nan_to_num([[100 * (each.mean - each.low)], [100 * (each.high - each.mean)]]) for each in (x, y)]
-        axes.errorbar(100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", markersize=4, color=colour, linewidth=0.9)
+        axes.errorbar(100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", markersize=4, color=color, linewidth=0.9)
         place = (100 * x.mean, 100 * y.mean)
-        axes.annotate(arm, place, (4, 3), textcoords="offset points", size=8, color=colour)
+        axes.annotate(arm, place, (4, 3), textcoords="offset points", size=8, color=color)
     axes.set(xlabel="picture questions answered, %", ylabel="language retention, %")
     axes.grid(True, color=MUTED, alpha=0.2)
     return figure

@@ -198,7 +198,7 @@ def _add_language_arguments(parser: ArgumentParser) -> None:
         "--qk-norm-scope",
         choices=["head", "projection"],
         default="head",
-        help="What --qk-layernorm normalises: each head, or all heads of the projection together (OLMoE). "
+        help="What --qk-layernorm normalizes: each head, or all heads of the projection together (OLMoE). "
         "Default: %(default)s.",
     )
     group.add_argument(

@@ -34,7 +34,7 @@ from megatron_smar.conversion.weights import Weight, generator_of
 from megatron_smar.huggingface import MODEL_TYPE, PLAIN_TYPE, RemoteFields
 from megatron_smar.huggingface.modeling_modality_aware import ModalityAwareInternVLConfig
 from megatron_smar.model.connector import ConnectorType
-from megatron_smar.model.vision import NORMALISATION, side_in_pixels
+from megatron_smar.model.vision import NORMALIZATION, side_in_pixels
 from megatron_smar.routing.modalities import VISION as VISION_MODALITY
 
 LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
@@ -129,7 +129,7 @@ def read_content(folder: Path | str) -> dict[str, Any]:
 
 def supported() -> str:
     """Lists what can be converted, for an error message."""
-    languages, towers = ", ".join(sorted(LANGUAGES)), ", ".join(NORMALISATION)
+    languages, towers = ", ".join(sorted(LANGUAGES)), ", ".join(NORMALIZATION)
     return (
         f"{PLAIN_TYPE} with a language model of the type {languages}, or one of these with a tower of {towers}; import "
         f"and upcycle also read {', '.join(ORIGINAL_TYPES)}"
@@ -160,9 +160,9 @@ def tower_of(vision: PretrainedConfig) -> PretrainedConfig:
         UnsupportedError: The tower's model type is not supported.
     """
     tower: PretrainedConfig = getattr(vision, "vision_config", vision)
-    if tower.model_type not in NORMALISATION:
+    if tower.model_type not in NORMALIZATION:
         raise UnsupportedError(
-            f"the vision tower's type is {tower.model_type!r}; supported: {', '.join(NORMALISATION)}."
+            f"the vision tower's type is {tower.model_type!r}; supported: {', '.join(NORMALIZATION)}."
         )
     return tower
 

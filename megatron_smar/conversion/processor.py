@@ -27,7 +27,7 @@ from megatron_smar.data.conversations import ConversationTemplate, record_segmen
 from megatron_smar.data.exactness import set_prefix
 from megatron_smar.data.tiling import ImageConfig
 from megatron_smar.data.tokens import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, IMAGE_TOKENS, TextEncoder, load_huggingface
-from megatron_smar.model.vision import VisionConfig, normalisation, side_in_pixels, tokens_per_tile
+from megatron_smar.model.vision import VisionConfig, normalization, side_in_pixels, tokens_per_tile
 
 TILES_CODE = huggingface.CODE.with_name("image_processing_without_thumbnail.py")
 # Files of the imported tokenizer that are deleted: the export's own tokenizer has all of it in two files.
@@ -253,7 +253,7 @@ def trainer_ids(
 
 def _write_images(folder: Path, images: ImageConfig, vision: VisionConfig) -> None:
     """Writes the settings of processor and image processor as JSON; their own classes would need torchvision."""
-    mean, std = normalisation(vision)
+    mean, std = normalization(vision)
     size = {"height": images.image_size, "width": images.image_size}
     common = {
         "do_convert_rgb": True,

@@ -23,7 +23,7 @@ from megatron_smar.checkpoint.torch_dist import CheckpointReader
 from megatron_smar.conversion import composite, original_layouts
 from megatron_smar.conversion.importer import read_rows
 from megatron_smar.conversion.sources import read_tower
-from megatron_smar.model.vision import VisionConfig, load_tower, normalisation, normalise, side_in_pixels
+from megatron_smar.model.vision import VisionConfig, load_tower, normalization, normalize, side_in_pixels
 
 EMBEDDING, OUTPUT = "model.embed_tokens", "lm_head"
 
@@ -107,6 +107,6 @@ def reference_logits(model: PreTrainedModel, hf: Path, ids: Tensor, tiles: Tenso
     """
     logging.disable_progress_bar()
     model = model.eval().to(device)
-    pixels = normalise(tiles, *normalisation(VisionConfig(str(hf), tiles.shape[-1], model.config.downsample_ratio)))
+    pixels = normalize(tiles, *normalization(VisionConfig(str(hf), tiles.shape[-1], model.config.downsample_ratio)))
     logits: Tensor = model(input_ids=ids.to(device), pixel_values=pixels.to(device, model.dtype)).logits
     return logits.float().cpu()

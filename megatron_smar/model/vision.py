@@ -31,7 +31,7 @@ def _rgb(values: Sequence[float]) -> Channels:
 
 # Mean and standard deviation per color channel that each kind of vision tower is trained with, by the model type in the
 # tower's own config (a composite model has it as vision_config).
-NORMALISATION: dict[str, tuple[Channels, Channels]] = {
+NORMALIZATION: dict[str, tuple[Channels, Channels]] = {
     "internvl_vision": (_rgb(image_utils.IMAGENET_DEFAULT_MEAN), _rgb(image_utils.IMAGENET_DEFAULT_STD)),
     "clip_vision_model": (_rgb(image_utils.OPENAI_CLIP_MEAN), _rgb(image_utils.OPENAI_CLIP_STD)),
     "siglip_vision_model": (_rgb(image_utils.IMAGENET_STANDARD_MEAN), _rgb(image_utils.IMAGENET_STANDARD_STD)),
@@ -85,17 +85,17 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
         if "custom code" in str(error):
             raise ValueError(
                 f"--vision-model {vision.model!r} names code of its own (auto_map in config.json), which is never run "
-                f"here; supported vision towers are {', '.join(NORMALISATION)}, as transformers' own classes save them."
+                f"here; supported vision towers are {', '.join(NORMALIZATION)}, as transformers' own classes save them."
             ) from error
         raise ValueError(
             f"--vision-model {vision.model!r} is neither a folder with a Hugging Face vision model nor a name on the "
             f"hub that can be reached: {str(error).splitlines()[0]}"
         ) from error
     tower = getattr(config, "vision_config", config)
-    if tower.model_type not in NORMALISATION:
+    if tower.model_type not in NORMALIZATION:
         raise ValueError(
             f"--vision-model {vision.model!r} has the model type {tower.model_type!r}; "
-            f"supported vision towers are {', '.join(NORMALISATION)}."
+            f"supported vision towers are {', '.join(NORMALIZATION)}."
         )
     expected = side_in_pixels(tower.image_size)
     if vision.image_size != expected:
@@ -118,7 +118,7 @@ def tokens_per_tile(vision: VisionConfig) -> int:
     return (side_in_pixels(tower.image_size) // side_in_pixels(tower.patch_size) // vision.shuffle_step) ** 2
 
 
-def normalisation(vision: VisionConfig) -> tuple[Channels, Channels]:
+def normalization(vision: VisionConfig) -> tuple[Channels, Channels]:
     """Returns mean and standard deviation per color channel that the encoder was trained with.
 
     They are read from the model's preprocessor_config.json; without that file those of its kind of tower are used.
@@ -127,7 +127,7 @@ def normalisation(vision: VisionConfig) -> tuple[Channels, Channels]:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(vision.model)
         return _rgb(settings["image_mean"]), _rgb(settings["image_std"])
     except (OSError, KeyError):
-        return NORMALISATION[load_vision_config(vision).model_type]
+        return NORMALIZATION[load_vision_config(vision).model_type]
 
 
 def side_in_pixels(size: Any) -> int:
@@ -151,7 +151,7 @@ def pixel_shuffle(features: Tensor, step: int) -> Tensor:
     return folded.reshape(n, side * side, step * step * channels)
 
 
-def normalise(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
+def normalize(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
     """Computes (pixels / 255 - mean) / std in float32.
 
     The constants are plain numbers: Megatron's Float16Module would cast buffers to bf16, and the pixels would be off by
@@ -166,11 +166,11 @@ def normalise(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
         [n, 3, H, W] float32.
     """
     values = pixels.float()
-    for colour in range(3):
+    for color in range(3):
         # Computed as pixels / (255 std) - mean / std, in one pass over the memory of many pixels. The shift stays on
         # the host: a kernel takes it as a plain number.
-        plane, shift = values[:, colour], torch.tensor(-mean[colour] / std[colour])
-        torch.add(shift, plane, alpha=1 / (255 * std[colour]), out=plane)
+        plane, shift = values[:, color], torch.tensor(-mean[color] / std[color])
+        torch.add(shift, plane, alpha=1 / (255 * std[color]), out=plane)
     return values
 
 
@@ -183,7 +183,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, vision: VisionConfig, dtype: torch.dtype, trainable: bool = False) -> None:
         super().__init__()
         self.vision = vision
-        self.mean, self.std = normalisation(vision)
+        self.mean, self.std = normalization(vision)
         tower_config = load_vision_config(vision)
         self.tower = load_tower(vision, tower_config, dtype)
         self.trainable = trainable
@@ -208,7 +208,7 @@ class VisionEncoder(nn.Module):
             [n, tokens_per_tile, output_size].
         """
         if pixel_values.dtype == torch.uint8:
-            pixel_values = normalise(pixel_values, self.mean, self.std)
+            pixel_values = normalize(pixel_values, self.mean, self.std)
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             output = self.tower(pixel_values.to(self.tower.dtype), output_hidden_states=self.vision.feature_layer != -1)
             hidden = output.last_hidden_state

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 # Margins around the map in pixels; the color scale is on the right.
 LEFT, TOP, RIGHT, BOTTOM = 64, 36, 130, 52
 _DPI = 100
-_COLOURS = colormaps["viridis"]
+_COLORS = colormaps["viridis"]
 # Most shares are small, so that a linear scale would show an almost uniformly dark map.
 _SCALE = PowerNorm(0.5, 0.0, 1.0)
 _TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
@@ -55,7 +55,7 @@ class LoadMap:
         axes.yaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
         axes.set_title(title, loc="left", fontsize=10)
         scale = self.figure.add_axes(place(width - RIGHT + 20, 14, height - TOP - BOTTOM))
-        bar = self.figure.colorbar(ScalarMappable(_SCALE, _COLOURS), cax=scale, ticks=list(_TICKS))
+        bar = self.figure.colorbar(ScalarMappable(_SCALE, _COLORS), cax=scale, ticks=list(_TICKS))
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         bar.set_label("share of tokens")
         canvas.draw()
@@ -68,7 +68,7 @@ class LoadMap:
             shares: Share of the tokens that choose each expert, [L, E].
         """
         picture = self._frame.copy()
-        cells = np.asarray(_COLOURS(_SCALE(shares), bytes=True))[..., :3]
+        cells = np.asarray(_COLORS(_SCALE(shares), bytes=True))[..., :3]
         rows, columns = self._size
         picture[TOP : TOP + rows, LEFT : LEFT + columns] = cells.repeat(self.cell[0], 0).repeat(self.cell[1], 1)
         return picture

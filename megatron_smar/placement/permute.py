@@ -110,7 +110,7 @@ class PlacedCheckpoint:
         if getattr(self.args, "moe_router_num_groups", None):
             raise ConversionError(
                 f"{self.name} was trained with --moe-router-num-groups {self.args.moe_router_num_groups}: a group is a "
-                "run of neighbouring experts, so that moved experts would compete in other groups; it cannot be placed."
+                "run of neighboring experts, so that moved experts would compete in other groups; it cannot be placed."
             )
         if getattr(self.args, "mtp_num_layers", None):
             raise ConversionError(
@@ -276,7 +276,7 @@ def _write(
         is_release = place.name == "release"
         tracker = "release" if is_release else str(int(place.name.removeprefix("iter_")))
         Path(get_checkpoint_tracker_filename(str(folder))).write_text(tracker)
-        _copy_neighbours(reader.folder, folder)
+        _copy_neighbors(reader.folder, folder)
 
 
 def _moved(checkpoint: PlacedCheckpoint, key: str, orders: Mapping[int, Sequence[int]]) -> list[Shard]:
@@ -330,7 +330,7 @@ def _source(checkpoint: PlacedCheckpoint, key: str, orders: Mapping[int, Sequenc
     return f"{match[1]}/shard_{'.'.join(map(str, place))}_{match[3]}"
 
 
-def _copy_neighbours(source: Path, output: Path) -> None:
+def _copy_neighbors(source: Path, output: Path) -> None:
     """Copies what belongs to a checkpoint and is beside it: the data loaders' states, an import's config and flags."""
     for name in (f"dataloader/{source.name}", "hf"):
         if (source.parent / name).is_dir():

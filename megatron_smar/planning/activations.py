@@ -92,7 +92,7 @@ def activations(
         imbalance: Tokens to the rank's experts, relative to an even share.
 
     Raises:
-        ValueError: The model has latent attention, whose activations are not modelled.
+        ValueError: The model has latent attention, whose activations are not modeled.
     """
     return max(peaks(shape, layout, batch, stage, imbalance), key=lambda moment: moment.total)
 
@@ -116,7 +116,7 @@ def peaks(
         backward: The same of each layer of the chunk whose backward pass is looked at; None if all are alike.
     """
     if shape.decoder.latent_attention:
-        raise ValueError("the activations of latent attention (MLA) are not modelled; plan a model without it.")
+        raise ValueError("the activations of latent attention (MLA) are not modeled; plan a model without it.")
     kind: Implementation = "fused" if layout.fused else "local"
     local = local_sizes(shape, layout, batch, imbalance)
     kept = _kept(shape, layout, batch, local, kind, stage)

@@ -222,7 +222,7 @@ class _Step:
         layout, m = self.layout, self.micro_batches
         if layout.pipeline == 1:
             return
-        # Forward passes go to the next chunk, gradients to the previous one; the two ends have no neighbour.
+        # Forward passes go to the next chunk, gradients to the previous one; the two ends have no neighbor.
         calls = m * (2 * layout.chunks - (self.first or self.last))
         size = self.hidden_bytes // layout.tensor
         for operation in ("send", "recv"):

@@ -238,7 +238,7 @@ def seconds(one: Collective, layout: Layout, cluster: Cluster, top_k: int = 1) -
 
 
 def _stride(layout: Layout, one: Collective) -> int:
-    """Returns the distance of a group's neighbouring ranks: Megatron's order is tensor, context, data, pipeline."""
+    """Returns the distance of a group's neighboring ranks: Megatron's order is tensor, context, data, pipeline."""
     strides = {
         "data": layout.tensor,
         "expert data": layout.expert * layout.expert_tensor,

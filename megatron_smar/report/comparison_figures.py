@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron_smar.report.style import BAND, DASHES, RUN_COLOURS, Values, counting, new_figure, styled, thin
+from megatron_smar.report.style import BAND, DASHES, RUN_COLORS, Values, counting, new_figure, styled, thin
 
 MAX_COLUMNS = 3
 MARKERS = "osD^"
@@ -40,7 +40,7 @@ def distance_panels(runs: Sequence[str], panels: Sequence[Panel], bands: Mapping
     """Plots the MRD distance by layer (the paper's Figures 2, 3 and 5).
 
     Args:
-        runs: Names of all runs of the comparison, which choose the colours.
+        runs: Names of all runs of the comparison, which choose the colors.
         panels: A panel for each set of questions; the curves are over the number of the layer.
         bands: The band of each run that has one; it is shaded.
     """
@@ -63,7 +63,7 @@ def training_panels(runs: Sequence[str], panels: Sequence[Panel]) -> Figure:
     """Plots scalars over the steps of the training.
 
     Args:
-        runs: Names of all runs of the comparison, which choose the colours.
+        runs: Names of all runs of the comparison, which choose the colors.
         panels: A panel for each scalar; the curves are over the step.
     """
     figure, grid = _grid(panels)
@@ -88,14 +88,14 @@ def _grid(panels: Sequence[Panel], sharey: bool = False) -> tuple[Figure, list[A
 def _curves(axes: Axes, runs: Sequence[str], panel: Panel, label: str, markers: str = "") -> None:
     for run, (x, y) in panel.curves.items():
         number = list(runs).index(run)
-        cycle = number // len(RUN_COLOURS) % len(DASHES)  # beyond the colours, lines and markers change
+        cycle = number // len(RUN_COLORS) % len(DASHES)  # beyond the colors, lines and markers change
         axes.plot(
             np.asarray(x, dtype=float),
             np.asarray(y, dtype=float),
             marker=markers[cycle] if markers else "",
             markersize=4,
             linewidth=1.6,
-            color=_colour(number),
+            color=_color(number),
             linestyle=DASHES[cycle],
             label=run,
         )
@@ -103,21 +103,21 @@ def _curves(axes: Axes, runs: Sequence[str], panel: Panel, label: str, markers: 
     axes.grid(True, axis="y")
 
 
-def _colour(number: int) -> str:
-    return RUN_COLOURS[number % len(RUN_COLOURS)][0]
+def _color(number: int) -> str:
+    return RUN_COLORS[number % len(RUN_COLORS)][0]
 
 
 def _shade(grid: Sequence[Axes], runs: Sequence[str], bands: Mapping[str, Band]) -> list[tuple[Any, str]]:
-    """Shades each band once, in its first run's colour where there are several; returns the entries of the legend."""
+    """Shades each band once, in its first run's color where there are several; returns the entries of the legend."""
     entries = []
     distinct = list(dict.fromkeys(bands.values()))
     for band in distinct:
         named = [run for run in runs if bands.get(run) == band]
-        colour, alpha = (BAND, 1.0) if len(distinct) == 1 else (_colour(list(runs).index(named[0])), 0.18)
+        color, alpha = (BAND, 1.0) if len(distinct) == 1 else (_color(list(runs).index(named[0])), 0.18)
         for axes in grid:
-            axes.axhspan(*band, color=colour, alpha=alpha, linewidth=0, zorder=0)
+            axes.axhspan(*band, color=color, alpha=alpha, linewidth=0, zorder=0)
         of = "" if len(named) == len(runs) else f" ({', '.join(named)})"
-        entries.append((Patch(color=colour, alpha=alpha, linewidth=0), f"band {band[0]:g} to {band[1]:g}{of}"))
+        entries.append((Patch(color=color, alpha=alpha, linewidth=0), f"band {band[0]:g} to {band[1]:g}{of}"))
     return entries
 
 

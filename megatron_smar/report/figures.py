@@ -22,9 +22,9 @@ from megatron_smar.report.style import (
     PAGE,
     RAMP_STEPS,
     SHARE_HUE,
-    TEXT_COLOUR,
+    TEXT_COLOR,
     TEXT_HUE,
-    VISION_COLOUR,
+    VISION_COLOR,
     VISION_HUE,
     counting,
     fade,
@@ -92,7 +92,7 @@ def over_training(steps: Sequence[float], values: Sequence[float], label: str) -
     """Plots one scalar over the steps."""
     figure = new_figure(330, 180)
     axes = figure.subplots()
-    axes.plot(*thin(steps, values), color=TEXT_COLOUR, linewidth=1.5)
+    axes.plot(*thin(steps, values), color=TEXT_COLOR, linewidth=1.5)
     axes.set(xlabel="step", ylabel=label, ylim=(0, None))
     axes.margins(x=0.02)
     axes.grid(True, axis="y")
@@ -106,13 +106,13 @@ def _layers_over_training(
     axes = figure.subplots()
     ends = []
     dashes = DASHES if len(layers) <= MAX_LAYER_LABELS else ("-",)
-    labelled = set(spread(sorted(layers), MAX_LAYER_LABELS))
+    labeled = set(spread(sorted(layers), MAX_LAYER_LABELS))
     for index, (layer, (steps, values)) in enumerate(layers.items()):
-        colour = LAYER_RAMP[round(index * (RAMP_STEPS - 1) / max(1, len(layers) - 1))]
+        color = LAYER_RAMP[round(index * (RAMP_STEPS - 1) / max(1, len(layers) - 1))]
         x, y = thin(steps, values)
-        axes.plot(x, y, color=colour, linestyle=dashes[index % len(dashes)], linewidth=1.6)
-        if layer in labelled:
-            ends += line_end(x, y, f"layer {layer}", colour)
+        axes.plot(x, y, color=color, linestyle=dashes[index % len(dashes)], linewidth=1.6)
+        if layer in labeled:
+            ends += line_end(x, y, f"layer {layer}", color)
     if band is not None:
         shade_band(axes, band, [value for _, values in layers.values() for value in values])
     axes.set(xlabel="step", ylabel=label)
@@ -129,12 +129,12 @@ def mrd_by_layer(before: Sequence[float] | None, after: Sequence[float], band: S
     axes = figure.subplots()
     layers = np.arange(1, len(after) + 1)
     ends = []
-    for values, name, colour, marker in ((before, "before", MUTED, "o--"), (after, "after", TEXT_COLOUR, "o-")):
+    for values, name, color, marker in ((before, "before", MUTED, "o--"), (after, "after", TEXT_COLOR, "o-")):
         if values is None:
             continue
         distances = np.asarray(values, dtype=float)
-        axes.plot(layers, distances, marker, color=colour, linewidth=1.8, markersize=4.5)
-        ends += line_end(layers, distances, name, colour)
+        axes.plot(layers, distances, marker, color=color, linewidth=1.8, markersize=4.5)
+        ends += line_end(layers, distances, name, color)
     if band is not None:
         shade_band(axes, band, [*(before or []), *after])
     axes.set(xlabel="MoE layer", ylabel="MRD distance (nats)", xlim=(0.5, len(layers) + 0.5))
@@ -192,9 +192,9 @@ def preference_heat_maps(text: Mapping[str, Any], vision: Mapping[str, Any]) -> 
     moments = {when: np.asarray(vision[when], float) - np.asarray(text[when], float) for when in text}
     before, after = moments.get("before"), moments["after"]
     top = top_share(*map(np.abs, moments.values()))
-    colours = np.vstack([fade(TEXT_HUE)[::-1], fade(VISION_HUE)])
+    colors = np.vstack([fade(TEXT_HUE)[::-1], fade(VISION_HUE)])
     ends = (f"text +{top:.0%}", "equal", f"vision +{top:.0%}")
-    return _heat_maps(_pair(before, after), colours, (-top, top), "modality that uses the expert more", ends)
+    return _heat_maps(_pair(before, after), colors, (-top, top), "modality that uses the expert more", ends)
 
 
 @styled
@@ -204,12 +204,12 @@ def losses(history: Mapping[str, Any]) -> Figure:
     figure = new_figure(330, 50 + 130 * max(1, len(names)))
     for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names, strict=True):
         axes.plot(
-            *thin(history[name]["steps"], history[name]["values"]), color=TEXT_COLOUR, linewidth=1.5, label="training"
+            *thin(history[name]["steps"], history[name]["values"]), color=TEXT_COLOR, linewidth=1.5, label="training"
         )
         validation = history.get(f"{name} validation")
         if validation:
             axes.plot(
-                validation["steps"], validation["values"], "o", color=VISION_COLOUR, markersize=4.5, label="validation"
+                validation["steps"], validation["values"], "o", color=VISION_COLOR, markersize=4.5, label="validation"
             )
             axes.legend(loc="upper right")
         axes.set_ylabel(name)
@@ -228,9 +228,9 @@ def accuracy_by_kind(kinds: Mapping[str, Mapping[str, float]]) -> Figure:
     figure = new_figure(360, 80 + 28 * len(ordered))
     axes = figure.subplots()
     rows = np.arange(len(ordered))
-    axes.barh(rows, accuracy, height=0.62, color=TEXT_COLOUR)
+    axes.barh(rows, accuracy, height=0.62, color=TEXT_COLOR)
     # A light edge keeps the mark visible both on the bar and next to it.
-    axes.plot(chance, rows, "D", color=VISION_COLOUR, markeredgecolor=PAGE, markersize=7, label="chance", clip_on=False)
+    axes.plot(chance, rows, "D", color=VISION_COLOR, markeredgecolor=PAGE, markersize=7, label="chance", clip_on=False)
     for row, value in enumerate(accuracy):
         axes.annotate(f"{value:.0%}" if np.isfinite(value) else "–", (1.015, row), va="center", annotation_clip=False)
     axes.set_yticks(rows, [f"{kind}  (n = {kinds[kind]['count']:,})" for kind in ordered])
@@ -264,12 +264,12 @@ def bars_by_run(
     rows = np.arange(len(runs))[::-1]
     for axes, (title, (values, before, form)) in zip(grid, panels.items(), strict=False):
         lengths = np.array([value if is_finite(value) else np.nan for value in values], dtype=float)
-        axes.barh(rows, lengths, height=0.62, color=TEXT_COLOUR)
+        axes.barh(rows, lengths, height=0.62, color=TEXT_COLOR)
         for row, value in zip(rows, values, strict=True):
             place = value if is_finite(value) else 0
             axes.annotate(form(value), (place, row), (3, 0), textcoords="offset points", va="center", size=8.5)
         if is_finite(before):
-            axes.axvline(before, color=VISION_COLOUR, linewidth=1.4, linestyle=DASHES[1], label=start)
+            axes.axvline(before, color=VISION_COLOR, linewidth=1.4, linestyle=DASHES[1], label=start)
         axes.set_title(title)
         axes.set_yticks(rows, runs)
         axes.tick_params(axis="y", length=0)
@@ -304,12 +304,12 @@ def _pair(before: Any | None, after: Any) -> list[list[HeatMap | None]]:
 
 def _heat_maps(
     rows: Sequence[Sequence[HeatMap | None]],
-    colours: np.ndarray,
+    colors: np.ndarray,
     limits: tuple[float, float],
     label: str,
     ends: tuple[str, ...],
 ) -> Figure:
-    """Plots rows of heat maps on one scale, with its colour bar below, labelled evenly with `ends`; None: no map."""
+    """Plots rows of heat maps on one scale, with its color bar below, labeled evenly with `ends`; None: no map."""
     per_layer, most = (20, 380) if len(rows) == 1 else (10, 200)
     layers = [max(len(part.values) for part in row if part) for row in rows]
     heights = [50 + float(np.clip(per_layer * count, 80, most)) for count in layers]
@@ -320,7 +320,7 @@ def _heat_maps(
             if part is None:
                 axes.set_axis_off()
             else:
-                image = _heat_map(axes, part, ListedColormap(colours), limits)
+                image = _heat_map(axes, part, ListedColormap(colors), limits)
         panels[0].set_ylabel("MoE layer")
     scale = figure.colorbar(image, ax=list(grid.flat), location="bottom", shrink=0.7, aspect=26, label=label)
     scale.set_ticks(list(np.linspace(*limits, len(ends))), labels=list(ends))
@@ -331,13 +331,13 @@ def _heat_maps(
     return figure
 
 
-def _heat_map(axes: Axes, part: HeatMap, colours: ListedColormap, limits: tuple[float, float]) -> Any:
+def _heat_map(axes: Axes, part: HeatMap, colors: ListedColormap, limits: tuple[float, float]) -> Any:
     values = np.asarray(part.values, dtype=float)
     num_layers, num_experts = values.shape
     edges = (0.5, num_experts + 0.5, num_layers + 0.5, 0.5)
     low, high = limits
     # "none" embeds one pixel per cell, whatever the number of experts.
-    image = axes.imshow(values, colours, vmin=low, vmax=high, aspect="auto", interpolation="none", extent=edges)
+    image = axes.imshow(values, colors, vmin=low, vmax=high, aspect="auto", interpolation="none", extent=edges)
     axes.set_title(part.title, loc=part.place)
     axes.set_xlabel(part.label)
     axes.spines[["top", "right"]].set_visible(True)

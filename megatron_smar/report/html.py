@@ -67,14 +67,14 @@ def document(title: str, sections: Sequence[Markup]) -> str:
             tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
             tag("meta", name="color-scheme", content="light dark"),
             tag("title", title),
-            tag("style", Markup(_colours() + STYLE)),
+            tag("style", Markup(_colors() + STYLE)),
         ]
     )
     body = tag("body", tag("main", join([section for section in sections if section])))
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n{body}\n</html>\n'
 
 
-def _colours() -> str:
+def _colors() -> str:
     light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in style.PALETTE.items()) for i in (0, 1))
     return f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
 

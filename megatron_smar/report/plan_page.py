@@ -82,8 +82,8 @@ def stacked(bars: Sequence[Mapping[str, float]], label: str, limit: float | None
     starts = [0.0] * len(bars)
     for number, name in enumerate(names):
         sizes = [max(0.0, bar[name]) for bar in bars]
-        colour = style.RUN_COLOURS[number % len(style.RUN_COLOURS)][0]
-        axes.barh(range(len(bars)), sizes, left=starts, color=colour, label=name, edgecolor=style.PAGE, linewidth=0.5)
+        color = style.RUN_COLORS[number % len(style.RUN_COLORS)][0]
+        axes.barh(range(len(bars)), sizes, left=starts, color=color, label=name, edgecolor=style.PAGE, linewidth=0.5)
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]
     if limit is not None:
         axes.axvline(limit, color=style.MUTED, linestyle="--", linewidth=1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The style of all figures: colours, fonts, bands and labels of lines; and their conversion to inline SVG and to files.
+"""The style of all figures: colors, fonts, bands and labels of lines; and their conversion to inline SVG and to files.
 
-Figures are plotted in the colours of a light page. `svg` replaces each colour of `PALETTE` by a CSS variable, so that
+Figures are plotted in the colors of a light page. `svg` replaces each color of `PALETTE` by a CSS variable, so that
 the same SVG works on light and dark pages.
 """
 
@@ -28,8 +28,8 @@ MAX_POINTS = 120
 MAX_LAYER_LABELS = 8
 RAMP_STEPS = 16
 
-# Blue and orange (text and vision, as in the paper's Figure 1): Okabe and Ito's colours for colour-blind readers.
-TEXT_COLOUR, VISION_COLOUR = "#0072b2", "#d97706"
+# Blue and orange (text and vision, as in the paper's Figure 1): Okabe and Ito's colors for color-blind readers.
+TEXT_COLOR, VISION_COLOR = "#0072b2", "#d97706"
 INK, MUTED, GRID, BAND, PAGE = "#1b1f24", "#59616d", "#dfe2e7", "#cfe3da", "#ffffff"
 # Heat maps are pixels and cannot use CSS variables: middle tones, which are visible on light and dark pages.
 SHARE_HUE, TEXT_HUE, VISION_HUE = "#8459c4", "#2286c9", "#e0841a"
@@ -39,12 +39,12 @@ def _ramp(name: str, low: float, high: float) -> list[str]:
     return [to_hex(matplotlib.colormaps[name](x)) for x in np.linspace(low, high, RAMP_STEPS)]
 
 
-# Layers are ordered, so their colours form a ramp; light and dark pages have ranges on which every line is visible.
+# Layers are ordered, so their colors form a ramp; light and dark pages have ranges on which every line is visible.
 LAYER_RAMP = _ramp("viridis", 0.0, 0.68)
-# Colours of runs that are compared, on a light and on a dark page; the first two are also those of text and vision.
-RUN_COLOURS = (
-    (TEXT_COLOUR, "#56b4e9"),
-    (VISION_COLOUR, "#f0a030"),
+# Colors of runs that are compared, on a light and on a dark page; the first two are also those of text and vision.
+RUN_COLORS = (
+    (TEXT_COLOR, "#56b4e9"),
+    (VISION_COLOR, "#f0a030"),
     ("#008060", "#2bc495"),
     ("#b0478f", "#de8fc4"),
     ("#5b4bb5", "#a99bf0"),
@@ -52,17 +52,17 @@ RUN_COLOURS = (
     ("#a3341f", "#ef8b74"),
     ("#48515c", "#c3cad4"),
 )
-# CSS variable -> colour on a light page, on a dark page.
+# CSS variable -> color on a light page, on a dark page.
 PALETTE: dict[str, tuple[str, str]] = {
     "page": (PAGE, "#14171b"),
     "ink": (INK, "#e6e9ee"),
     "muted": (MUTED, "#a2abb8"),
     "grid": (GRID, "#343b46"),
     "band": (BAND, "#1f463a"),
-    "text": (TEXT_COLOUR, "#56b4e9"),
-    "vision": (VISION_COLOUR, "#f0a030"),
-    **{f"run-{i}": colours for i, colours in enumerate(RUN_COLOURS) if i > 1},
-    **{f"layer-{i}": colours for i, colours in enumerate(zip(LAYER_RAMP, _ramp("viridis", 0.42, 0.98), strict=True))},
+    "text": (TEXT_COLOR, "#56b4e9"),
+    "vision": (VISION_COLOR, "#f0a030"),
+    **{f"run-{i}": colors for i, colors in enumerate(RUN_COLORS) if i > 1},
+    **{f"layer-{i}": colors for i, colors in enumerate(zip(LAYER_RAMP, _ramp("viridis", 0.42, 0.98), strict=True))},
 }
 _STYLE: Any = {
     "font.size": 10,
@@ -125,7 +125,7 @@ def thin(steps: Values, values: Values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
-    """Converts a figure to an inline SVG element that takes its colours and fonts from the page.
+    """Converts a figure to an inline SVG element that takes its colors and fonts from the page.
 
     Args:
         figure: A figure in the report's style.
@@ -182,10 +182,10 @@ def spread(items: Sequence[int], count: int) -> list[int]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def line_end(x: np.ndarray, y: np.ndarray, name: str, colour: str) -> list[tuple[float, float, str, str]]:
+def line_end(x: np.ndarray, y: np.ndarray, name: str, color: str) -> list[tuple[float, float, str, str]]:
     """Returns the last finite point of a line, for `label_ends`."""
     finite = np.flatnonzero(np.isfinite(y))
-    return [(float(x[finite[-1]]), float(y[finite[-1]]), name, colour)] if len(finite) else []
+    return [(float(x[finite[-1]]), float(y[finite[-1]]), name, color)] if len(finite) else []
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -203,7 +203,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], limit)
         limit = heights[i] - gap
-    for (x, y, text, colour), height in zip(ends, heights, strict=True):
+    for (x, y, text, color), height in zip(ends, heights, strict=True):
         axes.annotate(
             text,
             (x, y),
@@ -212,14 +212,14 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
             va="center",
             fontsize=9,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 1, "shrinkB": 1},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 1, "shrinkA": 1, "shrinkB": 1},
         )
 
 
-def fade(colour: str) -> np.ndarray:
-    """Returns a colour map [128, 4] from transparent, which works on light and dark pages, to a colour."""
-    # The power makes small shares distinguishable; the plotted colour bar shows it too.
-    return np.column_stack([np.tile(to_rgb(colour), (128, 1)), np.linspace(0, 1, 128) ** 0.75])
+def fade(color: str) -> np.ndarray:
+    """Returns a color map [128, 4] from transparent, which works on light and dark pages, to a color."""
+    # The power makes small shares distinguishable; the plotted color bar shows it too.
+    return np.column_stack([np.tile(to_rgb(color), (128, 1)), np.linspace(0, 1, 128) ** 0.75])
 
 
 def counting(number: int) -> Locator:

@@ -14,7 +14,7 @@ from megatron_smar.routing.statistics import RoutingStatistics
 def modality_routing_distribution(statistics: RoutingStatistics, top_k: int, eps: float = 1e-6) -> Tensor:
     """Returns the MRD of each modality, [M, E]; each row sums to 1.
 
-    F = counts / (K tokens) (Eq. 6), R = weights / tokens (Eq. 7), Q = F R normalised over the experts (Eq. 8, 9). Q is
+    F = counts / (K tokens) (Eq. 6), R = weights / tokens (Eq. 7), Q = F R normalized over the experts (Eq. 8, 9). Q is
     then smoothed, because F is exactly 0 for an expert that a modality never chose and the KL divergence would be
     infinite: Q~ = (Q / sum Q + eps) / (1 + E eps). F is a count and has no gradient; the gradient flows through R.
 
@@ -33,8 +33,8 @@ def modality_routing_distribution(statistics: RoutingStatistics, top_k: int, eps
     total = mass.sum(dim=1, keepdim=True)
     num_experts = mass.shape[1]
     empty = total <= 0
-    normalised = torch.where(empty, 1.0 / num_experts, mass / total.clamp(min=torch.finfo(mass.dtype).tiny))
-    return (normalised + eps) / (1.0 + num_experts * eps)
+    normalized = torch.where(empty, 1.0 / num_experts, mass / total.clamp(min=torch.finfo(mass.dtype).tiny))
+    return (normalized + eps) / (1.0 + num_experts * eps)
 
 
 def mrd_distance(mrd: Tensor, present: Tensor | None = None) -> Tensor:

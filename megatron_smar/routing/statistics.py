@@ -21,7 +21,7 @@ class RoutingStatistics(NamedTuple):
 
     Attributes:
         counts: Number of tokens of modality m that chose expert e, [M, E]; has no gradient.
-        weights: Sum of the renormalised top-k weights (Eq. 5), [M, E]; carries the gradient.
+        weights: Sum of the renormalized top-k weights (Eq. 5), [M, E]; carries the gradient.
         tokens: Number of tokens of modality m, [M].
     """
 
@@ -47,7 +47,7 @@ def routing_statistics(
     """Returns the sums of equations 6 and 7 over the given tokens.
 
     Args:
-        weights: Top-k weights renormalised over the chosen experts (Eq. 5), 0 where not chosen, [N, E].
+        weights: Top-k weights renormalized over the chosen experts (Eq. 5), 0 where not chosen, [N, E].
         routing_map: The chosen experts, [N, E] bool.
         modality_ids: Modality ids [N], int: 0 .. M-1, or -1 for padding, which is not counted.
         num_modalities: M, the number of modalities.

@@ -149,10 +149,12 @@ def write_table(path: Path, rows: dict[str, list[str]]) -> None:
         "# Exactness: every layout against one process",
         "",
         "Written by `make test-matrix` (tests/distributed/test_exactness.py; the layouts are in cases.py). One "
-        "optimizer step of a small model through Megatron's `train_step` and this project's forward step, in float64 "
-        "except for what Megatron forces into float32 (the router's softmax, the cross-entropy). *Gradients*: the "
-        "largest deviation of any parameter's gradient as a share of that parameter's largest; a layout passes below "
-        f"{RELATIVE['float64']:g} (float32: {RELATIVE['float32']:g}, bfloat16: {RELATIVE['bfloat16']:g}). "
+        "optimizer step of a small model (two for the strategies that keep state) through Megatron's `train_step` and "
+        "this project's forward step, in float64 except for what Megatron forces into float32 (the router's softmax, "
+        "the cross-entropy); interleaved layouts and the distributed optimizer are in float32. *Gradients*: the "
+        "largest deviation of any parameter's gradient as a share of that parameter's largest; a layout passes if a "
+        f"deviation is below {RELATIVE['float64']:g} of that (float32: {RELATIVE['float32']:g}, bfloat16: "
+        f"{RELATIVE['bfloat16']:g}) plus {ABSOLUTE['float64']:g} ({ABSOLUTE['float32']:g}, {ABSOLUTE['bfloat16']:g}). "
         "*Values*: the largest relative deviation of the logged losses and distances, per layer. All ran on the CPU "
         "with Gloo, none on a GPU.",
         "",

@@ -106,14 +106,14 @@ def _peak_bytes(context: Context, function: Any) -> float | str:
 
 def pixels(context: Context, findings: Findings) -> None:
     """The step `pixels`."""
-    from megatron_smar.model.vision import NORMALISATION, normalise
+    from megatron_smar.model.vision import NORMALIZATION, normalize
 
     tiles = torch.randint(0, 256, (4, 3, 448, 448), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for name, constants in NORMALISATION.items():
-        found = normalise(tiles.to(context.device), *constants).cpu()
+    for name, constants in NORMALIZATION.items():
+        found = normalize(tiles.to(context.device), *constants).cpu()
         exact = (tiles.double() / 255 - _channels(constants[0])) / _channels(constants[1])
         # One product and one sum, fused or not, of values up to 2.7, where a unit in the last place is 2.4e-7.
-        findings.at_most(f"{name}: from the CPU", float((found - normalise(tiles, *constants)).abs().max()), 1e-6)
+        findings.at_most(f"{name}: from the CPU", float((found - normalize(tiles, *constants)).abs().max()), 1e-6)
         findings.at_most(f"{name}: from float64", float((found - exact).abs().max()), 1e-6)
 
 

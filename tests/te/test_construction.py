@@ -85,7 +85,7 @@ def test_norms_of_queries_and_keys_are_per_head_or_per_projection(one_rank, towe
 
     head = decoder("qwen3", tower)[0].self_attention
     assert isinstance(head.q_layernorm, te.RMSNorm) and head.k_layernorm.weight.shape == (16,)
-    projection = decoder("olmoe, grouped queries, renormalised", tower)[0].self_attention
+    projection = decoder("olmoe, grouped queries, renormalized", tower)[0].self_attention
     assert isinstance(projection.q_layernorm, ProjectionNorm)
     assert (projection.q_layernorm.weight.shape, projection.k_layernorm.weight.shape) == ((32,), (16,))
 

@@ -27,7 +27,7 @@ def build_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
     norms = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
     if config.normalization not in norms or config.layernorm_zero_centered_gamma:
         raise ValueError(
-            f"--normalization {config.normalization} (zero-centred: {config.layernorm_zero_centered_gamma}) is not in "
+            f"--normalization {config.normalization} (zero-centered: {config.layernorm_zero_centered_gamma}) is not in "
             "the local layers; use RMSNorm or LayerNorm, or --transformer-impl transformer_engine."
         )
     norm = norms[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)

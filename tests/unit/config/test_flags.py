@@ -190,20 +190,20 @@ def test_help_lists_the_groups_of_this_project(monkeypatch, vision, capsys):
         assert group in text
 
 
-def test_normalisation_is_the_vision_models_own(tmp_path):
+def test_normalization_is_the_vision_models_own(tmp_path):
     import json
 
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    from megatron_smar.model.vision import VisionConfig, normalisation
+    from megatron_smar.model.vision import VisionConfig, normalization
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path)
     vision = VisionConfig(str(tmp_path), 32)
-    assert normalisation(vision)[0] == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    assert normalization(vision)[0] == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     settings = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    assert normalisation(vision) == ((0.1, 0.2, 0.3), (1, 2, 3))
+    assert normalization(vision) == ((0.1, 0.2, 0.3), (1, 2, 3))
 
 
 def test_a_failed_check_of_megatrons_is_reported_with_the_flags_of_its_arguments_and_their_values(vision, monkeypatch):

@@ -22,7 +22,7 @@ from megatron_smar.data.conversations import TEMPLATES, template_for
 from megatron_smar.data.tiling import ImageConfig, ImageProcessor
 from megatron_smar.data.tokens import IMAGE_TOKENS, TextEncoder, add_tokens
 from megatron_smar.huggingface.modeling_modality_aware import ModalityAwareInternVLConfig
-from megatron_smar.model.vision import VisionConfig, normalisation, normalise
+from megatron_smar.model.vision import VisionConfig, normalization, normalize
 from tests.unit.data.conftest import (
     CHATML_TOKENS,
     convert_mistral,
@@ -174,12 +174,12 @@ def test_transformers_produces_the_trainers_tiles(
     assert written["image_seq_length"] == 4
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     trainers = ImageProcessor(ImageConfig(image_size=SIDE, **tiling))
-    mean, std = normalisation(VisionConfig(str(folder), SIDE))
+    mean, std = normalization(VisionConfig(str(folder), SIDE))
     assert len({*mean}) == (1 if tower == "SigLIP" else 3)
     for size in ((512, 600), (90, 31), (31, 200), (32, 32), (64, 64)):
         picture = Image.open(PHOTOGRAPH).convert("RGB").resize(size)
         picture.save(tmp_path / "picture.png")
-        expected = normalise(trainers((tmp_path / "picture.png").read_bytes()), mean, std)
+        expected = normalize(trainers((tmp_path / "picture.png").read_bytes()), mean, std)
         found = processor(images=[picture], text=["<IMG_CONTEXT>"], return_tensors="pt")
         torch.testing.assert_close(found["pixel_values"], expected, atol=1e-5, rtol=1e-5)
         assert int((found["input_ids"] == TextEncoder(tokenizer).image_tokens.context_id).sum()) == 4 * len(expected)

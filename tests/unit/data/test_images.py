@@ -119,11 +119,11 @@ def test_only_the_transparent_gray_level_becomes_white(depth: int) -> None:
 
 @pytest.mark.parametrize("depth", [8, 16])
 def test_only_the_transparent_color_becomes_white(depth: int) -> None:
-    transparent, neighbour, other = (200, 17, 3), (200, 17, 2), (9, 8, 7)
-    row = packed([*transparent, *neighbour, *other], depth)
+    transparent, neighbor, other = (200, 17, 3), (200, 17, 2), (9, 8, 7)
+    row = packed([*transparent, *neighbor, *other], depth)
     data = png((3, 1), depth, 2, [row], chunk(b"tRNS", struct.pack(">3H", *transparent)))
     scale = 255 / (2**depth - 1)
-    expected = [[255] * 3, *([round(value * scale) for value in color] for color in (neighbour, other))]
+    expected = [[255] * 3, *([round(value * scale) for value in color] for color in (neighbor, other))]
     assert read_image(data)[0].tolist() == expected
 
 

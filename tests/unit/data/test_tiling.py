@@ -17,7 +17,7 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageP
 
 from megatron_smar.data.images import read_image, read_size
 from megatron_smar.data.tiling import ImageConfig, ImageProcessor, tile_grid
-from megatron_smar.model.vision import normalise
+from megatron_smar.model.vision import normalize
 
 from .conftest import picture
 
@@ -128,7 +128,7 @@ def test_normalized_tiles_equal_those_of_transformers(
     )
     expected = reference(images=[image], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     config = ImageConfig(image_size=side, min_tiles=fewest, max_tiles=12, use_thumbnail=True)
-    tiles = normalise(ImageProcessor(config)(png(image)), MEAN, STD)
+    tiles = normalize(ImageProcessor(config)(png(image)), MEAN, STD)
     # The bytes are the same; transformers folds 1/255 into mean and standard deviation. Measured difference: 2.4e-7.
     torch.testing.assert_close(tiles, expected, atol=1e-6, rtol=0)
 

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from megatron_smar.data.tiling import ImageConfig, ImageProcessor
-from megatron_smar.model.vision import NORMALISATION, normalise
+from megatron_smar.model.vision import NORMALIZATION, normalize
 from tests.demo_sources import write_font, write_sources
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "emoji_tiny"))  # the demo is programs, not a package
@@ -369,7 +369,7 @@ def test_encoder_is_pretrained_on_the_same_pixel_values_as_in_training(sprites: 
     file = io.BytesIO()
     Image.fromarray(scenes.render(scene, sprites)).save(file, "PNG")
     tiles = ImageProcessor(ImageConfig(image_size=64))(file.getvalue())
-    assert torch.equal(pixel_values, normalise(tiles, *NORMALISATION["internvl_vision"]))
+    assert torch.equal(pixel_values, normalize(tiles, *NORMALIZATION["internvl_vision"]))
 
 
 def test_encoder_learns_and_is_saved_in_hugging_faces_format(

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
-from megatron_smar.model.vision import NORMALISATION, VisionConfig, VisionEncoder, normalise
+from megatron_smar.model.vision import NORMALIZATION, VisionConfig, VisionEncoder, normalize
 
 SIDE = 32
-MEAN, STD = NORMALISATION["internvl_vision"]
+MEAN, STD = NORMALIZATION["internvl_vision"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def reference(pixels: Tensor) -> Tensor:
 
 def test_pixels_are_normalized_in_full_precision() -> None:
     pixels = every_value()
-    values = normalise(pixels, MEAN, STD)
+    values = normalize(pixels, MEAN, STD)
     assert values.dtype == torch.float32 and torch.equal(pixels, every_value())
     torch.testing.assert_close(values.double(), reference(pixels), atol=5e-7, rtol=0)
 
@@ -49,7 +49,7 @@ def test_pixels_are_normalized_in_full_precision() -> None:
 def test_bytes_give_the_features_of_their_normalized_values(folder: str) -> None:
     encoder = VisionEncoder(VisionConfig(folder, SIDE), torch.float32)
     features = encoder(every_value())
-    assert torch.equal(features, encoder(normalise(every_value(), MEAN, STD)))
+    assert torch.equal(features, encoder(normalize(every_value(), MEAN, STD)))
     assert (features - encoder(every_value().float())).abs().max() > 0.1, "the normalization has no effect here"
 
 
@@ -67,7 +67,7 @@ def test_with_bf16_weights_the_normalization_is_still_in_fp32(single_rank: None,
     model = Float16Module(TransformerConfig(**sizes, bf16=True, params_dtype=torch.bfloat16), encoder)
     with pytest.raises(StopIteration):
         model(every_value())
-    assert torch.equal(seen.values, normalise(every_value(), MEAN, STD).bfloat16())
+    assert torch.equal(seen.values, normalize(every_value(), MEAN, STD).bfloat16())
     mean, std = (torch.tensor(values).bfloat16().view(3, 1, 1) for values in (MEAN, STD))
     wrong = ((every_value().float() / 255 - mean) / std).bfloat16()
     assert (seen.values != wrong).float().mean() > 0.1, "rounded constants would pass too"

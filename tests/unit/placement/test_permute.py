@@ -195,7 +195,7 @@ def test_what_is_beside_a_checkpoint_goes_with_it(tmp_path):
     [
         ({"num_experts": None}, "holds a dense model, which has no experts to place"),
         ({"modality_routing": "gone"}, "--modality-routing gone, and this version knows"),
-        ({"moe_router_num_groups": 2}, "--moe-router-num-groups 2: a group is a run of neighbouring experts"),
+        ({"moe_router_num_groups": 2}, "--moe-router-num-groups 2: a group is a run of neighboring experts"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1: the experts of multi-token prediction layers cannot be placed"),
         ({"modality_routing": "none"}, r"has mlp\.router\.strategy\.loads, and --modality-routing none does not say"),
         ({"num_experts": 8}, "is for 4 experts in layers 1, 2, 3, and .* has 8"),

@@ -97,9 +97,9 @@ def test_positions_without_a_loss_have_logits():
     assert activations(SHAPE, layout, few).total < activations(SHAPE, layout, BATCH).total
 
 
-def test_latent_attention_is_planned_although_it_is_not_modelled():
+def test_latent_attention_is_planned_although_it_is_not_modeled():
     latent = replace(SHAPE, decoder=replace(SHAPE.decoder, latent_attention=True))
-    with pytest.raises(ValueError, match=r"latent attention .* not modelled"):
+    with pytest.raises(ValueError, match=r"latent attention .* not modeled"):
         memory(latent, Layout(8, expert=8), BATCH)
 
 

@@ -13,7 +13,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def topk_weights(probabilities: np.ndarray, k: int) -> np.ndarray:
-    """Eq. 5 for one token: renormalised over the K chosen experts, 0 elsewhere."""
+    """Eq. 5 for one token: renormalized over the K chosen experts, 0 elsewhere."""
     chosen = np.argsort(-probabilities, kind="stable")[:k]
     weights = np.zeros_like(probabilities)
     weights[chosen] = probabilities[chosen] / probabilities[chosen].sum()

@@ -52,10 +52,10 @@ def test_the_metrics_are_averages_over_the_categories(pope):
     random = {"random/1": "Yes", "random/2": "No", "random/3": "No", "random/4": "No"}
     popular = {"popular/1": "Yes", "popular/2": "Yes", "popular/3": "Yes", "popular/4": "Yes"}
     scores = pope.score(answers(pope, random | popular))
-    # random: 1 true yes of 1 said and 2 labelled: precision 1, recall 1/2, F1 = 2 * 1/2 / (3/2) = 2/3; 3 of 4 right.
+    # random: 1 true yes of 1 said and 2 labeled: precision 1, recall 1/2, F1 = 2 * 1/2 / (3/2) = 2/3; 3 of 4 right.
     assert scores["f1/random"] == pytest.approx(100 * 2 / 3)
     assert [scores[f"{name}/random"] for name in ("accuracy", "precision", "recall", "yes_ratio")] == [75, 100, 50, 25]
-    # popular: 2 true yes of 4 said and 2 labelled: precision 1/2, recall 1, F1 = 2/3; 2 of 4 right.
+    # popular: 2 true yes of 4 said and 2 labeled: precision 1/2, recall 1, F1 = 2/3; 2 of 4 right.
     assert scores["f1/popular"] == pytest.approx(100 * 2 / 3)
     assert [scores[f"{name}/popular"] for name in ("accuracy", "precision", "recall", "yes_ratio")] == [
         50,
