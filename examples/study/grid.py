@@ -135,6 +135,13 @@ class Grid:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found if found["key"] == self.key(run) else None
 
+    def flags_of(self, model: str, arm: str) -> Flags:
+        """Returns an arm's flags in the main part, with the values chosen for it, or for the arms that it is like."""
+        flags = dict(self.arms[arm])
+        for name in flags.pop(LIKE, [arm]):
+            flags |= self.main["chosen"].get(model, {}).get(name, {})
+        return flags
+
     def tuned_flags(self, arm: str) -> set[str]:
         """Returns the flags of an arm that the tuning of any model tries."""
         return {flag for arms in self.tuning["runs"].values() for flag in arms.get(arm, ())}
@@ -157,15 +164,8 @@ class Grid:
         for model, arms in self.main["runs"].items():
             for seed, (arm, number) in itertools.product(range(1, 1 + self._seeds_of_main()), arms.items()):
                 if seed <= number:
-                    found.append(Run(MAIN, model, arm, seed, self._chosen_flags(model, arm)))
+                    found.append(Run(MAIN, model, arm, seed, self.flags_of(model, arm)))
         return sorted(found, key=lambda run: run.seed)
-
-    def _chosen_flags(self, model: str, arm: str) -> Flags:
-        """Returns an arm's flags with the values that the tuning chose for it, or for the arms that it is like."""
-        flags = dict(self.arms[arm])
-        for name in flags.pop(LIKE, [arm]):
-            flags |= self.main["chosen"].get(model, {}).get(name, {})
-        return flags
 
     def _runs_of_tuning(self) -> list[Run]:
         found = []

@@ -58,11 +58,12 @@ METHODS = ("none", "balance", "smar", "sqrt", "sqrt_smar", "smoes", "smoes_gauss
 ROUTINGS = ("hard", "hard_6_2", "layer_split", "moiie", "label_ce", "modality_gates", "modality_balance", "ernie")
 ABLATION = ("none", "smoes_8_binning", "smoes_8_hard", "smoes_8_kl", "smoes_8_fixed", "smoes_8")
 RATES = ("none_lr_0005", "none_lr_00075", "none", "smar_lr_0005", "smar")
+BANDS = ("none", "smar_05", "smar_10", "smar_15", "smar", "smar_05_paper", "smar_paper")
 SHARES = tuple(f"{arm}{share}" for arm in ("none", "smar") for share in ("_text_0", "", "_text_6", "_text_20"))
 SMALL = ("none", "balance", "hard", "moiie", "smar", "smar_30", "smoes_8")
 TABLES = (
     Shown("Language scores by method (in the form of the SMAR paper's Table 2)", "large", METHODS + ROUTINGS, "scores"),
-    Shown("SMAR's band (Table 4)", "large", ("none", "smar_05", "smar_10", "smar_15", "smar"), "smar"),
+    Shown("SMAR's band (Table 4)", "large", BANDS, "smar"),
     Shown(
         "SMAR's bias and load balancing (Table 5)", "large", ("smar_15_no_bias", "smar_15", "smar_15_balance"), "smar"
     ),
@@ -133,12 +134,12 @@ def scores_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
 def smar_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
     """Returns the measures of SMAR's arms with its settings."""
     names = ("retention", "pictures", "entropy")
-    header = ("arm", "seeds", "d_min", "d_max", "bias", "balance", "retention %", "picture questions %")
+    header = ("arm", "seeds", "coefficient", "d_min", "d_max", "bias", "balance", "retention %", "picture questions %")
     rows: Table = [(*header, "distance", "load entropy")]
     for arm in arms:
-        flags = results.grid.arms[arm]
+        flags = results.grid.flags_of(shown.model, arm)
         has_bias = flags["modality-routing"] == "smar" and not flags.get("no-modality-router-bias")
-        settings = [str(flags.get(name, "")) for name in ("smar-d-min", "smar-d-max")]
+        settings = [str(flags.get(name, "")) for name in ("smar-coeff", "smar-d-min", "smar-d-max")]
         settings += ["yes" if has else "no" for has in (has_bias, "moe-aux-loss-coeff" in flags)]
         own = [summary(list(results.values(MAIN, shown.model, arm, name).values())) for name in names]
         language, pictures = map(parts, own[:2])
