@@ -19,6 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_smar.runtime.environment import environment_with_gpus
+
 _BAR = re.compile(r"^\s*(.*?): +\d+%\|.*\| (\d+)/(\d+) \[")
 _ERROR = re.compile(r"^(\[rank\d+\]: )?(\S+: )?\w*([Ee]rror|Exception): ")
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
@@ -156,9 +158,9 @@ def run_program(
     Raises:
         StepError: The program failed.
     """
-    environment = os.environ | {
-        "MEGATRON_SMAR_DEVICE": device
-        or os.environ.get("MEGATRON_SMAR_DEVICE", "cpu"),  # two ranks do not share one GPU
+    device = device or os.environ.get("MEGATRON_SMAR_DEVICE", "cpu")  # two ranks do not share one GPU
+    environment = (environment_with_gpus() if device == "cuda" else dict(os.environ)) | {
+        "MEGATRON_SMAR_DEVICE": device,
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # ranks and data workers share the cores, so waiting threads must not spin
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")])),

@@ -39,6 +39,7 @@ from study_data import Data
 
 import megatron_smar.commands.evaluate  # noqa: F401
 import pretrain_vlm  # noqa: F401  (what forks run)
+from megatron_smar.runtime.environment import environment_with_gpus
 from runs import Study
 
 PROGRAM = "examples/study/run.py"
@@ -107,7 +108,7 @@ def submit(runs: Sequence[Run], options: argparse.Namespace) -> None:
     words += [] if os.environ["MEGATRON_SMAR_DEVICE"] == "cuda" else ["--cpu"]
     shared = [word for name in PLACES for word in (f"--{name}", getattr(options, name))]
     command = [*LAUNCH, *words, *shlex.split(options.slurm), "--", PROGRAM, *map(str, shared)]
-    if subprocess.run(command, cwd=ROOT).returncode:
+    if subprocess.run(command, cwd=ROOT, env=environment_with_gpus()).returncode:
         raise ValueError("the job array was not submitted; the reason is above.")
 
 
@@ -143,6 +144,8 @@ def main() -> None:
         if options.list:
             print("\n".join(f"{run.name}  {state(study, run)}".rstrip() for run in runs))
             return
+        if study.backbone.grid.layout == "gpu" and os.environ["MEGATRON_SMAR_DEVICE"] == "cpu":
+            raise ValueError(f"{options.grid} is for a GPU, on the CPU it takes weeks: set MEGATRON_SMAR_DEVICE=cuda.")
         print(f"{len(runs) - len(left)} of {len(runs)} runs are done")
         study.backbone.prepare()
         if options.slurm is not None and left:

@@ -138,8 +138,22 @@ def _check_local_rank(gpus: int) -> None:
         )
 
 
+_visible: list[str | None] = []  # CUDA_VISIBLE_DEVICES before the GPUs were hidden
+
+
+def environment_with_gpus() -> dict[str, str]:
+    """Returns the environment for a program that may use the GPUs which this process has hidden from itself."""
+    environment = dict(os.environ)
+    for value in _visible:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+        environment |= {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
+    return environment
+
+
 def _hide_gpus() -> None:
     """Hides the GPUs: otherwise torch.cuda.is_available() is true, and libraries create contexts on them."""
+    if not _visible:
+        _visible.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

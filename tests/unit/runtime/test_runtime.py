@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smar.runtime.environment import GPU_PACKAGES
+from tests.launch import ROOT
 from tests.unit.runtime.interpreter import failures, python
 
 INSTALLED = {
@@ -14,6 +15,17 @@ import os, sys
 from megatron_smar import runtime
 sys.path.insert(0, os.environ["GPU_PACKAGES"])
 assert runtime.install() == "cpu" and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+""",
+    "programs": """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, os.environ["EXAMPLE"])
+from steps import run_program
+for device, visible in (("cpu", ""), ("cuda", "0")):
+    log = Path(os.environ["GPU_PACKAGES"]) / f"{device}.log"
+    code = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']), os.environ['MEGATRON_SMAR_DEVICE'])"
+    run_program([sys.executable, "-c", code], log, log.parent, threads=1, device=device)
+    assert f"{visible!r} {device}" in log.read_text(), log.read_text()
 """,
     "GPU packages": """
 import megatron.core.optimizer, megatron.core.tensor_parallel.layers as layers
@@ -55,7 +67,8 @@ def installed(tmp_path_factory) -> dict[str, str]:
     place = tmp_path_factory.mktemp("packages")
     for name in GPU_PACKAGES:
         (place / f"{name}.py").write_text("raise RuntimeError('imported on the CPU')")
-    return failures(INSTALLED, MEGATRON_SMAR_DEVICE="cpu", CUDA_VISIBLE_DEVICES="0", GPU_PACKAGES=str(place))
+    own = {"GPU_PACKAGES": str(place), "EXAMPLE": str(ROOT / "examples" / "emoji_tiny")}
+    return failures(INSTALLED, MEGATRON_SMAR_DEVICE="cpu", CUDA_VISIBLE_DEVICES="0", **own)
 
 
 @pytest.mark.parametrize(("wanted", "said"), [("tpu", "set it to cpu or cuda"), ("cuda", "torch finds no CUDA device")])
@@ -101,6 +114,10 @@ def test_cuda_calls_are_redirected_to_the_cpu_and_device_contexts_still_work(ins
 
 def test_on_the_cpu_gpus_are_hidden_from_this_process_and_its_children(installed):
     assert "GPUs hidden" not in installed, installed
+
+
+def test_programs_that_an_example_starts_on_the_gpu_do_not_see_it(installed):
+    assert "programs" not in installed, installed
 
 
 def test_installed_gpu_packages_are_not_imported_on_the_cpu(installed):
