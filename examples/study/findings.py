@@ -308,7 +308,7 @@ def tried(results: Results) -> list[Tried]:
             arm, _, setting = name.partition("__")
             own = list(results.of_arm(TUNING, model, name).values())
             means = {measure: statistics.fmean(map(MEASURES[measure], own)) for measure in Tried._fields[3:6]}
-            found.append(Tried(model, arm, setting.replace("_", " "), seeds=len(own), **means))
+            found.append(Tried(model, arm, setting, seeds=len(own), **means))
     return found
 
 
@@ -337,7 +337,7 @@ def chosen(results: Results) -> list[Tried]:
     pictures = {each.model: each.pictures for each in whole if (each.arm, each.setting) == (BASELINE, "")}
     groups: dict[tuple[str, str, str], list[Tried]] = defaultdict(list)
     for each in whole:
-        groups[each.model, each.arm, each.setting.partition(" ")[0]].append(each)
+        groups[each.model, each.arm, each.setting.partition("_")[0]].append(each)
     return [
         choose(group, pictures[model])
         for (model, _, flag), group in groups.items()
@@ -355,7 +355,7 @@ def wrongly_chosen(results: Results) -> list[str]:
     }
     wrong = []
     for each in chosen(results):
-        name = f"{each.arm}__{each.setting.replace(' ', '_')}"
+        name = f"{each.arm}__{each.setting}"
         have = results.grid.main["chosen"].get(each.model, {}).get(each.arm, {})
         if not values[each.model, name].items() <= have.items():
             wrong.append(f"{each.model}/{name}")

@@ -252,7 +252,7 @@ def tuning_table(results: Results) -> Table:
     for each in tried(results):
         numbers = (f"{100 * each.retention:.1f}", f"{each.perplexity:.2f}", f"{100 * each.pictures:.1f}")
         choice = "chosen" if each in best else ""
-        rows.append((each.model, each.arm, each.setting, str(each.seeds), *numbers, choice))
+        rows.append((each.model, each.arm, each.setting.replace("_", " "), str(each.seeds), *numbers, choice))
     return rows if len(rows) > 1 else []
 
 
