@@ -237,7 +237,8 @@ def test_the_documented_snippet_gives_the_trainers_answer(
 ):
     exported = ["--load", trained, "--hf", start / "hf", "--output", photograph / "exported", "--dtype", "float32"]
     assert convert("export", *exported)[0] == 0
-    question = {"image": ["photograph.png"], "question": "<image>\nWhich colours are these?", "answer": "red"}
+    asked = re.search(r'"text": "(.*?)"', snippet())[1]  # both must read the same question
+    question = {"image": ["photograph.png"], "question": f"<image>\n{asked}", "answer": "red"}
     (tmp_path / "vqa.json").write_text(json.dumps([question]))
     given = ["--vqa", tmp_path / "vqa.json", "--image-root", photograph, "--output", tmp_path / "results.json"]
     run("tools/evaluate.py", "--load", trained, "--float32", *given, ranks=1)
@@ -255,7 +256,7 @@ def test_the_documented_snippet_gives_the_trainers_answer(
 
 def test_an_import_is_evaluated_without_its_models_flags(start, photograph, tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "You may reproduce and distribute copies of the Work."}))
-    question = {"image": ["photograph.png"], "question": "<image>\nWhich colours are these?", "answer": "red"}
+    question = {"image": ["photograph.png"], "question": "<image>\nWhich colors are these?", "answer": "red"}
     (tmp_path / "vqa.json").write_text(json.dumps([question]))
     given = ["--text", tmp_path / "text.jsonl", "--vqa", tmp_path / "vqa.json", "--image-root", photograph]
     command = ["tools/evaluate.py", "--load", start, *given, "--output", tmp_path / "results.json"]
@@ -274,7 +275,7 @@ def test_a_checkpoint_and_its_export_give_the_same_answer_to_a_question(
     for picture in ([], ["--image", str(photograph / "photograph.png")]):
         for source in (trained, tmp_path / "exported"):
             capsys.readouterr()
-            chat([str(source), "Which colours are these?", *picture, "--max-new-tokens", "6"])
+            chat([str(source), "Which colors are these?", *picture, "--max-new-tokens", "6"])
             answers.setdefault(str(picture), set()).add(capsys.readouterr().out)
     assert all(len(found) == 1 for found in answers.values()), answers
     assert all(answer.strip() for found in answers.values() for answer in found)
