@@ -155,9 +155,9 @@ class SmolLM2MoE(Backbone):
 
     def prepare(self) -> None:
         """Makes the data, fetches SmolLM2 and imports it with the vision encoder."""
+        self._published.fetch_weights()  # first: what is not installed fails before the data is made
         super().prepare()
         self._published.steps |= self.data.steps
-        self._published.fetch_weights()
         self._published.import_parts()
 
     def _make(self, base: Base) -> Path:

@@ -109,7 +109,7 @@ class Verdict:
         pictures: The paired difference in picture questions.
         seeds: Number of pairs.
         p: The exact two-sided p value, of the difference with the margin.
-        adjusted: The same after Holm's correction over all hypotheses.
+        adjusted: The same after Holm's correction over all planned hypotheses.
         outcome: `supported`, `contradicted` or `undecided`; `traded` if the language that is kept is paid for with more
             picture questions than tolerated.
     """
@@ -244,17 +244,23 @@ class Results:
         return [] if math.isnan(price) else [a - price * b for a, b in zip(kept, answered, strict=True)]
 
 
+def planned(results: Results) -> dict[str, Hypothesis]:
+    """Returns the hypotheses of whose arms the grid's main part has any runs."""
+    runs = results.grid.main["runs"]
+    return {name: h for name, h in HYPOTHESES.items() if {h.arm, h.other} <= runs.get(h.model, {}).keys()}
+
+
 def verdicts(results: Results) -> dict[str, Verdict]:
     """Returns what the data says about every hypothesis whose runs are all done, so that nobody stops at half.
 
-    Holm's correction counts all hypotheses, with a p value of 1 for those that have not all pairs.
+    Holm's correction counts all planned hypotheses, with a p value of 1 for those that have not all pairs.
     """
-    complete = {name: claim for name, claim in HYPOTHESES.items() if results.is_complete(claim)}
+    complete = {name: claim for name, claim in planned(results).items() if results.is_complete(claim)}
     pairs = {name: results.differences(MAIN, h.model, h.arm, h.other, h.measure) for name, h in complete.items()}
     shifted = {name: [d + complete[name].sign * complete[name].margin for d in pairs[name]] for name in pairs}
     p_values = {name: sign_flip_p(found) if found else math.nan for name, found in shifted.items()}
     whole = {name for name, found in pairs.items() if len(found) == SEEDS}
-    adjusted = holm({name: p_values[name] if name in whole else 1.0 for name in HYPOTHESES})
+    adjusted = holm({name: p_values[name] if name in whole else 1.0 for name in planned(results)})
     found = {}
     for name, claim in complete.items():
         pictures = summary(results.differences(MAIN, claim.model, claim.arm, claim.other, "pictures"))

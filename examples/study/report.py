@@ -25,7 +25,18 @@ from megatron_smar import runtime
 runtime.install_or_exit("cpu")  # the grid's flags are checked with Megatron's parser
 
 from documents import replace_between_marks
-from findings import BASELINE, HYPOTHESES, MEASURES, Results, chosen, summary, tried, verdicts, wrongly_chosen
+from findings import (
+    BASELINE,
+    HYPOTHESES,
+    MEASURES,
+    Results,
+    chosen,
+    planned,
+    summary,
+    tried,
+    verdicts,
+    wrongly_chosen,
+)
 from grid import MAIN, add_places, read_grid, set_places
 from paired import Interval
 from study_figures import write_figures
@@ -40,10 +51,10 @@ class Shown(NamedTuple):
     """A table of arms.
 
     Attributes:
-        title: Its title.
+        title: Its title without the model.
         model: The model.
         arms: Its arms, in order.
-        form: `measures`: all measures; `scores`: the SMAR paper's Table 2, with the model before stage 2; `smar`: its
+        form: `measures`: all measures; `scores`: the SMAR paper's Table 2, with the model before; `smar`: its
             Tables 4 and 5, the measures with the settings of SMAR; `relative`: SMoES's, changes relative to `none`;
             `kinds`: picture questions by kind.
     """
@@ -67,15 +78,15 @@ TABLES = (
     Shown(
         "SMAR's bias and load balancing (Table 5)", "large", ("smar_15_no_bias", "smar_15", "smar_15_balance"), "smar"
     ),
-    Shown("Relative to none (SMoES's main table), 8 large experts", "large", METHODS + ROUTINGS, "relative"),
-    Shown("Relative to none, 64 small experts", "small", SMALL, "relative"),
-    Shown("SMoES's ablation, 64 small experts", "small", ABLATION, "relative"),
-    Shown("All measures, 8 large experts", "large", METHODS + ROUTINGS),
-    Shown("All measures, 64 small experts", "small", SMALL),
+    Shown("Relative to none (SMoES's main table)", "large", METHODS + ROUTINGS, "relative"),
+    Shown("Relative to none", "small", SMALL, "relative"),
+    Shown("SMoES's ablation", "small", ABLATION, "relative"),
+    Shown("All measures", "large", METHODS + ROUTINGS),
+    Shown("All measures", "small", SMALL),
     Shown("Share of pure text", "large", SHARES),
     Shown("Learning rate", "large", RATES),
-    Shown("Picture questions by kind, 8 large experts", "large", METHODS + ROUTINGS, "kinds"),
-    Shown("Picture questions by kind, 64 small experts", "small", SMALL, "kinds"),
+    Shown("Picture questions by kind", "large", METHODS + ROUTINGS, "kinds"),
+    Shown("Picture questions by kind", "small", SMALL, "kinds"),
 )
 
 
@@ -117,7 +128,7 @@ def measures_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table
 
 
 def scores_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
-    """Returns the language scores of the model before stage 2 and after it by each arm, and their ratio."""
+    """Returns the language scores of the model that all arms start from and of each arm, and their ratio."""
     names = ("word_accuracy", "text_perplexity", "vqa_accuracy")
     rows: Table = [("model", "seeds", "words completed %", "perplexity", "picture questions %", "retention %")]
     for arm in arms:
@@ -126,7 +137,7 @@ def scores_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
             words, perplexity, pictures = (summary([result[time][name] for result in own]) for name in names)
             numbers = (parts(words), f"{perplexity.mean:.1f}", parts(pictures))
             ratio = summary(list(results.values(MAIN, shown.model, arm, "retention").values()))
-            name, kept = (arm, parts(ratio)) if time == "after" else ("before stage 2", "100")
+            name, kept = (arm, parts(ratio)) if time == "after" else ("before", "100")
             rows.append((name, str(len(own)), *numbers, kept))
     return rows
 
@@ -226,7 +237,7 @@ def hypotheses_table(results: Results) -> Table:
     found = verdicts(results)
     header = ("", "hypothesis", "pairs", "difference", "± over passages", "picture questions")
     rows: Table = [(*header, "p (of H3 and H7: with the margin)", "Holm's p", "outcome")]
-    for name, claim in HYPOTHESES.items():
+    for name, claim in planned(results).items():
         if name not in found:
             rows.append((name, claim.claim, *6 * ("",), "incomplete"))
             continue
@@ -259,7 +270,7 @@ def tuning_table(results: Results) -> Table:
 def tables(results: Results) -> list[tuple[str, Table]]:
     """Returns all tables that have results, with their titles."""
     found = [("Hypotheses", hypotheses_table(results))]
-    found += [(shown.title, table(results, shown)) for shown in TABLES]
+    found += [(f"{shown.title}: {shown.model}", table(results, shown)) for shown in TABLES]
     found.append(("Tuning, means over seeds of its own on the validation half", tuning_table(results)))
     return [(title, rows) for title, rows in found if rows]
 

@@ -34,7 +34,6 @@ from typing import Any
 
 from megatron_smar import runtime
 
-ENVIRONMENT = dict(os.environ)  # of the runs: what follows hides the GPUs from this process and its children
 runtime.install_or_exit("cpu")
 
 from megatron_smar.config.run_file import expand
@@ -44,6 +43,7 @@ from megatron_smar.launch.sweep import name_of
 from megatron_smar.report.figures import new_figure
 from megatron_smar.report.numbers import aligned
 from megatron_smar.report.scalars import read_scalars
+from megatron_smar.runtime.environment import environment_with_gpus
 
 RATES = ("tokens_per_second", "samples_per_second", "tiles_per_second", "model_tflops")
 LAUNCH = [sys.executable, "-m", "megatron_smar.commands.launch"]
@@ -167,12 +167,12 @@ def run_here(missing: Sequence[Point], command: Sequence[str]) -> None:
         ahead = "" if eta is None else f", ETA {eta / 60:.0f} min"
         print(f"run {number + 1} of {len(missing)}{ahead}: {point.processes} processes, {point.line}", flush=True)
         point.folder.mkdir(parents=True, exist_ok=True)
-        threads = ENVIRONMENT.get("OMP_NUM_THREADS") or str(here.threads_of_each(point.processes))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(here.threads_of_each(point.processes))
         words = [*here.torchrun(1, point.processes, {}), *command, *point.words]
         with (point.folder / "log.txt").open("w", encoding="utf-8") as log:
             log.write(f"{shlex.join(words)}\n")
             log.flush()
-            environment = ENVIRONMENT | {"OMP_NUM_THREADS": threads}
+            environment = environment_with_gpus() | {"OMP_NUM_THREADS": threads}
             status = subprocess.run(words, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
         if status:
             raise ValueError(f"the run failed with status {status}; its output is in {point.folder / 'log.txt'}.")
@@ -194,7 +194,7 @@ def submit(missing: Sequence[Point], command: Sequence[str], options: argparse.N
         (jobs / "sweep.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         words = [*LAUNCH, "slurm", "--nodes", str(processes // each), "--processes-per-node", str(each), "--no-requeue"]
         words += ["--logs", str(jobs), "--array", str(jobs / "sweep.txt"), *shlex.split(options.slurm)]
-        status = subprocess.run([*words, "--", *command], env=ENVIRONMENT).returncode
+        status = subprocess.run([*words, "--", *command], env=environment_with_gpus()).returncode
         if status:
             raise ValueError(f"the job of {processes} processes was not submitted (status {status}).")
 
