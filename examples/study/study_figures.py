@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from findings import BASELINE, FRONTIER, Results, summary
 from grid import MAIN
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from paired import Interval
 
 from megatron_smar.report.comparison_figures import Panel, distance_panels
 from megatron_smar.report.figures import expert_maps_by_run, top_share
-from megatron_smar.report.style import MUTED, RUN_COLORS, new_figure, styled
+from megatron_smar.report.style import MUTED, RUN_COLORS, label_ends, new_figure, styled
 
 DISTANCES = (
     ("MRD distance by band (the paper's Figure 2)", "distance_bands", ("smar_05", "smar_10", "smar_15", "smar")),
@@ -28,6 +30,7 @@ DISTANCES = (
 LOADS = ("balance", "smar", "smar_05")
 MODALITIES = ("text", "vision")
 AXES = ("pictures", "retention")  # of the scatter
+CLOSE = 0.05  # of retention to that of `none`, in its first panel
 
 
 def write_figures(results: Results, folder: Path) -> list[tuple[str, str]]:
@@ -51,26 +54,39 @@ def write_figures(results: Results, folder: Path) -> list[tuple[str, str]]:
 def scatter(results: Results, model: str, arms: Sequence[str]) -> Figure:
     """Plots language retention over picture questions, each with its interval, a point for each arm.
 
-    A line joins `none` at its learning rates. Arms that read another share of text are left out.
+    A line joins `none` at its learning rates. Arms that read another share of text are left out. Where some arms keep
+    much less or more than `none`, a second panel has all, and the first those close to `none`.
     """
-    figure = new_figure(760, 520)
-    axes = figure.subplots()
-    rates = [arm for arm in arms if arm == BASELINE or arm.startswith(FRONTIER)]
-    means = [
-        [100 * summary(list(results.values(MAIN, model, arm, name).values())).mean for arm in rates] for name in AXES
-    ]
-    order = np.argsort(means[0])
-    axes.plot(*np.array(means)[:, order], color=MUTED, linewidth=0.9, zorder=0)
-    for number, arm in enumerate(arm for arm in arms if "_text_" not in arm):
-        x, y = (summary(list(results.values(MAIN, model, arm, name).values())) for name in AXES)
-        color = RUN_COLORS[number % len(RUN_COLORS)][0]
+    shown = [arm for arm in arms if "_text_" not in arm]
+    points = {arm: [summary(list(results.values(MAIN, model, arm, name).values())) for name in AXES] for arm in shown}
+    kept = points[BASELINE][1].mean if BASELINE in points else statistics.fmean(y.mean for _, y in points.values())
+    close = [arm for arm in shown if abs(points[arm][1].mean - kept) <= CLOSE]
+    far = [arm for arm in shown if arm not in close]
+    figure = new_figure(760, 840 if far else 520)
+    upper, *lower = figure.subplots(2 if far else 1, squeeze=False, height_ratios=(5, 3) if far else None)[:, 0]
+    _points(upper, points, close, close, rows=30)
+    for axes in lower:
+        _points(axes, points, shown, [BASELINE, *far], rows=18)
+    return figure
+
+
+def _points(
+    axes: Axes, points: Mapping[str, Sequence[Interval]], arms: Sequence[str], labeled: Sequence[str], rows: int
+) -> None:
+    """Plots arms (picture questions and retention) in a panel, with the names of some of them, in as many rows."""
+    rates = [points[arm] for arm in arms if arm == BASELINE or arm.startswith(FRONTIER)]
+    line = 100 * np.array(sorted([x.mean, y.mean] for x, y in rates)).reshape(-1, 2)
+    axes.plot(*line.T, color=MUTED, linewidth=0.9, zorder=0)
+    labels = []
+    colors = {arm: RUN_COLORS[number % len(RUN_COLORS)][0] for number, arm in enumerate(points)}
+    for arm in arms:
+        (x, y), color = points[arm], colors[arm]
         spans = [np.nan_to_num([[100 * (each.mean - each.low)], [100 * (each.high - each.mean)]]) for each in (x, y)]
         axes.errorbar(100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", markersize=4, color=color, linewidth=0.9)
-        place = (100 * x.mean, 100 * y.mean)
-        axes.annotate(arm, place, (4, 3), textcoords="offset points", size=8, color=color)
+        labels += [(100 * x.mean, 100 * y.mean, arm, color)] if arm in labeled else []
     axes.set(xlabel="picture questions answered, %", ylabel="language retention, %")
     axes.grid(True, color=MUTED, alpha=0.2)
-    return figure
+    label_ends(axes, labels, rows)
 
 
 def distances(results: Results, arms: Sequence[str]) -> Figure:

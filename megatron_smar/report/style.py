@@ -188,13 +188,19 @@ def line_end(x: np.ndarray, y: np.ndarray, name: str, color: str) -> list[tuple[
     return [(float(x[finite[-1]]), float(y[finite[-1]]), name, color)] if len(finite) else []
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Labels each line at its end; labels of lines that end close together are moved apart."""
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], rows: int = 17) -> None:
+    """Labels each line at its end, or points; labels that would lie close together are moved apart.
+
+    Args:
+        axes: The axes, with their final limits.
+        ends: x, y, label and color of each.
+        rows: How many labels fit above each other.
+    """
     if not ends:
         return
     ends = sorted(ends, key=lambda end: end[1])
     low, high = axes.get_ylim()
-    gap = (high - low) / 17
+    gap = (high - low) / rows
     heights = [y for _, y, _, _ in ends]
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
