@@ -259,8 +259,8 @@ MUTATIONS = (
     Mutation(
         "let padding have a soft score",
         "megatron_smar/routing/soft_scores.py",
-        "return mixed * (scores.sum(dim=-1, keepdim=True) > 0)",
-        "return mixed",
+        "other, own) * (scores.sum(dim=-1, keepdim=True) > 0)",
+        "other, own)",
         ("tests/unit/routing/test_soft_scores.py",),
     ),
     Mutation(
@@ -318,7 +318,7 @@ def run_tests(tests: Sequence[str], mutation: Mutation | None) -> tuple[str, int
             if text.count(mutation.old) != 1:
                 return f"{mutation.file} has the line {text.count(mutation.old)} times: update the mutation", None
             file.write_text(text.replace(mutation.old, mutation.new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "--matrix", "-x", "-q", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(command, cwd=place, capture_output=True, text=True)
     return done.stdout, done.returncode
 

@@ -39,6 +39,7 @@ def make_batch(name: str, seed: int = 3) -> dict[str, Any]:
         for row in (3, 6):
             padding[row, 20:] = True
         places = [[], [0, 4, 8, 12, 16], [2, 10], [3], [24, 28], [], [1], [6, 20]]
+        mask[7] = mask[7].roll(20)  # else no image in the second half of a sequence would have an answer after it
     if name == "uneven":
         mask[0, 2:30] = 1
         mask[1], mask[4, 14:] = 0, 0
