@@ -55,6 +55,17 @@ def keep_float32_products() -> None:
 
 
 @adaptation(
+    "cuDNN's attention, torch's first choice on an H100 or H200, gives NaN as the query's gradient where there is a "
+    "mask, as under context parallelism, and every score of a row is low (pytorch/pytorch#196678)",
+    Where.CUDA,
+    needed_by="torch 2.11 to 2.13",
+)
+def leave_out_cudnn_attention() -> None:
+    """Makes torch choose among its other kernels of attention: flash, memory-efficient, and plain products."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@adaptation(
     "the offloaded optimizer pins its copies of the parameters before it converts them to float32, which unpins them: "
     "copying them back to the GPU then blocks the host",
     Where.CUDA,
@@ -268,6 +279,7 @@ ADAPTATIONS = (
     skip_compiling_helpers,
     collect_results_of_a_save_in_the_process,
     keep_float32_products,
+    leave_out_cudnn_attention,
     pin_offloaded_parameters,
     never_ask_to_run_a_models_code,
     listen_to_all_signals_that_end_a_run,

@@ -101,6 +101,7 @@ assert {a.where for a in runtime.adaptations()} == {Where.ANYWHERE, Where.CUDA, 
 import megatron.core.datasets.utils as helpers
 helpers.compile_helpers()  # there is no Makefile: Megatron's own would end the process
 assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
 defaults = runtime.argument_defaults()
 assert defaults["transformer_impl"] == "local" and "distributed_backend" not in defaults, defaults
 """
