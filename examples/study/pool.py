@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from runs import Study
 
+FAILURES_IN_A_ROW = 3  # of runs: then the machine is more likely at fault than the arms
 Task = Run | Base  # a run, or the stages that the runs of a model and seed share
 
 
@@ -57,9 +58,10 @@ def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float, re
         retry: Whether runs that failed are done again.
 
     Returns:
-        How many failed, with those that have no result because a stage that they share failed.
+        How many failed, with those that have no result because a stage that they share failed. After
+        `FAILURES_IN_A_ROW` no run begins.
     """
-    todo, done, failures = ordered(runs), set[Base](), 0
+    todo, done, failures, in_a_row = ordered(runs), set[Base](), 0, 0
     deadline = time.monotonic() + 3600 * hours
     running: dict[Future[str | None], Task] = {}
     tqdm.monitor_interval = 0  # no thread: processes are forked from this one
@@ -88,4 +90,9 @@ def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float, re
                 for run in affected if failed else ():
                     failures += 1
                     bar.write(f"{run.name} failed: {failed}")
+                if isinstance(item, Run):
+                    in_a_row = in_a_row + 1 if failed else 0
+                if todo and in_a_row >= FAILURES_IN_A_ROW:
+                    bar.write(f"{in_a_row} runs failed in a row, so no more are begun; --retry does them again.")
+                    todo = []
     return failures

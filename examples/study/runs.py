@@ -44,8 +44,16 @@ class Study:
     provenance: Mapping[str, str] = field(default_factory=lambda: provenance())
 
     def result(self, run: Run) -> dict[str, Any] | None:
-        """Returns a run's result; None if there is none, or it was made with other settings."""
-        return self.backbone.grid.result(run, self.results)
+        """Returns a run's result; None if there is none, or it has other settings or another start than its seed now.
+
+        A shared stage that is trained again, on another processor or a GPU, may differ in the last bits.
+        """
+        found = self.backbone.grid.result(run, self.results)
+        if found is None or "failed" in found:
+            return found
+        files = self.backbone.folder(run.base).rglob(f"measured_{run.part}_*.json")
+        starts = [rounded(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        return found if not starts or found["before"] in starts else None
 
     def run(self, run: Run, retry: bool = False) -> dict[str, Any]:
         """Does a run unless it is done, and writes its result; a run that fails has a result too, which says so.

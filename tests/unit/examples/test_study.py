@@ -246,6 +246,13 @@ class Failing(runs.Study):
         return {}
 
 
+class Broken(Failing):
+    """A study on a machine whose device is lost."""
+
+    def _after(self, run: grid.Run, folder: Path, start: Path) -> dict:
+        raise StepError("no device")
+
+
 def test_a_failure_ends_other_runs_or_that_of_a_shared_stage_counts_as_a_failure_of_the_arms(tmp_path: Path) -> None:
     settings = read(tmp_path, main={"runs": {"large": {"none": 3, "smar": 3}}}, tuning={"seeds": [101], "runs": {}})
     study = Failing(FailingStage(settings, None, tmp_path / "work"), tmp_path / "results", {"code": "abc"})
@@ -256,6 +263,28 @@ def test_a_failure_ends_other_runs_or_that_of_a_shared_stage_counts_as_a_failure
         **{f"main/large/{arm}/2": "missing" for arm in ("none", "smar")},
         "main/large/smar/1": "stage2 failed",
     }
+
+
+def test_a_machine_that_fails_leaves_a_failure_of_every_arm(tmp_path: Path) -> None:
+    settings = read(tmp_path, main={"runs": {"large": {"none": 3, "smar": 3}}}, tuning={"seeds": [101], "runs": {}})
+    study = Broken(FailingStage(settings, None, tmp_path / "work"), tmp_path / "results", {"code": "abc"})
+    assert pool.run_here(study, settings.runs(), 1, 1, False) == 5  # two without a result, since stage 1 failed
+    found = sorted(str(file.relative_to(tmp_path / "results")) for file in (tmp_path / "results").rglob("*.json"))
+    assert found == ["main/large/none/1.json", "main/large/none/3.json", "main/large/smar/1.json"]
+
+
+def test_runs_keep_their_results_when_what_they_started_from_is_trained_again(tmp_path: Path) -> None:
+    settings = read(tmp_path, main={"runs": {"large": {"none": 2}}}, tuning={"seeds": [101], "runs": {}})
+    one, two = settings.runs()
+    study = Failing(FailingStage(settings, None, tmp_path / "work"), tmp_path / "results", {"code": "abc"})
+    for run in (one, two):
+        content = {"key": settings.key(run), "before": {"text_perplexity": 1.23457}, "after": {}}
+        runs.write_json(tmp_path / "results" / f"{run.name}.json", content)
+    assert study.result(one) and study.result(two)  # on a machine that has no checkpoints
+    for seed, perplexity in ((1, 1.2345678), (2, 1.2345478)):
+        measured = tmp_path / "work" / "large" / f"seed-{seed}" / "stage1" / "measured_main_abc.json"
+        runs.write_json(measured, {"text_perplexity": perplexity})
+    assert study.result(one) and study.result(two) is None
 
 
 def test_a_failure_replaces_a_success_or_is_forgotten_when_the_run_is_done_again(tmp_path: Path) -> None:
