@@ -127,6 +127,10 @@ def test_runs_are_not_those_of_the_grid_seed_by_seed(tmp_path: Path) -> None:
         ({"main": {"runs": {"large": {"smare": 1}}}}, "there is no arm smare; give one of none, smar"),
         ({"main": {"runs": {"huge": {"smar": 1}}}}, "there is no model huge; give one of large, small"),
         ({"arms": {"none": {"modality-routing": "none"}, "smar": {"smar-coef": 1}}}, "smar-coef is not a flag"),
+        (
+            {"arms": {"none": {"modality-routing": "none"}, "smar": {"modality-routing": "none", "smar-coeff": 1}}},
+            "smar: --smar-coeff does nothing with --modality-routing none; leave it out",
+        ),
         ({"main": {"runs": {"large": {"none": 101}}}}, r"seeds \[101\] are of tuning and main"),
         ({"main": {"runs": {}, "chosen": {"large": {"smare": {}}}}}, "there is no arm smare; give one of none, smar"),
         ({"backbone": "gpt"}, "there is no backbone gpt; give one of emoji_tiny, smollm2_moe"),
@@ -344,7 +348,10 @@ def write_results(folder: Path, study: grid.Grid, retention, pictures=lambda run
 
 @pytest.fixture
 def study(tmp_path: Path) -> grid.Grid:
-    arms = {name: {"modality-routing": "none"} for name in ("none", "balance", "sqrt", "smar", "smoes_8")}
+    arms = {
+        name: {"modality-routing": "smar" if name == "smar" else "none"}
+        for name in ("none", "balance", "sqrt", "smar", "smoes_8")
+    }
     main = {
         "runs": {"large": dict.fromkeys(("none", "balance", "sqrt", "smar"), 10), "small": {"smar": 5, "smoes_8": 5}}
     }
@@ -393,7 +400,10 @@ def test_language_that_is_paid_for_with_picture_questions_counts_as_kept(tmp_pat
 def test_retention_at_equal_pictures_is_not_that_of_none_at_the_learning_rate_that_answers_as_many(
     tmp_path: Path,
 ) -> None:
-    arms = {name: {"modality-routing": "none"} for name in ("none", "none_lr_low", "smar", "hard", "ernie")}
+    arms = {
+        name: {"modality-routing": "smar" if name == "smar" else "none"}
+        for name in ("none", "none_lr_low", "smar", "hard", "ernie")
+    }
     study = read(
         tmp_path,
         arms=arms,
