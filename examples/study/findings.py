@@ -138,6 +138,7 @@ class Results:
         missing: Names of the runs without a result, or with one from other settings.
         codes: Number of results by the hash of the code that made them.
         unpaired: Models and seeds whose arms did not start from the same checkpoint.
+        without_effect: Pairs of runs of a seed that have other settings and exactly the same measures.
         other_language: Parts and models whose seeds do not have the same language before their runs. They share a
             language model, and what is trained between it and the runs reads no text.
     """
@@ -150,6 +151,8 @@ class Results:
         self.codes: Counter[str] = Counter()
         starts: dict[tuple[str, str, int], set[str]] = defaultdict(set)
         languages: dict[tuple[str, str], set[tuple[int, ...]]] = defaultdict(set)
+        same: dict[tuple[str, str, int, str], Run] = {}
+        self.without_effect: list[str] = []
         for run in grid.runs():
             result = grid.result(run, folder)
             if result is None:
@@ -161,6 +164,9 @@ class Results:
                 self.codes[result["code"]] += 1
                 starts[run.part, run.model, run.seed].add(json.dumps(result["before"]))
                 languages[run.part, run.model].add(tuple(result["before"]["words_completed"]))
+                other = same.setdefault((run.part, run.model, run.seed, json.dumps(result["after"])), run)
+                if other.flags != run.flags:
+                    self.without_effect.append(f"{other.name} and {run.name}")
         self.unpaired = ["/".join(map(str, start)) for start, measured in starts.items() if len(measured) > 1]
         self.other_language = ["/".join(name) for name, measured in languages.items() if len(measured) > 1]
         self._done = {

@@ -282,6 +282,8 @@ def state(results: Results) -> str:
         lines.append(f"They were made by {len(results.codes)} versions of the code.")
     if results.unpaired:
         lines.append(f"Not all arms of {', '.join(results.unpaired)} started from the same checkpoint.")
+    if results.without_effect:
+        lines.append(f"These runs have other settings and the same results: {', '.join(results.without_effect)}.")
     if results.other_language:
         lines.append(f"The seeds of {', '.join(results.other_language)} differ in the language model or the texts.")
     if wrong := wrongly_chosen(results) if results.grid.main["runs"] else []:
