@@ -251,7 +251,7 @@ class Results:
 
 
 def planned(results: Results) -> dict[str, Hypothesis]:
-    """Returns the hypotheses of whose arms the grid's main part has any runs."""
+    """Returns the hypotheses both of whose arms are in the grid's main part."""
     runs = results.grid.main["runs"]
     return {name: h for name, h in HYPOTHESES.items() if {h.arm, h.other} <= runs.get(h.model, {}).keys()}
 

@@ -18,6 +18,7 @@ from steps import fingerprint
 from variants import Variant
 
 from megatron_smar.config.run_file import read_flags
+from megatron_smar.routing.strategies import STRATEGIES
 
 TUNING, MAIN = "tuning", "main"
 SPLIT_OF = {TUNING: "validation", MAIN: "test"}
@@ -109,7 +110,8 @@ class Grid:
         for name, arm in self.arms.items():
             for other in arm.get(LIKE, ()):
                 _known(other, self.arms, "arm")
-            Variant(name, {flag: value for flag, value in arm.items() if flag not in (TEXT_SHARE, LIKE)}, {})
+            variant = Variant(name, {flag: value for flag, value in arm.items() if flag not in (TEXT_SHARE, LIKE)}, {})
+            _check_own(variant)
         for model, arms in self.main["runs"].items():
             for arm in arms:
                 self._check_chosen(model, arm)
@@ -206,6 +208,17 @@ def _text(value: Any) -> str:
 def _known(name: str, known: Mapping[str, Any], what: str) -> None:
     if name not in known:
         raise ValueError(f"The grid: there is no {what} {name}; give one of {', '.join(known)}.")
+
+
+def _check_own(arm: Variant) -> None:
+    """Refuses an arm with a flag of another strategy, which would change nothing that it trains."""
+    for strategy in STRATEGIES.values():
+        others = {strategy.flag(field.name).removeprefix("--") for field in strategy.flag_fields()}
+        if strategy.name != arm.routing and (unused := sorted(others & arm.flags.keys())):
+            raise ValueError(
+                f"The grid: {arm.name} has --{unused[0]}, which trains nothing with --modality-routing {arm.routing}; "
+                "leave it out."
+            )
 
 
 def read_grid(path: Path) -> Grid:

@@ -18,15 +18,16 @@ FAILURES_IN_A_ROW = 3  # of runs: then the machine is more likely at fault than 
 Task = Run | Base  # a run, or the stages that the runs of a model and seed share
 
 
-def task(study: Study, item: Task, retry: bool) -> str | None:
-    """Does a run, or the stages that runs share; returns why it failed."""
+def task(study: Study, item: Task, retry: bool) -> tuple[str | None, bool]:
+    """Does a run, or the stages that runs share; returns why it failed, and whether it was done now."""
     try:
         if isinstance(item, Run):
-            return study.run(item, retry).get("failed")
+            result, is_new = study.run(item, retry)
+            return result.get("failed"), is_new
         study.backbone.make(item)
     except StepError as error:
-        return str(error)
-    return None
+        return str(error), True
+    return None, True
 
 
 def ready(todo: list[Task], done: set[Base]) -> Task | None:
@@ -63,7 +64,7 @@ def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float, re
     """
     todo, done, failures, in_a_row = ordered(runs), set[Base](), 0, 0
     deadline = time.monotonic() + 3600 * hours
-    running: dict[Future[str | None], Task] = {}
+    running: dict[Future[tuple[str | None, bool]], Task] = {}
     tqdm.monitor_interval = 0  # no thread: processes are forked from this one
     # Forks need not import everything again.
     with (
@@ -79,7 +80,7 @@ def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float, re
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                item, failed = running.pop(future), future.result()
+                item, (failed, is_new) = running.pop(future), future.result()
                 affected = [item] if isinstance(item, Run) else []
                 if not isinstance(item, Run):
                     done.add(item)
@@ -90,7 +91,7 @@ def run_here(study: Study, runs: Sequence[Run], processes: int, hours: float, re
                 for run in affected if failed else ():
                     failures += 1
                     bar.write(f"{run.name} failed: {failed}")
-                if isinstance(item, Run):
+                if isinstance(item, Run) and is_new:
                     in_a_row = in_a_row + 1 if failed else 0
                 if todo and in_a_row >= FAILURES_IN_A_ROW:
                     bar.write(f"{in_a_row} runs failed in a row, so no more are begun; --retry does them again.")

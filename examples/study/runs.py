@@ -51,16 +51,20 @@ class Study:
         found = self.backbone.grid.result(run, self.results)
         if found is None or "failed" in found:
             return found
-        files = self.backbone.folder(run.base).rglob(f"measured_{run.part}_*.json")
+        files = list(self.backbone.folder(run.base).rglob(f"measured_{run.part}_*.json"))
+        files = [file for file in files if file.stem.endswith(self.provenance["code"])] or files
         starts = [rounded(json.loads(file.read_text(encoding="utf-8"))) for file in files]
         return found if not starts or found["before"] in starts else None
 
-    def run(self, run: Run, retry: bool = False) -> dict[str, Any]:
+    def run(self, run: Run, retry: bool = False) -> tuple[dict[str, Any], bool]:
         """Does a run unless it is done, and writes its result; a run that fails has a result too, which says so.
 
         Args:
             run: The run.
             retry: Whether a run that failed is done again.
+
+        Returns:
+            The result, and whether the run was done now: another process may have done it.
 
         Raises:
             StepError: A stage that the run shares with others failed, or measuring the checkpoint before the run.
@@ -69,7 +73,7 @@ class Study:
         with locked(folder.with_name(f"{folder.name}.lock")):  # of several processes that do the study
             earlier = self.result(run)
             if earlier is not None and not (retry and "failed" in earlier):
-                return earlier
+                return earlier, False
             begin = time.monotonic()
             start = self.backbone.make(run.base)
             before = self._measure(run, start, start / f"measured_{run.part}_{self.provenance['code']}.json")
@@ -82,7 +86,7 @@ class Study:
             self._write(run, result, earlier)
             if "failed" not in result:
                 shutil.rmtree(folder)
-        return result
+        return result, True
 
     def _after(self, run: Run, folder: Path, start: Path) -> dict[str, Any]:
         """Trains a run's stage and returns the measures after it."""

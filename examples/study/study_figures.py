@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,11 +55,12 @@ def write_figures(results: Results, folder: Path) -> list[tuple[str, str]]:
 def scatter(results: Results, model: str, arms: Sequence[str]) -> Figure:
     """Plots language retention over picture questions, each with its interval, a point for each arm.
 
-    A line joins `none` at its learning rates. Arms that read another share of text are left out. Where some arms keep
-    much less or more than `none`, a second panel has all, and the first those close to `none`.
+    A line joins `none` at the learning rates that a panel has. Arms that read another share of text are left out. Where
+    some arms keep much less or more than `none`, a second panel has all, and the first those close to `none`.
     """
     shown = [arm for arm in arms if "_text_" not in arm]
     points = {arm: [summary(list(results.values(MAIN, model, arm, name).values())) for name in AXES] for arm in shown}
+    shown = [arm for arm in shown if math.isfinite(points[arm][1].mean)]
     kept = points[BASELINE][1].mean if BASELINE in points else statistics.fmean(y.mean for _, y in points.values())
     close = [arm for arm in shown if abs(points[arm][1].mean - kept) <= CLOSE]
     far = [arm for arm in shown if arm not in close]

@@ -56,7 +56,7 @@ def keep_float32_products() -> None:
 
 @adaptation(
     "cuDNN's attention, torch's first choice on an H100 or H200, gives NaN as the query's gradient where there is a "
-    "mask, as under context parallelism, and every score of a row is low (pytorch/pytorch#196678)",
+    "mask, as under context parallelism, for some lengths if every score of a row is low (pytorch/pytorch#196678)",
     Where.CUDA,
     needed_by="torch 2.11 to 2.13",
 )

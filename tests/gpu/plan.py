@@ -88,7 +88,7 @@ def packer_is_built() -> bool:
 _ALL = (
     Step("environment", "driver, GPU and packages fit together", "environment:check", 60, (), alone=True),
     Step("compile", "torch.compile makes code for the device", "kernels:compile_function", 120, ()),
-    Step("attention", "flash attention supports the model's shapes; float32's backend", "kernels:attention", 60, ()),
+    Step("attention", "flash attention supports the model's shapes; float32's backend", "kernels:attention", 90, ()),
     Step("pixels", "images are normalized as on the CPU", "kernels:pixels", 60),
     Step("routing", "SMAR's equations and gradients, against float64", "kernels:routing", 60),
     Step(FILES, "images, shards, tokenizer, vision tower", "files:make", 60, alone=True),

@@ -43,7 +43,7 @@ def test_runs_are_not_those_of_the_grid_seed_by_seed(tmp_path: Path) -> None:
         ({"arms": {"none": {"modality-routing": "none"}, "smar": {"smar-coef": 1}}}, "smar-coef is not a flag"),
         (
             {"arms": {"none": {"modality-routing": "none"}, "smar": {"modality-routing": "none", "smar-coeff": 1}}},
-            "smar: --smar-coeff does nothing with --modality-routing none; leave it out",
+            "smar has --smar-coeff, which trains nothing with --modality-routing none; leave it out",
         ),
         ({"main": {"runs": {"large": {"none": 101}}}}, r"seeds \[101\] are of tuning and main"),
         ({"main": {"runs": {}, "chosen": {"large": {"smare": {}}}}}, "there is no arm smare; give one of none, smar"),
@@ -210,11 +210,13 @@ def test_a_failure_replaces_a_success_or_is_forgotten_when_the_run_is_done_again
     (only,) = settings.runs()
     backbone = FailingStage(settings, None, tmp_path / "work")
     failing = Failing(backbone, tmp_path / "results", {"code": "abc"})
-    assert failing.run(only)["failed"] == failing.run(only)["failed"] == "stage2 failed"
+    assert failing.run(only) == (failing.result(only), True)
+    assert failing.run(only) == (failing.result(only), False)
+    assert failing.result(only)["failed"] == "stage2 failed"
     working = Failing(backbone, tmp_path / "results", {"code": "abc"})
     object.__setattr__(working, "_after", lambda run, folder, start: {})
-    assert working.run(only, retry=True)["earlier_failures"] == ["stage2 failed"]
-    assert "failed" not in failing.run(only, retry=True)
+    assert working.run(only, retry=True)[0]["earlier_failures"] == ["stage2 failed"]
+    assert "failed" not in failing.run(only, retry=True)[0]
 
 
 def test_a_program_on_a_gpu_is_a_fork_or_sees_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

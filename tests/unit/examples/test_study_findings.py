@@ -274,7 +274,7 @@ def test_the_committed_main_part_has_other_values_than_the_rule_chose() -> None:
 
 
 def test_every_table_and_figure_has_what_the_results_have(tmp_path: Path, study: grid.Grid) -> None:
-    write_results(tmp_path / "results", study, lambda run: 0.8)
+    write_results(tmp_path / "results", study, lambda run: 0.6 if run.arm == "sqrt" else 0.8)  # far below the others
     document = tmp_path / "README.md"
     document.write_text("\n".join(report.MARKS))
     found = report.tables(results := findings.Results(study, tmp_path / "results"))
