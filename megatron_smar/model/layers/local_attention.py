@@ -147,10 +147,9 @@ class ScaledDotProductAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, causal: bool) -> Tensor:
         """Computes attention, [s, b, n * d], causally or over the keys where `kept` [b, n, s, keys] is True."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        repeats = query.shape[1] // key.shape[1]
-        if kept is not None and repeats > 1:
+        if kept is not None and (repeats := query.shape[1] // key.shape[1]) > 1:
             # torch's CUDA kernels that take a mask take no groups; plain products would store all scores.
-            key, value, repeats = (*(x.repeat_interleave(repeats, dim=1) for x in (key, value)), 1)
+            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         with self._dropout_generator():
             context = F.scaled_dot_product_attention(
                 query,
@@ -160,7 +159,7 @@ class ScaledDotProductAttention(MegatronModule):
                 dropout_p=self.dropout if self.training else 0.0,
                 is_causal=causal,
                 scale=self.softmax_scale,
-                enable_gqa=repeats > 1,
+                enable_gqa=key.shape[1] != query.shape[1],
             )
         return context.permute(2, 0, 1, 3).flatten(2)
 
