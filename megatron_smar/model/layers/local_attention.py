@@ -99,7 +99,7 @@ class ScaledDotProductAttention(MegatronModule):
         Args:
             query: [s, b, n, d]; packed [s, n, d].
             key: [s, b, g, d] with g query groups; packed [s, g, d].
-            value: Same shape as `key`.
+            value: Same shape as `key`, or with fewer numbers per head, v.
             attention_mask: None for the causal mask, else [b, 1, s, s] bool, True where masked (Megatron's polarity).
             attn_mask_type: Overrides the layer's mask type.
             attention_bias: Not supported.
@@ -107,7 +107,7 @@ class ScaledDotProductAttention(MegatronModule):
                 waits for the device. Each sequence attends only to itself, causally.
 
         Returns:
-            [s, b, n * d], packed [s, n * d].
+            [s, b, n * v], packed [s, n * v].
         """
         if attention_bias is not None:
             raise ValueError(
@@ -123,7 +123,7 @@ class ScaledDotProductAttention(MegatronModule):
         return self._attend(query, key, value, kept, causal)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """Computes block-diagonal causal attention, one sequence of the pack after another, [s, 1, n * d]."""
+        """Computes block-diagonal causal attention, one sequence of the pack after another, [s, 1, n * v]."""
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
@@ -145,11 +145,15 @@ class ScaledDotProductAttention(MegatronModule):
         return torch.cat(outputs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, causal: bool) -> Tensor:
-        """Computes attention, [s, b, n * d], causally or over the keys where `kept` [b, n, s, keys] is True."""
+        """Computes attention, [s, b, n * v], causally or over the keys where `kept` [b, n, s, keys] is True."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if kept is not None and (repeats := query.shape[1] // key.shape[1]) > 1:
             # torch's CUDA kernels that take a mask take no groups; plain products would store all scores.
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        size = value.shape[-1]
+        if size < key.shape[-1]:
+            # Of latent attention. Without a kernel for two sizes torch would store all scores.
+            value = F.pad(value, (0, key.shape[-1] - size))
         with self._dropout_generator():
             context = F.scaled_dot_product_attention(
                 query,
@@ -161,7 +165,7 @@ class ScaledDotProductAttention(MegatronModule):
                 scale=self.softmax_scale,
                 enable_gqa=key.shape[1] != query.shape[1],
             )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        return context[..., :size].permute(2, 0, 1, 3).flatten(2)
 
     def _mask_of_shard(self, keys: Tensor, causal: bool, attention_mask: Tensor | None) -> Tensor:
         """Returns which keys this rank's queries attend to, [s / cp, s] bool; keys are in the order of gathering."""

@@ -51,6 +51,35 @@ def test_an_attention_mask_under_context_parallelism_is_refused(single_rank):
         attention._mask_of_shard(torch.zeros(8, 1, 1, 1), False, torch.zeros(1, 1, 8, 8, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_smaller_than_keys_store_all_scores_or_change_the_attention(single_rank, packed):
+    """DeepSeek's latent attention: keys of 192 and values of 128 numbers."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from megatron_smar.model.layers.local_attention import ScaledDotProductAttention
+    from tests.models import transformer_config
+
+    attention = ScaledDotProductAttention(transformer_config(), 1, AttnMaskType.causal, "self", softmax_scale=0.3)
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(16, 2, size, generator=generator, requires_grad=True) for size in (12, 12, 8))
+    lengths = [5, 11] if packed else [16]
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends) if packed else None
+    inputs = (query, key, value) if packed else [x.unsqueeze(1) for x in (query, key, value)]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # fails where only the kernel with all scores can run
+        output = attention(*inputs, None, packed_seq_params=params).reshape(16, 2, 8)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    visible = torch.ones(16, 16).tril().bool() & (sequence[:, None] == sequence)
+    scores = torch.einsum("snd,tnd->nst", query.double(), key.double()) * 0.3
+    expected = torch.einsum("nst,tnd->snd", scores.masked_fill(~visible, -torch.inf).softmax(-1), value.double())
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+    weights = torch.randn(output.shape, generator=generator)
+    gradients = torch.autograd.grad((output * weights).sum(), (query, key, value))
+    for found, wanted in zip(gradients, torch.autograd.grad((expected * weights).sum(), (query, key, value))):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_one_rotation_for_a_pack_rotates_a_sequence_by_other_angles_than_its_own(single_rank, tmp_path):
     from megatron.core.transformer.attention import SelfAttention
 
