@@ -76,7 +76,8 @@ def test_values_smaller_than_keys_store_all_scores_or_change_the_attention(singl
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
     weights = torch.randn(output.shape, generator=generator)
     gradients = torch.autograd.grad((output * weights).sum(), (query, key, value))
-    for found, wanted in zip(gradients, torch.autograd.grad((expected * weights).sum(), (query, key, value))):
+    reference = torch.autograd.grad((expected * weights).sum(), (query, key, value))
+    for found, wanted in zip(gradients, reference, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
