@@ -44,6 +44,12 @@ TOWER: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 4, "num_attent
 SIDE, PATCH = 64, 8
 PLAIN = ("--moe-router-load-balancing-type", "none")
 TRAINED_TOWER = ("--freeze", "connector")
+LATENT = (
+    *("--freeze", "vision", "--multi-latent-attention", "--rope-type", "rope", "--qk-layernorm", "--kv-lora-rank"),
+    *("64", "--qk-head-dim", "32", "--qk-pos-emb-head-dim", "16", "--v-head-dim", "24"),
+)
+QUERIES = ("--q-lora-rank", "96")
+DENSE = ("--freeze", "vision", "--moe-layer-freq", "[0]+[1]*3", "--moe-shared-expert-intermediate-size", "384")
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,22 @@ CASES: dict[str, Case] = {
     "DP 2 without distributed optimizer": Case({"gpus": 2, "distributed_optimizer": False, "overlap": False}),
     "trained encoder": Case({"gpus": 1}, tiles=8, flags=TRAINED_TOWER),
     "recomputed, EP 2": Case({"gpus": 2, "expert": 2, "recomputation": FULL}),
+    "latent attention": Case({"gpus": 1}, replace(SMALL, groups=8), flags=LATENT),
+    "latent attention, TP 2": Case({"gpus": 2, "tensor": 2}, replace(SMALL, groups=8), flags=(*LATENT, *QUERIES)),
+    "dense layer, shared experts, TP 2": Case({"gpus": 2, "tensor": 2}, flags=DENSE),
+    "dense last layer, EP 2": Case(
+        {"gpus": 2, "expert": 2}, OTHER, flags=("--freeze", "vision", "--moe-layer-freq", "([1]+[0])*4"), held_out=True
+    ),
+    "latent attention, bf16, TP 2 x CP 2": Case(
+        {"gpus": 4, "tensor": 2, "context": 2, "bf16": True}, replace(OTHER, groups=6), flags=LATENT, held_out=True
+    ),
+    "latent attention, PP 2, recomputed": Case(
+        {"gpus": 2, "pipeline": 2, "recomputation": FULL},
+        replace(OTHER, groups=6),
+        micro_batches=4,
+        flags=(*LATENT, *QUERIES),
+        held_out=True,
+    ),
     "TP 2 x PP 2": Case({"gpus": 4, "tensor": 2, "pipeline": 2}, OTHER, micro_batches=4, held_out=True),
     "PP 2 x EP 2": Case({"gpus": 4, "pipeline": 2, "expert": 2}, OTHER, micro_batches=2, held_out=True),
     "TP 2 x EP 2": Case({"gpus": 2, "tensor": 2, "expert": 2}, OTHER, held_out=True, quick=True),
@@ -222,17 +244,19 @@ def compared(name: str, case: Case, shape: Any, rank: int, found: dict[str, Any]
     even *= layout.expert_tensor / (layout.context * layout.tensor)
     static = memory(shape, layout, batch, place).by_part()
     shares, chunks = [count / even for count in found["routed"]], layout.layers_of(shape, stage)
-    size = len(chunks[0])
+    with_experts = [shape.decoder.moe_layers[layer] for chunk in chunks for layer in chunk]
+    size, of_experts = len(chunks[0]), iter(shares)
+    passes = len(shares) // sum(with_experts)
+    of_layers = [next(of_experts) if has_experts else 1.0 for has_experts in with_experts * passes]
     moments = [
         static | dataclasses.asdict(moment)
-        for start in range(0, len(shares) - size + 1, size)
+        for start in range(0, len(of_layers), size)
         for moment in peaks(
-            shape, layout, batch, stage, sum(shares) / len(shares), backward=shares[start : start + size]
+            shape, layout, batch, stage, sum(shares) / len(shares), backward=of_layers[start : start + size]
         )
     ]
     planned = closest(moments, found["parts"])
-    layers = sum(map(len, chunks))
-    received = round(found["received"] * layers * case.micro_batches)
+    received = round(found["received"] * sum(with_experts) * case.micro_batches)
     expected: Counter[tuple[str, str]] = Counter()
     calls: Counter[tuple[str, str]] = Counter()
     for one in communication(shape, layout, batch, place, received):
@@ -281,7 +305,9 @@ def planned_operations(case: Case, shape: Any) -> float:
     from megatron_smar.planning.operations import operations
 
     layout, batch = layout_of(case), batch_sizes(case)
-    work = replace(work_of_step(shape, batch), pairs=batch.rows * batch.sequence**2)
+    work, decoder = replace(work_of_step(shape, batch), pairs=batch.rows * batch.sequence**2), shape.decoder
+    # Values are padded to the size of keys.
+    shape = replace(shape, decoder=replace(decoder, score_width=2 * decoder.query_width))
     return operations(shape, work, recomputation=layout.recomputation).total
 
 
@@ -330,7 +356,7 @@ def main() -> None:
     runtime.install("cpu")
     names = options.case or [name for name, case in CASES.items() if case.quick or not options.quick]
     rows: list[dict[str, Any]] = []
-    titles = ("case", 30), ("rank", -5), ("peak MB", -9), ("total %", -9), ("  worst part %", 22), ("collectives", -13)
+    titles = ("case", 42), ("rank", -5), ("peak MB", -9), ("total %", -9), ("  worst part %", 22), ("collectives", -13)
     header = "".join(f"{name:{'<' if size > 0 else '>'}{abs(size)}}" for name, size in (*titles, ("operations %", -14)))
     with tempfile.TemporaryDirectory() as folder:
         save_tower(folder)
@@ -359,7 +385,7 @@ def line_of(row: dict[str, Any]) -> str:
     worst = max((part for part in off if part != "total"), key=lambda part: abs(off[part]))
     peak = sum(row["measured"].values()) / 1e6
     name = f"{row['case']}{' (held out)' if row['held_out'] else ''}"
-    line = f"{name:30}{row['rank']:5}{peak:9.1f}{off['total']:+9.2f}  {f'{worst} {off[worst]:+.1f}':20}"
+    line = f"{name:42}{row['rank']:5}{peak:9.1f}{off['total']:+9.2f}  {f'{worst} {off[worst]:+.1f}':20}"
     line += f"{'differ' if row['collectives'] else 'the same':>13}{row['operations_error']:+14.2f}"
     return "\n".join([line, *(f"    {name}: {values}" for name, values in row["collectives"].items())])
 

@@ -48,10 +48,11 @@ SHAPES = {
 
 def flags(shape: Shape, ranks: int, vision_path: str, bf16: bool, strategy: str) -> list[str]:
     """Returns Megatron's flags for the model; the tiny learning rate keeps routing the same in all settings."""
+    groups = f"--group-query-attention --num-query-groups {shape.groups}" if shape.groups < shape.heads else ""
     return f"""
         --vision-model {vision_path} --image-size {IMAGE_SIZE} --connector mlp2x_gelu --modality-routing {strategy}
         --num-layers {shape.layers} --hidden-size {shape.hidden} --ffn-hidden-size {shape.ffn}
-        --num-attention-heads {shape.heads} --group-query-attention --num-query-groups {shape.groups}
+        --num-attention-heads {shape.heads} {groups}
         --num-experts {shape.experts} --moe-router-topk {shape.top_k} --expert-model-parallel-size {ranks}
         --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.01
         --moe-token-dispatcher-type alltoall --swiglu --normalization RMSNorm --disable-bias-linear

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from megatron_smar.config.checks import moe_layers
 from megatron_smar.model.parts import LANGUAGE_PARTS, frozen_parts, part_of
 from megatron_smar.model.vision import VisionConfig, load_vision_config, side_in_pixels
-from megatron_smar.planning.shape import DecoderShape, ModelShape, Parameter, VisionShape
+from megatron_smar.planning.shape import DecoderShape, LatentAttention, ModelShape, Parameter, VisionShape
 
 
 def model_shape(
@@ -42,24 +42,36 @@ def decoder_shape(config: TransformerConfig, vocabulary: int) -> DecoderShape:
     """
     with_experts = moe_layers(config) if config.num_moe_experts else []
     weights, width = _attention(config)
+    latent, groups = _latent_attention(config), config.num_query_groups or config.num_attention_heads
     return DecoderShape(
         hidden=config.hidden_size,
         moe_layers=tuple(number in with_experts for number in range(1, config.num_layers + 1)),
         attention_weights=weights,
         score_width=width,
         heads=config.num_attention_heads,
-        query_groups=config.num_query_groups or config.num_attention_heads,
-        head_size=config.kv_channels,
+        query_groups=config.num_attention_heads if latent else groups,
+        head_size=config.qk_head_dim + latent.rotary if latent else config.kv_channels,
         ffn=config.ffn_hidden_size,
         expert_ffn=config.moe_ffn_hidden_size or config.ffn_hidden_size,
         shared_ffn=config.moe_shared_expert_intermediate_size or 0,
         latent=config.moe_latent_size or 0,
         gated=config.gated_linear_unit,
-        latent_attention=isinstance(config, MLATransformerConfig),
         experts=config.num_moe_experts or 0,
         top_k=config.moe_router_topk,
         vocabulary=vocabulary,
         has_biases=config.add_bias_linear,
+        latent_attention=latent,
+    )
+
+
+def _latent_attention(config: TransformerConfig) -> LatentAttention | None:
+    if not isinstance(config, MLATransformerConfig):
+        return None
+    return LatentAttention(
+        rank=config.kv_lora_rank,
+        query_rank=config.q_lora_rank or 0,
+        rotary=config.qk_pos_emb_head_dim,
+        value=config.v_head_dim,
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from megatron_smar.planning.layout import Batch, Layout
-from megatron_smar.planning.shape import DecoderShape, ModelShape
+from megatron_smar.planning.shape import DecoderShape, LatentAttention, ModelShape
 
 Implementation = Literal["local", "fused"]
 INT64, FLOAT32, BOOL = 8, 4, 1
@@ -55,6 +55,7 @@ class Local:
         shard: Tokens of the residual stream: with sequence parallelism an equal share of them.
         routed: Copies of tokens that the rank's experts compute, of one layer.
         element: Bytes of an activation.
+        packed: Whether rows are packs.
     """
 
     positions: int
@@ -63,6 +64,7 @@ class Local:
     shard: int
     routed: float
     element: int
+    packed: bool
 
 
 def local_sizes(shape: ModelShape, layout: Layout, batch: Batch, imbalance: float) -> Local:
@@ -72,7 +74,8 @@ def local_sizes(shape: ModelShape, layout: Layout, batch: Batch, imbalance: floa
     shard = tokens // layout.tensor
     # A rank's tokens go to the experts once: its share of the sequence, gathered over expert tensor parallelism.
     routed = shard * shape.decoder.top_k * layout.expert_tensor * imbalance
-    return Local(positions, tokens, tokens * batch.predicted, shard, routed, 2 if layout.bf16 else 4)
+    element = 2 if layout.bf16 else 4
+    return Local(positions, tokens, tokens * batch.predicted, shard, routed, element, batch.samples > 1)
 
 
 def activations(
@@ -90,9 +93,6 @@ def activations(
         batch: What a step trains on.
         stage: The rank's pipeline stage.
         imbalance: Tokens to the rank's experts, relative to an even share.
-
-    Raises:
-        ValueError: The model has latent attention, whose activations are not modeled.
     """
     return max(peaks(shape, layout, batch, stage, imbalance), key=lambda moment: moment.total)
 
@@ -115,8 +115,6 @@ def peaks(
         imbalance: Tokens to the rank's experts, relative to an even share.
         backward: The same of each layer of the chunk whose backward pass is looked at; None if all are alike.
     """
-    if shape.decoder.latent_attention:
-        raise ValueError("the activations of latent attention (MLA) are not modeled; plan a model without it.")
     kind: Implementation = "fused" if layout.fused else "local"
     local = local_sizes(shape, layout, batch, imbalance)
     kept = _kept(shape, layout, batch, local, kind, stage)
@@ -258,21 +256,38 @@ def in_flight(layout: Layout, batch: Batch, stage: int) -> int:
 def attention_bytes(decoder: DecoderShape, layout: Layout, local: Local, kind: Implementation) -> float:
     """Returns what a layer's attention keeps of a micro-batch, with its norm and its residual."""
     e, t, hidden = local.element, local.tokens, decoder.hidden
-    queries, keys = decoder.query_width / layout.tensor, decoder.key_width / layout.tensor
+    latent = decoder.latent_attention
+    queries, keys, values = (
+        width / layout.tensor for width in (decoder.query_width, decoder.key_width, decoder.value_width)
+    )
     # The residual is what the norms read; of bf16 the local norms keep a float32 copy instead.
     kept = norm_bytes(hidden, local, layout, kind) + 2 * local.shard * hidden * _residual(local, kind)
-    logsumexp = t * decoder.heads / layout.tensor * FLOAT32
-    output = t * queries * e + logsumexp
+    kept += t * decoder.heads / layout.tensor * FLOAT32  # sums of exponentials
+    if latent:
+        kept += latent_bytes(latent, local, kind)
+        if values < keys and (kind == "local" or local.packed):  # values are padded, and the output trimmed
+            kept += t * values * e
+            values = keys
+    output = t * decoder.heads * values / decoder.query_groups * e
     if kind == "fused":
         # After the rotation: queries, keys and values; keys and values of all context-parallel ranks pass by in turn.
-        return kept + t * (queries + 2 * keys) * e + output
-    rotation = 4 * local.positions * decoder.head_size * e  # cosines and sines of queries and keys
-    if layout.context == 1:
-        # The product of the layer stays, since the values are a part of it.
-        return kept + output + rotation + t * (queries + 2 * keys) * e + t * (queries + keys) * e
-    everywhere = layout.context * t
-    mask = local.positions * layout.context * local.positions * e
-    return kept + output + rotation + t * queries * e + 2 * everywhere * keys * e + mask
+        return kept + t * (queries + keys + values) * e + output
+    kept += 4 * local.positions * (latent.rotary if latent else decoder.head_size) * e  # cosines, sines
+    if layout.context > 1:  # with the mask; keys and values of all ranks are repeated for every head
+        everywhere = layout.context * (t * queries * e + output)
+        return kept + output + t * queries * e + everywhere + local.positions**2 * layout.context * e
+    if not latent:
+        kept += t * (queries + keys) * e  # the product of the layer stays, since the values are a part of it
+    return kept + output + t * (queries + keys + values) * e
+
+
+def latent_bytes(latent: LatentAttention, local: Local, kind: Implementation) -> float:
+    """Returns what the latents of a layer and their norms keep."""
+    # Local layers gather latents, of which a rank's share is then a view.
+    tokens, norms = local.tokens if kind == "local" else local.shard, 2 if latent.query_rank else 1
+    normalized = local.shard * (latent.rank + latent.query_rank) * (_norm_copies(local, kind) + local.element)
+    read = tokens * (latent.compressed + latent.query_rank) * _residual(local, kind)
+    return read + normalized + norms * local.shard * FLOAT32
 
 
 def _residual(local: Local, kind: Implementation) -> int:
@@ -299,7 +314,7 @@ def feed_forward_bytes(
     """Returns what the second half of a layer keeps of a micro-batch: norm, routing, dispatched tokens, experts."""
     kept = norm_bytes(decoder.hidden, local, layout, kind)
     if not has_experts:
-        return kept + _activated(local.tokens, decoder.ffn / layout.tensor, decoder, local, layout)
+        return kept + _activated(local.tokens, decoder.ffn / layout.tensor, decoder, local, layout, kind)
     n, routed, experts, top_k = local.shard, local.routed, decoder.experts, decoder.top_k
     kept += n * (FLOAT32 * (2 * experts + top_k) + INT64 * top_k + BOOL * (2 * experts + 1))  # the router
     width = decoder.latent or decoder.hidden
@@ -312,13 +327,17 @@ def feed_forward_bytes(
         kept += n * experts * 2 * FLOAT32  # the order, of int32
     kept += _activated(routed, ffn, decoder, local, layout)
     if decoder.shared_ffn:
-        kept += _activated(local.tokens, decoder.shared_ffn / layout.tensor, decoder, local, layout)
+        kept += _activated(local.tokens, decoder.shared_ffn / layout.tensor, decoder, local, layout, kind)
     return kept
 
 
-def _activated(tokens: float, ffn: float, decoder: DecoderShape, local: Local, layout: Layout) -> float:
+def _activated(
+    tokens: float, ffn: float, decoder: DecoderShape, local: Local, layout: Layout, kind: Implementation = "fused"
+) -> float:
     """Returns what two linear layers and the activation between them keep, without their input."""
     first = (2 if decoder.gated else 1) * ffn
+    if kind == "local" and decoder.gated:
+        first += 2 * ffn  # a plain gate keeps both factors; this project's experts do not
     again = layout.recomputation.granularity == "selective" and "moe_act" in layout.recomputation.modules
     return tokens * (first + (0 if again else ffn)) * local.element
 

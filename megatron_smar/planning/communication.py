@@ -16,7 +16,7 @@ from typing import Literal
 
 from megatron_smar.planning.activations import FLOAT32, INT64
 from megatron_smar.planning.layout import Batch, Layout
-from megatron_smar.planning.memory import BFLOAT16, FIRST, Place, buffers, held_parameters, without_batch
+from megatron_smar.planning.memory import BFLOAT16, FIRST, Place, buffers, held_parameters, is_whole, without_batch
 from megatron_smar.planning.shape import ModelShape
 from megatron_smar.planning.statistics import reduced_floats
 
@@ -104,7 +104,8 @@ def _seen_in_shares(shape: ModelShape, layout: Layout, stage: int) -> int:
     return sum(
         parameter.size
         for parameter in held
-        if parameter.part in ("norms", "router") and parameter.part in shape.trained and not parameter.tensor_parallel
+        if parameter.part in shape.trained
+        and (is_whole(layout, parameter) or (parameter.part in ("norms", "router") and not parameter.tensor_parallel))
     )
 
 
@@ -161,39 +162,71 @@ class _Step:
 
     def _tensor_parallel(self) -> Iterator[Collective]:
         layout, m, size = self.layout, self.micro_batches, self.hidden_bytes
-        shard = size // layout.tensor
         if self.first and self.batch.tiles and layout.tensor * layout.context > 1:
             vision, ranks = self.shape.vision, layout.tensor * layout.context
             tiles = -(-int(self.batch.tiles * layout.micro_batch) // ranks) * ranks
             features = tiles * vision.tokens * self.shape.connector_input * self.element
             yield Collective("vision features", "tensor and context", "all_gather", m, m * features)
         if layout.tensor > 1:
-            attention = "attention" in self.shape.trained
-            gathers = len(self.layers) * (self.forwards + 1 + attention)
-            scatters = len(self.layers) * (self.forwards + 1)
+            yield from self._sequence_parallel()
+            gathers = self.first + self.last
+            yield Collective("sequence parallelism", "tensor", "all_gather", m * gathers, m * gathers * size)
             if self.first:
                 yield Collective("embeddings", "tensor", "all_reduce", m, m * size)
-                gathers += 1
             if self.last:  # positions with logits are chosen from the whole sequence, and their gradients summed
-                gathers += 1
                 chosen = self.predicted * self.shape.decoder.hidden * self.element
                 yield Collective("loss", "tensor", "all_reduce", m, m * chosen)
-            yield Collective("sequence parallelism", "tensor", "all_gather", m * gathers, m * gathers * size)
-            yield Collective("sequence parallelism", "tensor", "reduce_scatter", m * scatters, m * scatters * shard)
         if self.last:  # largest logit, logit of the label, sum of exponentials
             yield Collective("loss", "tensor", "all_reduce", 3 * m, 3 * m * self.predicted * FLOAT32)
+
+    def _sequence_parallel(self) -> Iterator[Collective]:
+        """Yields what the linear layers exchange.
+
+        A column-parallel layer gathers its input, and again for the gradient of its weights; that of its input is
+        reduced and scattered. A row-parallel layer reduces and scatters its output, whose gradient is gathered.
+        """
+        decoder, layers, again = self.shape.decoder, len(self.layers), self.forwards
+        dense, shared = layers - self.moe_layers, self.moe_layers if decoder.shared_ffn else 0
+        columns = [(decoder.hidden, "dense", dense), (decoder.hidden, "experts", shared)]
+        columns += [(width, "attention", layers) for width in self._attention_inputs()]
+        for width, part, number in columns:
+            yield from self._exchanged(width, number * (again + (part in self.shape.trained)), number)
+        rows = layers + dense + shared
+        yield from self._exchanged(decoder.hidden, rows, rows * again)
+        if decoder.latent_attention:
+            yield from self._exchanged(decoder.latent_attention.rotary, layers * again, layers)
+            if not self.layout.fused:  # latents are sharded by numbers, then by tokens
+                for width in (decoder.latent_attention.compressed, decoder.latent_attention.query_rank):
+                    yield from self._exchanged(width, layers * (again + 1), 0)
+
+    def _attention_inputs(self) -> list[int]:
+        """Returns the sizes of the inputs of an attention's column-parallel layers."""
+        hidden, latent = self.shape.decoder.hidden, self.shape.decoder.latent_attention
+        if latent is None:
+            return [hidden]
+        up = [latent.rank, latent.query_rank or hidden]
+        if self.layout.fused:
+            return up
+        return [hidden, *up, hidden] if latent.query_rank else [hidden, *up]
+
+    def _exchanged(self, width: int, gathers: int, scatters: int) -> Iterator[Collective]:
+        m, size = self.micro_batches, self.tokens * width * self.element
+        shard = size // self.layout.tensor
+        if width and gathers:
+            yield Collective("sequence parallelism", "tensor", "all_gather", m * gathers, m * gathers * size)
+        if width and scatters:
+            yield Collective("sequence parallelism", "tensor", "reduce_scatter", m * scatters, m * scatters * shard)
 
     def _context_parallel(self) -> Iterator[Collective]:
         layout = self.layout
         if layout.context == 1:
             return
-        calls = 2 * len(self.layers) * self.micro_batches
-        keys = self.tokens * self.shape.decoder.key_width // layout.tensor * self.element
-        everywhere = keys * layout.context
-        yield Collective(
-            "keys and values", "context", "all_gather", calls * self.forwards, calls * self.forwards * everywhere
-        )
-        yield Collective("keys and values", "context", "reduce_scatter", calls, calls * keys)
+        calls, decoder = len(self.layers) * self.micro_batches, self.shape.decoder
+        for width in (decoder.key_width, decoder.value_width):
+            own = self.tokens * width // layout.tensor * self.element
+            gathers = calls * self.forwards
+            yield Collective("keys and values", "context", "all_gather", gathers, gathers * own * layout.context)
+            yield Collective("keys and values", "context", "reduce_scatter", calls, calls * own)
 
     def _experts(self) -> Iterator[Collective]:
         layout, decoder = self.layout, self.shape.decoder

@@ -155,7 +155,12 @@ def _shard(shape: ModelShape, layout: Layout, parameter: Parameter) -> int:
     if parameter.part == "embeddings":
         size = size // shape.decoder.vocabulary * shape.decoder.padded_vocabulary(layout.tensor)
     ranks = layout.expert_tensor if parameter.expert is not None else layout.tensor
-    return size // ranks if parameter.tensor_parallel else size
+    return size // ranks if parameter.tensor_parallel and not is_whole(layout, parameter) else size
+
+
+def is_whole(layout: Layout, parameter: Parameter) -> bool:
+    """Returns whether a projection to latents is one that Transformer Engine's layers do not shard."""
+    return layout.fused and "_down_proj." in parameter.name
 
 
 def buffers(shape: ModelShape, layout: Layout, stage: int = 0) -> list[Buffer]:

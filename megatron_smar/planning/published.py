@@ -91,7 +91,6 @@ def _decoder(
         shared_ffn=0,
         latent=0,
         gated=True,
-        latent_attention=False,
         experts=experts,
         top_k=top_k,
         vocabulary=vocabulary,
@@ -123,7 +122,6 @@ def _qwen36() -> ModelShape:
         shared_ffn=512,
         latent=0,
         gated=True,
-        latent_attention=False,
         experts=256,
         top_k=8,
         vocabulary=2 * 248320,  # the output layer runs twice

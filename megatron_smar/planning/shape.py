@@ -9,6 +9,28 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Attention that compresses keys and values (MLA); the latents are normalized.
+
+    Attributes:
+        rank: Size of the latent of keys and values.
+        query_rank: Size of the queries' latent; 0 where queries have none.
+        rotary: Numbers of a head's key that are rotated, the same for all heads.
+        value: Size of a head's value.
+    """
+
+    rank: int
+    query_rank: int
+    rotary: int
+    value: int
+
+    @property
+    def compressed(self) -> int:
+        """Numbers of a token from which its keys and values follow."""
+        return self.rank + self.rotary
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """The language model.
 
@@ -26,12 +48,12 @@ class DecoderShape:
         shared_ffn: Intermediate size of the shared experts.
         latent: Size of the tokens that experts get, where a projection makes them smaller; 0 for h.
         gated: Whether feed-forward layers have a gate: three matrices instead of two.
-        latent_attention: Whether the attention compresses keys and values (MLA).
         experts: Number of experts of an MoE layer, E.
         top_k: Experts per token, K.
         vocabulary: Rows of the output layer; Megatron pads them for tensor parallelism.
         vocabulary_multiple: --make-vocab-size-divisible-by.
         has_biases: Whether linear layers have biases, experts' too.
+        latent_attention: How the attention compresses keys and values; None if it does not.
     """
 
     hidden: int
@@ -46,12 +68,12 @@ class DecoderShape:
     shared_ffn: int
     latent: int
     gated: bool
-    latent_attention: bool
     experts: int
     top_k: int
     vocabulary: int
     vocabulary_multiple: int = 1
     has_biases: bool = False
+    latent_attention: LatentAttention | None = None
 
     def padded_vocabulary(self, tensor: int) -> int:
         """Returns the rows of the output layer with the padding for a tensor-parallel size."""
@@ -84,8 +106,13 @@ class DecoderShape:
 
     @property
     def key_width(self) -> int:
-        """Numbers of a token's keys, and of its values."""
+        """Numbers of a token's keys."""
         return self.query_groups * self.head_size
+
+    @property
+    def value_width(self) -> int:
+        """Numbers of a token's values."""
+        return self.query_groups * (self.latent_attention.value if self.latent_attention else self.head_size)
 
 
 @dataclass(frozen=True)

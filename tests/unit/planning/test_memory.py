@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_smar.planning.activations import activations, in_flight
+from megatron_smar.planning.activations import activations, attention_bytes, in_flight, local_sizes
+from megatron_smar.planning.communication import shares_of_sequence
 from megatron_smar.planning.layout import Batch, Layout
 from megatron_smar.planning.memory import Buffer, Place, _buffer, buffers, held_parameters, memory, owned
 from megatron_smar.planning.operations import Recomputation
+from megatron_smar.planning.shape import LatentAttention, ModelShape, Parameter
 from tests.unit.planning.models import BATCH, SHAPE, with_trained
 
 SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=12)
@@ -97,10 +99,42 @@ def test_positions_without_a_loss_have_logits():
     assert activations(SHAPE, layout, few).total < activations(SHAPE, layout, BATCH).total
 
 
-def test_latent_attention_is_planned_although_it_is_not_modeled():
-    latent = replace(SHAPE, decoder=replace(SHAPE.decoder, latent_attention=True))
-    with pytest.raises(ValueError, match=r"latent attention .* not modeled"):
-        memory(latent, Layout(8, expert=8), BATCH)
+def with_latent_attention() -> ModelShape:
+    """Returns the model with latents of 512 numbers and values smaller than keys, and one layer's projections."""
+    heads = SHAPE.decoder.heads
+    latent = LatentAttention(rank=512, query_rank=768, rotary=64, value=128)
+    projections = (
+        Parameter("layers.0.self_attention.linear_kv_down_proj.weight", 576 * 2048, "attention", 0, True),
+        Parameter("layers.0.self_attention.linear_kv_up_proj.weight", heads * 256 * 512, "attention", 0, True),
+        Parameter("layers.0.self_attention.kv_layernorm.weight", 512, "norms", 0),
+    )
+    decoder = replace(SHAPE.decoder, head_size=192, query_groups=heads, latent_attention=latent)
+    return ModelShape(decoder, SHAPE.vision, SHAPE.trained, projections)
+
+
+def test_projections_to_latents_are_sharded_although_transformer_engine_has_them_whole():
+    shape, sizes, shares = with_latent_attention(), [], []
+    for fused in (True, False):
+        layout = Layout(4, tensor=4, fused=fused)
+        sizes.append([size for _, size in held_parameters(shape, layout, 0)[0]])
+        shares.append(shares_of_sequence(shape, layout, 0))
+    down, up, norm = (parameter.size for parameter in shape.parameters)
+    assert sizes == [[down, up // 4, norm], [down // 4, up // 4, norm]]
+    assert shares == [down + norm, norm]
+
+
+def test_padded_values_of_latent_attention_are_not_counted():
+    """Local layers always pad them; Transformer Engine's only under packs."""
+    shape, tokens = with_latent_attention(), 4096
+    kept = {}
+    for fused in (True, False):
+        for samples in (1, 4):
+            layout, batch = Layout(1, fused=fused), Batch(tokens, 1, samples=samples)
+            local = local_sizes(shape, layout, batch, 1.0)
+            kept[fused, samples] = attention_bytes(shape.decoder, layout, local, "fused" if fused else "local")
+    padding = 2 * shape.decoder.heads * (192 - 128)  # of values, and of the output beside the trimmed one
+    assert kept[True, 4] - kept[True, 1] == 2 * tokens * (padding + shape.decoder.heads * 128)
+    assert kept[False, 4] == kept[False, 1]
 
 
 def test_without_the_distributed_optimizer_a_rank_does_not_have_the_whole_state():
