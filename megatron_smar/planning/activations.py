@@ -173,14 +173,22 @@ def _loss_phases(shape: ModelShape, layout: Layout, batch: Batch, local: Local, 
     """Returns what is alive in the loss, and in the backward pass of the output layer."""
     decoder, e = shape.decoder, local.element
     rows = decoder.padded_vocabulary(layout.tensor) // layout.tensor
-    temporary: float = local.predicted * decoder.hidden * e
-    if "embeddings" in shape.trained and not layout.fused:
+    chosen = temporary = local.predicted * decoder.hidden * e
+    has_gradient = "embeddings" in shape.trained and not layout.fused
+    if has_gradient:
         temporary += rows * decoder.hidden * e
     freed = int(local.predicted * rows * FLOAT32) if layout.bf16 else 0  # the gradient has replaced the float32 logits
     backward = replace(kept, output=kept.output - freed, temporary=kept.temporary + int(temporary))
-    # In the forward pass the last norm's output is alive as well, of all positions.
-    forward = replace(kept, temporary=kept.temporary + local.tokens * decoder.hidden * e)
-    return [forward, backward]
+    # In the forward pass the last norm's output is alive as well, of all positions, and the embedded tokens.
+    tokens = local.tokens * decoder.hidden * e
+    embedded = 0 if layout.pipeline > 1 or _keeps_embedded(layout, local) else tokens
+    forward = replace(kept, temporary=kept.temporary + tokens, vision=kept.vision + embedded)
+    if not (has_gradient and layout.bf16):
+        return [forward, backward]
+    # The weight's gradient becomes float32 before it is added to the buffer; logits are gone.
+    output = output_bytes(decoder, layout, local, "local") - chosen - local.predicted * rows * (FLOAT32 + e)
+    temporary += rows * decoder.hidden * FLOAT32
+    return [forward, backward, replace(kept, output=int(output), temporary=int(kept.temporary + temporary))]
 
 
 def _layers_backward(
@@ -233,8 +241,11 @@ def _feed_forward_gradients(
     weights = matrices * width * e if trained and kind == "local" else 0  # others accumulate in the buffers directly
     freed = tokens * width * e if has_experts and kind == "local" else 0
     inputs = tokens * ffn * e
+    # The experts' output times float32 weights: its gradient, both factors, and the gradient that the experts get.
+    weighted = tokens * width * (3 * FLOAT32 + e) if freed and e < FLOAT32 else 0
     # The second linear layer, the activation, the first linear layer: what each has used is then freed.
     return (
+        (0, weighted),
         (freed, tokens * (ffn + width) * e + weights * ffn),
         (freed + inputs, tokens * (ffn + first + ffn / matrices) * e),  # the last: one expert's product
         (freed + inputs + tokens * first * e, tokens * (first + width) * e + weights * first),
@@ -342,12 +353,18 @@ def _activated(
     return tokens * (first + (0 if again else ffn)) * local.element
 
 
+def _keeps_embedded(layout: Layout, local: Local) -> bool:
+    """Returns whether the embedded tokens stay: as the first residual, or to compute the first layer again."""
+    kind: Implementation = "fused" if layout.fused else "local"
+    return _residual(local, kind) > 0 or layout.recomputation.granularity == "full"
+
+
 def vision_bytes(shape: ModelShape, layout: Layout, batch: Batch, local: Local) -> float:
     """Returns what encoder, connector and embedding keep of a micro-batch; a frozen encoder keeps nothing."""
     vision, decoder, e = shape.vision, shape.decoder, local.element
     # Tensor- and context-parallel ranks share the tiles.
     tiles = math.ceil(batch.most_tiles * layout.micro_batch / (layout.tensor * layout.context))
-    kept: float = local.tokens * decoder.hidden * e
+    kept: float = local.tokens * decoder.hidden * e if _keeps_embedded(layout, local) else 0
     if layout.tensor > 1:
         kept += local.tokens * (INT64 + BOOL)  # token ids within this rank's rows, and which are not
     if not tiles:
