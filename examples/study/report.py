@@ -145,16 +145,19 @@ def scores_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
 def smar_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
     """Returns the measures of SMAR's arms with its settings."""
     names = ("retention", "pictures", "entropy")
-    header = ("arm", "seeds", "coefficient", "d_min", "d_max", "bias", "balance", "retention %", "picture questions %")
-    rows: Table = [(*header, "distance", "load entropy")]
+    header = ("arm", "seeds", "coefficient", "d_min", "d_max", "bias", "balance", "retention %", "minus none")
+    rows: Table = [(*header, "picture questions %", "minus none", "distance", "load entropy")]
     for arm in arms:
         flags = results.grid.flags_of(shown.model, arm)
         has_bias = flags["modality-routing"] == "smar" and not flags.get("no-modality-router-bias")
         settings = [str(flags.get(name, "")) for name in ("smar-coeff", "smar-d-min", "smar-d-max")]
         settings += ["yes" if has else "no" for has in (has_bias, "moe-aux-loss-coeff" in flags)]
         own = [summary(list(results.values(MAIN, shown.model, arm, name).values())) for name in names]
-        language, pictures = map(parts, own[:2])
-        numbers = (language, pictures, _distances(results, shown.model, arm), parts(own[2], 1))
+        language, pictures = (
+            (parts(found), _minus_none(results, shown.model, arm, name, 100))
+            for name, found in zip(names[:2], own[:2], strict=True)
+        )
+        numbers = (*language, *pictures, _distances(results, shown.model, arm), parts(own[2], 1))
         rows.append((arm, str(len(results.of_arm(MAIN, shown.model, arm))), *settings, *numbers))
     return rows
 
