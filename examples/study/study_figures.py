@@ -17,7 +17,7 @@ from paired import Interval
 
 from megatron_smar.report.comparison_figures import Panel, distance_panels
 from megatron_smar.report.figures import expert_maps_by_run, top_share
-from megatron_smar.report.style import MUTED, RUN_COLORS, label_ends, new_figure, styled
+from megatron_smar.report.style import MUTED, RUN_COLORS, label_ends, new_figure, styled, write
 
 DISTANCES = (
     ("MRD distance by band (the paper's Figure 2)", "distance_bands", ("smar_05", "smar_10", "smar_15", "smar")),
@@ -40,14 +40,14 @@ def write_figures(results: Results, folder: Path) -> list[tuple[str, str]]:
     for model in results.grid.models:
         if arms := results.arms(MAIN, model):
             written.append((f"Language retention against picture questions, {model} experts", f"scatter_{model}.svg"))
-            scatter(results, model, arms).savefig(folder / written[-1][1])
+            write(scatter(results, model, arms), folder / written[-1][1])
     for title, name, wanted in DISTANCES:
         if shown := _present(results, wanted):
             written.append((title, f"{name}.svg"))
-            distances(results, shown).savefig(folder / written[-1][1])
+            write(distances(results, shown), folder / written[-1][1])
     if shown := _present(results, LOADS):
         written.append(("Expert load, mean over seeds (Figure 4)", "loads.svg"))
-        loads(results, shown).savefig(folder / written[-1][1])
+        write(loads(results, shown), folder / written[-1][1])
     return written
 
 

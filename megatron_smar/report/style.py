@@ -158,10 +158,20 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         stem: Path of the files without their suffix.
     """
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": stem.name}):
-        for path in paths:
-            figure.savefig(path, facecolor=PAGE, metadata={"Date": None} if path.suffix == ".svg" else None)
+    for path in paths:
+        write(figure, path)
     return paths
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Writes a figure on a white page; an SVG is the same whenever it is written.
+
+    Args:
+        figure: A figure in the report's style.
+        path: The file, a PNG or an SVG.
+    """
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": path.stem}):
+        figure.savefig(path, facecolor=PAGE, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def shade_band(axes: Axes, band: Sequence[float], values: Sequence[float]) -> None:
