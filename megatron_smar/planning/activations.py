@@ -67,6 +67,11 @@ class Local:
     packed: bool
 
 
+def implementation_of(layout: Layout) -> Implementation:
+    """Returns whose layers a layout has."""
+    return "fused" if layout.fused else "local"
+
+
 def local_sizes(shape: ModelShape, layout: Layout, batch: Batch, imbalance: float) -> Local:
     """Returns the sizes of a rank's share."""
     positions = batch.sequence // layout.context
@@ -115,7 +120,7 @@ def peaks(
         imbalance: Tokens to the rank's experts, relative to an even share.
         backward: The same of each layer of the chunk whose backward pass is looked at; None if all are alike.
     """
-    kind: Implementation = "fused" if layout.fused else "local"
+    kind = implementation_of(layout)
     local = local_sizes(shape, layout, batch, imbalance)
     kept = _kept(shape, layout, batch, local, kind, stage)
     alike = [imbalance] * len(layout.layers_of(shape, stage)[-1])
@@ -355,8 +360,7 @@ def _activated(
 
 def _keeps_embedded(layout: Layout, local: Local) -> bool:
     """Returns whether the embedded tokens stay: as the first residual, or to compute the first layer again."""
-    kind: Implementation = "fused" if layout.fused else "local"
-    return _residual(local, kind) > 0 or layout.recomputation.granularity == "full"
+    return _residual(local, implementation_of(layout)) > 0 or layout.recomputation.granularity == "full"
 
 
 def vision_bytes(shape: ModelShape, layout: Layout, batch: Batch, local: Local) -> float:

@@ -169,8 +169,7 @@ class _Step:
             yield Collective("vision features", "tensor and context", "all_gather", m, m * features)
         if layout.tensor > 1:
             yield from self._sequence_parallel()
-            gathers = self.first + self.last
-            yield Collective("sequence parallelism", "tensor", "all_gather", m * gathers, m * gathers * size)
+            yield from self._exchanged(self.shape.decoder.hidden, self.first + self.last, 0)
             if self.first:
                 yield Collective("embeddings", "tensor", "all_reduce", m, m * size)
             if self.last:  # positions with logits are chosen from the whole sequence, and their gradients summed
