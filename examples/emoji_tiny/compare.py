@@ -28,11 +28,9 @@ from demo_content import content
 from demo_report import write_report
 from documents import replace_between_marks
 from run import parser_of
-from stages import Demo, VariantRun
+from stages import Demo, VariantRun, time_left
 from steps import StepError
 from variants import Variant, find_variant, settings, variants
-
-from megatron_smar.report.numbers import duration
 
 PROGRAM = "python examples/emoji_tiny/compare.py"
 
@@ -49,7 +47,7 @@ def run_all(demo: Demo, wanted: Sequence[Variant]) -> tuple[list[VariantRun], li
     failures: list[str] = []
     for number, run in enumerate(runs):
         left = sum(not later.is_done for later in runs[number:])
-        print(f"\n{run.variant.label}: {number + 1} of {len(runs)}{_time_left(done, left)}", flush=True)
+        print(f"\n{run.variant.label}: {number + 1} of {len(runs)}{time_left(done, left)}", flush=True)
         try:
             done.append(run.run().place())
         except StepError as error:
@@ -57,13 +55,6 @@ def run_all(demo: Demo, wanted: Sequence[Variant]) -> tuple[list[VariantRun], li
             continue
         write_report(content(demo, run), run.folder)
     return done, failures
-
-
-def _time_left(done: Sequence[VariantRun], left: int) -> str:
-    if not done or not left:
-        return ""
-    mean = sum(run.stage2.seconds + run.evaluation.seconds + run.placement.seconds for run in done) / len(done)
-    return f", about {duration(mean * left)} left"
 
 
 def main() -> None:

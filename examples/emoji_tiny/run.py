@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: trains a small vision-language MoE on text, then on images, and evaluates it before and after stage 2.
 
-    python examples/emoji_tiny/run.py [--routing smar] [--set FLAG=VALUE ...] [--output runs/demo] [--compare]
-    python examples/emoji_tiny/run.py --compare --seeds 1 2 3 4 5
+    python examples/emoji_tiny/run.py [--routing smar] [--set FLAG=VALUE ...] [--output runs/demo]
+    python examples/emoji_tiny/run.py --compare [--seeds 1 2 3 4 5]
 
 Every step trains or evaluates with the same programs as a large run (`pretrain_vlm.py`, `tools/evaluate.py`,
 `tools/data/prepare.py`). Steps whose results are still valid are skipped; an interrupted stage resumes from its last
 checkpoint. Stage 2 under another routing strategy than SMAR starts from the same checkpoint, and its results are in a
-folder beside --output, such as runs/demo-hard. With --seeds, stage 2 is repeated with and without the strategy, each
-time with another order of the data, and the paired differences are shown with their intervals.
+folder beside --output, such as runs/demo-hard. With --compare, stage 2 is also trained without the strategy, and both
+are repeated with the seeds of --seeds, each time with another order of the data; the paired differences are shown with
+their intervals.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -29,9 +31,11 @@ runtime.install_or_exit("cpu")  # this process only parses flags and reads resul
 from demo_content import content
 from demo_report import print_table, write_report
 from paired import MOST_FLIPS
-from stages import Demo, VariantRun
+from stages import Demo, VariantRun, time_left
 from steps import StepError
 from variants import DEFAULT, Variant, find_variant, variants
+
+SEEDS = (1, 2, 3, 4, 5)  # of --compare: routings differ by less than a single pair of runs does by chance (docs/study)
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -61,12 +65,16 @@ def run(demo: Demo, variant: Variant, others: list[Variant], repeated: list[tupl
     """
     begin = time.monotonic()
     demo.prepare()
-    done = VariantRun(demo, variant).run()
-    compared = [VariantRun(demo, other).run() for other in others]
-    pairs = [(VariantRun(demo, one).run(), VariantRun(demo, other).run()) for one, other in repeated]
+    runs = [VariantRun(demo, each) for each in (variant, *others, *itertools.chain(*repeated))]
+    for number, each in enumerate(runs):
+        if len(runs) > 1:
+            left = sum(not later.is_evaluated for later in runs[number:])
+            print(f"\n{each.variant.label}: {number + 1} of {len(runs)}{time_left(runs[:number], left)}", flush=True)
+        each.run()
     print(f"steps done in {time.monotonic() - begin:.0f} s", flush=True)
-    report = content(demo, done, compared, pairs)
-    page = write_report(report, done.folder)[1]
+    compared = 1 + len(others)
+    report = content(demo, runs[0], runs[1:compared], list(itertools.batched(runs[compared:], 2)))
+    page = write_report(report, runs[0].folder)[1]
     print_table(report)
     return page
 
@@ -81,22 +89,30 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FLAG=VALUE", help="further flags of stage 2, such as smar-coeff=0.1"
     )
-    parser.add_argument("--compare", action="store_true", help="also train stage 2 without SMAR, and compare")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[], metavar="N", help="with --compare: repeat both with these seeds"
+        "--compare", action="store_true", help="also train stage 2 without the strategy, on several seeds, and compare"
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="*",
+        type=int,
+        metavar="N",
+        default=SEEDS,
+        help="with --compare: repeat both with these seeds; without any, one run of each (default: %(default)s)",
     )
     options = parser.parse_args()
-    if options.seeds and not options.compare:
+    if options.seeds is not SEEDS and not options.compare:
         parser.error("--seeds repeats a comparison: give --compare too")
-    if len(options.seeds) > MOST_FLIPS:
-        parser.error(f"--seeds has {len(options.seeds)}; the exact test takes at most {MOST_FLIPS}")
+    seeds = list(dict.fromkeys(options.seeds))
+    if len(seeds) > MOST_FLIPS:
+        parser.error(f"--seeds has {len(seeds)}; the exact test takes at most {MOST_FLIPS}")
     os.chdir(ROOT)
     try:
         variant = find_variant(options.routing, options.set)
         others = [find_variant("none")] if options.compare else []
         if variant in others:
             raise ValueError("--compare compares with --routing none: give another routing.")
-        changes = [[*options.set, f"seed={seed}"] for seed in dict.fromkeys(options.seeds)]
+        changes = [[*options.set, f"seed={seed}"] for seed in seeds if options.compare]
         repeated = [(find_variant(options.routing, each), find_variant("none", each[-1:])) for each in changes]
         page = run(Demo(options.output, options.cache, options.quick, options.any_code), variant, others, repeated)
     except (StepError, ValueError) as error:

@@ -18,6 +18,7 @@ from variants import Variant, quick_settings, settings, words
 
 from megatron_smar.checkpoint.metadata import find_checkpoint, read_common_state, read_contents, saved_arguments
 from megatron_smar.config.run_file import flag_parser
+from megatron_smar.report.numbers import duration
 from megatron_smar.routing.strategies import STRATEGIES
 
 RANKS = 2
@@ -190,9 +191,14 @@ class VariantRun:
         self.placement = demo.placement(self.stage2, self.folder)
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether the variant is trained and evaluated."""
+        return self.stage2.is_done() and self.evaluation.is_done()
+
+    @property
     def is_done(self) -> bool:
         """Whether the variant is trained, evaluated and placed."""
-        return self.stage2.is_done() and self.evaluation.is_done() and self.placement.is_done()
+        return self.is_evaluated and self.placement.is_done()
 
     @property
     def is_current(self) -> bool:
@@ -216,6 +222,19 @@ class VariantRun:
         keeps_loads = "loads" in STRATEGIES[self.variant.routing].training_state
         self.demo.place(self.stage2, self.placement, keeps_loads)
         return self
+
+
+def time_left(done: Sequence[VariantRun], left: int) -> str:
+    """Returns the time that further variants will take, as the end of a sentence; empty while nothing is known.
+
+    Args:
+        done: The variants that are done.
+        left: Number of those that are not.
+    """
+    if not done or not left:
+        return ""
+    steps = [step for run in done for step in (run.stage2, run.evaluation, run.placement) if step.is_done()]
+    return f", about {duration(sum(step.seconds for step in steps) / len(done) * left)} left"
 
 
 def results_of(evaluation: Step) -> dict[str, Any]:

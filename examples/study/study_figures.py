@@ -17,7 +17,7 @@ from paired import Interval
 
 from megatron_smar.report.comparison_figures import Panel, distance_panels
 from megatron_smar.report.figures import expert_maps_by_run, top_share
-from megatron_smar.report.style import MUTED, RUN_COLORS, label_ends, new_figure, styled, write
+from megatron_smar.report.style import INK, MUTED, RUN_COLORS, label_ends, new_figure, styled, write
 
 DISTANCES = (
     ("MRD distance by band (the paper's Figure 2)", "distance_bands", ("smar_05", "smar_10", "smar_15", "smar")),
@@ -32,11 +32,26 @@ LOADS = ("balance", "smar", "smar_05")
 MODALITIES = ("text", "vision")
 AXES = ("pictures", "retention")  # of the scatter
 CLOSE = 0.05  # of retention to that of `none`, in its first panel
+OWN_EXPERTS = ("hard", "layer_split", "moiie", "ernie")  # values of --modality-routing
+FAMILIES = {  # in the order in which they are drawn
+    "no method, another learning rate or share of text": MUTED,
+    "a method with all experts for both modalities": RUN_COLORS[0][0],
+    "a method with experts of a modality's own": RUN_COLORS[1][0],
+    "no method": INK,
+}
+NAMED = {  # label and the side of the point on which it is
+    **{"hard": ("hard", "right"), "ernie": ("ernie", "left"), "layer_split": ("layer_split", "left")},
+    **{"hard_6_2": ("hard_6_2", "left"), "moiie": ("moiie", "right")},
+    **{"none_lr_0005": ("half the learning rate", "left"), "none_text_20": ("20 % text", "left")},
+}
 
 
 def write_figures(results: Results, folder: Path) -> list[tuple[str, str]]:
     """Draws the figures that have results; returns the title and the file's name of each."""
     written = []
+    if any(results.arms(MAIN, model) for model in results.grid.models):
+        written.append(("Language retention against picture questions, by family of methods", "overview.svg"))
+        write(overview(results), folder / written[-1][1])
     for model in results.grid.models:
         if arms := results.arms(MAIN, model):
             written.append((f"Language retention against picture questions, {model} experts", f"scatter_{model}.svg"))
@@ -72,6 +87,43 @@ def scatter(results: Results, model: str, arms: Sequence[str]) -> Figure:
     return figure
 
 
+@styled
+def overview(results: Results) -> Figure:
+    """Plots language retention over picture questions by family of methods, a panel for each model."""
+    models = [model for model in results.grid.models if results.arms(MAIN, model)]
+    figure = new_figure(420 * len(models), 400)
+    panels = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, model in zip(panels, models, strict=True):
+        arms = results.arms(MAIN, model)
+        for name, color in FAMILIES.items():
+            for number, arm in enumerate(arm for arm in arms if _family(results, model, arm) == name):
+                x, y = (summary(list(results.values(MAIN, model, arm, axis).values())) for axis in AXES)
+                _point(axes, x, y, color, "" if number else name)
+                text, side = NAMED.get(arm, ("", "left"))
+                place = {"xytext": (3 if side == "left" else -3, 3), "textcoords": "offset points"}
+                axes.annotate(text, (100 * x.mean, 100 * y.mean), ha=side, va="bottom", fontsize=9, **place)
+        axes.set(title=f"{model} experts", xlabel="picture questions answered, %")
+        axes.grid(True, color=MUTED, alpha=0.2)
+    panels[0].set_ylabel("language retention, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _family(results: Results, model: str, arm: str) -> str:
+    """Returns the family of an arm, a name in FAMILIES."""
+    other, soft, own, none = FAMILIES
+    if results.grid.flags_of(model, arm)["modality-routing"] in OWN_EXPERTS:
+        return own
+    return none if arm == BASELINE else other if arm.startswith(f"{BASELINE}_") else soft
+
+
+def _point(axes: Axes, x: Interval, y: Interval, color: str, label: str = "") -> None:
+    """Plots a point in percent, with both its intervals."""
+    spans = [np.nan_to_num([[100 * (each.mean - each.low)], [100 * (each.high - each.mean)]]) for each in (x, y)]
+    style = {"markersize": 4, "color": color, "linewidth": 0.9, "label": label or None}
+    axes.errorbar(100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", **style)
+
+
 def _points(
     axes: Axes, points: Mapping[str, Sequence[Interval]], arms: Sequence[str], labeled: Sequence[str], rows: int
 ) -> None:
@@ -83,8 +135,7 @@ def _points(
     colors = {arm: RUN_COLORS[number % len(RUN_COLORS)][0] for number, arm in enumerate(points)}
     for arm in arms:
         (x, y), color = points[arm], colors[arm]
-        spans = [np.nan_to_num([[100 * (each.mean - each.low)], [100 * (each.high - each.mean)]]) for each in (x, y)]
-        axes.errorbar(100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", markersize=4, color=color, linewidth=0.9)
+        _point(axes, x, y, color)
         labels += [(100 * x.mean, 100 * y.mean, arm, color)] if arm in labeled else []
     axes.set(xlabel="picture questions answered, %", ylabel="language retention, %")
     axes.grid(True, color=MUTED, alpha=0.2)

@@ -283,8 +283,7 @@ def test_every_table_and_figure_has_what_the_results_have(tmp_path: Path, study:
     for (_, (header, *rows)), shown in itertools.product(found, [report.state(results)]):
         assert rows and all(len(row) == len(header) for row in rows) and "0 failed" in shown
     figures = report.write_figures(results, tmp_path)
-    assert {name for _, name in figures} == {
-        *("scatter_large.svg", "scatter_small.svg", "distance_bands.svg", "distance_methods.svg", "loads.svg")
-    }
+    names = ("overview", "scatter_large", "scatter_small", "distance_bands", "distance_methods", "loads")
+    assert [name for _, name in figures] == [f"{name}.svg" for name in names]
     for _, name in figures:
         assert (tmp_path / name).read_text().rstrip().endswith("</svg>")
