@@ -260,13 +260,15 @@ def _plain(found: Interval) -> str:
 
 def tuning_table(results: Results) -> Table:
     """Returns what the tuning tried, with the chosen value of each flag marked; empty without results."""
-    header = ("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "choice")
-    rows: Table = [header]
+    header = ("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "MSI")
+    rows: Table = [(*header, "crossing %", "choice")]
     best = chosen(results)
     for each in tried(results):
         numbers = (f"{100 * each.retention:.1f}", f"{each.perplexity:.2f}", f"{100 * each.pictures:.1f}")
+        routing = (f"{each.msi:.2f}", f"{100 * each.crossing:.1f}")
         choice = "chosen" if each in best else ""
-        rows.append((each.model, each.arm, each.setting.replace("_", " "), str(each.seeds), *numbers, choice))
+        setting = each.setting.replace("_", " ")
+        rows.append((each.model, each.arm, setting, str(each.seeds), *numbers, *routing, choice))
     return rows if len(rows) > 1 else []
 
 
