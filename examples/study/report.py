@@ -67,14 +67,15 @@ class Shown(NamedTuple):
 
 METHODS = ("none", "balance", "smar", "sqrt", "sqrt_smar", "smoes", "smoes_gaussian")
 ROUTINGS = ("hard", "hard_6_2", "layer_split", "moiie", "label_ce", "modality_gates", "modality_balance", "ernie")
-ABLATION = ("none", "smoes_8_binning", "smoes_8_hard", "smoes_8_kl", "smoes_8_fixed", "smoes_8")
+ABLATION = ("none", "smoes_8_binning", "smoes_8_hard", "smoes_8_kl", "smoes_8_fixed", "smoes_8", "smoes_8_strong")
 RATES = ("none_lr_0005", "none_lr_00075", "none", "smar_lr_0005", "smar")
-BANDS = ("none", "smar_05", "smar_10", "smar_15", "smar", "smar_05_paper", "smar_paper")
+BANDS = ("none", "smar_05", "smar_10", "smar_15", "smar", "smar_30", "smar_05_paper", "smar_paper", "smar_30_paper")
 SHARES = tuple(f"{arm}{share}" for arm in ("none", "smar") for share in ("_text_0", "", "_text_6", "_text_20"))
-SMALL = ("none", "balance", "hard", "moiie", "smar", "smar_30", "smoes_8")
+SMALL = ("none", "balance", "hard", "moiie", "smar", "smar_30", "smar_30_paper", "smoes_8", "smoes_8_strong")
 TABLES = (
     Shown("Language scores by method (in the form of the SMAR paper's Table 2)", "large", METHODS + ROUTINGS, "scores"),
     Shown("SMAR's band (Table 4)", "large", BANDS, "smar"),
+    Shown("SMAR's band", "small", BANDS, "smar"),
     Shown(
         "SMAR's bias and load balancing (Table 5)", "large", ("smar_15_no_bias", "smar_15", "smar_15_balance"), "smar"
     ),
@@ -100,7 +101,7 @@ def parts(found: Interval, scale: float = 100, signed: bool = False) -> str:
     """Returns a mean with the half-width of its interval, in percent or points; with a scale of 1, as it is."""
     if math.isnan(found.mean):
         return "-"
-    form = f"{'+' if signed else ''}.{1 if scale > 1 else 2}f"
+    form = f"{'+' if signed else ''}.{1 if scale > 1 else 3}f"
     half = "" if math.isnan(found.low) else f" ± {scale * (found.high - found.mean):{form.lstrip('+')}}"
     return f"{scale * found.mean:{form}}{half}"
 
@@ -146,7 +147,7 @@ def smar_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
     """Returns the measures of SMAR's arms with its settings."""
     names = ("retention", "pictures", "entropy")
     header = ("arm", "seeds", "coefficient", "d_min", "d_max", "bias", "balance", "retention %", "minus none")
-    rows: Table = [(*header, "picture questions %", "minus none", "distance", "load entropy")]
+    rows: Table = [(*header, "picture questions %", "minus none", "distance", "minus none", "load entropy")]
     for arm in arms:
         flags = results.grid.flags_of(shown.model, arm)
         has_bias = flags["modality-routing"] == "smar" and not flags.get("no-modality-router-bias")
@@ -157,7 +158,8 @@ def smar_table(results: Results, shown: Shown, arms: Sequence[str]) -> Table:
             (parts(found), _minus_none(results, shown.model, arm, name, 100))
             for name, found in zip(names[:2], own[:2], strict=True)
         )
-        numbers = (*language, *pictures, _distances(results, shown.model, arm), parts(own[2], 1))
+        moved = (_distances(results, shown.model, arm), _minus_none(results, shown.model, arm, "distance", 1))
+        numbers = (*language, *pictures, *moved, parts(own[2], 1))
         rows.append((arm, str(len(results.of_arm(MAIN, shown.model, arm))), *settings, *numbers))
     return rows
 
@@ -246,7 +248,7 @@ def hypotheses_table(results: Results) -> Table:
             continue
         verdict = found[name]
         scale = 1 if HYPOTHESES[name].measure == "entropy" else 100
-        shown = parts(verdict.difference, scale, signed=True) if scale > 1 else _plain(verdict.difference)
+        shown = parts(verdict.difference, scale, signed=True)
         pictures = parts(verdict.pictures, signed=True)
         sampling = "-" if math.isnan(verdict.sampling) else f"{100 * verdict.sampling:.1f}"
         numbers = (str(verdict.seeds), shown, sampling, pictures, f"{verdict.p:.3f}", f"{verdict.adjusted:.3f}")
@@ -254,18 +256,14 @@ def hypotheses_table(results: Results) -> Table:
     return rows if found else []
 
 
-def _plain(found: Interval) -> str:
-    return f"{found.mean:+.3f} ± {found.high - found.mean:.3f}"
-
-
 def tuning_table(results: Results) -> Table:
     """Returns what the tuning tried, with the chosen value of each flag marked; empty without results."""
-    header = ("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "MSI")
-    rows: Table = [(*header, "crossing %", "choice")]
+    header = ("model", "arm", "setting", "seeds", "retention %", "perplexity ratio", "picture questions %", "distance")
+    rows: Table = [(*header, "MSI", "crossing %", "choice")]
     best = chosen(results)
     for each in tried(results):
         numbers = (f"{100 * each.retention:.1f}", f"{each.perplexity:.2f}", f"{100 * each.pictures:.1f}")
-        routing = (f"{each.msi:.2f}", f"{100 * each.crossing:.1f}")
+        routing = (f"{each.distance:.2f}", f"{each.msi:.2f}", f"{100 * each.crossing:.1f}")
         choice = "chosen" if each in best else ""
         setting = each.setting.replace("_", " ")
         rows.append((each.model, each.arm, setting, str(each.seeds), *numbers, *routing, choice))

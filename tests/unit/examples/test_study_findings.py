@@ -236,7 +236,7 @@ def test_runs_from_different_checkpoints_are_a_pair(tmp_path: Path, study: grid.
 @given(st.permutations([(0.9, 0.55), (0.85, 0.6), (0.7, 0.65)]))
 def test_the_rule_chooses_a_value_that_does_not_learn_the_pictures(order: list[tuple[float, float]]) -> None:
     settings = [
-        findings.Tried("large", "smar", str(n), kept, 1.5, learnt, 0.4, 0.5, 2)
+        findings.Tried("large", "smar", str(n), kept, 1.5, learnt, 1.0, 0.4, 0.5, 2)
         for n, (kept, learnt) in enumerate(order)
     ]
     assert findings.choose(settings, 0.61).retention == 0.85
