@@ -73,7 +73,8 @@ def run(demo: Demo, variant: Variant, others: list[Variant], repeated: list[tupl
         each.run()
     print(f"steps done in {time.monotonic() - begin:.0f} s", flush=True)
     compared = 1 + len(others)
-    report = content(demo, runs[0], runs[1:compared], list(itertools.batched(runs[compared:], 2)))
+    pairs = list(zip(runs[compared::2], runs[compared + 1 :: 2], strict=True))
+    report = content(demo, runs[0], runs[1:compared], pairs)
     page = write_report(report, runs[0].folder)[1]
     print_table(report)
     return page
