@@ -120,8 +120,10 @@ def _family(results: Results, model: str, arm: str) -> str:
 def _point(axes: Axes, x: Interval, y: Interval, color: str, label: str = "") -> None:
     """Plots a point in percent, with both its intervals."""
     spans = [np.nan_to_num([[100 * (each.mean - each.low)], [100 * (each.high - each.mean)]]) for each in (x, y)]
-    style = {"markersize": 4, "color": color, "linewidth": 0.9, "label": label or None}
-    axes.errorbar(100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", **style)
+    name = label or None
+    axes.errorbar(
+        100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", markersize=4, color=color, linewidth=0.9, label=name
+    )
 
 
 def _points(
