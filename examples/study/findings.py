@@ -322,7 +322,7 @@ def tried(results: Results) -> list[Tried]:
         for name in results.arms(TUNING, model):
             arm, _, setting = name.partition("__")
             own = list(results.of_arm(TUNING, model, name).values())
-            means = {measure: statistics.fmean(map(MEASURES[measure], own)) for measure in Tried._fields[3:9]}
+            means = {measure: statistics.fmean(map(MEASURES[measure], own)) for measure in Tried._fields[3:-1]}
             found.append(Tried(model, arm, setting, seeds=len(own), **means))
     return found
 

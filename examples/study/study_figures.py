@@ -98,10 +98,11 @@ def overview(results: Results) -> Figure:
         for name, color in FAMILIES.items():
             for number, arm in enumerate(arm for arm in arms if _family(results, model, arm) == name):
                 x, y = (summary(list(results.values(MAIN, model, arm, axis).values())) for axis in AXES)
-                _point(axes, x, y, color, "" if number else name)
-                text, side = NAMED.get(arm, ("", "left"))
-                place = {"xytext": (3 if side == "left" else -3, 3), "textcoords": "offset points"}
-                axes.annotate(text, (100 * x.mean, 100 * y.mean), ha=side, va="bottom", fontsize=9, **place)
+                _point(axes, x, y, color, None if number else name)
+                if arm in NAMED:
+                    text, side = NAMED[arm]
+                    place = {"xytext": (3 if side == "left" else -3, 3), "textcoords": "offset points"}
+                    axes.annotate(text, (100 * x.mean, 100 * y.mean), ha=side, va="bottom", fontsize=9, **place)
         axes.set(title=f"{model} experts", xlabel="picture questions answered, %")
         axes.grid(True, color=MUTED, alpha=0.2)
     panels[0].set_ylabel("language retention, %")
@@ -117,12 +118,11 @@ def _family(results: Results, model: str, arm: str) -> str:
     return none if arm == BASELINE else other if arm.startswith(f"{BASELINE}_") else soft
 
 
-def _point(axes: Axes, x: Interval, y: Interval, color: str, label: str = "") -> None:
+def _point(axes: Axes, x: Interval, y: Interval, color: str, label: str | None = None) -> None:
     """Plots a point in percent, with both its intervals."""
     spans = [np.nan_to_num([[100 * (each.mean - each.low)], [100 * (each.high - each.mean)]]) for each in (x, y)]
-    name = label or None
     axes.errorbar(
-        100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", markersize=4, color=color, linewidth=0.9, label=name
+        100 * x.mean, 100 * y.mean, spans[1], spans[0], "o", markersize=4, color=color, linewidth=0.9, label=label
     )
 
 
