@@ -103,7 +103,7 @@ def our_flags(options: argparse.Namespace, vision_path: str) -> list[str]:
         --max-position-embeddings {options.seq_length} --micro-batch-size {options.micro_batch_size}
         --global-batch-size {options.micro_batch_size} --train-iters 1000 --lr 1e-4 --clip-grad 1.0 --weight-decay 0
         --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --make-vocab-size-divisible-by 1
-        {"--bf16" if options.bf16 else ""} --no-check-for-nan-in-loss-and-grad
+        {"--bf16" if options.bf16 else ""} --skip-unused-experts --no-check-for-nan-in-loss-and-grad
     """
     return flags.split()
 

@@ -48,9 +48,11 @@ def build_model(
     connector: str = "mlp2x_gelu",
     routing: dict[str, Any] | None = None,
     freeze: frozenset[str] = frozenset({"vision"}),
+    skips_unused: bool = False,
     **config: Any,
 ) -> Any:
     """Builds a VisionLanguageModel with a vocabulary of 128 and 32 px tiles; needs initialized parallel state."""
+    from megatron_smar.model.layers.specs import LayerConfig
     from megatron_smar.model.vision import VisionConfig
     from megatron_smar.model.vlm import LanguageConfig, VisionLanguageModel
     from megatron_smar.routing.config import ModalityRoutingConfig
@@ -60,7 +62,7 @@ def build_model(
     common = {name: strategy.pop(name) for name in ("eps", "scope", "router_bias") if name in strategy}
     return VisionLanguageModel(
         transformer_config(**config),
-        LanguageConfig(vocab_size=128, max_sequence_length=256),
+        LanguageConfig(vocab_size=128, max_sequence_length=256, layers=LayerConfig(skips_unused=skips_unused)),
         VisionConfig(vision_path, image_size=32),
         connector,  # type: ignore[arg-type]
         ModalityRoutingConfig(STRATEGIES[strategy.pop("strategy", "none")](**strategy), **common),

@@ -34,6 +34,7 @@ def check_shape(args: Namespace, is_known: bool = True) -> None:
     _check_freeze(args, is_known)
     _check_routing(args, modality_routing_config(args), is_known)
     _check_layers(args)
+    _check_skipped(args, is_known)
     _check_loss(args)
     _check_parallelism(args)
 
@@ -263,6 +264,35 @@ def _check_layers(args: Namespace) -> None:
         raise ValueError(
             "--latent-norm-epsilon belongs to the norms in multi-latent attention; give --multi-latent-attention and "
             "--qk-layernorm, or leave it out."
+        )
+
+
+def _check_skipped(args: Namespace, shape_is_known: bool) -> None:
+    """Refuses --skip-unused-experts where the last layer's experts need all tokens, or there are none."""
+    if not args.skip_unused_experts:
+        return
+    if shape_is_known and (not args.num_experts or args.num_layers not in moe_layers(args)):
+        raise ValueError("--skip-unused-experts: the last layer has no experts in this model; leave it out.")
+    if args.moe_token_dispatcher_type != "alltoall":
+        raise ValueError(
+            f"--skip-unused-experts leaves the ranks different numbers of tokens, which --moe-token-dispatcher-type "
+            f"{args.moe_token_dispatcher_type} does not dispatch here; give alltoall, or leave it out."
+        )
+    shards = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    if shards > 1:
+        raise ValueError(
+            "--skip-unused-experts leaves the ranks different numbers of tokens, which expert tensor parallelism does "
+            f"not gather here; give --expert-tensor-parallel-size 1 instead of {shards}, or leave it out."
+        )
+    if args.moe_expert_capacity_factor is not None:
+        raise ValueError(
+            f"--skip-unused-experts with --moe-expert-capacity-factor {args.moe_expert_capacity_factor}: an expert's "
+            "slots are counted for all tokens; leave out one of the two."
+        )
+    if args.moe_router_padding_for_quantization:
+        raise ValueError(
+            "--skip-unused-experts with --moe-router-padding-for-quantization can leave fewer tokens than an expert is "
+            "padded to; leave out one of the two."
         )
 
 

@@ -206,6 +206,12 @@ def _add_language_arguments(parser: ArgumentParser) -> None:
         type=float,
         help="Epsilon of the norms inside multi-latent attention (DeepSeek: 1e-6). Default: --norm-epsilon.",
     )
+    group.add_argument(
+        "--skip-unused-experts",
+        action="store_true",
+        help="While training, compute the experts of the last layer only at positions whose loss counts: no other "
+        "output of that layer is read. Gradients are the same, and all tokens are still routed and counted.",
+    )
 
 
 def _add_stage_arguments(parser: ArgumentParser) -> None:

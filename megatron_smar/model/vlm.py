@@ -136,6 +136,7 @@ class VisionLanguageModel(MegatronModule):
         if post_process and language.true_vocab_size is not None:
             sizes = language.true_vocab_size, language.vocab_size
             mask_padding(self.language_model.output_layer, *sizes, self.pg_collection.tp)
+        self.skips_unused = language.layers.skips_unused
         self.has_scores = modality_routing.strategy.needs_attention_scores
         self._received: Tensor | None = None  # scores from the previous stage, [s, b, M]
         if self.has_scores and not (pre_process and post_process):
@@ -193,12 +194,15 @@ class VisionLanguageModel(MegatronModule):
         decoder_input = None
         if self.pre_process:
             decoder_input = self._embed(input_ids, position_ids, pixel_values, vision_index)
-        mask, sample_ids = self._own_shard(modality_ids, sample_ids)
+        mask = modality_mask_from_ids(self._own_shard(modality_ids), self.modality_routing.num_modalities)
         columns, scores = mask, None
-        if self.training and self.modality_routing.strategy.needs_samples:
+        skips = self.skips_unused and loss_positions is not None
+        if self.training and (skips or self.modality_routing.strategy.needs_samples):
             if sample_ids is None:
-                raise ValueError("the routing strategy sums over samples, and sample_ids is missing.")
-            columns = join_columns(mask, sample_ids, score_dtype(self.config.params_dtype))
+                raise ValueError("the layers need each position's sample, and sample_ids is missing.")
+            predicts = _marked(loss_positions if skips else None, input_ids)
+            own = self._own_shard(sample_ids), self._own_shard(predicts)
+            columns = join_columns(mask, *own, score_dtype(self.config.params_dtype))
             scores = self._first_scores(mask) if self.has_scores else None
         # Deferred, the output layer's weight gradient is computed from its sequence-parallel input, which has all rows.
         deferred = self.config.defer_embedding_wgrad_compute
@@ -259,16 +263,12 @@ class VisionLanguageModel(MegatronModule):
         ends = packed.cu_seqlens_q.pin_memory().cuda(non_blocking=True)
         return replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
 
-    def _own_shard(self, modality_ids: Tensor, sample_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns this rank's shard of the modality mask [b, s, M] and of the sample numbers [b, s].
-
-        With sequence parallelism s is divided by the number of tensor-parallel ranks.
-        """
-        if self.config.sequence_parallel:
-            group = self.pg_collection.tp
-            modality_ids = modality_ids.chunk(group.size(), dim=1)[group.rank()]
-            sample_ids = None if sample_ids is None else sample_ids.chunk(group.size(), dim=1)[group.rank()]
-        return modality_mask_from_ids(modality_ids, self.modality_routing.num_modalities), sample_ids
+    def _own_shard(self, positions: Tensor) -> Tensor:
+        """Returns this rank's shard of [b, s]; with sequence parallelism tensor-parallel ranks share the sequence."""
+        if not self.config.sequence_parallel:
+            return positions
+        group = self.pg_collection.tp
+        return positions.chunk(group.size(), dim=1)[group.rank()]
 
     def _embed(
         self,
@@ -315,6 +315,19 @@ class VisionLanguageModel(MegatronModule):
         else:
             features = torch.zeros(1, 1, self.vision_model.output_size, device=like.device, dtype=like.dtype)
         return self.connector(features).sum().to(like.dtype) * 0.0
+
+
+def _marked(positions: Tensor | None, like: Tensor) -> Tensor:
+    """Returns which positions are given, [b, s] bool as `like`; all for None.
+
+    Args:
+        positions: Indices of [s, b], flattened, [n].
+        like: [b, s].
+    """
+    if positions is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    marks = torch.zeros(like.numel(), dtype=torch.bool, device=like.device).index_fill(0, positions, True)
+    return marks.view(like.t().shape).t()
 
 
 def _spread(index: Tensor, rows: int) -> Tensor:

@@ -199,6 +199,30 @@ def cases() -> Iterator[Case]:
     yield from _strategies()
     yield from _modalities()
     yield from _balanced_vision()
+    yield from _skipped_experts()
+
+
+def _skipped_experts() -> Iterator[Case]:
+    """Yields layouts with --skip-unused-experts, compared with one process that computes all experts of all tokens."""
+    skips = (*SMAR, "--skip-unused-experts")
+    mixed, uneven = (Setting(batch=batch, flags=skips) for batch in ("mixed", "uneven"))
+    yield Case("unused experts skipped, one process", 1, 1, "", mixed, Setting(), core=True)
+    yield Case("unused experts skipped, EP 2", 2, 2, EP, mixed, Setting())
+    yield Case("unused experts skipped, TP 2 x EP 2", 2, 1, f"{TP_SP} {EP}", uneven, Setting(batch="uneven"), core=True)
+    pieces = Setting(micro_batches=4, flags=skips)
+    yield Case("unused experts skipped, PP 2, 4 micro-batches", 2, 1, PP, pieces, Setting(micro_batches=4))
+    one_share = Setting(batch="one share", flags=skips)
+    yield Case("unused experts skipped, no loss tokens, CP 2", 2, 1, CP, one_share, Setting(batch="one share"))
+    yield Case("unused experts skipped, full recomputation, EP 2", 2, 2, f"{EP} {RECOMPUTE_ALL}", mixed, Setting())
+    again = "--recompute-granularity selective --recompute-modules moe"
+    yield Case("unused experts skipped, MoE layers recomputed", 1, 1, again, mixed, Setting())
+    packs, separate = Setting(batch="packed", flags=skips), Setting()
+    yield Case("unused experts skipped, packed, DP 2", 2, 2, "", packs, separate)
+    shared = Setting("shared experts", flags=skips)
+    yield Case("unused experts skipped, shared experts, EP 2", 2, 2, EP, shared, Setting("shared experts"))
+    scores = STRATEGIES["SMoES, attention scores"]
+    smoes = Setting(flags=(*scores, "--skip-unused-experts"), steps=2)
+    yield Case("unused experts skipped, SMoES, EP 2", 2, 2, EP, smoes, Setting(flags=scores, steps=2))
 
 
 def _packs() -> Iterator[Case]:

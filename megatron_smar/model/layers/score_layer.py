@@ -59,7 +59,7 @@ class AccumulatesScores(TransformerLayer):
             hidden_states: [s, b, h].
             *args: Positional arguments of Megatron's layer.
             context: M^l, [s, b, M].
-            padding_mask: Columns [b, s, M + 1] of `routing.token_columns`.
+            padding_mask: Columns [b, s, M + 2] of `routing.token_columns`.
             **kwargs: Keyword arguments of Megatron's layer.
 
         Returns:

@@ -43,11 +43,13 @@ class LayerConfig:
         parallel_block: Whether the attention and the feed-forward layer run in parallel, after one shared norm (Phi).
         qk_norm_scope: What --qk-layernorm normalizes over: each head, or all heads together (OLMoE).
         latent_norm_epsilon: Epsilon of the norms of multi-latent attention; None for --norm-epsilon.
+        skips_unused: Whether training computes the last layer's experts only at positions whose loss counts.
     """
 
     parallel_block: bool = False
     qk_norm_scope: Literal["head", "projection"] = "head"
     latent_norm_epsilon: float | None = None
+    skips_unused: bool = False
 
 
 def decoder_block_spec(
@@ -80,7 +82,7 @@ def _extended(
     local = config.transformer_impl == "local"
     parts = layer.submodules
     attention = _attention(parts.self_attention, config, layers)
-    mlp = _modality_aware(parts.mlp, router, local)
+    mlp = _modality_aware(parts.mlp, router, local, layers.skips_unused)
     parts = dataclasses.replace(parts, self_attention=attention, mlp=mlp)
     parts = _with_norms(parts, ("input_layernorm", "pre_mlp_layernorm"), config)
     if local:
@@ -197,7 +199,7 @@ def _is_moe(mlp: Any) -> bool:
     return isinstance(mlp, partial) and mlp.func is MoELayer
 
 
-def _modality_aware(mlp: Any, router: Callable[..., ModalityAwareRouter], local: bool) -> Any:
+def _modality_aware(mlp: Any, router: Callable[..., ModalityAwareRouter], local: bool, skips_unused: bool) -> Any:
     """Returns an MoE layer's builder with this project's layer, router and, under the local spec, experts.
 
     A dense layer's builder is returned unchanged.
@@ -208,4 +210,5 @@ def _modality_aware(mlp: Any, router: Callable[..., ModalityAwareRouter], local:
     experts = parts.experts
     if local and isinstance(experts, partial) and experts.func is SequentialMLP:
         experts = partial(LocalExperts, *experts.args, **experts.keywords)
-    return partial(ModalityAwareMoELayer, submodules=dataclasses.replace(parts, router=router, experts=experts))
+    parts = dataclasses.replace(parts, router=router, experts=experts)
+    return partial(ModalityAwareMoELayer, submodules=parts, skips_unused=skips_unused)
