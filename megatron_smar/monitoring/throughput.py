@@ -73,27 +73,29 @@ class ThroughputMeter:
         """
         if self._step.tokens:
             self._last_step, self._step = self._step, Work()
+        return self.config.replicas * operations(self.config.shape, self._all_routed(self._last_step)).total
+
+    def _all_routed(self, work: Work) -> Work:
+        """Returns work with the copies that experts compute where no token is dropped."""
         decoder = self.config.shape.decoder
-        routed = self._last_step.tokens * decoder.top_k * sum(decoder.moe_layers)
-        work = replace(self._last_step, routed=routed)
-        return self.config.replicas * operations(self.config.shape, work).total
+        routed = work.tokens * decoder.top_k * sum(decoder.moe_layers)
+        return replace(work, routed=routed - decoder.skipped(work.tokens, work.predicted))
 
     def report(self, seconds: float, routed: float, ends: bool) -> dict[str, float]:
         """Returns the scalars of the interval, by tag; called on all ranks.
 
         Args:
             seconds: How long the interval's steps took.
-            routed: Copies of tokens that experts have computed, over all layers and ranks.
+            routed: Copies of tokens that were routed to experts, over all layers and ranks.
             ends: Whether the next interval begins.
         """
         needed, executed = self._totals()
         if ends:
             self._needed = self._executed = Work()
-        needed = replace(needed, routed=routed)
-        if not self.config.capacity_limited:
-            decoder = self.config.shape.decoder
-            routed = executed.tokens * decoder.top_k * sum(decoder.moe_layers)
-        executed = replace(executed, routed=routed)
+        skipped = self.config.shape.decoder.skipped(needed.tokens, needed.predicted)
+        needed = replace(needed, routed=routed - skipped)
+        limited = self.config.capacity_limited
+        executed = replace(executed, routed=routed) if limited else self._all_routed(executed)
         return self._scalars(seconds, needed, executed)
 
     def _totals(self) -> tuple[Work, Work]:

@@ -54,6 +54,8 @@ class DecoderShape:
         vocabulary_multiple: --make-vocab-size-divisible-by.
         has_biases: Whether linear layers have biases, experts' too.
         latent_attention: How the attention compresses keys and values; None if it does not.
+        skips_unused: Whether the last layer's experts compute only positions whose loss counts; plans of memory,
+            communication and time do not take it into account.
     """
 
     hidden: int
@@ -74,10 +76,31 @@ class DecoderShape:
     vocabulary_multiple: int = 1
     has_biases: bool = False
     latent_attention: LatentAttention | None = None
+    skips_unused: bool = False
 
     def padded_vocabulary(self, tensor: int) -> int:
         """Returns the rows of the output layer with the padding for a tensor-parallel size."""
         return padded(self.vocabulary, self.vocabulary_multiple * tensor)
+
+    def skipped(self, tokens: float, predicted: float) -> float:
+        """Returns how many of the copies of tokens that are routed no expert computes.
+
+        Args:
+            tokens: Positions of the decoder.
+            predicted: Those whose loss counts.
+        """
+        return self.top_k * (tokens - predicted) if self.skips_unused else 0.0
+
+    def computed(self, routed: float, predicted: float) -> list[float]:
+        """Returns how many copies of tokens each layer's experts compute.
+
+        Args:
+            routed: Those of all layers.
+            predicted: Positions whose loss counts.
+        """
+        last = self.top_k * predicted if self.skips_unused else routed / max(1, sum(self.moe_layers))
+        others = (routed - last) / max(1, sum(self.moe_layers) - 1)
+        return [has * (last if n == len(self.moe_layers) else others) for n, has in enumerate(self.moe_layers, start=1)]
 
     @property
     def matrices(self) -> int:

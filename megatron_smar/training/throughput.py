@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -28,8 +29,9 @@ def throughput_config(args: Namespace, run: RunConfig, replicas: int) -> Through
         replicas: Number of data-parallel replicas.
     """
     on_gpu, known = runtime.device() == "cuda", args.peak_tflops
+    shape = model_shape(run.vision, run.freeze, run.language.vocab_size, transformer_config(args))
     return ThroughputConfig(
-        shape=model_shape(run.vision, run.freeze, run.language.vocab_size, transformer_config(args)),
+        shape=replace(shape, decoder=replace(shape.decoder, skips_unused=run.language.layers.skips_unused)),
         recomputation=recomputation(args),
         capacity_limited=args.moe_expert_capacity_factor is not None,
         peak_tflops=known or (peak_tflops(torch.cuda.get_device_name()) if on_gpu else None),

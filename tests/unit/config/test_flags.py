@@ -60,6 +60,34 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         (["--pixel-shuffle", "0.3"], "--pixel-shuffle is 0.3"),
         (["--max-tiles", "2", "--min-tiles", "4"], "--max-tiles 2 is less than --min-tiles 4"),
         (["--use-thumbnail"], "--use-thumbnail .* --max-tiles 12"),
+        (
+            ["--skip-unused-experts", "--moe-token-dispatcher-type", "allgather"],
+            "--moe-token-dispatcher-type allgather does not dispatch here; give alltoall",
+        ),
+        (["--skip-unused-experts", "--num-experts", "4", "--moe-layer-freq", "[1,0]"], "the last layer has no experts"),
+        (
+            [
+                *"--skip-unused-experts --num-experts 4 --moe-token-dispatcher-type alltoall".split(),
+                "--expert-tensor-parallel-size",
+                "2",
+            ],
+            "give --expert-tensor-parallel-size 1 instead of 2",
+        ),
+        (
+            [
+                *"--skip-unused-experts --num-experts 4 --moe-token-dispatcher-type alltoall".split(),
+                "--moe-expert-capacity-factor",
+                "1.5",
+            ],
+            "--moe-expert-capacity-factor 1.5: an expert's slots are counted for all tokens",
+        ),
+        (
+            [
+                *"--skip-unused-experts --num-experts 4 --moe-token-dispatcher-type alltoall".split(),
+                "--moe-router-padding-for-quantization",
+            ],
+            "can leave fewer tokens than an expert is padded to",
+        ),
         (["--balance-vision", "--freeze", "connector"], "--balance-vision is for a frozen vision encoder"),
         (
             ["--balance-vision", "--disable-gloo-process-groups"],

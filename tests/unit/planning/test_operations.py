@@ -66,7 +66,8 @@ def shape_of(model: Any, trained: frozenset[str]) -> ModelShape:
 def executed(batch: VisionLanguageBatch, tiles: int, shape: ModelShape) -> Work:
     """Returns the work that the local layers execute: the whole square of scores, and padding through the experts."""
     work = work_of(batch, tiles, whole_scores=True)[1]
-    return replace(work, routed=work.tokens * shape.decoder.top_k * sum(shape.decoder.moe_layers))
+    routed = work.tokens * shape.decoder.top_k * sum(shape.decoder.moe_layers)
+    return replace(work, routed=routed - shape.decoder.skipped(work.tokens, work.predicted))
 
 
 BATCHES = {
@@ -124,6 +125,14 @@ def test_recomputation_has_other_operations_than_torch_counts(single_rank, tmp_p
     compare(tmp_path, BATCHES["pictures"], FROZEN["only the tower"], again, **flags)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("batch", ["pictures", "packed"])
+def test_experts_that_are_skipped_count_as_operations(single_rank, tmp_path, batch, recomputed):
+    freeze, again = FROZEN["only the tower"], Recomputation("selective", ("moe",)) if recomputed else None
+    flags = dict(recompute_granularity="selective", recompute_modules=["moe"]) if recomputed else {}
+    compare(tmp_path, BATCHES[batch], freeze, again, skips_unused=True, **flags)
+
+
 def compare(folder: Any, parts: dict[str, Any], freeze: frozenset[str], again: Any = None, **config: Any) -> None:
     """Asserts that formula and counter agree within 1 %."""
     model = build_model(save_tower(folder), freeze=freeze, **config)
@@ -133,6 +142,7 @@ def compare(folder: Any, parts: dict[str, Any], freeze: frozenset[str], again: A
         padding = config["qk_head_dim"] + config["qk_pos_emb_head_dim"] - config["v_head_dim"]
         width = shape.decoder.score_width + shape.decoder.heads * padding
         shape = replace(shape, decoder=replace(shape.decoder, score_width=width))
+    shape = replace(shape, decoder=replace(shape.decoder, skips_unused=config.get("skips_unused", False)))
     formula = operations(shape, executed(batch, parts.get("tiles", 0), shape), recomputation=again)
     assert formula.total == pytest.approx(counted(model, batch), rel=0.01)
 
