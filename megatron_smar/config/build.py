@@ -69,9 +69,7 @@ def language_config(args: Namespace) -> LanguageConfig:
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
         output_bias=args.output_bias,
-        layers=LayerConfig(
-            args.parallel_block, args.qk_norm_scope, args.latent_norm_epsilon, args.skip_unused_experts
-        ),
+        layers=LayerConfig(args.parallel_block, args.qk_norm_scope, args.latent_norm_epsilon, args.skip_unused_experts),
     )
 
 

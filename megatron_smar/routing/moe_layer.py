@@ -98,7 +98,7 @@ class ModalityAwareMoELayer(MoELayer):
         return prepared
 
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
-        """Returns Megatron's output [s, b, h], zero where no expert was computed, with the auxiliary losses attached."""
+        """Returns Megatron's output [s, b, h], zero without experts, with the auxiliary losses attached."""
         if self._dispatched is None:
             return self.router.finish(super().postprocess(output, shared_expert_output))
         output = super().postprocess(output, None).squeeze(1)

@@ -3,8 +3,7 @@
 
 Megatron's `padding_mask` argument then carries one floating-point tensor instead of the mask of `routing.modalities`:
 
-    modality mask (M columns) | number of the token's sample | whether its loss counts | soft modality scores (M columns,
-    optional)
+    modality mask (M columns) | number of the token's sample | whether its loss counts | scores (M columns, optional)
 
 The MoE layer splits it (`moe_layer.ModalityAwareMoELayer`), because Megatron applies `.bool()` to it after that point.
 Sample numbers are exact up to 2^24 in float32.
@@ -48,6 +47,4 @@ def split_columns(columns: Tensor, num_modalities: int) -> TokenColumns:
     """Splits columns, [b, s, M + 2] or [b, s, 2 M + 2]."""
     mask, sample_ids = columns[..., :num_modalities].bool(), columns[..., num_modalities].long()
     scores = columns[..., num_modalities + 2 :]
-    return TokenColumns(
-        mask, sample_ids, columns[..., num_modalities + 1].bool(), scores if scores.shape[-1] else None
-    )
+    return TokenColumns(mask, sample_ids, columns[..., num_modalities + 1].bool(), scores if scores.shape[-1] else None)
