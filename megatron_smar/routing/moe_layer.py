@@ -48,7 +48,7 @@ class ModalityAwareMoELayer(MoELayer):
         super().__init__(*args, **kwargs)
         give_experts_their_own_optimizer(self.experts)
         self.skips_unused = skips_unused
-        self._sizes: torch.Size | None = None
+        self._sizes = torch.Size()  # of the hidden states of the pass that is running
         self._dispatched: Tensor | None = None  # positions that get experts, as indices of [s, b], flattened; None: all
 
     def forward(
