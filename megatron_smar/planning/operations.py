@@ -110,13 +110,12 @@ def encoder_stages(shape: ModelShape, work: Work) -> Iterator[Stage]:
     yield [Product("connector", 2 * features * decoder.hidden**2)]
 
 
-def layer_stages(shape: ModelShape, work: Work, number: int) -> Iterator[Stage]:
-    """Yields the products of one of the decoder's layers, of which `number` is the index."""
+def layer_stages(shape: ModelShape, work: Work, has_experts: bool, routed: float) -> Iterator[Stage]:
+    """Yields the products of one of the decoder's layers, whose experts compute `routed` copies of tokens."""
     decoder = shape.decoder
     yield [Product("attention", 2 * work.tokens * decoder.attention_weights)]
     yield [Product("attention", 2 * work.pairs * decoder.score_width, "core_attn", has_weights=False)]
-    if decoder.moe_layers[number]:
-        routed = decoder.computed(work.routed, work.predicted)[number]
+    if has_experts:
         yield [
             Product("router", 2 * work.tokens * decoder.hidden * decoder.experts, "moe"),
             Product("experts", 2 * routed * decoder.expert_weights, "moe"),
@@ -158,8 +157,9 @@ def operations(
     encoder, _ = _total(encoder_stages(shape, work), trained, False)
     has_gradient = bool(trained)  # Megatron's block of layers always computes the gradient of its input
     decoder, again = 0.0, recomputation or Recomputation()
-    for number in range(len(shape.decoder.moe_layers)):
-        stages = list(layer_stages(shape, work, number))
+    routed = shape.decoder.computed(work.routed, work.predicted)
+    for number, has_experts in enumerate(shape.decoder.moe_layers):
+        stages = list(layer_stages(shape, work, has_experts, routed[number]))
         total, has_gradient = _total(stages, trained, has_gradient)
         products = [product for stage in stages for product in stage]
         if again.granularity == "full" and number < again.layers and has_gradient:

@@ -98,9 +98,12 @@ class DecoderShape:
             routed: Those of all layers.
             predicted: Positions whose loss counts.
         """
-        last = self.top_k * predicted if self.skips_unused else routed / max(1, sum(self.moe_layers))
-        others = (routed - last) / max(1, sum(self.moe_layers) - 1)
-        return [has * (last if n == len(self.moe_layers) else others) for n, has in enumerate(self.moe_layers, start=1)]
+        number = sum(self.moe_layers)
+        if not self.skips_unused:
+            return [routed / number if has_experts else 0.0 for has_experts in self.moe_layers]
+        last = self.top_k * predicted
+        others = (routed - last) / max(1, number - 1)
+        return [others if has_experts else 0.0 for has_experts in self.moe_layers[:-1]] + [last]
 
     @property
     def matrices(self) -> int:

@@ -46,6 +46,9 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
     assert parse(monkeypatch, vision, "--distributed-backend", "nccl").distributed_backend == "nccl"
 
 
+SKIPS = "--skip-unused-experts --num-experts 4 --moe-token-dispatcher-type alltoall".split()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -66,26 +69,15 @@ def test_without_a_gpu_the_defaults_are_the_cpus_and_flags_win(monkeypatch, visi
         ),
         (["--skip-unused-experts", "--num-experts", "4", "--moe-layer-freq", "[1,0]"], "the last layer has no experts"),
         (
-            [
-                *"--skip-unused-experts --num-experts 4 --moe-token-dispatcher-type alltoall".split(),
-                "--expert-tensor-parallel-size",
-                "2",
-            ],
+            [*SKIPS, "--expert-tensor-parallel-size", "2"],
             "give --expert-tensor-parallel-size 1 instead of 2",
         ),
         (
-            [
-                *"--skip-unused-experts --num-experts 4 --moe-token-dispatcher-type alltoall".split(),
-                "--moe-expert-capacity-factor",
-                "1.5",
-            ],
+            [*SKIPS, "--moe-expert-capacity-factor", "1.5"],
             "--moe-expert-capacity-factor 1.5: an expert's slots are counted for all tokens",
         ),
         (
-            [
-                *"--skip-unused-experts --num-experts 4 --moe-token-dispatcher-type alltoall".split(),
-                "--moe-router-padding-for-quantization",
-            ],
+            [*SKIPS, "--moe-router-padding-for-quantization"],
             "can leave fewer tokens than an expert is padded to",
         ),
         (["--balance-vision", "--freeze", "connector"], "--balance-vision is for a frozen vision encoder"),
