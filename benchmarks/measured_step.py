@@ -224,16 +224,19 @@ def measure(training: Training, trace: str) -> dict[str, Any]:
     Returns:
         - parts: bytes of weights, gradients and optimizer, and those that are alive at the peak, by part;
         - routed: tokens that experts computed in the step of the peak, by layer and micro-batch, in order;
+        - busiest: those of the expert that got most, likewise;
         - received: their mean in the step of the collectives;
         - collectives: [group, operation, calls, bytes] of a step;
         - operations: floating-point operations of a step.
     """
     routed: list[int] = []
+    busiest: list[int] = []
     recomputes = training.models[0].config.recompute_granularity == "full"
 
     def count(experts: Any, inputs: Any) -> None:
         if not (recomputes and torch.is_grad_enabled()):  # what is computed again is the same in reverse order
             routed.append(inputs[0].shape[0])
+            busiest.append(int(inputs[1].max()))
 
     for model in training.models:
         for name, module in model.named_modules():
@@ -250,11 +253,13 @@ def measure(training: Training, trace: str) -> dict[str, Any]:
     static = static_parts(training)
     watch_modules(training)
     routed.clear()
+    busiest.clear()
     with settled_exchanges():
         peak = allocated_at_peak(training, trace)
     return {
         "parts": static | peak,
         "routed": routed,
+        "busiest": busiest,
         "received": received,
         "collectives": [[*key, calls, collectives.bytes[key]] for key, calls in sorted(collectives.calls.items())],
         "operations": operations.get_total_flops(),

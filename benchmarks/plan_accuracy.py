@@ -8,7 +8,7 @@ Every case is a model in a parallel layout that trains for real, on CPU ranks wi
     memory          The allocator's events of a step, up to the end of the last backward pass: the peak, and the part of
                     the model whose forward pass allocated what is alive then. Weights, gradients and optimizer state
                     are the sizes of the tensors; copies that Gloo makes are left out. The planner knows layout, sizes,
-                    tiles, and how many tokens each rank's experts got, which routing decides.
+                    tiles, and how many tokens a rank's experts got, together and at most, which routing decides.
     communication   Every collective of the step that torch dispatches, by process group: calls and bytes, compared
                     exactly.
     operations      torch's FLOP counter over the step, with the math kernel of attention, which it sees.
@@ -244,10 +244,11 @@ def compared(name: str, case: Case, shape: Any, rank: int, found: dict[str, Any]
     even *= layout.expert_tensor / (layout.context * layout.tensor)
     static = memory(shape, layout, batch, place).by_part()
     shares, chunks = [count / even for count in found["routed"]], layout.layers_of(shape, stage)
+    busiest = [count / even * shape.decoder.experts / layout.expert for count in found["busiest"]]
     with_experts = [shape.decoder.moe_layers[layer] for chunk in chunks for layer in chunk]
-    size, of_experts = len(chunks[0]), iter(shares)
+    size, of_experts = len(chunks[0]), iter(zip(shares, busiest, strict=True))
     passes = len(shares) // sum(with_experts)
-    of_layers = [next(of_experts) if has_experts else 1.0 for has_experts in with_experts * passes]
+    of_layers = [next(of_experts) if has_experts else (1.0, None) for has_experts in with_experts * passes]
     moments = [
         static | dataclasses.asdict(moment)
         for start in range(0, len(of_layers), size)

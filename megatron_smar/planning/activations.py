@@ -54,6 +54,7 @@ class Local:
         predicted: Those with logits.
         shard: Tokens of the residual stream: with sequence parallelism an equal share of them.
         routed: Copies of tokens that the rank's experts compute, of one layer.
+        busiest: Those of the one of the rank's experts that gets most.
         element: Bytes of an activation.
         packed: Whether rows are packs.
     """
@@ -63,6 +64,7 @@ class Local:
     predicted: float
     shard: int
     routed: float
+    busiest: float
     element: int
     packed: bool
 
@@ -72,15 +74,27 @@ def implementation_of(layout: Layout) -> Implementation:
     return "fused" if layout.fused else "local"
 
 
-def local_sizes(shape: ModelShape, layout: Layout, batch: Batch, imbalance: float) -> Local:
-    """Returns the sizes of a rank's share."""
+def local_sizes(
+    shape: ModelShape, layout: Layout, batch: Batch, imbalance: float, busiest: float | None = None
+) -> Local:
+    """Returns the sizes of a rank's share.
+
+    Args:
+        shape: The model.
+        layout: The parallel layout.
+        batch: What a step trains on.
+        imbalance: Tokens to the rank's experts, relative to an even share.
+        busiest: Tokens to the rank's expert that gets most, relative to an even share; None if all get the same.
+    """
     positions = batch.sequence // layout.context
     tokens = positions * layout.micro_batch
     shard = tokens // layout.tensor
     # A rank's tokens go to the experts once: its share of the sequence, gathered over expert tensor parallelism.
-    routed = shard * shape.decoder.top_k * layout.expert_tensor * imbalance
+    even = shard * shape.decoder.top_k * layout.expert_tensor
+    most = even * layout.expert / max(1, shape.decoder.experts) * (imbalance if busiest is None else busiest)
     element = 2 if layout.bf16 else 4
-    return Local(positions, tokens, tokens * batch.predicted, shard, routed, element, batch.samples > 1)
+    predicted, packed = tokens * batch.predicted, batch.samples > 1
+    return Local(positions, tokens, predicted, shard, even * imbalance, most, element, packed)
 
 
 def activations(
@@ -108,7 +122,7 @@ def peaks(
     batch: Batch,
     stage: int = 0,
     imbalance: float = 1.0,
-    backward: Sequence[float] | None = None,
+    backward: Sequence[tuple[float, float | None]] | None = None,
 ) -> list[Activations]:
     """Returns the bytes at the moments that can be the peak.
 
@@ -118,13 +132,14 @@ def peaks(
         batch: What a step trains on.
         stage: The rank's pipeline stage.
         imbalance: Tokens to the rank's experts, relative to an even share.
-        backward: The same of each layer of the chunk whose backward pass is looked at; None if all are alike.
+        backward: The same of each layer of the chunk whose backward pass is looked at, and the tokens to the expert
+            that gets most, as for `local_sizes`; None if all layers are alike.
     """
     kind = implementation_of(layout)
     local = local_sizes(shape, layout, batch, imbalance)
     kept = _kept(shape, layout, batch, local, kind, stage)
-    alike = [imbalance] * len(layout.layers_of(shape, stage)[-1])
-    sizes = [local_sizes(shape, layout, batch, of_layer) for of_layer in backward or alike]
+    alike = [(imbalance, None)] * len(layout.layers_of(shape, stage)[-1])
+    sizes = [local_sizes(shape, layout, batch, *of_layer) for of_layer in backward or alike]
     moments = _layers_backward(shape, layout, sizes, kind, stage, kept)
     if stage == layout.pipeline - 1:
         moments += _loss_phases(shape, layout, batch, local, kept)
@@ -212,6 +227,8 @@ def _layers_backward(
     decoder, layers = shape.decoder, layout.layers_of(shape, stage)[-1]
     if layout.recomputation.granularity != "full":
         gradients = _feed_forward_gradients(shape, layout, sizes[-1], kind, decoder.moe_layers[layers[-1]])
+        if stage == layout.pipeline - 1:
+            kept = _after_the_loss(kept, decoder.hidden, layout, sizes[-1], kind)
         return [
             replace(kept, experts=int(kept.experts - gone), output=0, temporary=int(kept.temporary + needed))
             for gone, needed in gradients
@@ -232,6 +249,16 @@ def _layers_backward(
     return found
 
 
+def _after_the_loss(kept: Activations, hidden: int, layout: Layout, local: Local, kind: Implementation) -> Activations:
+    """Returns what is kept on the last stage while a layer's gradients are computed."""
+    read = local.shard * hidden
+    if layout.chunks == 1:  # the gradient of what the final norm read has taken its place
+        attention = kept.attention - read * _residual(local, kind)
+        return replace(kept, attention=attention, temporary=kept.temporary + read * local.element)
+    # Most is alive in an earlier chunk: the gradient that it received, and the last chunk's, which is being sent.
+    return replace(kept, temporary=kept.temporary + 2 * read * local.element)
+
+
 def _feed_forward_gradients(
     shape: ModelShape, layout: Layout, local: Local, kind: Implementation, has_experts: bool
 ) -> tuple[tuple[float, float], ...]:
@@ -248,6 +275,10 @@ def _feed_forward_gradients(
     inputs = tokens * ffn * e
     # The experts' output times float32 weights: its gradient, both factors, and the gradient that the experts get.
     weighted = tokens * width * (3 * FLOAT32 + e) if freed and e < FLOAT32 else 0
+    if freed and decoder.gated:
+        # Of all experts the gradients of tokens; of one the activation, its gradient, and that of gates and ups.
+        scratch = local.busiest * (2 * ffn + first)
+        return (0, weighted), (freed, (2 * tokens * width + scratch) * e + weights * (first + ffn))
     # The second linear layer, the activation, the first linear layer: what each has used is then freed.
     return (
         (0, weighted),
@@ -341,7 +372,9 @@ def feed_forward_bytes(
         kept += routed * width * local.element  # the experts' output, which their weights multiply
     else:
         kept += n * experts * 2 * FLOAT32  # the order, of int32
-    kept += _activated(routed, ffn, decoder, local, layout)
+    # This project's experts keep gates and ups alone; a plain gate, as of shared experts, keeps both factors too.
+    ours = kind == "local" and decoder.gated
+    kept += routed * 2 * ffn * local.element if ours else _activated(routed, ffn, decoder, local, layout)
     if decoder.shared_ffn:
         kept += _activated(local.tokens, decoder.shared_ffn / layout.tensor, decoder, local, layout, kind)
     return kept
@@ -353,7 +386,7 @@ def _activated(
     """Returns what two linear layers and the activation between them keep, without their input."""
     first = (2 if decoder.gated else 1) * ffn
     if kind == "local" and decoder.gated:
-        first += 2 * ffn  # a plain gate keeps both factors; this project's experts do not
+        first += 2 * ffn  # a plain gate keeps both factors
     again = layout.recomputation.granularity == "selective" and "moe_act" in layout.recomputation.modules
     return tokens * (first + (0 if again else ffn)) * local.element
 

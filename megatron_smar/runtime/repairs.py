@@ -266,6 +266,29 @@ def keep_one_loss_scale() -> None:
     ChainedOptimizer.prepare_grads = prepare_together
 
 
+@adaptation(
+    "a dispatcher on one rank sorts its tokens, which are sorted by expert already, by copying all of them: in each "
+    "layer before and after the experts, and in the backward pass again",
+    Where.ANYWHERE,
+    needed_by="megatron-core 0.19.2",
+)
+def copy_no_sorted_tokens() -> None:
+    """Returns chunks that are in order as they are; Transformer Engine's fused kernel is left alone."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    sort = token_dispatcher.sort_chunks_by_idxs
+
+    @functools.wraps(sort)
+    def sort_unsorted(
+        input: Any, split_sizes: Any, sorted_idxs: Any, probs: Any = None, fused: bool = False
+    ) -> tuple[Any, Any]:
+        if not fused and (order := sorted_idxs.tolist()) == sorted(order):
+            return input, probs
+        return sort(input, split_sizes, sorted_idxs, probs=probs, fused=fused)
+
+    token_dispatcher.sort_chunks_by_idxs = sort_unsorted
+
+
 def _grad_scalers(optimizer: Any) -> list[Any]:
     """Returns the gradient scalers of an optimizer, or of all optimizers chained in it."""
     if hasattr(optimizer, "chained_optimizers"):
@@ -288,4 +311,5 @@ ADAPTATIONS = (
     import_nothing_that_data_names,
     end_the_first_interval,
     keep_one_loss_scale,
+    copy_no_sorted_tokens,
 )

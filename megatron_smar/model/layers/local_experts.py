@@ -18,88 +18,70 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class GroupedLinear(torch.autograd.Function):
-    """One linear layer per expert over tokens sorted by expert: one matrix product per expert, into one output."""
+class GatedExperts(torch.autograd.Function):
+    """The experts' two linear layers and silu(gate) * up between them, over tokens sorted by expert.
+
+    Expert by expert, so that what an operation writes is still in the cache when the next one reads it; torch's
+    operations over all experts would write it to memory first. Only tokens, gates and ups are kept for the backward
+    pass, which computes silu(gate) * up again from silu(gate), of which it needs the derivative anyway.
+    """
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, splits: list[int], *weights: Tensor) -> Tensor:
-        """Multiplies each token by the weight of its expert.
+        """Applies to each token the expert that it is sorted under.
 
         Args:
             ctx: Autograd's context.
-            tokens: [n, in], sorted by expert.
+            tokens: [n, h], sorted by expert.
             splits: Number of tokens of each expert.
-            *weights: One weight [out, in] per expert.
+            *weights: The first layer's weight of each expert, gate above up [2 f, h], then the second layer's [h, f].
 
         Returns:
-            [n, out].
+            [n, h].
         """
-        ctx.save_for_backward(tokens, *weights)
+        first, second = weights[: len(splits)], weights[len(splits) :]
+        hidden = tokens.new_empty(len(tokens), len(first[0]))
+        output = tokens.new_empty(len(tokens), len(second[0]))
+        activated = tokens.new_empty(max(splits), second[0].shape[1])
+        each = zip(*(tensor.split(splits) for tensor in (tokens, hidden, output)), first, second, strict=True)
+        for rows, between, place, weight1, weight2 in each:
+            gate, up = torch.mm(rows, weight1.t(), out=between).chunk(2, dim=-1)
+            inner = activated[: len(rows)]
+            torch.mul(torch.ops.aten.silu.out(gate, out=inner), up, out=inner)
+            torch.mm(inner, weight2.t(), out=place)
+        ctx.save_for_backward(tokens, hidden, *weights)
         ctx.splits = splits
-        output = tokens.new_empty(tokens.shape[0], weights[0].shape[0])
-        for rows, weight, place in zip(tokens.split(splits), weights, output.split(splits), strict=True):
-            torch.mm(rows, weight.t(), out=place)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Computes those gradients with respect to tokens and weights that autograd needs."""
         (gradient,) = gradients
-        tokens, *weights = ctx.saved_tensors
-        parts = gradient.split(ctx.splits)
-        by_tokens = None
-        if ctx.needs_input_grad[0]:
-            by_tokens = torch.empty_like(tokens)
-            for part, weight, place in zip(parts, weights, by_tokens.split(ctx.splits), strict=True):
-                torch.mm(part, weight, out=place)
-        wanted = ctx.needs_input_grad[2:]
-        by_weights = [
-            _weight_gradient(weight, part, rows) if wants else None
-            for weight, part, rows, wants in zip(weights, parts, tokens.split(ctx.splits), wanted, strict=True)
-        ]
+        tokens, hidden, *weights = ctx.saved_tensors
+        splits, wanted = ctx.splits, ctx.needs_input_grad
+        number, most = len(splits), max(splits)
+        by_tokens = torch.empty_like(tokens) if wanted[0] else None
+        by_weights: list[Tensor | None] = [None] * len(weights)
+        activated, inner = tokens.new_empty(2, most, hidden.shape[1] // 2).unbind()
+        by_hidden = tokens.new_empty(most, hidden.shape[1])
+        places = [None] * number if by_tokens is None else by_tokens.split(splits)
+        each = zip(*(tensor.split(splits) for tensor in (tokens, hidden, gradient)), places, strict=True)
+        for expert, (rows, between, part, place) in enumerate(each):
+            weight1, weight2 = weights[expert], weights[number + expert]
+            gate, up = between.chunk(2, dim=-1)
+            silu, product, by_between = (buffer[: len(rows)] for buffer in (activated, inner, by_hidden))
+            torch.ops.aten.silu.out(gate, out=silu)
+            if wanted[2 + number + expert]:
+                by_weights[number + expert] = _weight_gradient(weight2, part, torch.mul(silu, up, out=product))
+            torch.mm(part, weight2, out=product)  # now its gradient
+            by_gate, by_up = by_between.chunk(2, dim=-1)
+            torch.mul(product, silu, out=by_up)
+            torch.ops.aten.silu_backward.grad_input(product.mul_(up), gate, grad_input=by_gate)
+            if wanted[2 + expert]:
+                by_weights[expert] = _weight_gradient(weight1, by_between, rows)
+            if place is not None:
+                torch.mm(by_between, weight1, out=place)
         return by_tokens, None, *by_weights
-
-
-class GatedSilu(torch.autograd.Function):
-    """silu(gate) * up, expert by expert, while an expert's rows are in the cache.
-
-    Only the input is kept for the backward pass, which writes the gradients of the two halves side by side: autograd
-    would keep silu(gate) too, and join the two gradients by a copy.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, splits: list[int]) -> Tensor:
-        """Computes the activation.
-
-        Args:
-            ctx: Autograd's context.
-            hidden: Gate and up, [n, 2 f], sorted by expert.
-            splits: Number of rows of each expert.
-
-        Returns:
-            [n, f].
-        """
-        ctx.save_for_backward(hidden)
-        ctx.splits = splits
-        output = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2)
-        for rows, place in zip(hidden.split(splits), output.split(splits), strict=True):
-            gate, up = rows.chunk(2, dim=-1)
-            torch.mul(F.silu(gate), up, out=place)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Computes the gradient with respect to gate and up, [n, 2 f]."""
-        (gradient,) = gradients
-        (hidden,) = ctx.saved_tensors
-        by_hidden = torch.empty_like(hidden)
-        parts = (tensor.split(ctx.splits) for tensor in (gradient, hidden, by_hidden))
-        for part, rows, place in zip(*parts, strict=True):
-            gate, up = rows.chunk(2, dim=-1)
-            by_gate, by_up = place.chunk(2, dim=-1)
-            torch.ops.aten.silu_backward.grad_input(part * up, gate, grad_input=by_gate)
-            torch.mul(part, F.silu(gate), out=by_up)
-        return by_hidden, None
 
 
 def _weight_gradient(weight: Any, gradient: Tensor, tokens: Tensor) -> Tensor:
@@ -115,7 +97,7 @@ def _weight_gradient(weight: Any, gradient: Tensor, tokens: Tensor) -> Tensor:
 
 
 class LocalExperts(SequentialMLP):
-    """Megatron's experts with one activation for all experts, and initialized independently of the parallel layout.
+    """Megatron's experts, each computed in one go, and initialized independently of the parallel layout.
 
     With CPU initialization Megatron 0.19.2 initializes the experts of all expert-parallel ranks from the same generator
     state, so that expert 0 of each rank gets the same weights, and a different number of ranks gives a different model.
@@ -168,17 +150,13 @@ class LocalExperts(SequentialMLP):
         if not self._gated_silu:
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
         splits = tokens_per_expert.tolist()
-        hidden = self._grouped("linear_fc1", permuted_local_hidden_states, splits)
-        output = self._grouped("linear_fc2", GatedSilu.apply(hidden, splits), splits)
-        # The routing weight commutes with the second layer; it is applied there, where tokens have fewer channels.
-        return (output * permuted_probs.unsqueeze(-1)).to(output.dtype), None
-
-    def _grouped(self, name: str, tokens: Tensor, splits: list[int]) -> Tensor:
-        linears = [getattr(expert, name) for expert in self.local_experts]
+        linears = [getattr(expert, name) for name in ("linear_fc1", "linear_fc2") for expert in self.local_experts]
         for linear in linears:  # --overlap-param-gather waits for a weight in its module's forward pre-hook
             for hook in linear._forward_pre_hooks.values():
                 hook(linear, ())
-        return GroupedLinear.apply(tokens, splits, *(linear.weight for linear in linears))
+        output = GatedExperts.apply(permuted_local_hidden_states, splits, *(linear.weight for linear in linears))
+        # The routing weight commutes with the second layer; it is applied there, where tokens have fewer channels.
+        return (output * permuted_probs.unsqueeze(-1)).to(output.dtype), None
 
     def _initialize(self, expert: Any) -> None:
         place = {
