@@ -55,7 +55,7 @@ def draw_samples(number: int, image_size: int, vocabulary: int, longest: int, se
 
 
 def packed(samples: Sequence[Sample], capacity: int) -> list[Any]:
-    """Returns the packs of samples, as the loader of this project makes them."""
+    """Returns the packs of samples as this project's loader makes them without pipeline parallelism: not padded."""
     from megatron_smar.data.batch import EncodedSample, collate
     from megatron_smar.data.packing import pack
 
@@ -74,7 +74,11 @@ def packed(samples: Sequence[Sample], capacity: int) -> list[Any]:
     ]
     packs = pack([len(one.input_ids) for one in encoded], [len(one.pixel_values) for one in encoded], capacity)
     rows = [[encoded[index] for index in chosen] for chosen in packs]
-    return [collate([row], num_rows=1, length=capacity, pad_id=0, multiple=1) for row in rows]
+    lengths = [sum(len(sample.input_ids) for sample in row) for row in rows]
+    return [
+        collate([row], num_rows=1, length=length, pad_id=0, multiple=1)
+        for row, length in zip(rows, lengths, strict=True)
+    ]
 
 
 def padded(samples: Sequence[Sample], size: int, seed: int) -> list[dict[str, Any]]:
