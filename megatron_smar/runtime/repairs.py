@@ -289,6 +289,23 @@ def copy_no_sorted_tokens() -> None:
     token_dispatcher.sort_chunks_by_idxs = sort_unsorted
 
 
+@adaptation(
+    "the cross entropy searches the index of each position's largest logit, which nothing reads: five times the time "
+    "of the largest logit alone",
+    Where.ANYWHERE,
+    needed_by="megatron-core 0.19.2",
+)
+def find_largest_logits_only() -> None:
+    """Computes the largest logit of each position without its index; the value is the same, bit for bit."""
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+
+    def largest(vocab_parallel_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = vocab_parallel_logits.float()
+        return logits, logits.amax(dim=-1)
+
+    VocabParallelCrossEntropy.calculate_logits_max = staticmethod(largest)
+
+
 def _grad_scalers(optimizer: Any) -> list[Any]:
     """Returns the gradient scalers of an optimizer, or of all optimizers chained in it."""
     if hasattr(optimizer, "chained_optimizers"):
@@ -312,4 +329,5 @@ ADAPTATIONS = (
     end_the_first_interval,
     keep_one_loss_scale,
     copy_no_sorted_tokens,
+    find_largest_logits_only,
 )
