@@ -191,13 +191,15 @@ class PlainDataset(Dataset[dict[str, torch.Tensor]]):
 # ---- the two pipelines, as the training process sees them
 
 
-def our_batches(config: DataConfig, tokenizer: Any, workers: int) -> Iterator[Counter[str]]:
-    """Loads and normalizes micro-batches of "ours" endlessly; yields the counts of each."""
+def our_batches(
+    config: DataConfig, tokenizer: Any, workers: int, *, normalized: bool = True
+) -> Iterator[Counter[str]]:
+    """Loads micro-batches of "ours" endlessly, and normalizes them if wanted; yields the counts of each."""
     config = dataclasses.replace(config, num_workers=workers)
     loader = EnergonIterator(build_train_loader(config, tokenizer, 0, 1), config)
     try:
         for batch in loader:
-            pixels = normalize(batch.pixel_values, MEAN, STD)
+            pixels = normalize(batch.pixel_values, MEAN, STD) if normalized else batch.pixel_values
             yield Counter(samples=len(batch.__key__), tokens=int((~batch.padding_mask).sum()), tiles=len(pixels))
     finally:
         loader.close()
@@ -444,7 +446,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for number in WORKERS:
             ours, theirs = our_batches(config, tokenizer, number), plain_batches(dataset, batch_size, number)
             alone = decoded_pictures(pictures, batch_size, number, PREFETCH)
-            pipelines = {"ours": ours, "torch": theirs, "alone": alone}
+            delivered = our_batches(config, tokenizer, number, normalized=False)
+            pipelines = {"ours": ours, "torch": theirs, "delivered": delivered, "alone": alone}
             workers[number] = compare(pipelines, number, options, bar)
     return {
         "ratio_torch": workers[1]["ratio_samples"]["median"],

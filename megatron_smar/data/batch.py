@@ -14,6 +14,8 @@ from megatron.energon import Batch, Sample
 from megatron.energon.edataclass import edataclass
 from torch.utils.data import get_worker_info
 
+from megatron_smar.data.tiling import join_tiles
+
 
 @edataclass
 class TokenizedSample(Sample):
@@ -163,8 +165,8 @@ def collate(
 def _gather_tiles(tiles: Sequence[torch.Tensor]) -> torch.Tensor:
     """Concatenates the tiles of the samples, each [n, 3, H, W]."""
     if get_worker_info() is None or not any(map(len, tiles)):
-        return torch.cat(list(tiles))
-    return _in_shared_memory(tiles)
+        return join_tiles(tiles)
+    return _in_shared_memory([some.permute(0, 2, 3, 1) for some in tiles]).permute(0, 3, 1, 2)
 
 
 def _in_shared_memory(tiles: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -176,7 +178,7 @@ def _in_shared_memory(tiles: Sequence[torch.Tensor]) -> torch.Tensor:
     size = sum(of_sample.nbytes for of_sample in tiles)
     with open(os.memfd_create("tiles"), "wb") as file:
         for of_sample in tiles:
-            file.write(of_sample.numpy())
+            file.write(of_sample.contiguous().numpy())
         file.flush()
         storage = torch.UntypedStorage._new_shared_fd_cpu(file.fileno(), size)  # type: ignore[attr-defined]  # maps it
     first = tiles[0]

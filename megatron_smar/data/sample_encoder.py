@@ -14,7 +14,7 @@ from megatron_smar.data.batch import EncodedSample
 from megatron_smar.data.conversations import Segment, tokenize_segments
 from megatron_smar.data.images import read_each, read_size
 from megatron_smar.data.rejects import SampleError
-from megatron_smar.data.tiling import ImageProcessor
+from megatron_smar.data.tiling import ImageProcessor, join_tiles
 from megatron_smar.data.tokens import TextEncoder
 
 
@@ -68,7 +68,7 @@ class SampleEncoder:
             SampleError: An image cannot be read.
         """
         tiles = read_each(files, self.images) or [self.images.empty()]
-        return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+        return tiles[0] if len(tiles) == 1 else join_tiles(tiles)
 
     def encode(
         self, key: str, segments: Sequence[Segment], files: Sequence[bytes], kinds: Sequence[str] | None = None

@@ -9,6 +9,7 @@ on every size, ties included, although `dynamic_preprocess` orders equally large
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,13 +74,14 @@ class ImageProcessor:
 
     def empty(self) -> torch.Tensor:
         """Returns an empty tensor of tiles, [0, 3, H, W] uint8."""
-        return torch.empty(0, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8)
+        return torch.empty(0, self.config.image_size, self.config.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
 
     def __call__(self, data: bytes) -> torch.Tensor:
         """Decodes an image file and splits it into tiles.
 
         Returns:
             [tiles, 3, H, W] uint8, row by row from the upper left, the thumbnail last; the vision encoder normalizes.
+            In memory the colors of a pixel are together (torch's channels_last), as decoders and resizing have them.
 
         Raises:
             SampleError: `bad_image`, `image_too_large`.
@@ -88,12 +90,17 @@ class ImageProcessor:
         height, width = pixels.shape[:2]
         columns, rows = self.grid(width, height)
         side, in_grid = self.config.image_size, columns * rows
-        tiles = torch.empty(self.count_tiles(width, height), 3, side, side, dtype=torch.uint8)
-        canvas = _resize(pixels, columns * side, rows * side).view(3, rows, side, columns, side)
-        tiles[:in_grid].view(rows, columns, 3, side, side).copy_(canvas.permute(1, 3, 0, 2, 4))
+        tiles = torch.empty(self.count_tiles(width, height), side, side, 3, dtype=torch.uint8)
+        canvas = _resize(pixels, columns * side, rows * side).view(rows, side, columns, side, 3)
+        tiles[:in_grid].view(rows, columns, side, side, 3).copy_(canvas.transpose(1, 2))
         if len(tiles) > in_grid:
             tiles[in_grid] = _resize(pixels, side, side)
-        return tiles
+        return tiles.permute(0, 3, 1, 2)
+
+
+def join_tiles(tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenates tiles, each [n, 3, H, W], in the memory format of `ImageProcessor`."""
+    return torch.cat([some.permute(0, 2, 3, 1) for some in tiles]).permute(0, 3, 1, 2)
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -127,11 +134,13 @@ def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
 
 
 def _resize(pixels: np.ndarray, width: int, height: int) -> torch.Tensor:
-    """Resizes an image, [h, w, 3] uint8 -> [3, height, width] uint8, bicubic with antialiasing.
+    """Resizes an image, [h, w, 3] uint8 -> [height, width, 3] uint8, bicubic with antialiasing.
 
     torch's kernel for uint8 is several times faster than Pillow's. The results agree within two levels, except where
     Pillow resizes vertically first (some portrait images) and clips overshoot in between. transformers' image
     processors use the same kernel, through torchvision.
     """
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)[0]
+    # A batch dimension in front, before the permutation: with another stride the kernel separates the colors first.
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1)[0]

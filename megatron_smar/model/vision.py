@@ -165,7 +165,7 @@ def normalize(pixels: Tensor, mean: Channels, std: Channels) -> Tensor:
     Returns:
         [n, 3, H, W] float32.
     """
-    values = pixels.float()
+    values = pixels.contiguous().float()  # colors apart, as the encoder reads them
     for color in range(3):
         # Computed as pixels / (255 std) - mean / std, in one pass over the memory of many pixels. The shift stays on
         # the host: a kernel takes it as a plain number.

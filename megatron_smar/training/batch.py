@@ -242,7 +242,7 @@ def prepare_batch(
         loss_weights=sequences.pop("loss_weights", None),
         **sequences,
         loss_positions=on_device(loss_positions),
-        pixel_values=on_device(batch.pixel_values) if with_images else None,
+        pixel_values=_tiles_on_device(batch.pixel_values) if with_images else None,
         packed_seq_params=None if batch.lengths is None else _packed_seq_params(batch.lengths),
         shares=_shares(batch, data_wait),
         step_tokens=batch.step_tokens,
@@ -251,6 +251,11 @@ def prepare_batch(
         samples=batch.input_ids.shape[0] if batch.lengths is None else len(batch.lengths),
         step_weight=batch.step_weight,
     )
+
+
+def _tiles_on_device(tiles: Tensor) -> Tensor:
+    """Copies tiles [n, 3, H, W] to the device, which separates their colors in memory faster than the host would."""
+    return tiles.pin_memory().cuda(non_blocking=True).contiguous()
 
 
 def on_device(tensor: Tensor) -> Tensor:

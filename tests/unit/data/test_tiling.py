@@ -99,7 +99,7 @@ def test_tiles_are_in_row_order_with_the_thumbnail_last() -> None:
     for row, column in itertools.product(range(2), range(3)):
         pixels[16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = 40 * (3 * row + column)
     tiles = ImageProcessor(config)(png(Image.fromarray(pixels)))
-    assert tiles.shape == (7, 3, 16, 16) and tiles.is_contiguous()
+    assert tiles.shape == (7, 3, 16, 16) and tiles.is_contiguous(memory_format=torch.channels_last)
     assert [tile.unique().tolist() for tile in tiles[:6]] == [[40 * place] for place in range(6)]
     assert len(tiles[6].unique()) > 6 and tiles[6, 0, 0, 0] == 0 and tiles[6, 0, -1, -1] == 200
 
