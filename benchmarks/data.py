@@ -25,10 +25,11 @@ libraries resize the axes in a different order, and clip values beyond white or 
 The stages are measured in one process, in CPU time. The full pipelines are measured in wall-clock time, in turns; their
 workers are warmed up, prefetched batches are consumed before the clock starts, and the workers of the other pipelines
 are idle. `ratio_torch` is the median over rounds of the samples per second of "ours" divided by those of "torch", with
-one worker. `ratio_limit` is the same for "alone": workers that decode and tile the same pictures with the same
-libraries, without tokens, batches, or anything for the training process (pictures_alone.py). The gain from a second
-worker depends on the number of cores: the training process, which here normalizes without a GPU, needs a core for
-itself ("busy" is the share of the time in which it computes).
+one worker. `ratio_limit` compares "delivered", which is "ours" without the normalization, a part of the model that runs on
+its device, with "alone": workers that decode and tile the same pictures with the same libraries, without tokens,
+batches, or anything for the training process (pictures_alone.py). The gain from a second worker depends on the number
+of cores: the training process, which here normalizes without a GPU, needs a core for itself ("busy" is the share of the
+time in which it computes).
 """
 
 from __future__ import annotations
@@ -251,12 +252,12 @@ def summarise(speeds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         name: {unit: statistics.median(speed[unit] for speed in turns) for unit in turns[0]}
         for name, turns in speeds.items()
     }
-    for name, other, unit in (
-        ("ratio_samples", "torch", "samples"),
-        ("ratio_tiles", "torch", "tiles"),
-        ("ratio_limit", "alone", "tiles"),
+    for name, one, other, unit in (
+        ("ratio_samples", "ours", "torch", "samples"),
+        ("ratio_tiles", "ours", "torch", "tiles"),
+        ("ratio_limit", "delivered", "alone", "tiles"),
     ):
-        ratios = [ours[unit] / theirs[unit] for ours, theirs in zip(speeds["ours"], speeds[other], strict=True)]
+        ratios = [first[unit] / second[unit] for first, second in zip(speeds[one], speeds[other], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
         summary[name] = {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]}
     return summary
@@ -374,11 +375,11 @@ def print_tables(result: dict[str, Any]) -> None:
         speeds = "".join(f"{stage[unit]:12,.0f}" for unit in UNITS)
         print(f"{name:34}{speeds}{100 * stage['share']:10.1f}")
     print(f"the limit is {result['limit']}; normalizing runs in the training process, in parallel to the workers")
-    print(f"{'full pipeline':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'busy %':>10}{'ours/':>8}  quartiles")
+    print(f"{'full pipeline':34}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>12}{'busy %':>10}{'ratio':>8}  quartiles")
     for workers, row in result["workers"].items():
         ratio, (low, high) = row["ratio_samples"]["median"], row["ratio_samples"]["quartiles"]
         limit, (least, most) = row["ratio_limit"]["median"], row["ratio_limit"]["quartiles"]
-        ends = {"ours": "", "torch": f"{ratio:8.2f}  {low:.2f}..{high:.2f}"}
+        ends = {"ours": "", "torch": f"{ratio:8.2f}  {low:.2f}..{high:.2f}", "delivered": ""}
         for name, end in (ends | {"alone": f"{limit:8.2f}  {least:.2f}..{most:.2f}"}).items():
             speeds = "".join(f"{row[name][unit]:12,.1f}" for unit in UNITS)
             print(f"{f'{name}, {workers} worker(s)':34}{speeds}{100 * row[name]['busy']:10.0f}{end}")
