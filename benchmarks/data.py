@@ -25,8 +25,8 @@ libraries resize the axes in a different order, and clip values beyond white or 
 The stages are measured in one process, in CPU time. The full pipelines are measured in wall-clock time, in turns; their
 workers are warmed up, prefetched batches are consumed before the clock starts, and the workers of the other pipelines
 are idle. `ratio_torch` is the median over rounds of the samples per second of "ours" divided by those of "torch", with
-one worker. `ratio_limit` compares "delivered", which is "ours" without the normalization, a part of the model that runs on
-its device, with "alone": workers that decode and tile the same pictures with the same libraries, without tokens,
+one worker. `ratio_limit` compares "delivered", which is "ours" without the normalization, a part of the model that runs
+on its device, with "alone": workers that decode and tile the same pictures with the same libraries, without tokens,
 batches, or anything for the training process (pictures_alone.py). The gain from a second worker depends on the number
 of cores: the training process, which here normalizes without a GPU, needs a core for itself ("busy" is the share of the
 time in which it computes).
