@@ -192,9 +192,7 @@ class PlainDataset(Dataset[dict[str, torch.Tensor]]):
 # ---- the two pipelines, as the training process sees them
 
 
-def our_batches(
-    config: DataConfig, tokenizer: Any, workers: int, *, normalized: bool = True
-) -> Iterator[Counter[str]]:
+def our_batches(config: DataConfig, tokenizer: Any, workers: int, *, normalized: bool = True) -> Iterator[Counter[str]]:
     """Loads micro-batches of "ours" endlessly, and normalizes them if wanted; yields the counts of each."""
     config = dataclasses.replace(config, num_workers=workers)
     loader = EnergonIterator(build_train_loader(config, tokenizer, 0, 1), config)
