@@ -74,10 +74,9 @@ def packed(samples: Sequence[Sample], capacity: int) -> list[Any]:
     ]
     packs = pack([len(one.input_ids) for one in encoded], [len(one.pixel_values) for one in encoded], capacity)
     rows = [[encoded[index] for index in chosen] for chosen in packs]
-    lengths = [sum(len(sample.input_ids) for sample in row) for row in rows]
     return [
-        collate([row], num_rows=1, length=length, pad_id=0, multiple=1)
-        for row, length in zip(rows, lengths, strict=True)
+        collate([row], num_rows=1, length=sum(len(sample.input_ids) for sample in row), pad_id=0, multiple=1)
+        for row in rows
     ]
 
 
